@@ -1,0 +1,41 @@
+# Everything needed is installed into .venv; only git, make and Python 3.11+ are assumed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
+comma := ,
+
+.PHONY: install demo test lint proto proto-check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
+
+test: $(STAMP)
+	$(BIN)/pytest -q tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The generated stubs are committed; proto-check proves them fresh.
+proto: $(STAMP)
+	$(BIN)/python proto/generate.py .
+
+proto-check: $(STAMP)
+	$(BIN)/python proto/generate.py --check
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.hop
+
+clean:
+	rm -rf $(VENV) build *.egg-info

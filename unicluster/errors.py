@@ -1,0 +1,39 @@
+"""The errors that users and callers meet. Each message is one line: what, where, what to do."""
+
+
+class UniclusterError(Exception):
+    """Base of all errors of this project. `exit_code` is what the command exits with."""
+
+    exit_code = 1
+
+
+class InputError(UniclusterError):
+    """Something asked for makes no sense: a flag, a model, a prompt."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(UniclusterError):
+    """The model needs more memory than the machines have."""
+
+    exit_code = 3
+
+
+class TrustError(UniclusterError):
+    """No cluster here, a wrong token, or a peer that is not of this cluster."""
+
+
+class UnavailableError(UniclusterError):
+    """A machine or the service can't be reached, or went away. The message names it."""
+
+
+class BusyError(UniclusterError):
+    """The queue is full: try again later."""
+
+
+class NotFoundError(UniclusterError):
+    """The model asked for is not the one served, or does not exist."""
+
+
+class StageError(UniclusterError):
+    """A stage could not load, or failed while computing. The message names the machine."""
