@@ -1,0 +1,211 @@
+"""Every gRPC channel and server of the project is made here, so that none lacks an option."""
+
+import errno
+import re
+import socket
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+import grpc.aio
+
+from unicluster.errors import (
+    BusyError,
+    DoesNotFitError,
+    InputError,
+    NotFoundError,
+    StageError,
+    TrustError,
+    UnavailableError,
+    UniclusterError,
+)
+from unicluster.trust import SERVER_NAME, Identity
+
+MAX_MESSAGE = 1 << 30
+
+# A peer that is gone without a word is noticed within the sum of the two.
+KEEPALIVE_TIME = 1.0
+KEEPALIVE_TIMEOUT = 2.5
+
+_Options = list[tuple[str, Any]]
+
+_COMMON: _Options = [
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),  # else a minute
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit
+]
+
+SERVER_OPTIONS: _Options = [
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # else two servers share a port in silence
+    # Without these two a server hangs up on clients whose pings it finds too many.
+    ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME * 500)),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+
+CHANNEL_OPTIONS: _Options = [
+    *_COMMON,
+    ("grpc.ssl_target_name_override", SERVER_NAME),
+    ("grpc.enable_http_proxy", 0),  # the machines of a cluster are never behind a proxy
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel doesn't inherit an old one's backoff
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 3000),  # how long one attempt to connect may take
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+def make_server(
+    interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = (),
+) -> grpc.aio.Server:
+    """A server without ports or services yet. Call it within a running event loop."""
+    return grpc.aio.server(interceptors=list(interceptors), options=SERVER_OPTIONS)
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, identity: Identity) -> int:
+    """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
+
+    Raises InputError when that can't be.
+    """
+    _check_free(host, port)
+    try:
+        return server.add_secure_port(
+            join_address(host or "::", port), identity.server_credentials()
+        )
+    except RuntimeError:
+        raise _taken(host, port) from None
+
+
+def connect(address: str, identity: Identity) -> grpc.aio.Channel:
+    """A channel to `address` ("host:port"), which connects when it is first used."""
+    return grpc.aio.secure_channel(
+        join_address(*split_address(address)),
+        identity.channel_credentials(),
+        options=CHANNEL_OPTIONS,
+    )
+
+
+def connect_sync(address: str, identity: Identity) -> grpc.Channel:
+    """The same, for callers without an event loop."""
+    return grpc.secure_channel(
+        join_address(*split_address(address)),
+        identity.channel_credentials(),
+        options=CHANNEL_OPTIONS,
+    )
+
+
+def join_address(host: str, port: int) -> str:
+    """ "host:port", with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """The inverse: ("::1", 7000) from "[::1]:7000". Raises InputError for anything else."""
+    host, _, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{address!r} is no address: give it as HOST:PORT")
+    return host, int(port)
+
+
+def peer_name(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """Who calls, for messages and the log: "studio (192.168.1.7:50412)"."""
+    names = list(context.auth_context().get("x509_common_name", []))
+    name = names[0].decode() if names else "unknown"
+    return f"{name} ({plain_address(context.peer())})"
+
+
+def plain_address(target: str) -> str:
+    """ "127.0.0.1:80" from gRPC's "ipv4:127.0.0.1:80", "[::1]:80" from "ipv6:%5B::1%5D:80"."""
+    return re.sub(r"^ipv[46]:(//)?", "", unquote(target))
+
+
+_CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
+    (InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (DoesNotFitError, grpc.StatusCode.FAILED_PRECONDITION),
+    (TrustError, grpc.StatusCode.PERMISSION_DENIED),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (StageError, grpc.StatusCode.INTERNAL),
+    (UniclusterError, grpc.StatusCode.UNKNOWN),
+]
+
+# What gRPC itself says of a broken connection, and how a person would say it. Any other detail
+# of an UNAVAILABLE comes from our own servers and is passed on as it is.
+_BROKEN = [
+    ("Connection refused", "refuses connections: is it still running?"),
+    ("CERTIFICATE_VERIFY_FAILED", "has no certificate of this cluster"),
+    ("Ssl handshake failed", "does not speak TLS as this cluster does"),
+    ("eepalive", "stopped answering"),
+    ("ping timeout", "stopped answering"),
+    ("onnection reset", "closed the connection"),
+    ("Broken pipe", "closed the connection"),
+    ("Socket closed", "closed the connection"),
+    ("GOAWAY", "closed the connection"),
+    ("recvmsg", "closed the connection"),
+    ("Handshake read failed", "does not answer"),
+    ("DNS resolution failed", "has a name that can't be resolved"),
+    ("No route to host", "is unreachable: no route to host"),
+    ("Network is unreachable", "is unreachable: no network"),
+    ("failed to connect to all addresses", "can't be reached"),
+]
+
+
+def status_of(error: UniclusterError) -> grpc.StatusCode:
+    """The status a server answers with; `as_error` is the inverse."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
+    """What went wrong in a call to `who`, in one line. `error` comes from any kind of channel."""
+    code: grpc.StatusCode = error.code()
+    details = " ".join((error.details() or "").split())
+    for mark, meaning in _BROKEN:
+        if code is grpc.StatusCode.UNAVAILABLE and mark in details:
+            message = f"{who} {meaning}"
+            return TrustError(message) if "CERTIFICATE" in mark else UnavailableError(message)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError(f"{who} did not answer in time")
+    if code is grpc.StatusCode.CANCELLED:
+        return UnavailableError(f"the call to {who} was cancelled")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return UnavailableError(f"{who} does not offer this: does it run the same version?")
+    for kind, its_code in _CODES:
+        if code is its_code:
+            return kind(details or f"{who} failed without saying why")
+    return UniclusterError(f"{who}: {details or code.name}")
+
+
+def _check_free(host: str, port: int) -> None:
+    """Try the address with a plain socket, which, unlike gRPC, says why it can't be had."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except socket.gaierror:
+        raise InputError(f"{host} is no address: choose another with --host") from None
+    except PermissionError:
+        raise InputError(f"port {port} needs more rights: choose another with --port") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _taken(host, port) from None
+        raise InputError(
+            f"can't listen on {host}: {error.strerror}: choose another with --host"
+        ) from None
+
+
+def _taken(host: str, port: int) -> InputError:
+    return InputError(
+        f"port {port} on {host or 'this machine'} is taken: choose another with --port"
+    )
