@@ -1,5 +1,6 @@
 """Generates `unicluster/v1/` from the .proto files here; `--check` compares instead."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ def generate(root: Path) -> None:
         f"--grpc_python_out={root}",
         f"--mypy_grpc_out=quiet:{root}",
     ]
+    # The plugins sit beside this interpreter, whether or not its environment is activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if protoc.main([*arguments, *sources]) != 0:
         sys.exit("proto: protoc failed; its message is above")
 

@@ -650,26 +650,21 @@ class Fault(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NODE_FIELD_NUMBER: _builtins.int
-    STAGE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    FRAME_FIELD_NUMBER: _builtins.int
-    node: _builtins.str
-    stage: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    frame: _builtins.int
-    """0: the connection, not one frame"""
+    """names the machine"""
+    compute: _builtins.bool
+    """the stage failed while computing; else a connection broke"""
     def __init__(
         self,
         *,
-        node: _builtins.str = ...,
-        stage: _builtins.int = ...,
         reason: _builtins.str = ...,
-        frame: _builtins.int = ...,
+        compute: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "node", b"node", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,76 @@
+"""A stage's short list of caches, seen by the model's forward as the full list."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList
+
+Caches = list[Any]
+
+
+def kind_of(cache: Any) -> tuple[Any, ...]:
+    """What makes two fresh caches interchangeable for masks and offsets: class and sizes."""
+    if isinstance(cache, CacheList):
+        return (CacheList, *(kind_of(member) for member in cache.caches))
+    if isinstance(cache, ArraysCache):
+        return (type(cache), len(cache.cache))
+    plain = {k: v for k, v in vars(cache).items() if isinstance(v, int | float | str)}
+    return (type(cache), *sorted(plain.items()))
+
+
+class CacheView:
+    """Which caches a stage keeps, and how the full list is made up of them.
+
+    Forward code takes masks and offsets from the first cache of a kind, wherever that
+    layer lives. So an entry that lives elsewhere is shown as one of the stage's own of the
+    same kind, or, where it has none, as a ghost: a real cache fed one zero byte a token.
+    """
+
+    def __init__(self, fresh: Callable[[], Caches], own: Sequence[int]) -> None:
+        kinds = [kind_of(cache) for cache in fresh()]
+        position: dict[Any, int] = {}
+        for slot, index in enumerate(own):
+            position.setdefault(kinds[index], slot)
+        ghosts: list[int] = []
+        for index, kind in enumerate(kinds):
+            if kind not in position:
+                position[kind] = len(own) + len(ghosts)
+                ghosts.append(index)
+        self._fresh = fresh
+        self._members = [*own, *ghosts]
+        self._owned = len(own)
+        self._slots = [position[kind] for kind in kinds]
+        for slot, index in enumerate(own):
+            self._slots[index] = slot
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def make(self) -> Caches:
+        """New, empty caches: the stage's own, then its ghosts."""
+        caches = self._fresh()
+        return [caches[index] for index in self._members]
+
+    def full(self, caches: Caches) -> Caches:
+        """The list that the model's forward expects, one entry a layer or so."""
+        return [caches[slot] for slot in self._slots]
+
+    def advance(self, caches: Caches, batch: int, tokens: int) -> list[mx.array]:
+        """Moves the ghosts on by `tokens`; returns their arrays, which the caller evaluates."""
+        ghosts = caches[self._owned :]
+        for ghost in ghosts:
+            _advance(ghost, batch, tokens)
+        return [ghost.state for ghost in ghosts]
+
+
+def _advance(cache: Any, batch: int, tokens: int) -> None:
+    if isinstance(cache, CacheList):
+        for member in cache.caches:
+            _advance(member, batch, tokens)
+    elif isinstance(cache, ArraysCache):
+        cache.cache = [mx.zeros((batch, 1), mx.uint8) for _ in cache.cache]
+        cache.advance(tokens)
+    else:
+        nothing = mx.zeros((batch, 1, tokens, 1), mx.uint8)
+        cache.update_and_fetch(nothing, nothing)

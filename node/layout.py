@@ -1,0 +1,94 @@
+"""What a model weighs, layer by layer, from its own mlx-lm class over lazy weights.
+
+Run as a program it reads one InspectRequest from standard input and writes a ModelLayout to
+standard output, so that an agent never holds MLX itself.
+"""
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from node.hollow import check_cuttable
+from node.trace import Trace, trace
+from node.weights import LazyModel, load_lazy, model_path, nbytes
+from unicluster.errors import InputError, UniclusterError
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+DEFAULT_CONTEXT = 8192
+
+
+def inspect(model: str, quant: str = "", context: int = 0, users: int = 1) -> ModelLayout:
+    """The exact bytes of a model as this machine would load it; nothing is read or computed.
+
+    Raises InputError or NotFoundError for a bad directory or an impossible context.
+    """
+    lazy = load_lazy(model_path(model), quant)
+    limit = context_limit(lazy.config)
+    if context and limit and context > limit:
+        raise InputError(f"context: {context} tokens, and {model} is made for at most {limit}")
+    context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    found = trace(lazy.model, lazy.model_type)
+    check_cuttable(found, lazy.model_type)
+    layer_bytes = [nbytes(layer) for layer in found.layers]
+    embedding = found.embeddings[0]
+    return ModelLayout(
+        model_type=lazy.model_type,
+        layer_bytes=layer_bytes,
+        layer_active_bytes=[_active_bytes(layer, lazy.config) for layer in found.layers],
+        head_bytes=nbytes(lazy.model) - sum(layer_bytes),
+        kv_bytes_per_layer=[users * size for size in _kv_bytes(lazy, found, context)],
+        context=context,
+        users=users,
+        hidden_bytes=embedding.dims * embedding.dtype.size,
+        quant=lazy.quant,
+        max_context=limit,
+    )
+
+
+def context_limit(config: dict[str, Any]) -> int:
+    """The most tokens the model is made for; 0 when its configuration doesn't say."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or config.get("max_position_embeddings")
+    return int(limit or 0)
+
+
+def _active_bytes(layer: nn.Module, config: dict[str, Any]) -> int:
+    """Bytes read for one token: of a mixture of experts, only those chosen."""
+    text = config.get("text_config") or config
+    chosen = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1
+    total = nbytes(layer)
+    for module in layer.modules():
+        if hasattr(module, "num_experts") and "weight" in module:
+            experts = module.weight.shape[0]
+            total -= nbytes(module) * (experts - min(chosen, experts)) // experts
+    return total
+
+
+def _kv_bytes(lazy: LazyModel, found: Trace, context: int) -> list[int]:
+    """Cache bytes of each layer for one sequence of `context` tokens.
+
+    The caches are filled lazily, a prompt and then one token, which makes windowed caches
+    shrink to their window; only shapes are computed.
+    """
+    cache = make_prompt_cache(lazy.model)
+    for tokens in (context - 1, 1):
+        if tokens:
+            lazy.model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    return [sum(cache[index].nbytes for index in entries) for entries in found.cache_entries]
+
+
+def main() -> None:
+    request = InspectRequest.FromString(sys.stdin.buffer.read())
+    try:
+        layout = inspect(request.model, request.quant, request.context, request.users or 1)
+    except UniclusterError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.stdout.buffer.write(layout.SerializeToString())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The cluster as one mlx-lm model."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
+
+from node.hollow import HollowModel
+from node.pending import PendingLogits
+from node.remote import RemoteCache, RemoteStage
+from node.ring import Reply, Ring
+from node.tensors import decode_tree, encode_tree
+from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart, StageReport
+
+# Up to this many tokens a forward's result is sent back unasked: decode and speculative
+# verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
+PUSHED_TOKENS = 32
+
+
+class PipelineModel(nn.Module):
+    """Layers here and on other machines behind the interface of an mlx-lm model.
+
+    Use it from one thread, like any MLX model. `ring` is None when all layers are here.
+    """
+
+    def __init__(self, hollow: HollowModel, ring: Ring | None) -> None:
+        super().__init__()
+        self.model = hollow.model
+        self._hollow = hollow
+        self._ring = ring
+        self._lock = threading.Lock()
+        self._dropped: deque[int] = deque()
+        self._flush_due = False
+        count = len(ring.route) if ring is not None else 0
+        self._remotes = [
+            RemoteStage(index, self._ask, self._on_free) for index in range(1, count + 1)
+        ]
+
+    @property
+    def layers(self) -> list[Any]:
+        """As long as a cache of this model, which is what mlx-lm takes its length for."""
+        return [*range(len(self._hollow.cache_view)), *self._remotes]
+
+    @property
+    def args(self) -> Any:
+        """The configuration object of the model's own class."""
+        return self.model.args
+
+    def make_cache(self) -> list[Any]:
+        """The caches of the layers here, then one handle for each remote stage."""
+        return [*self._hollow.cache_view.make(), *(remote.make() for remote in self._remotes)]
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> Any:
+        """Logits (batch, tokens, vocabulary) for token ids (batch, tokens).
+
+        Returns an array, or, when there are remote stages, PendingLogits. Errors of the ring
+        (StageError, UnavailableError) are raised here or when the logits are touched.
+        """
+        if cache is None:
+            cache = self.make_cache()
+        here = len(self._hollow.cache_view)
+        local = cache[:here]
+        if self._ring is None:
+            return self.model(inputs, cache=self._hollow.cache_view.full(local))
+        for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
+            if isinstance(cache[index], CacheList):
+                cache[index] = remote.store(cache[index])
+        hidden, extra = self._hollow.front(inputs, local)
+        mx.eval(hidden, extra)
+        hold = inputs.shape[1] > PUSHED_TOKENS
+        reply = self._forward(encode_tree(hidden), cache[here:], hold)
+        number = reply.number
+
+        def resolve() -> mx.array:
+            frame = reply.wait()
+            leaves = self._send(Frame(claim=number)).wait().hidden if hold else frame.hidden
+            return self._hollow.tail(inputs, decode_tree(leaves))
+
+        return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
+
+    def live_caches(self) -> int:
+        """Cache handles alive on all remote stages together, after all frees so far."""
+        query = CacheOp(query=CacheOp.Query())
+        return sum(remote.ask(query).answer.live for remote in self._remotes)
+
+    def _forward(self, leaves: Any, handles: Sequence[RemoteCache], hold: bool) -> Reply:
+        versions = [handle.before_forward() for handle in handles]
+
+        def on_reply(frame: Frame) -> None:
+            for handle, version, report in zip(handles, versions, frame.reports, strict=True):
+                handle.after_forward(version, report)
+
+        numbers = {handle.stage.index: handle.number for handle in handles}
+        return self._send(Frame(hidden=leaves, hold=hold), caches=numbers, on_reply=on_reply)
+
+    def _send(
+        self,
+        frame: Frame,
+        *,
+        caches: dict[int, int] | None = None,
+        on_reply: Callable[[Frame], None] | None = None,
+        wait_for_room: bool = True,
+    ) -> Reply:
+        """Sends a frame with all operations recorded until now."""
+        ring = self._ring
+        assert ring is not None  # noqa: S101
+        if wait_for_room:
+            ring.wait_for_room()
+        with self._lock:
+            for remote in self._remotes:
+                operations = list(_drained(remote.operations))
+                number = (caches or {}).get(remote.index, 0)
+                if operations or number:
+                    frame.parts.append(
+                        StagePart(stage=remote.index, ops=operations, cache=number)
+                    )
+            frame.dropped.extend(_drained(self._dropped))
+            return ring.send(frame, counted=wait_for_room, on_reply=on_reply)
+
+    def _ask(self, remote: RemoteStage) -> StageReport:
+        frame = self._send(Frame()).wait()
+        return next(report for report in frame.reports if report.stage == remote.index)
+
+    def _on_free(self) -> None:
+        """Frees that no forward carries are sent by themselves, a moment later."""
+        if not self._flush_due and self._ring is not None and self._ring.failure is None:
+            self._flush_due = True
+            self._ring.call_later(0.05, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if any(remote.operations for remote in self._remotes):
+            self._send(Frame(), wait_for_room=False)
+
+
+def _drained(items: deque[Any]) -> Any:
+    while items:
+        yield items.popleft()

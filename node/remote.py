@@ -1,0 +1,198 @@
+"""Handles for caches that live on another machine.
+
+mlx-lm calls the cache protocol on a handle as on any cache. Each call is recorded and travels
+with the next frame; the stage replays it on its real caches, in order.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList
+
+from node.tensors import decode_tree, encode_tree
+from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
+
+
+class RemoteStage:
+    """The head's book on one remote stage: operations not yet sent, and numbers for caches.
+
+    `ask` sends what is recorded at once and returns that stage's report on it. `on_free` is
+    called, on any thread, when something waits that no forward may carry soon.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        ask: Callable[["RemoteStage"], StageReport],
+        on_free: Callable[[], None],
+    ) -> None:
+        self.index = index
+        self.operations: deque[CacheOp] = deque()
+        self._numbers = itertools.count(1)
+        self._ask = ask
+        self._on_free = on_free
+
+    def make(self) -> "RemoteCache":
+        """A new, empty cache on the stage."""
+        return self.new(make=CacheOp.Make())
+
+    def new(self, **operation: Any) -> "RemoteCache":
+        """A handle for what `operation` makes."""
+        number = next(self._numbers)
+        self.operations.append(CacheOp(cache=number, **operation))
+        return RemoteCache(self, number)
+
+    def ask(self, operation: CacheOp) -> StageReport:
+        """Sends `operation` with all before it and waits for the stage's report."""
+        self.operations.append(operation)
+        return self._ask(self)
+
+    def free(self, number: int) -> None:
+        """Called by the garbage collector at any moment: takes no lock."""
+        self.operations.append(CacheOp(cache=number, free=CacheOp.Free()))
+        self._on_free()
+
+    def store(self, saved: CacheList) -> "RemoteCache":
+        """Moves a cache that is here, one entry a member, to the stage."""
+        handle = self.make()
+        for entry, member in enumerate(saved.caches):
+            store = CacheOp.Store(
+                entry=entry, kind=type(member).__name__, state=encode_tree(member.state)
+            )
+            self.operations.append(CacheOp(cache=handle.number, store=store))
+        return handle
+
+
+class RemoteCache:
+    """One remote cache, all layers of the stage together, behind mlx-lm's cache protocol."""
+
+    def __init__(self, stage: RemoteStage, number: int) -> None:
+        self.stage = stage
+        self.number = number
+        # Counts what changed the cache, to tell whether a report still holds.
+        self._version = 0
+        self._seen: tuple[int, StageReport] | None = None
+
+    def before_forward(self) -> int:
+        """Notes that a forward goes out; returns the version its report will describe."""
+        self._version += 1
+        return self._version
+
+    def after_forward(self, version: int, report: StageReport) -> None:
+        """Keeps what the stage said of the cache after that forward."""
+        self._seen = (version, report)
+
+    def merge(self, handles: Sequence["RemoteCache"]) -> "RemoteCache":
+        sources = [handle.number for handle in handles]
+        return self.stage.new(merge=CacheOp.Merge(sources=sources))
+
+    def filter(self, batch_indices: Any) -> None:
+        rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        self._change(filter=CacheOp.Filter(rows=rows))
+
+    def extend(self, other: "RemoteCache") -> None:
+        self._change(extend=CacheOp.Extend(other=other.number))
+
+    def extract(self, idx: int) -> "RemoteCache":
+        return self.stage.new(extract=CacheOp.Extract(source=self.number, row=idx))
+
+    def prepare(
+        self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None
+    ) -> None:
+        self._change(
+            prepare=CacheOp.Prepare(
+                left_padding=left_padding, lengths=lengths, right_padding=right_padding
+            )
+        )
+
+    def finalize(self) -> None:
+        self._change(finalize=CacheOp.Finalize())
+
+    def trim(self, n: int) -> int:
+        """Takes the last `n` tokens off; returns how many there were to take."""
+        trimmed = min(n, self.size())
+        self._change(trim=CacheOp.Trim(tokens=trimmed))
+        return trimmed
+
+    def is_trimmable(self) -> bool:
+        report = self._current()
+        return self._query().trimmable if report is None else report.trimmable
+
+    def size(self) -> int:
+        report = self._current()
+        return self._query().size if report is None else report.size
+
+    def empty(self) -> bool:
+        return self._query().empty
+
+    @property
+    def nbytes(self) -> int:
+        return self._query().nbytes
+
+    @property
+    def state(self) -> Any:
+        """The states of the remote caches, fetched only when looked at.
+
+        mlx-lm evaluates the state of every cache after each prefill chunk, and that must cost
+        nothing here; saving a prompt cache walks through it, and then it is fetched.
+        """
+        return _RemoteState(self)
+
+    def fetch(self) -> list[tuple[Any, str]]:
+        """(state, class name) of each cache in it, as mlx-lm's CacheList has them."""
+        fetched = []
+        for entry in range(self._query().entries):
+            operation = CacheOp(cache=self.number, fetch=CacheOp.Fetch(entry=entry))
+            state = self.stage.ask(operation).state
+            fetched.append((decode_tree(state.state), state.kind))
+        return fetched
+
+    def __deepcopy__(self, memo: Any) -> "RemoteCache":
+        return self.stage.new(copy=CacheOp.Copy(source=self.number))
+
+    def __del__(self) -> None:
+        self.stage.free(self.number)
+
+    def _change(self, **operation: Any) -> None:
+        self._version += 1
+        self.stage.operations.append(CacheOp(cache=self.number, **operation))
+
+    def _current(self) -> StageReport | None:
+        if self._seen is not None and self._seen[0] == self._version:
+            return self._seen[1]
+        return None
+
+    def _query(self) -> CacheAnswer:
+        return self.stage.ask(CacheOp(cache=self.number, query=CacheOp.Query())).answer
+
+
+# mlx-lm saves a cache under its class's name and loads it by that name: what was saved of a
+# handle comes back as a CacheList of the stage's real caches, which the pipeline stores again.
+RemoteCache.__name__ = CacheList.__name__
+
+
+class _RemoteState:
+    """Looks like a list to Python's tree functions and like an opaque leaf to mlx.eval."""
+
+    __class__ = property(lambda self: list)  # type: ignore[assignment]
+
+    def __init__(self, handle: RemoteCache) -> None:
+        self._handle = handle
+        self._fetched: list[tuple[Any, str]] | None = None
+
+    def _all(self) -> list[tuple[Any, str]]:
+        if self._fetched is None:
+            self._fetched = self._handle.fetch()
+        return self._fetched
+
+    def __iter__(self) -> Iterator[tuple[Any, str]]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        return self._all()[index]

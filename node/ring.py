@@ -1,0 +1,234 @@
+"""The head's end of the ring: sends frames to the first stage, gets them back from the last."""
+
+import asyncio
+import itertools
+import queue
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from unicluster.channels import connect
+from unicluster.errors import StageError, UniclusterError, UnavailableError
+from unicluster.trust import Identity
+from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
+from unicluster.v1.stage_pb2_grpc import StageStub
+
+Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
+
+# Frames between sending and return. Twice the stages keeps every machine fed during
+# prefill and bounds what a slow one can pile up.
+FRAMES_PER_STAGE = 2
+
+
+class Reply:
+    """The return of one frame; `wait` blocks the calling thread."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._box: queue.SimpleQueue[Frame | UniclusterError] = queue.SimpleQueue()
+        self._result: Frame | UniclusterError | None = None
+
+    def put(self, result: Frame | UniclusterError) -> None:
+        self._box.put(result)
+
+    def wait(self) -> Frame:
+        """The frame as the last stage sent it; raises what broke the ring."""
+        if self._result is None:
+            self._result = self._box.get()
+        if isinstance(self._result, UniclusterError):
+            raise self._result
+        return self._result
+
+
+@dataclass
+class _Sent:
+    reply: Reply
+    counted: bool
+    on_reply: Callable[[Frame], None] | None
+
+
+class Ring:
+    """An open ring. `send` may be called from any thread; all else runs on the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, route: list[RouteStop]) -> None:
+        self.route = route
+        self.stages: Opened = Opened()
+        self.failure: UniclusterError | None = None
+        self._loop = loop
+        self._ids = itertools.count(1)
+        self._sent: dict[int, _Sent] = {}
+        self._outgoing: asyncio.Queue[Frame] = asyncio.Queue()
+        self._window = threading.Semaphore(FRAMES_PER_STAGE * (len(route) + 1))
+        self._lock = threading.Lock()
+        self._channels: list[grpc.aio.Channel] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._on_failure: Callable[[UniclusterError], None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        route: list[RouteStop],
+        identity: Identity,
+        on_failure: Callable[[UniclusterError], None] | None = None,
+    ) -> "Ring":
+        """Connects through all stages of `route`; raises UnavailableError naming the machine.
+
+        `on_failure` is called on the event loop, once, when an open ring breaks.
+        """
+        ring = cls(asyncio.get_running_loop(), route)
+        try:
+            await ring._connect(identity)
+        except BaseException:
+            await ring.close()
+            raise
+        ring._on_failure = on_failure
+        return ring
+
+    def wait_for_room(self) -> None:
+        """Blocks while too many frames are on their way; then takes one place."""
+        self._window.acquire()
+
+    def send(
+        self, frame: Frame, *, counted: bool, on_reply: Callable[[Frame], None] | None = None
+    ) -> Reply:
+        """Numbers a frame and sends it; frames leave in the order of these calls.
+
+        `counted`: the caller took a place with `wait_for_room`. `on_reply` is called on the
+        event loop before the reply can be waited for. A broken ring shows in the reply.
+        """
+        with self._lock:
+            frame.id = next(self._ids)
+            reply = Reply(frame.id)
+            if self.failure is None:
+                self._sent[frame.id] = _Sent(reply, counted, on_reply)
+                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, frame)
+                return reply
+        reply.put(self.failure)
+        if counted:
+            self._window.release()
+        return reply
+
+    def call_later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Runs `action` on the event loop; may be called from any thread."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, action)
+
+    async def close(self) -> None:
+        """Ends the streams; stages then free everything this head had on them."""
+        self._fail(UnavailableError("the ring was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close(grace=None)
+
+    async def _connect(self, identity: Identity) -> None:
+        session = uuid.uuid4().hex
+        first, last = self.route[0], self.route[-1]
+        forward = self._dial(first, identity)
+        self.stages = await open_hop(
+            forward, first, Open(session=session, stage=1, route=self.route[1:])
+        )
+        back = self._dial(last, identity)
+        opening = Open(session=session, stage=len(self.route), returns=True)
+        await open_hop(back, last, opening)
+        self._tasks = [
+            asyncio.create_task(self._write(forward)),
+            asyncio.create_task(self._watch(forward, first)),
+            asyncio.create_task(self._read(back, last)),
+        ]
+
+    def _dial(self, stop: RouteStop, identity: Identity) -> Hop:
+        channel = connect(stop.address, identity)
+        self._channels.append(channel)
+        return StageStub(channel).Hop()
+
+    async def _write(self, hop: Hop) -> None:
+        while True:
+            frame = await self._outgoing.get()
+            try:
+                await hop.write(HopMessage(frame=frame))
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the watching task learns why, and says so
+
+    async def _watch(self, hop: Hop, stop: RouteStop) -> None:
+        """The forward hop sends nothing back but the reason for its end."""
+        await self._until_fault(hop, stop, self._unexpected)
+
+    async def _read(self, hop: Hop, stop: RouteStop) -> None:
+        await self._until_fault(hop, stop, self._returned)
+
+    async def _until_fault(
+        self, hop: Hop, stop: RouteStop, on_frame: Callable[[Frame], None]
+    ) -> None:
+        try:
+            while True:
+                message = await read_hop(hop, stop)
+                on_frame(message.frame)
+        except UniclusterError as error:
+            self._fail(error)
+
+    def _unexpected(self, frame: Frame) -> None:
+        raise StageError(f"frame {frame.id} came back on the forward hop")
+
+    def _returned(self, frame: Frame) -> None:
+        with self._lock:
+            sent = self._sent.pop(frame.id, None)
+        if sent is None:
+            raise StageError(f"frame {frame.id} came back, but was not waited for")
+        if sent.on_reply is not None:
+            sent.on_reply(frame)
+        sent.reply.put(frame)
+        if sent.counted:
+            self._window.release()
+
+    def _fail(self, error: UniclusterError) -> None:
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = error
+            unanswered = list(self._sent.values())
+            self._sent.clear()
+        for sent in unanswered:
+            sent.reply.put(error)
+            if sent.counted:
+                self._window.release()
+        if self._on_failure is not None:
+            self._on_failure(error)
+
+
+async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
+    """Sends the first message of a hop and waits until everything behind it is connected."""
+    try:
+        await hop.write(HopMessage(open=opening))
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        pass  # reading tells the reason
+    message = await read_hop(hop, stop)
+    return message.opened
+
+
+async def read_hop(hop: Hop, stop: RouteStop) -> HopMessage:
+    """The next message of a hop; raises StageError or UnavailableError naming the machine."""
+    try:
+        message = await hop.read()
+    except grpc.aio.AioRpcError as error:
+        raise UnavailableError(
+            f"lost machine {stop.node} ({stop.address}): {error.details() or error.code().name}"
+        ) from error
+    if not isinstance(message, HopMessage):
+        raise UnavailableError(f"machine {stop.node} ({stop.address}) ended the stream")
+    if message.HasField("fault"):
+        raise fault_error(message.fault)
+    return message
+
+
+def fault_error(fault: Fault) -> UniclusterError:
+    """The error that a Fault stands for."""
+    return (StageError if fault.compute else UnavailableError)(fault.reason)
+
+
+def fault_message(error: UniclusterError) -> HopMessage:
+    """The message that carries `error` towards the head."""
+    return HopMessage(fault=Fault(reason=str(error), compute=isinstance(error, StageError)))

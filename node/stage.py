@@ -1,0 +1,162 @@
+"""One remote stage: caches by handle, and the two verbs of an engine, apply and forward."""
+
+import copy
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_cache
+
+from node.cacheview import Caches
+from node.hollow import HollowModel
+from node.tensors import decode_tree, encode_tree
+from unicluster.v1.stage_pb2 import (
+    CacheAnswer,
+    CacheOp,
+    CacheState,
+    Frame,
+    StagePart,
+    StageReport,
+)
+from unicluster.v1.tensor_pb2 import Leaf
+
+
+class Session:
+    """What one head has on this stage: its caches, and results kept until claimed."""
+
+    def __init__(self, stage: int, last: bool) -> None:
+        self.stage = stage
+        self.last = last
+        self.caches: dict[int, Caches] = {}
+        self.held: dict[int, Any] = {}
+
+
+class Stage:
+    """Serves frames over one hollow model. All calls come from one thread."""
+
+    def __init__(self, hollow: HollowModel) -> None:
+        self._hollow = hollow
+
+    def serve(self, session: Session, frame: Frame, arrived: float) -> Frame:
+        """Does this stage's part of a frame and returns the frame for the next hop.
+
+        `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
+        Raises whatever the model or a cache raises; the session is then of no more use.
+        """
+        started = time.perf_counter()
+        out = Frame(id=frame.id, hold=frame.hold, claim=frame.claim, reports=frame.reports)
+        hidden: Iterable[Leaf] = frame.hidden
+        part = None
+        for candidate in frame.parts:
+            if candidate.stage == session.stage:
+                part = candidate
+            else:
+                out.parts.append(candidate)
+        report = StageReport(stage=session.stage, queue_s=started - arrived)
+        if part is not None:
+            for op in part.ops:
+                self._apply(session, op, report)
+            if part.cache:
+                hidden = self._forward(session, part, frame, report)
+        if session.last:
+            for dropped in frame.dropped:
+                session.held.pop(dropped, None)
+            if frame.claim:
+                hidden = encode_tree(session.held.pop(frame.claim))
+        else:
+            out.dropped.extend(frame.dropped)
+        out.hidden.extend(hidden)
+        report.compute_s = time.perf_counter() - started
+        out.reports.append(report)
+        return out
+
+    def _forward(
+        self, session: Session, part: StagePart, frame: Frame, report: StageReport
+    ) -> list[Leaf]:
+        caches = session.caches[part.cache]
+        result, extra = self._hollow.forward(decode_tree(frame.hidden), caches)
+        leaves: list[Leaf] = []
+        if session.last and frame.hold:
+            # A prefill chunk: nobody may ever read it, so only the caches are computed.
+            session.held[frame.id] = result
+            mx.eval([cache.state for cache in caches], extra)
+        else:
+            mx.eval(result, extra)
+            leaves = encode_tree(result)
+        report.trimmable = all(cache.is_trimmable() for cache in caches)
+        report.size = caches[0].size()
+        return leaves
+
+    def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
+        caches = session.caches
+        kind = op.WhichOneof("op")
+        if kind == "make":
+            caches[op.cache] = self._hollow.cache_view.make()
+        elif kind == "merge":
+            rows = zip(*(caches[source] for source in op.merge.sources), strict=True)
+            caches[op.cache] = [row[0].merge(list(row)) for row in rows]
+        elif kind == "filter":
+            for cache in caches[op.cache]:
+                cache.filter(list(op.filter.rows))
+        elif kind == "extend":
+            for cache, other in zip(caches[op.cache], caches[op.extend.other], strict=True):
+                cache.extend(other)
+        elif kind == "extract":
+            source = caches[op.extract.source]
+            caches[op.cache] = [cache.extract(op.extract.row) for cache in source]
+        elif kind == "prepare":
+            for cache in caches[op.cache]:
+                cache.prepare(**_prepare_arguments(op.prepare))
+        elif kind == "finalize":
+            for cache in caches[op.cache]:
+                cache.finalize()
+            mx.eval([cache.state for cache in caches[op.cache]])
+        elif kind == "trim":
+            for cache in caches[op.cache]:
+                cache.trim(op.trim.tokens)
+        elif kind == "copy":
+            caches[op.cache] = copy.deepcopy(caches[op.copy.source])
+        elif kind == "free":
+            caches.pop(op.cache, None)
+        elif kind == "query":
+            report.answer.CopyFrom(_answer(caches.get(op.cache), len(caches)))
+        elif kind == "fetch":
+            entry = caches[op.cache][op.fetch.entry]
+            report.state.CopyFrom(
+                CacheState(kind=type(entry).__name__, state=encode_tree(entry.state))
+            )
+        elif kind == "store":
+            caches[op.cache][op.store.entry] = _stored(op.store)
+        else:
+            raise ValueError(f"unknown cache operation {kind}")
+
+
+def _answer(caches: Caches | None, live: int) -> CacheAnswer:
+    if caches is None:
+        return CacheAnswer(live=live)
+    return CacheAnswer(
+        trimmable=all(cache.is_trimmable() for cache in caches),
+        size=caches[0].size(),
+        nbytes=sum(cache.nbytes for cache in caches),
+        empty=all(cache.empty() for cache in caches),
+        entries=len(caches),
+        live=live,
+    )
+
+
+def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:
+    named = {
+        "left_padding": list(prepare.left_padding),
+        "lengths": list(prepare.lengths),
+        "right_padding": list(prepare.right_padding),
+    }
+    return {name: values for name, values in named.items() if values}
+
+
+def _stored(store: CacheOp.Store) -> Any:
+    """A cache made from a saved state. Only mlx-lm's own cache classes are made."""
+    kind = getattr(mlx_cache, store.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, mlx_cache._BaseCache)):
+        raise ValueError(f"{store.kind!r} is no cache class of this mlx-lm")
+    return kind.from_state(decode_tree(store.state))

@@ -1,0 +1,163 @@
+"""The stage worker's side of the ring: frames in from the hop before, out to the hop after."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import grpc
+
+from node.mlx_thread import MLXThread
+from node.ring import fault_message, open_hop, read_hop
+from node.stage import Session, Stage
+from unicluster.channels import connect
+from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.trust import Identity
+from unicluster.v1.stage_pb2 import Frame, HopMessage, Open, Opened, RouteStop, StageInfo
+from unicluster.v1.stage_pb2_grpc import StageServicer, StageStub
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[HopMessage, HopMessage]
+
+
+class _LiveSession:
+    """A session with its way out and the error that ended it, if one did."""
+
+    def __init__(self, stage: int, last: bool) -> None:
+        self.session = Session(stage, last)
+        self.outgoing: asyncio.Queue[Frame | None] = asyncio.Queue()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed = False
+
+    def fail(self, error: UniclusterError) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+
+class StageService(StageServicer):
+    """Serves one loaded stage to any number of heads, each with its own session."""
+
+    def __init__(
+        self, stage: Stage, info: StageInfo, thread: MLXThread, identity: Identity
+    ) -> None:
+        self._stage = stage
+        self._info = info
+        self._thread = thread
+        self._identity = identity
+        self._sessions: dict[str, _LiveSession] = {}
+
+    async def Hop(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        message = await context.read()
+        if not isinstance(message, HopMessage) or not message.HasField("open"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "open: must come first")
+        opening = message.open
+        if opening.returns:
+            await self._return_results(opening, context)
+        elif opening.session in self._sessions:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, "session: is open already")
+        else:
+            await self._serve_session(opening, context)
+
+    async def _return_results(self, opening: Open, context: Context) -> None:
+        live = self._sessions.get(opening.session)
+        if live is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "session: is not open here")
+            return
+        await context.write(HopMessage(opened=Opened(stages=[self._info])))
+        while (frame := await live.outgoing.get()) is not None:
+            await context.write(HopMessage(frame=frame))
+
+    async def _serve_session(self, opening: Open, context: Context) -> None:
+        live = _LiveSession(opening.stage, last=not opening.route)
+        self._sessions[opening.session] = live
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                stages = [self._info]
+                if opening.route:
+                    hop, behind = await self._connect_next(opening, stack)
+                    stages.extend(behind)
+                    tasks.append(asyncio.create_task(_write_frames(live, hop)))
+                    tasks.append(asyncio.create_task(_until_fault(hop, opening.route[0])))
+                await context.write(HopMessage(opened=Opened(stages=stages)))
+                tasks.append(asyncio.create_task(self._read_frames(live, context)))
+                await asyncio.wait(
+                    [*tasks, live.failed], return_when=asyncio.FIRST_COMPLETED
+                )
+                for ended in (live.failed, *tasks):
+                    if ended.done():
+                        ended.result()
+        except UniclusterError as error:
+            log.warning("session ended: %s", error)
+            await context.write(fault_message(error))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            live.failed.cancel()
+            self._end(opening.session)
+
+    async def _connect_next(
+        self, opening: Open, stack: contextlib.AsyncExitStack
+    ) -> tuple[Any, list[StageInfo]]:
+        stop, rest = opening.route[0], opening.route[1:]
+        channel = await stack.enter_async_context(connect(stop.address, self._identity))
+        hop = StageStub(channel).Hop()
+        opened = await open_hop(
+            hop, stop, Open(session=opening.session, stage=opening.stage + 1, route=rest)
+        )
+        return hop, list(opened.stages)
+
+    async def _read_frames(self, live: _LiveSession, context: Context) -> None:
+        loop = asyncio.get_running_loop()
+        while isinstance(message := await context.read(), HopMessage):
+            frame, arrived = message.frame, time.perf_counter()
+            self._thread.post(lambda f=frame, a=arrived: self._serve(live, f, a, loop))  # type: ignore[misc]
+
+    def _serve(
+        self, live: _LiveSession, frame: Frame, arrived: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """On the MLX thread."""
+        if live.closed:
+            return
+        try:
+            out = self._stage.serve(live.session, frame, arrived)
+        except Exception as error:
+            log.exception("frame %d", frame.id)
+            live.closed = True
+            info = self._info
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fault = StageError(
+                f"machine {info.node}, layers {info.first_layer}-{info.end_layer - 1}, "
+                f"failed while computing: {reason}"
+            )
+            loop.call_soon_threadsafe(live.fail, fault)
+        else:
+            loop.call_soon_threadsafe(live.outgoing.put_nowait, out)
+
+    def _end(self, name: str) -> None:
+        live = self._sessions.pop(name)
+        live.outgoing.put_nowait(None)
+
+        def release() -> None:
+            live.closed = True
+            live.session.caches.clear()
+            live.session.held.clear()
+
+        self._thread.post(release)
+
+
+async def _write_frames(live: _LiveSession, hop: Any) -> None:
+    while (frame := await live.outgoing.get()) is not None:
+        try:
+            await hop.write(HopMessage(frame=frame))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await asyncio.Future()  # the reader of this hop learns the reason and ends us
+
+
+async def _until_fault(hop: Any, stop: RouteStop) -> None:
+    """A hop sends nothing back but the reason for its end."""
+    await read_hop(hop, stop)
+    raise UnavailableError(f"machine {stop.node} ({stop.address}) spoke out of turn")

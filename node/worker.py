@@ -1,0 +1,134 @@
+"""A stage worker: the process that holds layers. Started by an agent or by `unicluster.load`.
+
+It reads its configuration, certificate included, as one line of JSON from standard input,
+writes events as lines of JSON to standard output, logs to standard error, and ends when
+standard input closes: a worker never outlives who started it.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from node.hollow import HollowModel
+from node.mlx_thread import MLXThread
+from node.stage import Stage
+from node.stage_service import StageService
+from node.weights import LazyModel, load_layers, load_lazy, model_path, nbytes
+from unicluster.channels import bind, make_server
+from unicluster.errors import UniclusterError
+from unicluster.trust import Identity
+from unicluster.v1.stage_pb2 import StageInfo
+from unicluster.v1.stage_pb2_grpc import add_StageServicer_to_server
+
+log = logging.getLogger("unicluster.worker")
+
+# The network thread must get the interpreter within a fraction of a hop.
+SWITCH_INTERVAL = 1e-4
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker is to be. Layers [first_layer, end_layer); 0 makes it the head."""
+
+    node: str
+    model: str
+    quant: str
+    first_layer: int
+    end_layer: int
+    context: int
+    users: int
+    host: str
+    port: int
+    identity: dict[str, str]
+
+
+def emit(event: str, **values: Any) -> None:
+    """Tells whoever started this worker something."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel]:
+    """Loads the layers, telling progress; on the MLX thread."""
+    lazy = load_lazy(model_path(config.model), config.quant)
+    hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
+    total = sum(nbytes(layer) for layer in hollow.layers)
+    if hollow.start == 0:
+        total = nbytes(lazy.model)
+    done = 0
+    emit("progress", layers=0, layers_total=len(hollow.layers), bytes=0, bytes_total=total)
+    for count, size in enumerate(load_layers(hollow.layers), start=1):
+        done += size
+        emit(
+            "progress",
+            layers=count,
+            layers_total=len(hollow.layers),
+            bytes=done,
+            bytes_total=total,
+        )
+    return lazy, hollow
+
+
+async def serve(config: WorkerConfig) -> None:
+    """Loads and serves until told to end."""
+    identity = Identity.from_dict(config.identity)
+    thread = MLXThread()
+    server = make_server()
+    port = bind(server, config.host, config.port, identity)
+    if config.first_layer == 0:
+        from node.head import Head
+
+        weight_bytes = await Head.add_to(server, config, thread, identity)
+    else:
+        _, hollow = await thread.run(lambda: load_stage(config))
+        weight_bytes = await thread.run(lambda: sum(nbytes(layer) for layer in hollow.layers))
+        info = StageInfo(
+            node=config.node,
+            first_layer=config.first_layer,
+            end_layer=config.end_layer,
+            weight_bytes=weight_bytes,
+        )
+        add_StageServicer_to_server(StageService(Stage(hollow), info, thread, identity), server)
+    await server.start()
+    emit("ready", port=port, weight_bytes=weight_bytes)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await ended.wait()
+    await server.stop(grace=0.5)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    config = WorkerConfig(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        uvloop.run(serve(config))
+    except UniclusterError as error:
+        emit("failed", reason=str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        log.exception("worker failed")
+        emit("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+        sys.exit(1)
+    # MLX may still be computing for a client that is gone: nothing is worth waiting for.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
