@@ -33,10 +33,10 @@ _Options = list[tuple[str, Any]]
 _COMMON: _Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
-    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
+    ("grpc.k[Kk]eepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
+    ("grpc.k[Kk]eepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),  # else a minute
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.k[Kk]eepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # no limit
 ]
 
@@ -141,12 +141,16 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
 # What gRPC itself says of a broken connection, and how a person would say it. Any other detail
 # of an UNAVAILABLE comes from our own servers and is passed on as it is.
 _BROKEN = [
+    (
+        "failed to connect.*(Socket closed|reset by peer)",
+        "hangs up: it is stopping, or does not accept this machine's certificate",
+    ),
     ("Connection refused", "refuses connections: is it still running?"),
     ("CERTIFICATE_VERIFY_FAILED", "has no certificate of this cluster"),
-    ("Ssl handshake failed", "does not speak TLS as this cluster does"),
-    ("eepalive", "stopped answering"),
+    ("(Ssl|Tls) handshake failed", "does not speak TLS as this cluster does"),
+    ("[Kk]eepalive", "stopped answering"),
     ("ping timeout", "stopped answering"),
-    ("onnection reset", "closed the connection"),
+    ("reset by peer", "closed the connection"),
     ("Broken pipe", "closed the connection"),
     ("Socket closed", "closed the connection"),
     ("GOAWAY", "closed the connection"),
@@ -168,10 +172,10 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     """What went wrong in a call to `who`, in one line. `error` comes from any kind of channel."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
-    for mark, meaning in _BROKEN:
-        if code is grpc.StatusCode.UNAVAILABLE and mark in details:
+    for pattern, meaning in _BROKEN:
+        if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"
-            return TrustError(message) if "CERTIFICATE" in mark else UnavailableError(message)
+            return TrustError(message) if "CERTIFICATE" in pattern else UnavailableError(message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"{who} did not answer in time")
     if code is grpc.StatusCode.CANCELLED:
