@@ -45,6 +45,8 @@ class HollowModel:
             raise StageError(f"{model_type}: no layers {start} to {end} in a model of {count}")
         self.layer_count = count
         self.layers = found.layers[start:end]
+        embedding = found.embeddings[0]
+        self.hidden_bytes = embedding.dims * embedding.dtype.size  # of one token
         self.cache_view = CacheView(lambda: make_prompt_cache(model), self._own_entries(found))
         self._received: Any = None
         self._in_tail = False

@@ -14,7 +14,7 @@ from node.hollow import HollowModel
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
-from node.weights import LazyModel, load_layers, load_lazy, model_path
+from node.weights import LazyModel, load_parts, load_lazy, model_path
 from node.worker import SWITCH_INTERVAL, WorkerConfig
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError
@@ -143,7 +143,7 @@ def load_head(
     """Stage 0 with its weights in memory, layers [0, end) and all that is outside the layers."""
     lazy = load_lazy(model_path(model), quant)
     hollow = HollowModel(lazy.model, lazy.model_type, 0, end)
-    for _ in load_layers((*hollow.layers, lazy.model)):
+    for _ in load_parts((*hollow.layers, lazy.model)):
         pass
     return lazy, hollow
 

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,11 @@ def stored_quant(config: dict[str, Any], model: nn.Module) -> str:
     return max(sizes, key=lambda name: sizes[name], default="none")
 
 
-def load_layers(layers: tuple[nn.Module, ...]) -> Iterator[int]:
-    """Reads one layer's weights after another; yields the bytes of each."""
-    for layer in layers:
-        mx.eval(layer.parameters())
-        yield nbytes(layer)
+def load_parts(parts: Sequence[nn.Module]) -> Iterator[int]:
+    """Reads the weights of one module after another; yields the bytes of each."""
+    for part in parts:
+        mx.eval(part.parameters())
+        yield nbytes(part)
 
 
 def nbytes(module: nn.Module) -> int:

@@ -17,14 +17,16 @@ from typing import Any
 
 import uvloop
 
+from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
 from node.stage import Stage
 from node.stage_service import StageService
-from node.weights import LazyModel, load_layers, load_lazy, model_path, nbytes
+from node.weights import LazyModel, load_lazy, load_parts, model_path, nbytes
 from unicluster.channels import bind, make_server
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
+from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
 from unicluster.v1.stage_pb2 import StageInfo
 from unicluster.v1.stage_pb2_grpc import add_StageServicer_to_server
 
@@ -55,25 +57,26 @@ def emit(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, **values}), flush=True)
 
 
-def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel]:
-    """Loads the layers, telling progress; on the MLX thread."""
+def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
+    """Loads the weights, telling progress; on the MLX thread. Also returns their bytes."""
     lazy = load_lazy(model_path(config.model), config.quant)
     hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
-    total = sum(nbytes(layer) for layer in hollow.layers)
-    if hollow.start == 0:
-        total = nbytes(lazy.model)
+    count = len(hollow.layers)
+    parts = hollow.layers if hollow.start > 0 else (*hollow.layers, lazy.model)
+    total = nbytes(lazy.model) if hollow.start == 0 else sum(nbytes(part) for part in parts)
     done = 0
-    emit("progress", layers=0, layers_total=len(hollow.layers), bytes=0, bytes_total=total)
-    for count, size in enumerate(load_layers(hollow.layers), start=1):
-        done += size
+    emit("progress", layers=0, layers_total=count, bytes=0, bytes_total=total)
+    for loaded, size in enumerate(load_parts(parts), start=1):
+        # The last part of a head is the whole model: what is outside the layers came with it.
+        done = min(done + size, total)
         emit(
             "progress",
-            layers=count,
-            layers_total=len(hollow.layers),
+            layers=min(loaded, count),
+            layers_total=count,
             bytes=done,
             bytes_total=total,
         )
-    return lazy, hollow
+    return lazy, hollow, total
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -82,19 +85,21 @@ async def serve(config: WorkerConfig) -> None:
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    if config.first_layer == 0:
-        from node.head import Head
-
-        weight_bytes = await Head.add_to(server, config, thread, identity)
-    else:
-        _, hollow = await thread.run(lambda: load_stage(config))
-        weight_bytes = await thread.run(lambda: sum(nbytes(layer) for layer in hollow.layers))
-        info = StageInfo(
-            node=config.node,
-            first_layer=config.first_layer,
-            end_layer=config.end_layer,
-            weight_bytes=weight_bytes,
+    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(config))
+    info = StageInfo(
+        node=config.node,
+        first_layer=config.first_layer,
+        end_layer=config.end_layer,
+        weight_bytes=weight_bytes,
+    )
+    if hollow.start == 0:
+        engine = make_engine(
+            lazy, hollow.hidden_bytes, thread, context=config.context, users=config.users
         )
+        head = Head(hollow, info, engine, thread, identity)
+        add_HeadServicer_to_server(head, server)
+        add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
+    else:
         add_StageServicer_to_server(StageService(Stage(hollow), info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=weight_bytes)

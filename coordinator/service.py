@@ -1,0 +1,138 @@
+"""One model kept served over whatever machines there are."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from coordinator.catalog import Source
+from coordinator.deployment import Deployment, Listener
+from coordinator.members import Members
+from coordinator.placement import Layout, Objective, Plan
+from coordinator.planner import plan
+from unicluster.errors import (
+    DoesNotFitError,
+    StageError,
+    UnavailableError,
+)
+from unicluster.trust import Identity
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
+
+log = logging.getLogger(__name__)
+
+# Between attempts to serve again after a loss; doubled each time it fails, up to the last.
+FIRST_RETRY_SECONDS = 0.5
+LAST_RETRY_SECONDS = 30.0
+
+
+class Service:
+    """Plans, deploys, and when a machine is lost plans again over those that remain.
+
+    The first deployment must succeed; from then on the service lives until it is cancelled,
+    and `state` and `detail` say how it is.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layout: Layout,
+        members: Members,
+        identity: Identity,
+        objective: Objective,
+        nodes: list[str] | None,
+        on_plan: Callable[[Plan], Listener],
+    ) -> None:
+        self.source = source
+        self.layout = layout
+        self.deployment: Deployment | None = None
+        self._members = members
+        self._identity = identity
+        self._objective = objective
+        self._nodes = nodes
+        self._on_plan = on_plan
+        self._problem: str | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def display(self) -> str:
+        return self.source.display
+
+    @property
+    def names(self) -> set[str]:
+        """What clients may call the model."""
+        return {self.source.display, self.source.model, self.source.display.split(" ")[0]}
+
+    @property
+    def state(self) -> str:
+        if self._problem is not None:
+            return "failed"
+        return self.deployment.state if self.deployment is not None else "recovering"
+
+    @property
+    def detail(self) -> str:
+        if self._problem is not None:
+            return self._problem
+        return self.deployment.detail if self.deployment is not None else "looking for machines"
+
+    async def until_ready(self) -> None:
+        """Returns when the model answers for the first time."""
+        await self._ready.wait()
+
+    async def describe(self) -> ChatInfo:
+        """How the service is; the count of live caches comes from the head."""
+        info = ChatInfo(
+            model=self.display,
+            quant=self.layout.quant,
+            context=self.layout.context,
+            users=self.layout.users,
+            state=self.state,
+            detail=self.detail,
+        )
+        if self.deployment is not None:
+            info.stages.extend(self.deployment.stages)
+            if self.deployment.chat is not None:
+                with contextlib.suppress(grpc.aio.AioRpcError):  # the state says it then
+                    head = await self.deployment.chat.Describe(DescribeChatRequest(), timeout=5)
+                    info.live_caches = head.live_caches
+        return info
+
+    async def run(self) -> None:
+        """Serves until cancelled. Raises what keeps the first deployment from getting ready."""
+        retry = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                await self._deploy_once()
+            except (UnavailableError, StageError, DoesNotFitError) as error:
+                if not self._ready.is_set():
+                    raise
+                self._problem = str(error)
+                log.warning("not serving: %s", error)
+                if self.deployment is not None and self.deployment.state != "loading":
+                    retry = FIRST_RETRY_SECONDS
+                self.deployment = None
+            await self._members.changed(timeout=retry)
+            retry = min(2 * retry, LAST_RETRY_SECONDS)
+
+    async def _deploy_once(self) -> None:
+        machines = await self._members.machines()
+        names = self._nodes
+        if names is not None and self._ready.is_set():
+            names = [machine.name for machine in machines if machine.name in names]
+        placed = plan(self.layout, machines, self._objective, model=self.display, nodes=names)
+        listener = self._on_plan(placed)
+        deployment = Deployment(self.source, self.layout, placed, self._identity, listener)
+        self.deployment = deployment
+        running = asyncio.create_task(deployment.run())
+        first = asyncio.create_task(deployment.until_ready())
+        try:
+            await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                self._problem = None
+                self._ready.set()
+            await running
+        finally:
+            for task in (running, first):
+                task.cancel()
+            await asyncio.gather(running, first, return_exceptions=True)

@@ -1,0 +1,201 @@
+"""The machine's agent: says what the machine is, and runs stages for coordinators."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from node.probe import Hardware
+from node.process import WorkerProcess
+from node.worker import WorkerConfig
+from unicluster import PROTOCOL, __version__
+from unicluster.channels import peer_name
+from unicluster.errors import InputError, UniclusterError
+from unicluster.status import abort
+from unicluster.trust import Identity
+from unicluster.units import format_bytes
+from unicluster.v1.node_pb2 import (
+    DescribeNodeRequest,
+    InspectRequest,
+    LoadProgress,
+    ModelLayout,
+    NodeInfo,
+    StageEvent,
+    StageExit,
+    StageReady,
+    StageSpec,
+)
+from unicluster.v1.node_pb2_grpc import NodeServicer
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# A worker that keeps crashing is not helped by starting it again.
+RESTARTS = 3
+RESTART_WINDOW = 60.0
+
+
+class Agent(NodeServicer):
+    """Runs each stage as a child process for as long as its stream lives."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        hardware: Hardware,
+        *,
+        host: str,
+        stage_port: int,
+        memory_cap: int | None,
+    ) -> None:
+        self.hardware = hardware
+        self._identity = identity
+        self._host = host
+        self._stage_port = stage_port
+        self._cap = memory_cap
+        self._stages: dict[int, StageSpec] = {}
+
+    def usable_memory(self, available: int) -> int:
+        """Bytes that a new stage may take, of `available` on the machine, within the cap."""
+        if self._cap is None:
+            return available
+        taken = sum(spec.memory for spec in self._stages.values())
+        return max(0, min(available, self._cap - taken))
+
+    async def Describe(  # noqa: N802
+        self, request: DescribeNodeRequest, context: Context
+    ) -> NodeInfo:
+        hardware = self.hardware
+        return NodeInfo(
+            name=self._identity.name,
+            chip=hardware.chip,
+            backend=hardware.backend,
+            version=__version__,
+            protocol=PROTOCOL,
+            total_memory=hardware.total_memory,
+            usable_memory=self.usable_memory(hardware.available()),
+            bandwidth=hardware.bandwidth,
+            bandwidth_measured=hardware.bandwidth_measured,
+            platform=hardware.platform,
+            stages=self._stages.values(),
+        )
+
+    async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
+        try:
+            return await inspect_in_child(request)
+        except UniclusterError as error:
+            return await abort(context, error)
+
+    async def RunStage(  # noqa: N802
+        self, request: StageSpec, context: Context
+    ) -> AsyncIterator[StageEvent]:
+        log.info(
+            "stage: layers %d-%d of %s (%s) for %s",
+            request.first_layer,
+            request.end_layer - 1,
+            request.model,
+            format_bytes(request.memory),
+            peer_name(context),
+        )
+        key = id(request)
+        self._stages[key] = request
+        try:
+            async for event in self._run(request):
+                yield event
+        finally:
+            del self._stages[key]
+            log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
+
+    async def _run(self, spec: StageSpec) -> AsyncIterator[StageEvent]:
+        crashes: deque[float] = deque(maxlen=RESTARTS)
+        while True:
+            ready = False
+            worker = await WorkerProcess.start(self._config(spec))
+            try:
+                async for event in worker.events():
+                    ready = ready or event["event"] == "ready"
+                    if (told := _told(event)) is not None:
+                        yield told
+                ended = await worker.exit()
+            finally:
+                # The coordinator may have gone in the middle: the worker must not stay.
+                await asyncio.shield(worker.stop())
+            now = time.monotonic()
+            often = len(crashes) == RESTARTS and now - crashes[0] < RESTART_WINDOW
+            restarting = ready and not often
+            log.warning(
+                "worker for layers %d-%d: %s%s",
+                spec.first_layer,
+                spec.end_layer - 1,
+                ended.reason,
+                "; starting it again" if restarting else "",
+            )
+            yield StageEvent(
+                exit=StageExit(
+                    reason=ended.reason,
+                    stderr_tail=ended.stderr_tail,
+                    out_of_memory=ended.out_of_memory,
+                    restarting=restarting,
+                )
+            )
+            if not restarting:
+                return
+            crashes.append(now)
+
+    def _config(self, spec: StageSpec) -> WorkerConfig:
+        return WorkerConfig(
+            node=self._identity.name,
+            model=spec.model,
+            quant=spec.quant,
+            first_layer=spec.first_layer,
+            end_layer=spec.end_layer,
+            context=spec.context,
+            users=spec.users,
+            host=self._host,
+            port=self._stage_port,
+            identity=self._identity.to_dict(),
+        )
+
+
+async def inspect_in_child(request: InspectRequest) -> ModelLayout:
+    """A model's layout, found by a short-lived process: the agent never holds MLX.
+
+    Raises InputError with the child's one-line reason.
+    """
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "node.layout"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        out, err = await child.communicate(request.SerializeToString())
+    except asyncio.CancelledError:
+        child.kill()
+        raise
+    if child.returncode != 0:
+        lines = err.decode(errors="replace").strip().splitlines()
+        raise InputError(lines[-1] if lines else f"{request.model}: can't be inspected")
+    return ModelLayout.FromString(out)
+
+
+def _told(event: dict[str, Any]) -> StageEvent | None:
+    if event["event"] == "progress":
+        return StageEvent(
+            progress=LoadProgress(
+                layers_done=event["layers"],
+                layers_total=event["layers_total"],
+                bytes_done=event["bytes"],
+                bytes_total=event["bytes_total"],
+            )
+        )
+    if event["event"] == "ready":
+        return StageEvent(ready=StageReady(port=event["port"], weight_bytes=event["weight_bytes"]))
+    return None

@@ -1,0 +1,129 @@
+"""The head worker: stage 0, the ring, and the engine that makes answers of them."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from mlx_lm.utils import load_tokenizer
+
+from node.chat_service import ChatService
+from node.engine import Engine
+from node.hollow import HollowModel
+from node.mlx_thread import MLXThread
+from node.pipeline import PipelineModel
+from node.ring import Ring
+from node.weights import LazyModel
+from unicluster.channels import peer_name
+from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.status import abort
+from unicluster.trust import Identity
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, HoldRingRequest
+from unicluster.v1.chat_pb2_grpc import HeadServicer
+from unicluster.v1.stage_pb2 import Opened, StageInfo
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# A prefill chunk: long enough to keep a stage busy, short enough for a frame of this size.
+PREFILL_TOKENS = 512
+PREFILL_BYTES = 8 * 2**20
+
+
+def make_engine(
+    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, *, context: int, users: int
+) -> Engine:
+    """The engine for a loaded model; it answers once it is given the pipeline model."""
+    return Engine(
+        thread,
+        load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id")),
+        model_name=lazy.path.name,
+        context=context,
+        users=users,
+        prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
+        defaults=_generation_defaults(lazy.path),
+    )
+
+
+class Head(HeadServicer):
+    """Opens the ring when the coordinator says so, and gives the engine its model."""
+
+    def __init__(
+        self,
+        hollow: HollowModel,
+        info: StageInfo,
+        engine: Engine,
+        thread: MLXThread,
+        identity: Identity,
+    ) -> None:
+        self.model: PipelineModel | None = None
+        self._hollow = hollow
+        self._info = info
+        self._engine = engine
+        self._thread = thread
+        self._identity = identity
+        self._one_ring = asyncio.Lock()
+
+    async def HoldRing(  # noqa: N802
+        self, request: HoldRingRequest, context: Context
+    ) -> AsyncIterator[Opened]:
+        log.info("ring of %d stages for %s", len(request.route) + 1, peer_name(context))
+        async with self._one_ring:
+            broken: asyncio.Future[UniclusterError] = asyncio.get_running_loop().create_future()
+
+            def on_failure(error: UniclusterError) -> None:
+                # At once, so that a step that waits for the ring finds the reason.
+                self._engine.fail(error)
+                if not broken.done():
+                    broken.set_result(error)
+
+            ring: Ring | None = None
+            try:
+                stages = [self._info]
+                if request.route:
+                    ring = await Ring.open(list(request.route), self._identity, on_failure)
+                    stages.extend(ring.stages.stages)
+                self.model = PipelineModel(self._hollow, ring)
+                await self._engine.set_model(self.model)
+                yield Opened(stages=stages)
+                await abort(context, await broken)
+            except UniclusterError as error:
+                await abort(context, error)
+            finally:
+                self.model = None
+                self._engine.fail(UnavailableError("the model is being unloaded"))
+                if ring is not None:
+                    await ring.close()
+
+
+class HeadChat(ChatService):
+    """The engine's Chat service, which also knows what is alive on the stages."""
+
+    def __init__(self, engine: Engine, head: Head, thread: MLXThread) -> None:
+        super().__init__(engine)
+        self._head = head
+        self._thread = thread
+
+    async def Describe(  # noqa: N802
+        self, request: DescribeChatRequest, context: Context
+    ) -> ChatInfo:
+        info = await super().Describe(request, context)
+        model = self._head.model
+        if model is not None:
+            try:
+                info.live_caches = await self._thread.run(model.live_caches)
+            except UniclusterError as error:
+                await abort(context, error)
+        return info
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads((path / "generation_config.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
