@@ -1,0 +1,133 @@
+"""The models people ask for by name, and where their weights are."""
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from unicluster.errors import InputError, NotFoundError
+
+QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
+# What a catalogue name means when no quantization is asked for: what most machines can hold.
+DEFAULT_QUANT = "q4"
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A catalogue model: its original repository, and the MLX ones known, by quantization."""
+
+    id: str
+    aliases: tuple[str, ...]
+    hf: str
+    mlx: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.id, *self.aliases, self.hf.split("/")[1])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a node loads: `model` and `quant` as in StageSpec; `display` is for people.
+
+    `model` is "demo", an absolute directory or a hub repository. `quant` is what is still to be
+    applied on load: empty when the weights are taken as they are stored.
+    """
+
+    model: str
+    quant: str
+    display: str
+
+
+@cache
+def entries() -> tuple[Entry, ...]:
+    text = resources.files("coordinator").joinpath("catalog.json").read_text("utf-8")
+    return tuple(
+        Entry(row["id"], tuple(row["aliases"]), row["hf"], row["mlx"]) for row in json.loads(text)
+    )
+
+
+def resolve(name: str, quant: str | None = None) -> Source:
+    """Finds what a person means by a model's name.
+
+    `demo`, a catalogue name, a directory, or a hub repository `owner/name`, in this order; a
+    directory with a catalogue's name is reached as `./NAME`. `quant` is one of QUANTS; None
+    takes weights as they are stored, and DEFAULT_QUANT for a catalogue name.
+
+    Raises InputError for a bad quantization or directory, NotFoundError for an unknown name.
+    """
+    if quant is not None and quant not in QUANTS:
+        raise InputError(f"no quantization {quant!r}: it is one of {', '.join(QUANTS)}")
+    applied = "" if quant in (None, "none") else str(quant)
+    name = name.strip()
+    if not name:
+        raise InputError("no model named: give demo, a catalogue name, a directory or owner/name")
+    if name == "demo":
+        return Source("demo", applied, _display("demo", applied))
+    if entry := _by_name().get(_key(name)):
+        return _catalogued(entry, quant or DEFAULT_QUANT)
+    path = Path(os.path.expanduser(name))
+    if _looks_like_path(name) or os.path.isdir(path):
+        return Source(_checked(path), applied, _display(Path(os.path.abspath(path)).name, applied))
+    if _REPO.fullmatch(name):
+        return Source(name, applied, _display(name, applied))
+    raise NotFoundError(_unknown(name))
+
+
+def _catalogued(entry: Entry, quant: str) -> Source:
+    display = _display(entry.id, "" if quant == "none" else quant)
+    if quant in entry.mlx:
+        return Source(entry.mlx[quant], "", display)
+    return Source(entry.hf, "" if quant == "none" else quant, display)
+
+
+def _display(name: str, quant: str) -> str:
+    return f"{name} {quant}" if quant else name
+
+
+@cache
+def _by_name() -> dict[str, Entry]:
+    return {_key(name): entry for entry in entries() for name in entry.names}
+
+
+def _key(name: str) -> str:
+    """Letters, digits and dots: people differ in case and in what they put between."""
+    return re.sub(r"[^a-z0-9.]", "", name.lower()) if "/" not in name else ""
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _checked(path: Path) -> str:
+    """The absolute path of a model's directory that can be read."""
+    try:
+        if not path.exists():
+            raise InputError(f"no directory {path}")
+        if not path.is_dir():
+            raise InputError(f"{path} is a file: give the model's directory")
+        config = path / "config.json"
+        if not config.is_file():
+            raise InputError(f"{path} has no config.json: it is not a model's directory")
+        os.listdir(path)
+        config.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read {error.filename or path}: {error.strerror}") from error
+    return os.path.abspath(path)
+
+
+def _unknown(name: str) -> str:
+    by_key = {_key(n): entry.id for entry in entries() for n in entry.names}
+    keys = difflib.get_close_matches(_key(name), by_key, n=5, cutoff=0.5)
+    close = list(dict.fromkeys(by_key[key] for key in keys))[:3]
+    known = f"did you mean {' or '.join(close)}? " if close else ""
+    return (
+        f"no model {name!r}: {known}A model is demo, a catalogue name such as "
+        f"{entries()[0].id}, a directory, or a hub repository owner/name"
+    )

@@ -1,0 +1,208 @@
+"""What is placed and where: a model's layout, machines, stages, and the plan made of them.
+
+A stage's seconds a token are the bytes it reads for one token (active weights, and one user's
+KV cache at the full context) over its machine's memory bandwidth; a hop costs what its machine
+says. The head's bytes count as read, although only one row of an untied embedding is, and a
+batch is taken to read the experts that one token reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unicluster.errors import InputError
+from unicluster.v1 import node_pb2
+
+Objective = Literal["latency", "throughput"]
+
+# One way between two machines on a LAN with the frame's packing, until it is measured.
+ASSUMED_HOP_S = 0.3e-3
+
+# The MLX runtime in a worker: its allocator's cache, kernels and Python.
+RUNTIME_RESERVE = 256 * 2**20
+# A prefill chunk is at most mlx-lm's step, and small enough for one frame on the wire.
+PREFILL_TOKENS = 2048
+PREFILL_BYTES = 8 * 2**20
+# Arrays of a chunk's hidden size alive at once in a layer: q, k, v, the residual, and an MLP
+# or experts several times wider.
+WORKSPACE_COPIES = 16
+# A stage that holds megabytes needs no such reserve: it is at most this part of what it holds.
+RESERVE_SHARE = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model weighs, in bytes; per layer where a tuple. KV is for all users together."""
+
+    model_type: str
+    layer_bytes: tuple[int, ...]
+    layer_active_bytes: tuple[int, ...]
+    head_bytes: int
+    kv_bytes_per_layer: tuple[int, ...]
+    context: int
+    users: int
+    hidden_bytes: int
+    quant: str
+    max_context: int
+
+    def __post_init__(self) -> None:
+        counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
+        if counts != {self.layers} or not self.layers or self.users < 1:
+            raise InputError(
+                f"a layout of {self.model_type} makes no sense: {self.layers} layers, "
+                f"{len(self.layer_active_bytes)} active sizes, "
+                f"{len(self.kv_bytes_per_layer)} KV sizes, {self.users} users"
+            )
+
+    @classmethod
+    def from_proto(cls, layout: node_pb2.ModelLayout) -> Layout:
+        return cls(
+            model_type=layout.model_type,
+            layer_bytes=tuple(layout.layer_bytes),
+            layer_active_bytes=tuple(layout.layer_active_bytes),
+            head_bytes=layout.head_bytes,
+            kv_bytes_per_layer=tuple(layout.kv_bytes_per_layer),
+            context=layout.context,
+            users=layout.users,
+            hidden_bytes=layout.hidden_bytes,
+            quant=layout.quant,
+            max_context=layout.max_context,
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.layer_bytes) + self.head_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.kv_bytes_per_layer)
+
+    @property
+    def held_bytes(self) -> tuple[int, ...]:
+        """Weights and KV, per layer."""
+        both = zip(self.layer_bytes, self.kv_bytes_per_layer, strict=True)
+        return tuple(weights + kv for weights, kv in both)
+
+    @property
+    def read_bytes(self) -> tuple[float, ...]:
+        """Active weights and one user's KV at the full context, per layer."""
+        both = zip(self.layer_active_bytes, self.kv_bytes_per_layer, strict=True)
+        return tuple(active + kv / self.users for active, kv in both)
+
+    def reserve(self, held: int) -> int:
+        """Bytes for the runtime and a prefill chunk beside `held` bytes of weights and KV."""
+        return min(self._full_reserve, held // RESERVE_SHARE)
+
+    def capacity(self, usable: int) -> int:
+        """The most bytes of weights and KV that fit with their reserve into `usable`."""
+        shares, rest = divmod(usable, RESERVE_SHARE + 1)
+        scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
+        return max(usable - self._full_reserve, scaled)
+
+    @property
+    def _full_reserve(self) -> int:
+        chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
+        return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that may take a stage: bytes, bytes per second, and seconds per hop."""
+
+    name: str
+    address: str
+    usable: int
+    bandwidth: float
+    chip: str = ""
+    hop_s: float = ASSUMED_HOP_S
+    backend: str = ""
+
+    @classmethod
+    def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
+        return cls(
+            name=info.name,
+            address=address,
+            usable=info.usable_memory,
+            bandwidth=info.bandwidth,
+            chip=info.chip,
+            backend=info.backend,
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers [first, end) on a machine. Stage 0 is the head, and holds its bytes too."""
+
+    machine: Machine
+    first: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    reserve_bytes: int
+    head: bool
+    seconds_per_token: float  # of one user
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.machine.usable - self.bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement that fits, with what it should give. All speeds are predicted."""
+
+    objective: Objective
+    users: int
+    stages: tuple[Stage, ...]
+    left_out: tuple[tuple[Machine, str], ...]  # each with the reason
+
+    @property
+    def hops_s(self) -> float:
+        """Seconds a token spends between machines, once round the ring."""
+        return sum(s.machine.hop_s for s in self.stages) if len(self.stages) > 1 else 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of one user alone."""
+        return sum(s.seconds_per_token for s in self.stages) + self.hops_s
+
+    @property
+    def tokens_per_s_single(self) -> float:
+        return 1 / self.seconds_per_token
+
+    @property
+    def tokens_per_s_aggregate(self) -> float:
+        """All users together, in as many lanes as there are stages (or users, if fewer)."""
+        lanes = min(self.users, len(self.stages))
+        batch = self.users / lanes
+        steps = [
+            s.seconds_per_token + (batch - 1) * s.kv_bytes / self.users / s.machine.bandwidth
+            for s in self.stages
+        ]
+        return self.users / max(sum(steps) + self.hops_s, lanes * max(steps))
+
+    @property
+    def slowest(self) -> Stage:
+        return max(self.stages, key=lambda s: s.seconds_per_token)
+
+    @property
+    def binds(self) -> str:
+        """What would have to be faster for the plan to be faster, in a phrase."""
+        slowest = self.slowest
+        stage_ms, total_ms = slowest.seconds_per_token * 1e3, self.seconds_per_token * 1e3
+        if self.objective == "throughput":
+            return f"memory bandwidth of {slowest.machine.name}, the slowest stage"
+        if self.hops_s > slowest.seconds_per_token:
+            return f"the {len(self.stages)} hops, {self.hops_s * 1e3:.3g} of {total_ms:.3g} ms"
+        if len(self.stages) == 1:
+            return f"memory bandwidth of {slowest.machine.name}"
+        return f"memory bandwidth of {slowest.machine.name}, {stage_ms:.3g} of {total_ms:.3g} ms"

@@ -1,0 +1,102 @@
+"""Where each layer goes: a model's layout and machines in, a plan out. Pure functions."""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+from unicluster.units import format_bytes
+
+from coordinator import cuts
+from coordinator.placement import ASSUMED_HOP_S, Layout, Machine, Objective, Plan, Stage
+from coordinator.pool import Pool
+from coordinator.shortfall import refusal
+from unicluster.errors import DoesNotFitError, InputError
+
+__all__ = [
+    "ASSUMED_HOP_S",
+    "Layout",
+    "Machine",
+    "Objective",
+    "Plan",
+    "Stage",
+    "plan",
+    "split_evenly",
+]
+
+
+def plan(
+    layout: Layout,
+    machines: Sequence[Machine],
+    objective: Objective = "latency",
+    *,
+    model: str = "",
+    nodes: Sequence[str] | None = None,
+) -> Plan:
+    """The best contiguous placement of `layout` on some of `machines`.
+
+    latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
+    among such plans the one of least latency. Needless machines stay out, because each costs a
+    hop. Exact for any ten machines; for more see `cuts.best_cut`. `nodes` names the machines
+    that may be used; `model` is how messages call the model.
+
+    Raises InputError for an unknown node or objective, DoesNotFitError if no cut fits; its
+    message says how many bytes are missing and what would help.
+    """
+    if objective not in get_args(Objective):
+        raise InputError(f"no objective {objective!r}: it is latency or throughput")
+    asked = machines if nodes is None else _named(nodes, machines)
+    able = [m for m in asked if m.backend != "none"]
+    for machine in able:
+        if machine.bandwidth <= 0:
+            raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
+
+    pool = Pool(layout, able)
+    limit = math.inf
+    if objective == "throughput" and (rough := pool.cut(np.maximum, pool.seconds(hops=False))):
+        limit = max(stage.seconds_per_token for stage in pool.stages(rough))
+    pieces = pool.cut(np.add, pool.seconds(hops=True, limit=limit))
+    if pieces is None:
+        raise DoesNotFitError(refusal(layout, pool, model or layout.model_type))
+    stages = pool.stages(pieces)
+    used = {stage.machine for stage in stages}
+    left_out = tuple(
+        (m, "not among the nodes asked for" if m not in asked else _why_out(m, layout, objective))
+        for m in machines
+        if m not in used
+    )
+    return Plan(objective, layout.users, stages, left_out)
+
+
+def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
+    """Cuts the layers into exactly `count` ranges [first, end) whose largest is smallest.
+
+    In bytes of weights and KV, the first range holding the head's. Raises InputError if there
+    are fewer layers than ranges.
+    """
+    if not 1 <= count <= layout.layers:
+        raise InputError(f"can't cut {layout.layers} layers into {count} stages")
+    return cuts.split_evenly(layout.held_bytes, layout.head_bytes, count)
+
+
+def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:
+    known = {m.name for m in machines}
+    for name in nodes:
+        if name not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise InputError(f"no machine named {name!r}: there are {there}")
+    return [m for m in machines if m.name in nodes]
+
+
+def _why_out(machine: Machine, layout: Layout, objective: Objective) -> str:
+    smallest = min(layout.held_bytes)
+    if machine.backend == "none":
+        return "has no MLX installed"
+    if layout.capacity(machine.usable) < smallest:
+        needed = format_bytes(smallest + layout.reserve(smallest))
+        return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"
+    return "not needed: " + (
+        "with it a token would take longer"
+        if objective == "latency"
+        else "the slowest stage would be no faster"
+    )

@@ -1,0 +1,363 @@
+"""What people see in the terminal: the fleet, the plan, and the loading."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.placement import Layout, Machine, Plan, Stage
+from unicluster.units import format_bytes, format_rate
+from unicluster.v1 import node_pb2
+
+# Below this many columns, what people can do without is left out.
+WIDE = 100
+
+
+@dataclass(frozen=True)
+class _Ink:
+    """One part of a bar: told apart by colour, and without colours by its glyph."""
+
+    name: str
+    glyph: str
+    ascii: str
+    style: str
+
+
+_WEIGHTS = _Ink("weights", "█", "#", "cyan")
+_KV = _Ink("KV cache", "▓", "=", "blue")
+_RESERVE = _Ink("reserve", "▒", "-", "bright_black")
+_FREE = _Ink("free", "░", ".", "bright_black")
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A bar as wide as its column, up to `width`, of parts in proportion to their sizes."""
+
+    parts: Sequence[tuple[int, _Ink]]
+    width: int = 24
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(8, self.width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, self.width)
+        total = sum(max(size, 0) for size, _ in self.parts) or 1
+        done = edge = 0
+        for size, ink in self.parts:
+            done += max(size, 0)
+            start, edge = edge, round(done * width / total)
+            glyph = ink.ascii if options.ascii_only else ink.glyph
+            yield Segment(glyph * (edge - start), Style.parse(ink.style))
+
+
+class _Legend:
+    """What the glyphs of the bars mean."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = Text(no_wrap=True)
+        for ink in (_WEIGHTS, _KV, _RESERVE, _FREE):
+            text.append(ink.ascii if options.ascii_only else ink.glyph, ink.style)
+            text.append(f" {ink.name}   ")
+        yield text
+
+
+def fleet_table(machines: Sequence[Machine], title: str = "Machines") -> RenderableType:
+    """The machines that a plan may use, the roomiest first."""
+    return _Fleet(machines, title)
+
+
+def nodes_table(nodes: Iterable[tuple[node_pb2.NodeInfo, str]]) -> RenderableType:
+    """What is out there: each machine's own description, and its address."""
+    return _Nodes(tuple(nodes))
+
+
+def plan_table(plan: Plan, layout: Layout, title: str) -> RenderableType:
+    """Who holds which layers, how fast that should be, and why not otherwise."""
+    return _Planned(plan, layout, title)
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    machines: Sequence[Machine]
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= WIDE
+        table = _table(self.title)
+        _names(table, "machine", *["chip"] * wide)
+        _words(table, "backend")
+        _numbers(table, "usable", "bandwidth")
+        _words(table, "address")
+        for m in sorted(self.machines, key=lambda m: (-m.usable, m.name)):
+            table.add_row(
+                *_who(m.name, m.chip, wide),
+                Text(m.backend),
+                format_bytes(m.usable),
+                format_rate(m.bandwidth),
+                Text(m.address),
+            )
+        yield table
+        yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    nodes: Sequence[tuple[node_pb2.NodeInfo, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= WIDE
+        versions = {info.version for info, _ in self.nodes}
+        version = wide or len(versions) > 1
+        serving = any(info.stages for info, _ in self.nodes)
+        table = _table("")
+        _names(table, "machine", *["chip"] * wide)
+        _words(table, "backend")
+        _numbers(table, "usable", "bandwidth")
+        _words(table, *["layers"] * serving, *["version"] * version, "address")
+        for info, address in sorted(self.nodes, key=lambda node: node[0].name):
+            usable, total = format_bytes(info.usable_memory), format_bytes(info.total_memory)
+            layers = ", ".join(_range(s.first_layer, s.end_layer) for s in info.stages)
+            table.add_row(
+                *_who(info.name, info.chip, wide),
+                Text("no MLX" if info.backend == "none" else info.backend),
+                Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
+                format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
+                *[layers] * serving,
+                *[Text(info.version)] * version,
+                Text(address),
+            )
+        yield table
+        yield _sum_up(len(self.nodes), sum(info.usable_memory for info, _ in self.nodes))
+        if any(not info.bandwidth_measured for info, _ in self.nodes):
+            yield Text("* what the chip is known for, not measured", style="dim")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    plan: Plan
+    layout: Layout
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._stages(options.max_width >= WIDE)
+        yield ""
+        yield self._facts()
+
+    def _stages(self, wide: bool) -> Table:
+        layout, users = self.layout, _count(self.layout.users, "user")
+        table = _table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
+        _names(table, "machine", *["chip"] * wide)
+        _numbers(table, "layers", "weights", "KV", "free")
+        table.add_column("memory")
+        _numbers(table, "ms/token")
+        for stage in self.plan.stages:
+            table.add_row(
+                *_who(stage.machine.name, stage.machine.chip, wide),
+                _range(stage.first, stage.end),
+                format_bytes(stage.weight_bytes),
+                format_bytes(stage.kv_bytes),
+                format_bytes(stage.free_bytes),
+                _Bar(_memory(stage)),
+                _ms(stage.seconds_per_token),
+            )
+        return table
+
+    def _facts(self) -> Table:
+        plan = self.plan
+        head = f"{plan.stages[0].machine.name}, with {format_bytes(self.layout.head_bytes)}"
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column()
+        facts.add_row("memory", _Legend())
+        facts.add_row("head", Text(f"{head} of embedding and lm_head"))
+        if plan.hops_s:
+            hops = f"{len(plan.stages)}, together {_ms(plan.hops_s)} ms a token, assumed"
+            facts.add_row("hops", hops)
+        facts.add_row("binds", Text(plan.binds))
+        for i, (machine, reason) in enumerate(plan.left_out):
+            facts.add_row("" if i else "left out", Text(f"{machine.name}: {reason}"))
+        facts.add_row("predicted", Text(self._speed(), style="bold"))
+        return facts
+
+    def _speed(self) -> str:
+        plan = self.plan
+        single = f"{plan.tokens_per_s_single:.3g} tokens/s"
+        if plan.users == 1:
+            return single
+        together = f"{plan.tokens_per_s_aggregate:.3g} for {plan.users} users together"
+        return f"{single} for one user, {together}"
+
+
+_STATE_STYLES = {"waiting": "dim", "loading": "", "ready": "green", "failed": "bold red"}
+
+
+@dataclass
+class _Load:
+    """How far one machine is."""
+
+    stage: Stage
+    state: str = "waiting"
+    layers_done: int = 0
+    bytes_done: int = 0
+    started: float = field(default_factory=time.monotonic)
+    reason: str = ""
+
+
+class LoadProgress:
+    """Loading, machine by machine: live bars in a terminal, else a line when a state changes.
+
+    A context manager; what is reported after its end is not shown.
+    """
+
+    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._loads = {s.machine.name: _Load(s) for s in plan.stages}
+        self._live: Live | None = None
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        self._shown = True
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=8
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._shown = False
+        if self._live:
+            self._live.stop()
+
+    def update(self, machine: str, progress: node_pb2.LoadProgress) -> None:
+        """A machine has come further, or begins again after it failed."""
+        load = self._loads[machine]
+        load.layers_done, load.bytes_done = progress.layers_done, progress.bytes_done
+        if load.state != "loading":
+            load.started = time.monotonic()
+            stage = load.stage
+            layers, size = _range(stage.first, stage.end), format_bytes(stage.weight_bytes)
+            self._enter(load, "loading", f"{machine}: loading layers {layers}, {size}")
+
+    def ready(self, machine: str) -> None:
+        """A machine has loaded all its layers."""
+        load = self._loads[machine]
+        load.layers_done = load.stage.end - load.stage.first
+        load.bytes_done = load.stage.weight_bytes
+        seconds = time.monotonic() - load.started
+        self._enter(load, "ready", f"{machine}: ready after {seconds:.1f} s")
+
+    def failed(self, machine: str, reason: str) -> None:
+        """A machine gave up; the reason names it."""
+        load = self._loads[machine]
+        load.reason = reason
+        self._enter(load, "failed", reason)
+
+    def _enter(self, load: _Load, state: str, line: str) -> None:
+        load.state = state
+        if self._shown and not self._live:
+            self._console.print(Text(line), soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        table = _table("Loading")
+        _names(table, "machine")
+        _numbers(table, "layers", "loaded", "of")
+        table.add_column("")
+        _words(table, "")
+        for load in self._loads.values():
+            stage = load.stage
+            table.add_row(
+                _cut(stage.machine.name),
+                f"{load.layers_done}/{stage.end - stage.first}",
+                format_bytes(load.bytes_done),
+                format_bytes(stage.weight_bytes),
+                _Bar([(load.bytes_done, _WEIGHTS), (stage.weight_bytes - load.bytes_done, _FREE)]),
+                Text(load.state, style=_STATE_STYLES[load.state]),
+            )
+        failures = [
+            Text(load.reason, style="red")
+            for load in self._loads.values()
+            if load.state == "failed"
+        ]
+        return Group(table, *failures)
+
+
+def _memory(stage: Stage) -> list[tuple[int, _Ink]]:
+    return [
+        (stage.weight_bytes, _WEIGHTS),
+        (stage.kv_bytes, _KV),
+        (stage.reserve_bytes, _RESERVE),
+        (stage.free_bytes, _FREE),
+    ]
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        pad_edge=False,
+        show_edge=False,
+    )
+
+
+def _names(table: Table, *headers: str) -> None:
+    """Columns that give way first, with _cut cells."""
+    for header in headers:
+        table.add_column(header)
+
+
+def _cut(text: str, style: str = "") -> Text:
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def _who(name: str, chip: str, wide: bool) -> list[RenderableType]:
+    """A machine's name and chip: side by side where there is room, else one above the other."""
+    cells = [_cut(name), _cut(chip, "dim")]
+    return [*cells] if wide else [Group(*cells)]
+
+
+def _words(table: Table, *headers: str) -> None:
+    for header in headers:
+        table.add_column(header, no_wrap=True, overflow="ellipsis")
+
+
+def _numbers(table: Table, *headers: str) -> None:
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+
+
+def _sum_up(machines: int, usable: int) -> Text:
+    return Text(f"{_count(machines, 'machine')}, {format_bytes(usable)} usable", style="dim")
+
+
+def _range(first: int, end: int) -> str:
+    """Layers [first, end) as people count them, both ends named."""
+    return str(first) if end - first == 1 else f"{first}-{end - 1}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ms(seconds: float) -> str:
+    """Three digits: 0.042, 1.24, 125."""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
