@@ -1,0 +1,238 @@
+"""What a chat is made of: messages, options and answers, and how they look on the wire."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict, cast
+
+from unicluster.errors import InputError, UnavailableError
+from unicluster.v1 import chat_pb2 as wire
+
+Messages = str | Iterable[Mapping[str, str]]
+"""A prompt, or a conversation of {"role": ..., "content": ...}, oldest first."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Options(TypedDict, total=False):
+    """How to answer. What is unset or None is the model's own default."""
+
+    model: str | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Iterable[str] | None
+    logprobs: int | None  # 0: of the chosen tokens; n: also of the n most likely
+    deadline: float | None  # seconds until the whole answer must be there
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """In seconds, measured where the model's first layers run."""
+
+    queue_s: float
+    time_to_first_token_s: float
+    decode_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer. `tool_call` is the raw text of one call, between the model's marks."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_call: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The last event of every answer that came through. `reason` is "stop" or "length"."""
+
+    reason: str
+    usage: Usage
+    timings: Timings
+
+
+Event = Delta | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    reasoning: str
+    tool_calls: tuple[str, ...]
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One machine's share of the model: layers [first_layer, end_layer)."""
+
+    node: str
+    first_layer: int
+    end_layer: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInfo:
+    """What is served. `state` is loading, ready, recovering or failed; `detail` says why.
+
+    `live_caches` counts the KV caches held for answers on all machines but the first.
+    """
+
+    model: str
+    quant: str
+    context: int
+    users: int
+    state: str
+    detail: str
+    stages: tuple[Stage, ...]
+    live_caches: int
+
+
+def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
+    """Raises InputError, naming the field, for what can't be asked."""
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}")
+    request = wire.GenerateRequest(messages=_messages_to_wire(messages))
+    for name, value in options.items():
+        if value is None or name == "deadline":
+            continue
+        target = request.sampling if name in wire.Sampling.DESCRIPTOR.fields_by_name else request
+        try:
+            if name == "stop":
+                request.stop.extend([value] if isinstance(value, str) else cast(list[str], value))
+            else:
+                setattr(target, name, value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} can't be {value!r}") from error
+    return request
+
+
+def deadline_of(options: Options) -> float | None:
+    """The seconds an answer may take; None: as long as it takes."""
+    deadline = options.get("deadline")
+    if deadline is not None and not (deadline > 0 and math.isfinite(deadline)):
+        raise InputError(f"deadline can't be {deadline!r}: give seconds above 0")
+    return deadline
+
+
+def _messages_to_wire(messages: Messages) -> list[wire.Message]:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    result = []
+    for index, message in enumerate(messages):
+        try:
+            result.append(wire.Message(role=message["role"], content=message["content"]))
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"messages[{index}] must be a role and a content, both text: got {message!r}"
+            ) from error
+        if message["role"] not in ROLES:
+            raise InputError(
+                f"messages[{index}].role can't be {message['role']!r}: use {', '.join(ROLES)}"
+            )
+    if not result or not result[-1].content.strip():
+        raise InputError("the prompt is empty: say something to answer")
+    return result
+
+
+def event_from_wire(event: wire.GenerateEvent) -> Event:
+    kind = event.WhichOneof("event")
+    if kind == "delta":
+        delta = event.delta
+        return Delta(
+            text=delta.text,
+            reasoning=delta.reasoning,
+            tool_call=delta.tool_call,
+            token_ids=tuple(delta.token_ids),
+            logprobs=_logprobs_from_wire(delta.logprobs),
+        )
+    if kind == "finish":
+        usage, timings = event.finish.usage, event.finish.timings
+        return Finish(
+            reason=event.finish.reason,
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens),
+            timings=Timings(
+                timings.queue_s,
+                timings.time_to_first_token_s,
+                timings.decode_s,
+                timings.tokens_per_s,
+            ),
+        )
+    raise UnavailableError(
+        "the server sent an event that this client does not know: update unicluster here"
+    )
+
+
+def _logprobs_from_wire(logprobs: Iterable[wire.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(entry.token_id, entry.logprob, _logprobs_from_wire(entry.top))
+        for entry in logprobs
+    )
+
+
+def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
+    return ChatInfo(
+        model=info.model,
+        quant=info.quant,
+        context=info.context,
+        users=info.users,
+        state=info.state,
+        detail=info.detail,
+        stages=tuple(
+            Stage(stage.node, stage.first_layer, stage.end_layer, stage.weight_bytes)
+            for stage in info.stages
+        ),
+        live_caches=info.live_caches,
+    )
+
+
+def collect(events: Iterable[Event]) -> Answer:
+    """The whole answer, from all its events. Raises ValueError where the Finish is missing."""
+    pieces: list[Delta] = []
+    finish: Finish | None = None
+    for event in events:
+        if isinstance(event, Finish):
+            finish = event
+        else:
+            pieces.append(event)
+    if finish is None:
+        raise ValueError("an answer needs its Finish")
+    return Answer(
+        text="".join(piece.text for piece in pieces),
+        reasoning="".join(piece.reasoning for piece in pieces),
+        tool_calls=tuple(piece.tool_call for piece in pieces if piece.tool_call),
+        finish_reason=finish.reason,
+        usage=finish.usage,
+        timings=finish.timings,
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+    )

@@ -1,0 +1,63 @@
+"""What a chat looks like: answers in plain text, everything around them dimmed."""
+
+import os
+from typing import TextIO
+
+# A model must not be able to move the cursor or set the title of a person's terminal.
+_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+class Screen:
+    """Writes to a terminal, or to a file or pipe: there without escape codes, byte for byte."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._terminal = out.isatty()
+        self._styled = (
+            self._terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        )
+        self._line_open = False
+        self._thinking = False
+
+    def text(self, text: str) -> None:
+        """A piece of the answer."""
+        if self._thinking:
+            self.end_line()
+            self._write("\n")
+            text = text.lstrip("\n")
+        self._thinking = False
+        self._write(text)
+
+    def reasoning(self, text: str) -> None:
+        """A piece of what the model thinks or does on the way to its answer."""
+        if not self._thinking:
+            self.end_line()
+        self._thinking = True
+        self._write(text, "2")
+
+    def note(self, line: str) -> None:
+        """A line of our own."""
+        self._line(line, "2")
+
+    def error(self, line: str) -> None:
+        self._line(f"error: {line}", "31")
+
+    def end_line(self) -> None:
+        """The next piece begins on a new line."""
+        self._thinking = False
+        if self._line_open:
+            self._write("\n")
+
+    def _line(self, line: str, style: str) -> None:
+        self.end_line()
+        self._write(line, style)
+        self._write("\n")
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        if self._terminal:
+            text = text.translate(_CONTROL)
+        if not text:
+            return
+        self._line_open = not text.endswith("\n")
+        self._out.write(f"\x1b[{style}m{text}\x1b[0m" if style and self._styled else text)
+        self._out.flush()
