@@ -1,0 +1,77 @@
+"""One answer in the making: tokens in, events out."""
+
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from node.request import Job
+from node.text import Segment, TextStream
+from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Timings, TokenLogprob, Usage
+
+_FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
+
+
+class Answer:
+    """The events of one request. `asked` is when it came, by time.perf_counter."""
+
+    def __init__(self, job: Job, tokenizer: Any, asked: float) -> None:
+        self.finished = False
+        self._job = job
+        self._text = TextStream(tokenizer, job.stop, job.state)
+        self._end_tokens: set[int] = tokenizer.eos_token_ids
+        self._count = self._steps = 0
+        self._asked = asked
+        self._begun = time.perf_counter()
+        self._first = self._last = 0.0
+
+    def add(self, token: int, logprobs: mx.array) -> list[GenerateEvent]:
+        """The events of one more token; `logprobs` are those of the whole vocabulary."""
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._steps += 1
+        if token in self._end_tokens:
+            return [*_events(self._text.finish()), self._finish("stop")]
+        self._count += 1
+        segments = self._text.add(token)
+        self.finished = self._text.stopped or self._count == self._job.max_tokens
+        if self.finished:
+            segments += self._text.finish()
+        # The token comes with the last of its text: who has the one has the other.
+        events = _events(segments) or [GenerateEvent(delta=Delta())]
+        events[-1].delta.token_ids.append(token)
+        if self._job.logprobs is not None:
+            best: Any = mx.argsort(-logprobs)[: self._job.logprobs].tolist()
+            (chosen, *top) = _look_up(logprobs, [token, *best])
+            chosen.top.extend(top)
+            events[-1].delta.logprobs.append(chosen)
+        if self.finished:
+            events.append(self._finish("stop" if self._text.stopped else "length"))
+        return events
+
+    def _finish(self, reason: str) -> GenerateEvent:
+        self.finished = True
+        decode = self._last - self._first
+        usage = Usage(prompt_tokens=len(self._job.tokens), completion_tokens=self._count)
+        timings = Timings(
+            queue_s=self._begun - self._asked,
+            time_to_first_token_s=self._first - self._asked,
+            decode_s=decode,
+            tokens_per_s=(self._steps - 1) / decode if decode else 0.0,
+        )
+        return GenerateEvent(finish=Finish(reason=reason, usage=usage, timings=timings))
+
+
+def _events(segments: list[Segment]) -> list[GenerateEvent]:
+    events = []
+    for kind, text in segments:
+        delta = Delta()
+        setattr(delta, _FIELD_OF[kind], text)
+        events.append(GenerateEvent(delta=delta))
+    return events
+
+
+def _look_up(logprobs: mx.array, tokens: list[int]) -> list[TokenLogprob]:
+    values: Any = logprobs[mx.array(tokens)].tolist()
+    pairs = zip(tokens, values, strict=True)
+    return [TokenLogprob(token_id=token, logprob=logprob) for token, logprob in pairs]

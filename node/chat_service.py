@@ -1,0 +1,41 @@
+"""The Chat service of a head: its engine's answers over gRPC."""
+
+from typing import Any
+
+import grpc.aio
+
+from node.engine import Engine
+from unicluster.errors import UniclusterError
+from unicluster.status import abort
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateEvent, GenerateRequest
+from unicluster.v1.chat_pb2_grpc import ChatServicer
+
+
+class ChatService(ChatServicer):
+    """Answers come from `engine`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Generate(  # type: ignore[override]  # noqa: N802
+        self,
+        request: GenerateRequest,
+        context: "grpc.aio.ServicerContext[GenerateRequest, GenerateEvent]",
+    ) -> None:
+        """Streams an answer. A client that cancels, leaves or is out of time ends it."""
+        try:
+            ticket = await self._engine.submit(request)
+            # Not a generator: those are only closed when collected, and caches would wait for it.
+            try:
+                async for event in ticket:
+                    await context.write(event)
+            finally:
+                ticket.cancel()
+        except UniclusterError as error:
+            await abort(context, error)
+
+    async def Describe(  # noqa: N802
+        self, request: DescribeChatRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> ChatInfo:
+        """What is served, and whether it can answer."""
+        return self._engine.describe()

@@ -1,0 +1,110 @@
+"""Sampling fields: their ranges, a model's own defaults, and mlx-lm's functions for them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from unicluster.errors import InputError
+from unicluster.v1 import chat_pb2
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+# Below this the division by the temperature leaves the range of a float.
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; raises InputError naming a bad field."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0, 2)
+        _check("top_p", self.top_p, 0, 1, above=True)
+        _check("min_p", self.min_p, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        _check("presence_penalty", self.presence_penalty, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+
+    @classmethod
+    def of_model(cls, generation_config: Mapping[str, Any]) -> "Sampling":
+        """The defaults in a model's generation_config.json, read as transformers reads them."""
+        known = {f.name for f in fields(cls)} - {"seed"}
+        values = {k: v for k, v in generation_config.items() if k in known and v is not None}
+        if generation_config.get("do_sample"):
+            values.setdefault("temperature", 1.0)
+        elif "do_sample" in generation_config:
+            values["temperature"] = 0.0
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"generation_config.json: {error}") from None
+
+    def updated(self, sampling: chat_pb2.Sampling) -> "Sampling":
+        """The same with the fields that are set in `sampling`."""
+        return replace(self, **{field.name: value for field, value in sampling.ListFields()})
+
+    def sampler(self) -> Sampler | None:
+        """Log-probabilities (1, vocabulary) to a token (1,); None when greedy.
+
+        None and not a function of its own, so that a batch's greedy rows are taken in one go.
+        """
+        return None if self.temperature < GREEDY_BELOW else _Draw(self)
+
+    def processors(self) -> list[LogitsProcessor]:
+        """mlx-lm's penalties, each over its window of recent tokens, the prompt's included."""
+        repetition = None if self.repetition_penalty == 1 else self.repetition_penalty
+        processors: list[LogitsProcessor] = make_logits_processors(
+            repetition_penalty=repetition,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+        return processors
+
+
+class _Draw:
+    """Samples with randomness of its own, so that nothing depends on who else is in the batch.
+
+    MLX's random state can be set but not swapped: each token gets a seed from the request's.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._seeds = np.random.default_rng(sampling.seed)
+        self._sampler: Sampler | None = None
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        if self._sampler is None:
+            self._sampler = self._make(logprobs.shape[-1])
+        mx.random.seed(int(self._seeds.integers(2**63)))
+        return self._sampler(logprobs)
+
+    def _make(self, vocabulary: int) -> Sampler:
+        sampling = self._sampling
+        sampler: Sampler = make_sampler(
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            # mlx-lm raises when the k most likely tokens are all tokens.
+            top_k=sampling.top_k if sampling.top_k < vocabulary else 0,
+        )
+        return sampler
+
+
+def _check(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    if not low <= value <= high or (above and value == low):
+        wanted = f"above {low} and at most {high}" if above else f"between {low} and {high}"
+        raise InputError(f"{field}: must be {wanted}, got {value:g}")

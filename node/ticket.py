@@ -1,0 +1,61 @@
+"""A submitted request, as its asker holds it."""
+
+import asyncio
+from collections.abc import Callable
+
+from node.request import Job
+from unicluster.errors import UniclusterError
+from unicluster.v1.chat_pb2 import GenerateEvent
+
+
+class Ticket:
+    """Iterate over its events, in the event loop that it was made in.
+
+    The iteration ends after the Finish event, raises the error that ended the answer, or just
+    ends when the ticket was cancelled. `asked` is when, by time.perf_counter.
+    """
+
+    def __init__(self, job: Job, asked: float, on_cancel: Callable[["Ticket"], None]) -> None:
+        self.job = job
+        self.asked = asked
+        self.ended = False
+        self._on_cancel = on_cancel
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[GenerateEvent | UniclusterError | None] = asyncio.Queue()
+
+    def __aiter__(self) -> "Ticket":
+        return self
+
+    async def __anext__(self) -> GenerateEvent:
+        item = await self._items.get()
+        if isinstance(item, GenerateEvent):
+            return item
+        self._items.put_nowait(item)  # who looks again finds the same end
+        if item is None:
+            raise StopAsyncIteration
+        raise item
+
+    def cancel(self) -> None:
+        """Ends the answer and frees its caches, at any moment and from any thread."""
+        if not self.ended:
+            self.end()
+            self._on_cancel(self)
+
+    def send(self, events: list[GenerateEvent]) -> None:
+        """Hands events over; from any thread."""
+        self._put(*events)
+
+    def end(self, error: UniclusterError | None = None) -> None:
+        """Nothing comes after this; from any thread."""
+        self.ended = True
+        self._put(error)
+
+    def _put(self, *items: GenerateEvent | UniclusterError | None) -> None:
+        def put() -> None:
+            for item in items:
+                self._items.put_nowait(item)
+
+        try:
+            self._loop.call_soon_threadsafe(put)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self.cancel()

@@ -1,0 +1,644 @@
+import asyncio
+import copy
+import gc
+import weakref
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from node.engine import Engine
+from node.mlx_thread import MLXThread
+from node.ticket import Ticket
+from tests.tiny import ARCHITECTURES, EOS, tiny_config, write_model
+from unicluster.errors import (
+    BusyError,
+    InputError,
+    NotFoundError,
+    StageError,
+    UnavailableError,
+    UniclusterError,
+)
+from unicluster.v1.chat_pb2 import Finish, GenerateEvent, GenerateRequest, Message, Sampling
+
+DEADLINE = 30.0
+THREAD = MLXThread()  # MLX's compiled functions and models live on one thread
+
+
+@dataclass
+class Told:
+    """A whole answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+async def listen(ticket: Ticket) -> Told:
+    told = Told()
+    async with asyncio.timeout(DEADLINE):
+        async for event in ticket:
+            delta = event.delta
+            told.text += delta.text
+            told.reasoning += delta.reasoning
+            told.tool_calls += [delta.tool_call] if delta.tool_call else []
+            told.tokens += delta.token_ids
+            told.logprobs += delta.logprobs
+            if event.HasField("finish"):
+                told.finish = event.finish
+    return told
+
+
+async def ask(engine: Engine, request: GenerateRequest) -> Told:
+    return await listen(await engine.submit(request))
+
+
+def of_tokens(tokens: list[int], **fields: Any) -> GenerateRequest:
+    return GenerateRequest(token_ids=tokens, **({"max_tokens": 24} | fields))
+
+
+def of_text(text: str, **fields: Any) -> GenerateRequest:
+    return of_tokens(list(text.encode()), **fields)
+
+
+PROMPTS = [list(range(40, 43)), list(range(90)), [200] * 7, list(range(150, 190))]
+
+
+@dataclass
+class Tiny:
+    """A tiny model and what mlx-lm alone makes of it."""
+
+    model: Any
+    tokenizer: Any
+
+    async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Told:
+        def generate() -> Told:
+            told = Told()
+            for step in mlx_lm.stream_generate(
+                self.model, self.tokenizer, prompt, max_tokens=max_tokens, **options
+            ):
+                told.text += step.text
+                told.tokens += [] if step.token == EOS else [step.token]
+                told.logprobs.append(step.logprobs[step.token].item())
+            return told
+
+        told: Told = await THREAD.run(generate)
+        return told
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    loaded: dict[Any, Tiny] = {}
+
+    async def load(model_type: str = "llama", *, marks: bool = False) -> Tiny:
+        if (model_type, marks) not in loaded:
+            path = write_model(
+                tmp_path_factory.mktemp(model_type), tiny_config(model_type), marks=marks
+            )
+            loaded[model_type, marks] = Tiny(*await THREAD.run(lambda: mlx_lm.load(str(path))))
+        return loaded[model_type, marks]
+
+    return load
+
+
+@pytest.fixture
+async def tiny(load: Callable[..., Any]) -> Tiny:
+    return await load()
+
+
+async def start(tiny: Tiny, model: Any = None, **options: Any) -> Engine:
+    settings: dict[str, Any] = {
+        "model_name": "tiny",
+        "context": 256,
+        "users": 4,
+        "prefill_step": 16,
+    } | options
+    engine = Engine(THREAD, tiny.tokenizer, **settings)
+    await engine.set_model(model or tiny.model)
+    return engine
+
+
+@pytest.fixture
+async def engine(tiny: Tiny) -> AsyncIterator[Engine]:
+    engine = await start(tiny)
+    yield engine
+    engine.close()
+
+
+class Fragile:
+    """A model that counts its calls and can be told to fail, or to wait, at one of them."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls = 0
+        self.error: Exception | None = None
+        self.error_at = 0
+        self._model = model
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        self.calls += 1
+        if self.error is not None and self.calls >= self.error_at:
+            raise self.error
+        logits: mx.array = self._model(inputs, cache=cache)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+async def test_answers_side_by_side_are_those_of_mlx_lm_one_by_one(
+    model_type: str, load: Callable[..., Any]
+) -> None:
+    tiny = await load(model_type)
+    engine = await start(tiny)
+    told = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in PROMPTS))
+    engine.close()
+    alone = [await tiny.alone(prompt) for prompt in PROMPTS]
+    assert [(t.tokens, t.text) for t in told] == [(a.tokens, a.text) for a in alone]
+
+
+async def test_requests_join_and_leave_midway(engine: Engine, tiny: Tiny) -> None:
+    first = await engine.submit(of_tokens(PROMPTS[0], max_tokens=60))
+    begun = [await anext(first) for _ in range(5)]
+    second = asyncio.create_task(ask(engine, of_tokens(PROMPTS[1], max_tokens=5)))
+    third = await engine.submit(of_tokens(PROMPTS[2]))
+    await anext(third)
+    third.cancel()
+    rest = await listen(first)
+    tokens = [*(t for event in begun for t in event.delta.token_ids), *rest.tokens]
+    assert tokens == (await tiny.alone(PROMPTS[0], max_tokens=60)).tokens
+    assert (await second).tokens == (await tiny.alone(PROMPTS[1], max_tokens=5)).tokens
+
+
+async def test_more_requests_than_users_all_get_their_answer(tiny: Tiny) -> None:
+    engine = await start(tiny, users=2)
+    told = await asyncio.gather(*(ask(engine, of_tokens(p)) for p in PROMPTS * 2))
+    engine.close()
+    assert [t.tokens for t in told] == [(await tiny.alone(p)).tokens for p in PROMPTS * 2]
+
+
+async def test_messages_go_through_the_chat_template(engine: Engine, tiny: Tiny) -> None:
+    told = await ask(engine, GenerateRequest(messages=[hello()], max_tokens=8))
+    prompt = tiny.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True
+    )
+    assert told.tokens == (await tiny.alone(prompt, max_tokens=8)).tokens
+
+
+async def test_without_max_tokens_an_answer_fills_the_context(tiny: Tiny) -> None:
+    engine = await start(tiny, context=30)
+    request = GenerateRequest(token_ids=PROMPTS[0])
+    told = await ask(engine, request)
+    engine.close()
+    assert (len(told.tokens), told.finish and told.finish.reason) == (27, "length")
+
+
+async def test_the_last_message_counts_tokens_and_time(engine: Engine) -> None:
+    finish = (await ask(engine, of_tokens(PROMPTS[0], max_tokens=9))).finish
+    assert finish is not None
+    assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (3, 9)
+    times = finish.timings
+    assert 0 < times.queue_s < times.time_to_first_token_s
+    assert times.tokens_per_s == pytest.approx(8 / times.decode_s)
+
+
+# Sampling
+
+
+def sampling(**fields: Any) -> Sampling:
+    return Sampling(**({"temperature": 1.0} | fields))
+
+
+async def test_a_seed_gives_the_same_answer_whoever_else_is_served(engine: Engine) -> None:
+    request = of_tokens(PROMPTS[0], sampling=sampling(seed=5, top_p=0.9, top_k=50, min_p=0.01))
+    alone = await ask(engine, request)
+    among, *_ = await asyncio.gather(
+        ask(engine, request),
+        ask(engine, of_tokens(PROMPTS[1], sampling=sampling(seed=9))),
+        ask(engine, of_tokens(PROMPTS[2], sampling=sampling())),
+        ask(engine, of_tokens(PROMPTS[3])),
+    )
+    assert among.tokens == alone.tokens
+
+
+async def test_other_seeds_and_no_seed_give_other_answers(engine: Engine) -> None:
+    requests = [of_tokens(PROMPTS[0], sampling=sampling(seed=seed)) for seed in (1, 2)]
+    requests += [of_tokens(PROMPTS[0], sampling=sampling()) for _ in range(2)]
+    told = await asyncio.gather(*(ask(engine, request) for request in requests))
+    assert len({tuple(t.tokens) for t in told}) == 4
+
+
+async def test_a_model_s_own_defaults_hold_until_a_request_says_otherwise(tiny: Tiny) -> None:
+    defaults = {"do_sample": True, "temperature": 2.0, "top_p": 1.0}
+    engine = await start(tiny, defaults=defaults)
+    greedy = (await tiny.alone(PROMPTS[0])).tokens
+    told = await ask(engine, of_tokens(PROMPTS[0]))
+    cold = await ask(engine, of_tokens(PROMPTS[0], sampling=Sampling(temperature=0)))
+    engine.close()
+    assert told.tokens != greedy
+    assert cold.tokens == greedy
+
+
+async def test_more_likely_tokens_than_there_are_means_all(engine: Engine) -> None:
+    wide = await ask(engine, of_tokens(PROMPTS[0], sampling=sampling(seed=1, top_k=10**6)))
+    free = await ask(engine, of_tokens(PROMPTS[0], sampling=sampling(seed=1)))
+    assert wide.tokens == free.tokens
+
+
+async def test_penalties_are_those_of_mlx_lm(engine: Engine, tiny: Tiny) -> None:
+    penalties: dict[str, Any] = {
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.5,
+    }
+    told, _ = await asyncio.gather(
+        ask(engine, of_tokens(PROMPTS[2], sampling=Sampling(**penalties))),
+        ask(engine, of_tokens(PROMPTS[0])),
+    )
+    processors = make_logits_processors(**penalties)
+    alone = await tiny.alone(PROMPTS[2], logits_processors=processors)
+    assert told.tokens == alone.tokens != (await tiny.alone(PROMPTS[2])).tokens
+
+
+async def test_logprobs_of_the_chosen_and_the_most_likely(engine: Engine, tiny: Tiny) -> None:
+    told = await ask(engine, of_tokens(PROMPTS[0], logprobs=3, max_tokens=6))
+    alone = await tiny.alone(PROMPTS[0], max_tokens=6)
+    assert [entry.token_id for entry in told.logprobs] == told.tokens
+    assert [entry.logprob for entry in told.logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
+    for entry in told.logprobs:
+        top = [likely.logprob for likely in entry.top]
+        assert len(top) == 3
+        assert top == sorted(top, reverse=True)
+        assert entry.top[0].token_id == entry.token_id  # greedy
+
+
+async def test_zero_logprobs_are_those_of_the_chosen_only(engine: Engine) -> None:
+    told = await ask(engine, of_tokens(PROMPTS[0], logprobs=0, max_tokens=2))
+    assert [(entry.token_id, len(entry.top)) for entry in told.logprobs] == [
+        (told.tokens[0], 0),
+        (told.tokens[1], 0),
+    ]
+
+
+# Bad requests
+
+
+def hello(role: str = "user", content: str = "hello") -> Message:
+    return Message(role=role, content=content)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages: there are none"),
+    ({"messages": [hello()], "token_ids": [1]}, "messages: give either"),
+    ({"messages": [hello("robot")]}, "messages: the role of message 1 must be one of system"),
+    ({"messages": [hello(content=" ")]}, "messages: the prompt is empty"),
+    ({"token_ids": [1] * 256}, "token_ids: the prompt has 256 tokens and the context is 256"),
+    ({"messages": [hello(content="x" * 300)]}, "messages: the prompt has 3"),
+    ({"token_ids": [5, 264]}, "token_ids: 264 is not in the vocabulary of 264"),
+    ({"token_ids": [1], "max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
+    ({"token_ids": [1] * 6, "max_tokens": 251}, "max_tokens: the context has room for 250"),
+    ({"token_ids": [1], "stop": ["a", ""]}, "stop: must not contain an empty"),
+    ({"token_ids": [1], "logprobs": 21}, "logprobs: must be at most 20, got 21"),
+]
+BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": 7}, "temperature: must be between 0 and 2, got 7"),
+    ({"temperature": float("nan")}, "temperature: must be between 0 and 2, got nan"),
+    ({"top_p": 0}, "top_p: must be above 0 and at most 1, got 0"),
+    ({"top_p": 1.5}, "top_p: "),
+    ({"min_p": -0.1}, "min_p: must be between 0 and 1, got -0.1"),
+    ({"repetition_penalty": 0}, "repetition_penalty: must be above 0 and at most 10"),
+    ({"presence_penalty": 3}, "presence_penalty: must be between -2 and 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty: must be between -2 and 2"),
+]
+BAD += [({"token_ids": [1], "sampling": Sampling(**s)}, message) for s, message in BAD_SAMPLING]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[message for _, message in BAD])
+async def test_a_bad_request_is_refused_by_field(
+    engine: Engine, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        await engine.submit(GenerateRequest(**fields))
+    assert str(caught.value).startswith(message)
+
+
+async def test_what_the_chat_template_refuses_is_the_asker_s_fault(tiny: Tiny) -> None:
+    strict = copy.copy(tiny.tokenizer._tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    engine = await start(Tiny(tiny.model, TokenizerWrapper(strict)))
+    with pytest.raises(InputError, match=r"messages: .*refuses them: roles must alternate"):
+        await engine.submit(GenerateRequest(messages=[hello()]))
+    engine.close()
+
+
+async def test_a_model_without_chat_template_takes_only_tokens(tiny: Tiny) -> None:
+    plain = copy.copy(tiny.tokenizer._tokenizer)
+    plain.chat_template = None
+    engine = await start(Tiny(tiny.model, TokenizerWrapper(plain)))
+    with pytest.raises(InputError, match="messages: this model has no chat template"):
+        await engine.submit(GenerateRequest(messages=[hello()]))
+    engine.close()
+
+
+async def test_another_model_is_not_found(engine: Engine) -> None:
+    with pytest.raises(NotFoundError, match="'big' is not served here, 'tiny' is"):
+        await engine.submit(of_tokens([1], model="big"))
+
+
+async def test_defaults_out_of_range_are_found_at_once(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"generation_config.json: top_p: "):
+        await start(tiny, defaults={"top_p": 3})
+
+
+# The queue, cancelling
+
+
+async def test_beyond_its_bound_the_queue_refuses(tiny: Tiny) -> None:
+    engine = await start(tiny, users=1, queue_limit=2)
+    tickets = [await engine.submit(of_tokens([1], max_tokens=200)) for _ in range(3)]
+    with pytest.raises(BusyError, match="the queue is full: 1 requests run and 2 wait"):
+        await engine.submit(of_tokens([1]))
+    tickets[1].cancel()
+    assert await listen(tickets[1]) == Told()
+    await until(lambda: can_submit(engine))
+    engine.close()
+
+
+async def can_submit(engine: Engine) -> bool:
+    try:
+        await engine.submit(of_tokens([1], max_tokens=1))
+    except BusyError:
+        return False
+    return True
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            result = condition()
+            if await result if asyncio.iscoroutine(result) else result:
+                return
+            await asyncio.to_thread(gc.collect)
+
+
+def live_caches() -> int:
+    return sum("KVCache" in type(thing).__name__ for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("moment", ["queued", "prefill", "decode"])
+async def test_cancelling_frees_the_caches(tiny: Tiny, moment: str) -> None:
+    engine = await start(tiny, users=1, context=4096, prefill_step=1)
+    first = await engine.submit(of_tokens([5] * 3000 if moment == "prefill" else [5]))
+    ticket = first if moment != "queued" else await engine.submit(of_tokens([6]))
+    if moment == "prefill":
+        await until(live_caches)
+    elif moment == "decode":
+        await anext(ticket)
+    ticket.cancel()
+    assert (await listen(ticket)).finish is None
+    first.cancel()
+    await until(lambda: live_caches() == 0)
+    engine.close()
+
+
+async def test_nothing_is_left_after_many_requests(engine: Engine) -> None:
+    tickets = []
+    for number in range(24):
+        fields: dict[str, Any] = {"max_tokens": 4, "logprobs": 2} if number % 2 else {}
+        if number % 3 == 0:
+            fields["sampling"] = sampling(presence_penalty=1.0)
+        ticket = await engine.submit(of_tokens(PROMPTS[number % 4], **fields))
+        tickets.append(weakref.ref(ticket))
+        if number % 5 == 0:
+            ticket.cancel()
+        await listen(ticket)
+    del ticket
+    await until(lambda: live_caches() == 0 and not any(ref() for ref in tickets))
+
+
+# Failures
+
+
+@pytest.mark.parametrize("error_at", [1, 2, 8], ids=["first prefill", "later prefill", "decode"])
+async def test_when_a_machine_is_lost_all_requests_say_so(tiny: Tiny, error_at: int) -> None:
+    model = Fragile(tiny.model)
+    engine = await start(tiny, model, users=2)
+    model.error, model.error_at = UnavailableError("machine bob is gone"), error_at
+    tickets = [await submit_or_none(engine, of_tokens(PROMPTS[1])) for _ in range(4)]
+    for ticket in filter(None, tickets):
+        with pytest.raises(UnavailableError, match="machine bob is gone"):
+            await listen(ticket)
+    with pytest.raises(UnavailableError, match="machine bob is gone"):
+        await engine.submit(of_tokens([1]))
+    assert engine.describe().state == "failed"
+    assert engine.describe().detail == "machine bob is gone"
+    engine.close()
+
+
+async def submit_or_none(engine: Engine, request: GenerateRequest) -> Ticket | None:
+    try:
+        return await engine.submit(request)
+    except UnavailableError:  # it may have failed for the one before
+        return None
+
+
+async def test_another_error_of_the_model_names_the_model(tiny: Tiny) -> None:
+    model = Fragile(tiny.model)
+    engine = await start(tiny, model)
+    model.error = RuntimeError("out of\nmemory")
+    with pytest.raises(StageError, match="RuntimeError: out of memory"):
+        await ask(engine, of_tokens([1]))
+    engine.close()
+
+
+async def test_a_new_model_serves_again_after_a_failure(tiny: Tiny) -> None:
+    model = Fragile(tiny.model)
+    engine = await start(tiny, model)
+    model.error = UnavailableError("machine bob is gone")
+    with pytest.raises(UnavailableError):
+        await ask(engine, of_tokens(PROMPTS[0]))
+    await engine.set_model(tiny.model)
+    told = await ask(engine, of_tokens(PROMPTS[0]))
+    assert told.tokens == (await tiny.alone(PROMPTS[0])).tokens
+    assert engine.describe().state == "ready"
+    engine.close()
+
+
+async def test_a_failure_frees_the_caches_and_the_model(tiny: Tiny) -> None:
+    model = Fragile(tiny.model)
+    engine = await start(tiny, model)
+    ticket = await engine.submit(of_tokens([1]))
+    await anext(ticket)
+    engine.fail(UnavailableError("machine bob is gone"))
+    with pytest.raises(UnavailableError):
+        await listen(ticket)
+    gone = weakref.ref(model)
+    del model
+    await until(lambda: live_caches() == 0 and gone() is None)
+    engine.close()
+
+
+async def test_replacing_the_model_ends_what_runs(engine: Engine, tiny: Tiny) -> None:
+    ticket = await engine.submit(of_tokens([1], max_tokens=200))
+    await anext(ticket)
+    await engine.set_model(tiny.model)
+    with pytest.raises(UnavailableError, match="tiny is being loaded again"):
+        await listen(ticket)
+    assert (await ask(engine, of_tokens([1]))).finish is not None
+
+
+async def test_before_it_is_loaded_a_model_is_unavailable(tiny: Tiny) -> None:
+    engine = Engine(THREAD, tiny.tokenizer, model_name="tiny", context=256, users=1)
+    with pytest.raises(UnavailableError, match="tiny is still loading"):
+        await engine.submit(of_tokens([1]))
+    assert engine.describe().state == "loading"
+    engine.close()
+
+
+async def test_closing_ends_every_stream(tiny: Tiny) -> None:
+    engine = await start(tiny, users=1)
+    tickets = [await engine.submit(of_tokens([1], max_tokens=200)) for _ in range(3)]
+    await anext(tickets[0])
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(UnavailableError, match="tiny is shutting down"):
+            await listen(ticket)
+    with pytest.raises(UnavailableError, match="tiny is shutting down"):
+        await engine.submit(of_tokens([1]))
+
+
+async def test_whoever_looks_again_finds_the_same_end(tiny: Tiny) -> None:
+    engine = await start(tiny)
+    ticket = await engine.submit(of_tokens([1], max_tokens=200))
+    engine.close()
+    for _ in range(2):
+        with pytest.raises(UniclusterError):
+            await listen(ticket)
+
+
+async def test_an_asker_whose_loop_is_gone_does_not_hold_up_others(
+    engine: Engine, tiny: Tiny
+) -> None:
+    def ask_and_leave() -> None:
+        asyncio.run(engine.submit(of_tokens([1], max_tokens=200)))
+
+    await asyncio.to_thread(ask_and_leave)
+    assert (await ask(engine, of_tokens(PROMPTS[0]))).finish is not None
+    await until(lambda: live_caches() == 0)
+
+
+# Text: a scripted model says what the test wants said
+
+
+class Script:
+    """An mlx-lm model that answers a prompt of that length with the given tokens, then EOS."""
+
+    def __init__(self, tokens: list[int], prompt: int = 1) -> None:
+        self.layers = [object()]
+        self._tokens = [*tokens, EOS]
+        self._prompt = prompt
+
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+        batch, length = inputs.shape
+        zeros = mx.zeros((batch, 1, length, 1))
+        cache[0].update_and_fetch(zeros, zeros)
+        said = max(cache[0].size() - self._prompt, 0)
+        token = self._tokens[min(said, len(self._tokens) - 1)]
+        return mx.broadcast_to(mx.arange(264) == token, (batch, length, 264)).astype(mx.float32)
+
+
+async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> tuple[Told, list[GenerateEvent]]:
+    engine = await start(tiny, Script(tokens))
+    ticket = await engine.submit(of_tokens([1], **({"max_tokens": 100} | fields)))
+    events = []
+    async with asyncio.timeout(DEADLINE):
+        async for event in ticket:
+            events.append(event)
+    engine.close()
+    told = Told()
+    for event in events:
+        told.text += event.delta.text
+        told.reasoning += event.delta.reasoning
+        told.tool_calls += [event.delta.tool_call] if event.delta.tool_call else []
+        told.tokens += event.delta.token_ids
+    told.finish = events[-1].finish
+    return told, events
+
+
+@pytest.mark.parametrize("text", ["plain", "żółć 🦊!", "two\n lines ", "a<b", "日本"])
+async def test_the_text_is_the_whole_decode(tiny: Tiny, text: str) -> None:
+    told, _ = await say(tiny, list(text.encode()))
+    assert told.text == text
+    assert told.tokens == list(text.encode())
+    assert told.finish is not None
+    assert told.finish.reason == "stop"
+
+
+async def test_half_a_character_is_never_shown(tiny: Tiny) -> None:
+    _, events = await say(tiny, list("a🦊b".encode()))
+    assert [event.delta.text for event in events] == ["a", "", "", "", "🦊", "b", ""]
+
+
+async def test_half_a_character_at_the_end_is_shown_as_such(tiny: Tiny) -> None:
+    told, _ = await say(tiny, list("a🦊".encode())[:3])
+    assert told.text == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("one STOP two", ["STOP"], "one "),
+        ("STOP", ["STOP"], ""),
+        ("one STO two", ["STOP"], "one STO two"),
+        ("one ST", ["STOP"], "one ST"),
+        ("ab abc", ["abc", "xyz"], "ab "),
+        ("a🦊b", ["🦊"], "a"),
+        ("aab", ["ab"], "a"),
+    ],
+)
+async def test_a_stop_string_ends_the_answer_and_is_never_seen(
+    tiny: Tiny, text: str, stop: list[str], left: str
+) -> None:
+    told, _ = await say(tiny, list(text.encode()), stop=stop)
+    assert told.text == left
+    assert told.finish is not None
+    assert told.finish.reason == "stop"
+
+
+async def test_text_is_held_back_only_while_it_may_be_a_stop_string(tiny: Tiny) -> None:
+    _, events = await say(tiny, list(b"a-b-->c"), stop=["-->"])
+    assert [event.delta.text for event in events] == ["a", "", "-b", "", "", "", ""]
+
+
+async def test_the_limit_of_tokens_gives_out_what_was_held_back(tiny: Tiny) -> None:
+    told, _ = await say(tiny, list(b"one STOP"), stop=["STOP"], max_tokens=6)
+    assert told.text == "one ST"
+    assert told.finish is not None
+    assert told.finish.reason == "length"
+
+
+async def test_reasoning_and_tool_calls_come_apart(load: Callable[..., Any]) -> None:
+    tiny = await load(marks=True)
+    said = "<think>hm</think>Yes.<tool_call>{1}</tool_call><tool_call>{2}</tool_call>"
+    told, _ = await say(tiny, tiny.tokenizer.encode(said, add_special_tokens=False))
+    assert (told.reasoning, told.text, told.tool_calls) == ("hm", "Yes.", ["{1}", "{2}"])
+    assert told.tokens == tiny.tokenizer.encode(said, add_special_tokens=False)
+
+
+async def test_a_prompt_that_opens_the_reasoning_begins_in_it(load: Callable[..., Any]) -> None:
+    tiny = await load(marks=True)
+    engine = await start(tiny, Script([*b"hm", tiny.tokenizer.think_end_id, 33], prompt=2))
+    told = await ask(engine, of_tokens([1, tiny.tokenizer.think_start_id]))
+    engine.close()
+    assert (told.reasoning, told.text) == ("hm", "!")
