@@ -6,7 +6,8 @@ It counts the answers in progress as `live_caches`, so that a test can see a can
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,14 @@ def chat_server(cluster: Cluster) -> Iterator[ChatServer]:
     finally:
         process.kill()
         process.communicate()
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for a condition that another process brings about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 async def serve() -> None:

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chat_server import ChatServer, chat_server
+from tests.chat_server import ChatServer, chat_server, until
 from unicluster.client import Client
 from unicluster.trust import Store
 
@@ -137,13 +137,6 @@ def pipe(
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def live_answers(server: ChatServer) -> int:

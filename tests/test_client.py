@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.chat_server import ChatServer, chat_server
+from tests.chat_server import ChatServer, chat_server, until
 from unicluster.answers import Delta, Finish
 from unicluster.client import AsyncClient, Client
 from unicluster.discovery import Advertisement, Kind
@@ -33,13 +32,6 @@ def server() -> Iterator[ChatServer]:
 def client(server: ChatServer) -> Iterator[Client]:
     with Client(server.address, cluster=server.cluster) as connected:
         yield connected
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_an_answer_has_text_tokens_usage_and_timings(client: Client) -> None:
@@ -265,6 +257,7 @@ async def test_the_front_door_is_found_by_mdns(
 ) -> None:
     monkeypatch.delenv("UNICLUSTER_SERVER", raising=False)
     port = int(server.address.rpartition(":")[2])
+    # Slow: before it advertises, a machine asks for 2 s whether another has its name.
 
     async with Advertisement(Kind.CHAT, "parrot", port, server.cluster.fingerprint):
         async with AsyncClient(cluster=server.cluster) as client:
