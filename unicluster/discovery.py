@@ -1,0 +1,350 @@
+"""Finding each other on the local network: mDNS service discovery, by cluster."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import Self
+
+import psutil
+from zeroconf import (
+    DNSQuestionType,
+    InterfaceChoice,
+    IPVersion,
+    ServiceStateChange,
+    Zeroconf,
+)
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from unicluster.channels import join_address
+from unicluster.errors import InputError, UnavailableError
+from unicluster.trust import check_name
+
+log = logging.getLogger(__name__)
+
+# A machine that died without a goodbye is forgotten after about this many seconds and a poll.
+TTL = 15
+POLL_EVERY = 5.0
+
+# Several rounds of questions: multicast gets lost on wireless networks.
+ANSWER_WITHIN = 2.0
+
+# Bridges that containers and virtual machines hang on; the same addresses are on every machine.
+_INNER_BRIDGES = re.compile(r"docker|veth|br-|virbr|vmnet|bridge100")
+
+
+class Kind(Enum):
+    """What is advertised; the value is its mDNS service type."""
+
+    NODE = "_unicluster._tcp.local."
+    CHAT = "_unicluster-chat._tcp.local."
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine says of itself. Memory is in bytes."""
+
+    name: str
+    addresses: tuple[str, ...]  # "host:port", the best for us first
+    memory: int
+    usable: int
+    chip: str
+    backend: str
+    version: str
+    protocol: int
+    txt: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
+
+
+class Advertisement:
+    """Makes a port known to the cluster while the context is open, and says goodbye after.
+
+        async with Advertisement(Kind.NODE, "studio", 7001, fingerprint, chip="M3 Ultra") as ad:
+            await ad.update(usable="96000000000")
+
+    Entering raises InputError when another machine of the cluster has the name.
+    """
+
+    def __init__(
+        self, kind: Kind, name: str, port: int, fingerprint: str, *, host: str = "", **txt: str
+    ) -> None:
+        """`host` limits it to one address of this machine, else all are advertised."""
+        self._kind = kind
+        self._name = check_name(name)
+        self._port = port
+        self._fingerprint = fingerprint
+        self._address = _resolve(host)
+        self._service_name = _service_name(kind, name, fingerprint)
+        self._txt = {"name": name, "cluster": fingerprint, **txt}
+
+    async def __aenter__(self) -> Self:
+        self._zeroconf = _open(self._address)
+        try:
+            await self._refuse_taken_name()
+            # No second probe for the name: that one trusts to unicast answers, which
+            # get lost when several programs of a machine listen to mDNS.
+            self._info = self._make_info()
+            await (
+                await self._zeroconf.async_register_service(self._info, cooperating_responders=True)
+            )
+        except BaseException:
+            await self._zeroconf.async_close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._zeroconf.async_close()  # says goodbye
+
+    async def update(self, **txt: str) -> None:
+        """Change TXT values; the others stay. Costs a packet only if something differs."""
+        changed = self._txt | txt
+        if changed != self._txt:
+            self._txt = changed
+            self._info = self._make_info()
+            await (await self._zeroconf.async_update_service(self._info))
+
+    def _make_info(self) -> AsyncServiceInfo:
+        return AsyncServiceInfo(
+            self._kind.value,
+            self._service_name,
+            port=self._port,
+            properties=self._txt,
+            # Not the machine's host name: the addresses of two agents on it may differ.
+            server=f"{_instance_of(self._service_name, self._kind)}-{self._port}.local.",
+            parsed_addresses=[self._address] if self._address else _own_addresses(),
+            host_ttl=TTL,
+            other_ttl=TTL,
+        )
+
+    async def _refuse_taken_name(self) -> None:
+        """A record left by a machine that is gone does no harm: only the living answer."""
+        machine = await _ask(
+            self._zeroconf.zeroconf, self._kind, self._service_name, self._fingerprint
+        )
+        if machine is not None:
+            raise InputError(
+                f"a machine named {self._name} is already in this cluster at {machine.address}: "
+                "choose another --name"
+            )
+
+
+class Browser:
+    """Keeps `found`, by name, all machines of one cluster that are there now.
+
+    async with Browser(Kind.NODE, fingerprint) as browser:
+        await browser.wait_for(lambda found: len(found) >= 3, timeout=5)
+    """
+
+    def __init__(self, kind: Kind, fingerprint: str, *, host: str = "") -> None:
+        """`host` limits the search to the network of that address of this machine."""
+        self.found: dict[str, Machine] = {}
+        self._kind = kind
+        self._fingerprint = fingerprint
+        self._address = _resolve(host)
+        # By service name.
+        self._known: set[str] = set()  # also those that don't answer
+        self._machines: dict[str, Machine] = {}
+        self._condition = asyncio.Condition()
+        self._stale: set[str] = set()
+        self._refreshing: dict[str, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        self._zeroconf = _open(self._address)
+        self._browser = AsyncServiceBrowser(
+            self._zeroconf.zeroconf,
+            [self._kind.value],
+            handlers=[self._on_change],
+            question_type=DNSQuestionType.QM,
+        )
+        self._poller = asyncio.create_task(self._poll())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._browser.async_cancel()
+        tasks = [self._poller, *self._refreshing.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._zeroconf.async_close()
+
+    async def changed(self) -> None:
+        """Return when a machine came, left, or said something new."""
+        async with self._condition:
+            await self._condition.wait()
+
+    async def wait_for(
+        self, predicate: Callable[[dict[str, Machine]], bool], timeout: float | None
+    ) -> bool:
+        """Whether `predicate(found)` came true within `timeout` seconds (None: no limit)."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._condition:
+                await self._condition.wait_for(lambda: predicate(self.found))
+                return True
+        return False
+
+    def _on_change(
+        self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
+    ) -> None:
+        if not _instance_of(name, self._kind).endswith(f"-{_short(self._fingerprint)}"):
+            return  # another cluster's
+        if state_change is ServiceStateChange.Removed:
+            self._known.discard(name)
+        else:
+            self._known.add(name)
+        self._refresh(name)
+
+    async def _poll(self) -> None:
+        """Answers come from the cache while they are fresh, so this is seldom a question."""
+        while True:
+            await asyncio.sleep(POLL_EVERY)
+            for name in self._known:
+                self._refresh(name)
+
+    def _refresh(self, name: str) -> None:
+        self._stale.add(name)
+        if name not in self._refreshing:
+            task = asyncio.create_task(self._look_up(name))
+            self._refreshing[name] = task
+            task.add_done_callback(lambda _: self._refreshing.pop(name))
+
+    async def _look_up(self, name: str) -> None:
+        while name in self._stale:
+            self._stale.discard(name)
+            machine = await _ask(self._zeroconf.zeroconf, self._kind, name, self._fingerprint)
+            before = self._machines.pop(name, None)
+            if machine is not None and name in self._known:  # after a goodbye it is not
+                self._machines[name] = machine
+            if self._machines.get(name) != before:
+                self.found = {each.name: each for each in self._machines.values()}
+                async with self._condition:
+                    self._condition.notify_all()
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:8]
+
+
+def _service_name(kind: Kind, name: str, fingerprint: str) -> str:
+    """Two clusters on a network may each have a machine of that name."""
+    return f"{name}-{_short(fingerprint)}.{kind.value}"
+
+
+def _instance_of(service_name: str, kind: Kind) -> str:
+    return service_name.removesuffix(f".{kind.value}")
+
+
+def _open(address: str) -> AsyncZeroconf:
+    try:
+        if not address:
+            return AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.V4Only)
+        return AsyncZeroconf(interfaces=[address])
+    except (OSError, RuntimeError) as error:
+        where = f" at {address}" if address else ""
+        raise UnavailableError(f"mDNS can't start{where}: {error}: use --peer HOST:PORT") from error
+
+
+def _resolve(host: str) -> str:
+    """The IP address of `host`, or "" when it stands for all addresses of this machine."""
+    if not host:
+        return ""
+    try:
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except socket.gaierror:
+        raise InputError(f"{host} is no address: choose another with --host") from None
+    return "" if ipaddress.ip_address(address).is_unspecified else address
+
+
+async def _ask(
+    zeroconf: Zeroconf, kind: Kind, service_name: str, fingerprint: str
+) -> Machine | None:
+    """What that service says of itself now, or None when it doesn't answer."""
+    info = AsyncServiceInfo(kind.value, service_name)
+    # Multicast answers only: of several programs that listen to mDNS on one machine, the kernel
+    # gives a unicast answer to just one.
+    if not await info.async_request(zeroconf, ANSWER_WITHIN * 1000, DNSQuestionType.QM):
+        return None
+    txt = {key: value or "" for key, value in info.decoded_properties.items()}
+    if txt.get("cluster") != fingerprint:
+        return None
+    try:
+        return Machine(
+            name=txt["name"],
+            addresses=tuple(
+                join_address(address, info.port or 0)
+                for address in _best_first(info.parsed_scoped_addresses())
+            ),
+            memory=int(txt.get("memory", 0)),
+            usable=int(txt.get("usable", 0)),
+            chip=txt.get("chip", ""),
+            backend=txt.get("backend", ""),
+            version=txt.get("version", ""),
+            protocol=int(txt.get("protocol", 0)),
+            txt=txt,
+        )
+    except (KeyError, ValueError) as error:
+        log.warning("ignoring %s: its mDNS record makes no sense: %s", service_name, error)
+        return None
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """One address of this machine."""
+
+    address: str
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network
+    speed: int  # Mbit/s; 0: not known
+
+
+def _interfaces() -> list[_Interface]:
+    """This machine's addresses, loopback and link-local IPv6 ones excluded, the fastest first."""
+    speeds = {nic: state.speed for nic, state in psutil.net_if_stats().items() if state.isup}
+    interfaces = []
+    for nic, entries in psutil.net_if_addrs().items():
+        if nic not in speeds or _INNER_BRIDGES.match(nic):
+            continue
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or "%" in entry.address:
+                continue
+            address = ipaddress.ip_address(entry.address)
+            if address.is_loopback or (address.version == 6 and address.is_link_local):
+                continue
+            mask = int(ipaddress.ip_address(entry.netmask)) if entry.netmask else 0
+            network = ipaddress.ip_network((entry.address, mask.bit_count()), strict=False)
+            interfaces.append(_Interface(entry.address, network, speeds[nic]))
+    return sorted(interfaces, key=lambda each: (each.network.version, -each.speed))
+
+
+def _own_addresses() -> list[str]:
+    return [each.address for each in _interfaces()] or ["127.0.0.1"]
+
+
+def _best_first(addresses: list[str]) -> list[str]:
+    """Those on a network that we share come first, and of these the one on the fastest."""
+    interfaces = _interfaces()
+    own = {each.address for each in interfaces}
+
+    def rank(address: str) -> tuple[bool, int, int]:
+        ip = ipaddress.ip_address(address)
+        speeds = [each.speed for each in interfaces if ip in each.network and address not in own]
+        return (not speeds, -max(speeds, default=0), ip.version)
+
+    return sorted(addresses, key=rank)
