@@ -139,7 +139,7 @@ class Engine:
         with self._lock:
             tickets, self._open = self._open, set()
         for ticket in tickets:
-            ticket.end(error)
+            ticket.end(type(error)(*error.args))  # one each: raising writes into an exception
 
     def _on_cancel(self, ticket: Ticket) -> None:
         self._thread.post(partial(self._forget, ticket))
@@ -206,7 +206,9 @@ class Engine:
         try:
             work()
         except UniclusterError as error:
-            self.fail(error)
+            # Its traceback holds the batch and with it the caches, and whoever raised it may
+            # keep it.
+            self.fail(error.with_traceback(None))
         except Exception as error:
             log.exception("the model failed")
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,21 +1,19 @@
 import asyncio
 import copy
-import gc
+import threading
 import weakref
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import pytest
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from node.engine import Engine
-from node.mlx_thread import MLXThread
 from node.ticket import Ticket
-from tests.tiny import ARCHITECTURES, EOS, tiny_config, write_model
+from tests.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
+from tests.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -24,37 +22,9 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
-from unicluster.v1.chat_pb2 import Finish, GenerateEvent, GenerateRequest, Message, Sampling
+from unicluster.v1.chat_pb2 import GenerateRequest, Message, Sampling
 
-DEADLINE = 30.0
-THREAD = MLXThread()  # MLX's compiled functions and models live on one thread
-
-
-@dataclass
-class Told:
-    """A whole answer."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    finish: Finish | None = None
-
-
-async def listen(ticket: Ticket) -> Told:
-    told = Told()
-    async with asyncio.timeout(DEADLINE):
-        async for event in ticket:
-            delta = event.delta
-            told.text += delta.text
-            told.reasoning += delta.reasoning
-            told.tool_calls += [delta.tool_call] if delta.tool_call else []
-            told.tokens += delta.token_ids
-            told.logprobs += delta.logprobs
-            if event.HasField("finish"):
-                told.finish = event.finish
-    return told
+Load = Callable[..., Awaitable[Tiny]]
 
 
 async def ask(engine: Engine, request: GenerateRequest) -> Told:
@@ -65,92 +35,33 @@ def of_tokens(tokens: list[int], **fields: Any) -> GenerateRequest:
     return GenerateRequest(token_ids=tokens, **({"max_tokens": 24} | fields))
 
 
-def of_text(text: str, **fields: Any) -> GenerateRequest:
-    return of_tokens(list(text.encode()), **fields)
-
-
 PROMPTS = [list(range(40, 43)), list(range(90)), [200] * 7, list(range(150, 190))]
 
 
-@dataclass
-class Tiny:
-    """A tiny model and what mlx-lm alone makes of it."""
-
-    model: Any
-    tokenizer: Any
-
-    async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Told:
-        def generate() -> Told:
-            told = Told()
-            for step in mlx_lm.stream_generate(
-                self.model, self.tokenizer, prompt, max_tokens=max_tokens, **options
-            ):
-                told.text += step.text
-                told.tokens += [] if step.token == EOS else [step.token]
-                told.logprobs.append(step.logprobs[step.token].item())
-            return told
-
-        told: Told = await THREAD.run(generate)
-        return told
-
-
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     loaded: dict[Any, Tiny] = {}
 
     async def load(model_type: str = "llama", *, marks: bool = False) -> Tiny:
         if (model_type, marks) not in loaded:
-            path = write_model(
-                tmp_path_factory.mktemp(model_type), tiny_config(model_type), marks=marks
-            )
-            loaded[model_type, marks] = Tiny(*await THREAD.run(lambda: mlx_lm.load(str(path))))
+            path = tmp_path_factory.mktemp(model_type)
+            write_model(path, tiny_config(model_type), marks=marks)
+            loaded[model_type, marks] = await Tiny.load(path)
         return loaded[model_type, marks]
 
     return load
 
 
 @pytest.fixture
-async def tiny(load: Callable[..., Any]) -> Tiny:
+async def tiny(load: Load) -> Tiny:
     return await load()
-
-
-async def start(tiny: Tiny, model: Any = None, **options: Any) -> Engine:
-    settings: dict[str, Any] = {
-        "model_name": "tiny",
-        "context": 256,
-        "users": 4,
-        "prefill_step": 16,
-    } | options
-    engine = Engine(THREAD, tiny.tokenizer, **settings)
-    await engine.set_model(model or tiny.model)
-    return engine
 
 
 @pytest.fixture
 async def engine(tiny: Tiny) -> AsyncIterator[Engine]:
-    engine = await start(tiny)
+    engine = await tiny.engine()
     yield engine
     engine.close()
-
-
-class Fragile:
-    """A model that counts its calls and can be told to fail, or to wait, at one of them."""
-
-    def __init__(self, model: Any) -> None:
-        self.calls = 0
-        self.error: Exception | None = None
-        self.error_at = 0
-        self._model = model
-
-    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        self.calls += 1
-        if self.error is not None and self.calls >= self.error_at:
-            raise self.error
-        logits: mx.array = self._model(inputs, cache=cache)
-        return logits
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 # Tokens
@@ -158,10 +69,10 @@ class Fragile:
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 async def test_answers_side_by_side_are_those_of_mlx_lm_one_by_one(
-    model_type: str, load: Callable[..., Any]
+    model_type: str, load: Load
 ) -> None:
     tiny = await load(model_type)
-    engine = await start(tiny)
+    engine = await tiny.engine()
     told = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in PROMPTS))
     engine.close()
     alone = [await tiny.alone(prompt) for prompt in PROMPTS]
@@ -182,7 +93,7 @@ async def test_requests_join_and_leave_midway(engine: Engine, tiny: Tiny) -> Non
 
 
 async def test_more_requests_than_users_all_get_their_answer(tiny: Tiny) -> None:
-    engine = await start(tiny, users=2)
+    engine = await tiny.engine(users=2)
     told = await asyncio.gather(*(ask(engine, of_tokens(p)) for p in PROMPTS * 2))
     engine.close()
     assert [t.tokens for t in told] == [(await tiny.alone(p)).tokens for p in PROMPTS * 2]
@@ -197,11 +108,11 @@ async def test_messages_go_through_the_chat_template(engine: Engine, tiny: Tiny)
 
 
 async def test_without_max_tokens_an_answer_fills_the_context(tiny: Tiny) -> None:
-    engine = await start(tiny, context=30)
+    engine = await tiny.engine(context=30)
     request = GenerateRequest(token_ids=PROMPTS[0])
     told = await ask(engine, request)
     engine.close()
-    assert (len(told.tokens), told.finish and told.finish.reason) == (27, "length")
+    assert (len(told.tokens), told.reason) == (27, "length")
 
 
 async def test_the_last_message_counts_tokens_and_time(engine: Engine) -> None:
@@ -241,7 +152,7 @@ async def test_other_seeds_and_no_seed_give_other_answers(engine: Engine) -> Non
 
 async def test_a_model_s_own_defaults_hold_until_a_request_says_otherwise(tiny: Tiny) -> None:
     defaults = {"do_sample": True, "temperature": 2.0, "top_p": 1.0}
-    engine = await start(tiny, defaults=defaults)
+    engine = await tiny.engine(defaults=defaults)
     greedy = (await tiny.alone(PROMPTS[0])).tokens
     told = await ask(engine, of_tokens(PROMPTS[0]))
     cold = await ask(engine, of_tokens(PROMPTS[0], sampling=Sampling(temperature=0)))
@@ -336,7 +247,7 @@ async def test_a_bad_request_is_refused_by_field(
 async def test_what_the_chat_template_refuses_is_the_asker_s_fault(tiny: Tiny) -> None:
     strict = copy.copy(tiny.tokenizer._tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    engine = await start(Tiny(tiny.model, TokenizerWrapper(strict)))
+    engine = await Tiny(tiny.model, TokenizerWrapper(strict)).engine()
     with pytest.raises(InputError, match=r"messages: .*refuses them: roles must alternate"):
         await engine.submit(GenerateRequest(messages=[hello()]))
     engine.close()
@@ -345,7 +256,7 @@ async def test_what_the_chat_template_refuses_is_the_asker_s_fault(tiny: Tiny) -
 async def test_a_model_without_chat_template_takes_only_tokens(tiny: Tiny) -> None:
     plain = copy.copy(tiny.tokenizer._tokenizer)
     plain.chat_template = None
-    engine = await start(Tiny(tiny.model, TokenizerWrapper(plain)))
+    engine = await Tiny(tiny.model, TokenizerWrapper(plain)).engine()
     with pytest.raises(InputError, match="messages: this model has no chat template"):
         await engine.submit(GenerateRequest(messages=[hello()]))
     engine.close()
@@ -358,47 +269,26 @@ async def test_another_model_is_not_found(engine: Engine) -> None:
 
 async def test_defaults_out_of_range_are_found_at_once(tiny: Tiny) -> None:
     with pytest.raises(InputError, match=r"generation_config.json: top_p: "):
-        await start(tiny, defaults={"top_p": 3})
+        await tiny.engine(defaults={"top_p": 3})
 
 
 # The queue, cancelling
 
 
 async def test_beyond_its_bound_the_queue_refuses(tiny: Tiny) -> None:
-    engine = await start(tiny, users=1, queue_limit=2)
+    engine = await tiny.engine(users=1, queue_limit=2)
     tickets = [await engine.submit(of_tokens([1], max_tokens=200)) for _ in range(3)]
     with pytest.raises(BusyError, match="the queue is full: 1 requests run and 2 wait"):
         await engine.submit(of_tokens([1]))
     tickets[1].cancel()
-    assert await listen(tickets[1]) == Told()
-    await until(lambda: can_submit(engine))
+    await THREAD.run(lambda: None)  # what was posted before is done
+    assert (await engine.submit(of_tokens([1]))).job.tokens == [1]
     engine.close()
-
-
-async def can_submit(engine: Engine) -> bool:
-    try:
-        await engine.submit(of_tokens([1], max_tokens=1))
-    except BusyError:
-        return False
-    return True
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while True:
-            result = condition()
-            if await result if asyncio.iscoroutine(result) else result:
-                return
-            await asyncio.to_thread(gc.collect)
-
-
-def live_caches() -> int:
-    return sum("KVCache" in type(thing).__name__ for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("moment", ["queued", "prefill", "decode"])
 async def test_cancelling_frees_the_caches(tiny: Tiny, moment: str) -> None:
-    engine = await start(tiny, users=1, context=4096, prefill_step=1)
+    engine = await tiny.engine(users=1, context=4096, prefill_step=1)
     first = await engine.submit(of_tokens([5] * 3000 if moment == "prefill" else [5]))
     ticket = first if moment != "queued" else await engine.submit(of_tokens([6]))
     if moment == "prefill":
@@ -433,7 +323,7 @@ async def test_nothing_is_left_after_many_requests(engine: Engine) -> None:
 @pytest.mark.parametrize("error_at", [1, 2, 8], ids=["first prefill", "later prefill", "decode"])
 async def test_when_a_machine_is_lost_all_requests_say_so(tiny: Tiny, error_at: int) -> None:
     model = Fragile(tiny.model)
-    engine = await start(tiny, model, users=2)
+    engine = await tiny.engine(model, users=2)
     model.error, model.error_at = UnavailableError("machine bob is gone"), error_at
     tickets = [await submit_or_none(engine, of_tokens(PROMPTS[1])) for _ in range(4)]
     for ticket in filter(None, tickets):
@@ -455,7 +345,7 @@ async def submit_or_none(engine: Engine, request: GenerateRequest) -> Ticket | N
 
 async def test_another_error_of_the_model_names_the_model(tiny: Tiny) -> None:
     model = Fragile(tiny.model)
-    engine = await start(tiny, model)
+    engine = await tiny.engine(model)
     model.error = RuntimeError("out of\nmemory")
     with pytest.raises(StageError, match="RuntimeError: out of memory"):
         await ask(engine, of_tokens([1]))
@@ -464,7 +354,7 @@ async def test_another_error_of_the_model_names_the_model(tiny: Tiny) -> None:
 
 async def test_a_new_model_serves_again_after_a_failure(tiny: Tiny) -> None:
     model = Fragile(tiny.model)
-    engine = await start(tiny, model)
+    engine = await tiny.engine(model)
     model.error = UnavailableError("machine bob is gone")
     with pytest.raises(UnavailableError):
         await ask(engine, of_tokens(PROMPTS[0]))
@@ -477,12 +367,11 @@ async def test_a_new_model_serves_again_after_a_failure(tiny: Tiny) -> None:
 
 async def test_a_failure_frees_the_caches_and_the_model(tiny: Tiny) -> None:
     model = Fragile(tiny.model)
-    engine = await start(tiny, model)
-    ticket = await engine.submit(of_tokens([1]))
-    await anext(ticket)
-    engine.fail(UnavailableError("machine bob is gone"))
-    with pytest.raises(UnavailableError):
-        await listen(ticket)
+    engine = await tiny.engine(model)
+    error = model.error = UnavailableError("machine bob is gone")
+    model.error_at = 5
+    with pytest.raises(UnavailableError, match=str(error)):
+        await ask(engine, of_tokens([1]))
     gone = weakref.ref(model)
     del model
     await until(lambda: live_caches() == 0 and gone() is None)
@@ -507,7 +396,7 @@ async def test_before_it_is_loaded_a_model_is_unavailable(tiny: Tiny) -> None:
 
 
 async def test_closing_ends_every_stream(tiny: Tiny) -> None:
-    engine = await start(tiny, users=1)
+    engine = await tiny.engine(users=1)
     tickets = [await engine.submit(of_tokens([1], max_tokens=200)) for _ in range(3)]
     await anext(tickets[0])
     engine.close()
@@ -518,8 +407,26 @@ async def test_closing_ends_every_stream(tiny: Tiny) -> None:
         await engine.submit(of_tokens([1]))
 
 
+async def test_closing_does_not_wait_for_a_model_that_hangs(tiny: Tiny) -> None:
+    began, released = threading.Event(), threading.Event()
+
+    class Stuck(Script):
+        def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+            began.set()
+            released.wait()
+            return super().__call__(inputs, cache)
+
+    engine = await tiny.engine(Stuck([65]))
+    ticket = await engine.submit(of_tokens([1]))
+    await asyncio.to_thread(began.wait)
+    engine.close()
+    with pytest.raises(UnavailableError, match="tiny is shutting down"):
+        await listen(ticket)
+    released.set()
+
+
 async def test_whoever_looks_again_finds_the_same_end(tiny: Tiny) -> None:
-    engine = await start(tiny)
+    engine = await tiny.engine()
     ticket = await engine.submit(of_tokens([1], max_tokens=200))
     engine.close()
     for _ in range(2):
@@ -541,57 +448,28 @@ async def test_an_asker_whose_loop_is_gone_does_not_hold_up_others(
 # Text: a scripted model says what the test wants said
 
 
-class Script:
-    """An mlx-lm model that answers a prompt of that length with the given tokens, then EOS."""
-
-    def __init__(self, tokens: list[int], prompt: int = 1) -> None:
-        self.layers = [object()]
-        self._tokens = [*tokens, EOS]
-        self._prompt = prompt
-
-    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
-        batch, length = inputs.shape
-        zeros = mx.zeros((batch, 1, length, 1))
-        cache[0].update_and_fetch(zeros, zeros)
-        said = max(cache[0].size() - self._prompt, 0)
-        token = self._tokens[min(said, len(self._tokens) - 1)]
-        return mx.broadcast_to(mx.arange(264) == token, (batch, length, 264)).astype(mx.float32)
-
-
-async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> tuple[Told, list[GenerateEvent]]:
-    engine = await start(tiny, Script(tokens))
-    ticket = await engine.submit(of_tokens([1], **({"max_tokens": 100} | fields)))
-    events = []
-    async with asyncio.timeout(DEADLINE):
-        async for event in ticket:
-            events.append(event)
+async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> Told:
+    engine = await tiny.engine(Script(tokens))
+    told = await ask(engine, of_tokens([1], **({"max_tokens": 100} | fields)))
     engine.close()
-    told = Told()
-    for event in events:
-        told.text += event.delta.text
-        told.reasoning += event.delta.reasoning
-        told.tool_calls += [event.delta.tool_call] if event.delta.tool_call else []
-        told.tokens += event.delta.token_ids
-    told.finish = events[-1].finish
-    return told, events
+    return told
 
 
 @pytest.mark.parametrize("text", ["plain", "żółć 🦊!", "two\n lines ", "a<b", "日本"])
 async def test_the_text_is_the_whole_decode(tiny: Tiny, text: str) -> None:
-    told, _ = await say(tiny, list(text.encode()))
+    told = await say(tiny, list(text.encode()))
     assert told.text == text
     assert told.tokens == list(text.encode())
-    assert told.finish is not None
-    assert told.finish.reason == "stop"
+    assert told.reason == "stop"
 
 
 async def test_half_a_character_is_never_shown(tiny: Tiny) -> None:
-    _, events = await say(tiny, list("a🦊b".encode()))
-    assert [event.delta.text for event in events] == ["a", "", "", "", "🦊", "b", ""]
+    told = await say(tiny, list("a🦊b".encode()))
+    assert told.texts == ["a", "", "", "", "🦊", "b"]
 
 
 async def test_half_a_character_at_the_end_is_shown_as_such(tiny: Tiny) -> None:
-    told, _ = await say(tiny, list("a🦊".encode())[:3])
+    told = await say(tiny, list("a🦊".encode())[:3])
     assert told.text == "a\ufffd"
 
 
@@ -610,35 +488,33 @@ async def test_half_a_character_at_the_end_is_shown_as_such(tiny: Tiny) -> None:
 async def test_a_stop_string_ends_the_answer_and_is_never_seen(
     tiny: Tiny, text: str, stop: list[str], left: str
 ) -> None:
-    told, _ = await say(tiny, list(text.encode()), stop=stop)
+    told = await say(tiny, list(text.encode()), stop=stop)
     assert told.text == left
-    assert told.finish is not None
-    assert told.finish.reason == "stop"
+    assert told.reason == "stop"
 
 
 async def test_text_is_held_back_only_while_it_may_be_a_stop_string(tiny: Tiny) -> None:
-    _, events = await say(tiny, list(b"a-b-->c"), stop=["-->"])
-    assert [event.delta.text for event in events] == ["a", "", "-b", "", "", "", ""]
+    told = await say(tiny, list(b"a-b-->c"), stop=["-->"])
+    assert told.texts == ["a", "", "-b", "", "", ""]
 
 
 async def test_the_limit_of_tokens_gives_out_what_was_held_back(tiny: Tiny) -> None:
-    told, _ = await say(tiny, list(b"one STOP"), stop=["STOP"], max_tokens=6)
+    told = await say(tiny, list(b"one STOP"), stop=["STOP"], max_tokens=6)
     assert told.text == "one ST"
-    assert told.finish is not None
-    assert told.finish.reason == "length"
+    assert told.reason == "length"
 
 
-async def test_reasoning_and_tool_calls_come_apart(load: Callable[..., Any]) -> None:
+async def test_reasoning_and_tool_calls_come_apart(load: Load) -> None:
     tiny = await load(marks=True)
     said = "<think>hm</think>Yes.<tool_call>{1}</tool_call><tool_call>{2}</tool_call>"
-    told, _ = await say(tiny, tiny.tokenizer.encode(said, add_special_tokens=False))
+    told = await say(tiny, tiny.tokenizer.encode(said, add_special_tokens=False))
     assert (told.reasoning, told.text, told.tool_calls) == ("hm", "Yes.", ["{1}", "{2}"])
     assert told.tokens == tiny.tokenizer.encode(said, add_special_tokens=False)
 
 
-async def test_a_prompt_that_opens_the_reasoning_begins_in_it(load: Callable[..., Any]) -> None:
+async def test_a_prompt_that_opens_the_reasoning_begins_in_it(load: Load) -> None:
     tiny = await load(marks=True)
-    engine = await start(tiny, Script([*b"hm", tiny.tokenizer.think_end_id, 33], prompt=2))
+    engine = await tiny.engine(Script([*b"hm", tiny.tokenizer.think_end_id, 33], prompt=2))
     told = await ask(engine, of_tokens([1, tiny.tokenizer.think_start_id]))
     engine.close()
     assert (told.reasoning, told.text) == ("hm", "!")

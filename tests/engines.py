@@ -1,0 +1,136 @@
+"""Engines over tiny models, for tests."""
+
+import asyncio
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+
+from node.engine import Engine
+from node.mlx_thread import MLXThread
+from tests.tiny import EOS, VOCAB
+from unicluster.v1.chat_pb2 import Finish
+
+DEADLINE = 30.0
+THREAD = MLXThread()  # models of MLX live on one thread
+
+
+@dataclass
+class Told:
+    """A whole answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish: Finish | None = None
+    texts: list[str] = field(default_factory=list)  # event by event
+
+    @property
+    def reason(self) -> str:
+        return self.finish.reason if self.finish else "none"
+
+
+async def listen(events: Any) -> Told:
+    """Hears an answer out; raises what ends it."""
+    told = Told()
+    async with asyncio.timeout(DEADLINE):
+        async for event in events:
+            if event.HasField("finish"):
+                told.finish = event.finish
+                continue
+            delta = event.delta
+            told.text += delta.text
+            told.texts.append(delta.text)
+            told.reasoning += delta.reasoning
+            told.tool_calls += [delta.tool_call] if delta.tool_call else []
+            told.tokens += delta.token_ids
+            told.logprobs += delta.logprobs
+    return told
+
+
+@dataclass
+class Tiny:
+    """A tiny model and what mlx-lm alone makes of it."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    async def load(cls, path: Path) -> "Tiny":
+        return cls(*await THREAD.run(lambda: mlx_lm.load(str(path))))
+
+    async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Told:
+        """The answer of mlx-lm's own function."""
+
+        def generate() -> Told:
+            told = Told()
+            for step in mlx_lm.stream_generate(
+                self.model, self.tokenizer, prompt, max_tokens=max_tokens, **options
+            ):
+                told.text += step.text
+                told.tokens += [] if step.token == EOS else [step.token]
+                told.logprobs.append(step.logprobs[step.token].item())
+            return told
+
+        return await THREAD.run(generate)
+
+    async def engine(self, model: Any = None, **options: Any) -> Engine:
+        """A running engine, over `model` instead if given. Close it."""
+        sizes = {"context": 256, "users": 4, "prefill_step": 16}
+        engine = Engine(THREAD, self.tokenizer, model_name="tiny", **(sizes | options))
+        await engine.set_model(model or self.model)
+        return engine
+
+
+class Fragile:
+    """A model that raises `error` from its call number `error_at` on, if there is one."""
+
+    def __init__(self, model: Any) -> None:
+        self.error: Exception | None = None
+        self.error_at = 0
+        self._calls = 0
+        self._model = model
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> Any:
+        self._calls += 1
+        if self.error is not None and self._calls >= self.error_at:
+            raise self.error
+        return self._model(inputs, cache=cache)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Script:
+    """An mlx-lm model that answers a prompt of that length with the given tokens, then EOS."""
+
+    def __init__(self, tokens: list[int], prompt: int = 1) -> None:
+        self.layers = [object()]
+        self._tokens = [*tokens, EOS]
+        self._prompt = prompt
+
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+        zeros = mx.zeros((inputs.shape[0], 1, inputs.shape[1], 1))
+        cache[0].update_and_fetch(zeros, zeros)
+        said = max(cache[0].size() - self._prompt, 0)
+        token = self._tokens[min(said, len(self._tokens) - 1)]
+        one_hot = (mx.arange(VOCAB) == token).astype(mx.float32)
+        return mx.broadcast_to(one_hot, (*inputs.shape, VOCAB))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Waits for a condition, collecting garbage meanwhile."""
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.to_thread(gc.collect)
+
+
+def live_caches() -> int:
+    """KV caches alive in this process."""
+    return sum("KVCache" in type(thing).__name__ for thing in gc.get_objects())
