@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -19,6 +20,9 @@ from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import LoadProgress, StageEvent, StageExit, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import Opened, RouteStop, StageInfo
+
+if TYPE_CHECKING:
+    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +96,7 @@ class Deployment:
         self.state = "loading"
         self.detail = f"loading {source.display}"
         self.stages: list[StageInfo] = []
-        self.chat: ChatStub | None = None
+        self.chat: "ChatAsyncStub | None" = None
         self._identity = identity
         self._listener = listener
         self._changed = asyncio.Event()
@@ -175,7 +179,7 @@ class Deployment:
             self.state, self.detail = "recovering", reason
             log.warning("%s", reason)
 
-    def _open(self, opened: Opened, chat: ChatStub) -> None:
+    def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:
         self.stages = list(opened.stages)
         self.chat = chat
         self.state, self.detail = "ready", ""

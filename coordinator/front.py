@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from coordinator.service import Service
-from unicluster.channels import peer_name
+from unicluster.channels import as_error, peer_name
 from unicluster.errors import NotFoundError, UnavailableError
 from unicluster.status import abort
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateEvent, GenerateRequest
@@ -29,14 +29,11 @@ class Front(ChatServicer):
     ) -> AsyncIterator[GenerateEvent]:
         service = self._service
         if request.model and request.model not in service.names:
-            await abort(
-                context,
-                NotFoundError(f"model: {request.model!r} is not served here; {service.display} is"),
-            )
+            error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
+            await abort(context, error)
         deployment = service.deployment
         if deployment is None or deployment.chat is None:
-            await abort(context, UnavailableError(f"{service.display}: {service.detail}"))
-            return
+            await abort(context, UnavailableError(f"{service.display} {service.detail}"))
         forwarded = GenerateRequest()
         forwarded.CopyFrom(request)
         forwarded.model = ""
@@ -44,12 +41,10 @@ class Front(ChatServicer):
         try:
             async for event in call:
                 yield event
-        except grpc.aio.AioRpcError as error:
-            log.info("answer for %s ended: %s", peer_name(context), error.details())
-            details = error.details() or error.code().name
-            if deployment.chat is None or "ocket closed" in details:
-                details = f"machine {deployment.head_name} (head) went away in mid-answer"
-            await context.abort(error.code(), details)
+        except grpc.aio.AioRpcError as broken:
+            ended = as_error(broken, f"machine {deployment.head_name} (head)")
+            log.info("answer for %s ended: %s", peer_name(context), ended)
+            await abort(context, ended)
         finally:
             # The client may have gone: the head must stop computing for it.
             call.cancel()

@@ -120,7 +120,10 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
-        placed = plan(self.layout, machines, self._objective, model=self.display, nodes=names)
+        # A search over many machines takes a second; answers go on meanwhile.
+        placed = await asyncio.to_thread(
+            plan, self.layout, machines, self._objective, model=self.display, nodes=names
+        )
         listener = self._on_plan(placed)
         deployment = Deployment(self.source, self.layout, placed, self._identity, listener)
         self.deployment = deployment

@@ -11,17 +11,19 @@ from typing import Any
 
 import grpc
 
+from node.peers import Peers
 from node.probe import Hardware
 from node.process import WorkerProcess
 from node.worker import WorkerConfig
 from unicluster import PROTOCOL, __version__
-from unicluster.channels import peer_name
+from unicluster.channels import host_of, peer_name
 from unicluster.errors import InputError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
+    Greeting,
     InspectRequest,
     LoadProgress,
     ModelLayout,
@@ -49,20 +51,23 @@ class Agent(NodeServicer):
         self,
         identity: Identity,
         hardware: Hardware,
+        peers: Peers,
         *,
         host: str,
         stage_port: int,
         memory_cap: int | None,
     ) -> None:
         self.hardware = hardware
+        self.peers = peers
         self._identity = identity
         self._host = host
         self._stage_port = stage_port
         self._cap = memory_cap
         self._stages: dict[int, StageSpec] = {}
 
-    def usable_memory(self, available: int) -> int:
-        """Bytes that a new stage may take, of `available` on the machine, within the cap."""
+    def usable_memory(self) -> int:
+        """Bytes that a new stage may take now, within the cap."""
+        available = self.hardware.available()
         if self._cap is None:
             return available
         taken = sum(spec.memory for spec in self._stages.values())
@@ -79,12 +84,17 @@ class Agent(NodeServicer):
             version=__version__,
             protocol=PROTOCOL,
             total_memory=hardware.total_memory,
-            usable_memory=self.usable_memory(hardware.available()),
+            usable_memory=self.usable_memory(),
             bandwidth=hardware.bandwidth,
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
             stages=self._stages.values(),
+            peers=self.peers.known(),
         )
+
+    async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
+        self.peers.note(host_of(context), request.port)
+        return Greeting()
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
         try:

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 import uvloop
 from mlx_lm.utils import load_tokenizer
 
@@ -14,7 +15,7 @@ from node.hollow import HollowModel
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
-from node.weights import LazyModel, load_parts, load_lazy, model_path
+from node.weights import LazyModel, load_lazy, load_parts, model_path
 from node.worker import SWITCH_INTERVAL, WorkerConfig
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError
@@ -22,8 +23,6 @@ from unicluster.trust import Cluster, Identity
 from unicluster.v1.node_pb2 import StageEvent, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop
-
-import grpc
 
 T = TypeVar("T")
 
@@ -76,12 +75,14 @@ def load_local(model: str, quant: str, cuts: list[Cut]) -> tuple[LoadedModel, An
     background = Background()
     identity = Cluster.new().issue("local")
     workers: list[WorkerProcess] = []
+    if Path(model).exists():
+        model = str(Path(model).absolute())
 
     async def start() -> list[RouteStop]:
         configs = [
             WorkerConfig(
                 node=f"local-{index}",
-                model=str(Path(model).absolute()) if Path(model).exists() else model,
+                model=model,
                 quant=quant,
                 first_layer=first,
                 end_layer=end,
@@ -137,9 +138,7 @@ def load_on_nodes(
     return _assemble(model, quant, cuts, identity, background, start, stop)
 
 
-def load_head(
-    model: str, quant: str, end: int
-) -> tuple[LazyModel, HollowModel]:
+def load_head(model: str, quant: str, end: int) -> tuple[LazyModel, HollowModel]:
     """Stage 0 with its weights in memory, layers [0, end) and all that is outside the layers."""
     lazy = load_lazy(model_path(model), quant)
     hollow = HollowModel(lazy.model, lazy.model_type, 0, end)

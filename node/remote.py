@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
 from node.tensors import decode_tree, encode_tree
@@ -90,8 +89,7 @@ class RemoteCache:
         return self.stage.new(merge=CacheOp.Merge(sources=sources))
 
     def filter(self, batch_indices: Any) -> None:
-        rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
-        self._change(filter=CacheOp.Filter(rows=rows))
+        self._change(filter=CacheOp.Filter(rows=[int(row) for row in batch_indices]))
 
     def extend(self, other: "RemoteCache") -> None:
         self._change(extend=CacheOp.Extend(other=other.number))
@@ -177,7 +175,7 @@ RemoteCache.__name__ = CacheList.__name__
 class _RemoteState:
     """Looks like a list to Python's tree functions and like an opaque leaf to mlx.eval."""
 
-    __class__ = property(lambda self: list)  # type: ignore[assignment]
+    __class__ = property(lambda self: list)
 
     def __init__(self, handle: RemoteCache) -> None:
         self._handle = handle

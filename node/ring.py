@@ -1,6 +1,7 @@
 """The head's end of the ring: sends frames to the first stage, gets them back from the last."""
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from unicluster.channels import connect
-from unicluster.errors import StageError, UniclusterError, UnavailableError
+from unicluster.channels import as_error, connect
+from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
@@ -143,7 +144,7 @@ class Ring:
     def _dial(self, stop: RouteStop, identity: Identity) -> Hop:
         channel = connect(stop.address, identity)
         self._channels.append(channel)
-        return StageStub(channel).Hop()
+        return StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
 
     async def _write(self, hop: Hop) -> None:
         while True:
@@ -201,10 +202,8 @@ class Ring:
 
 async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
     """Sends the first message of a hop and waits until everything behind it is connected."""
-    try:
-        await hop.write(HopMessage(open=opening))
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        pass  # reading tells the reason
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await hop.write(HopMessage(open=opening))  # if it fails, reading tells why
     message = await read_hop(hop, stop)
     return message.opened
 
@@ -214,9 +213,7 @@ async def read_hop(hop: Hop, stop: RouteStop) -> HopMessage:
     try:
         message = await hop.read()
     except grpc.aio.AioRpcError as error:
-        raise UnavailableError(
-            f"lost machine {stop.node} ({stop.address}): {error.details() or error.code().name}"
-        ) from error
+        raise as_error(error, f"machine {stop.node} ({stop.address})") from error
     if not isinstance(message, HopMessage):
         raise UnavailableError(f"machine {stop.node} ({stop.address}) ended the stream")
     if message.HasField("fault"):

@@ -83,9 +83,7 @@ class StageService(StageServicer):
                     tasks.append(asyncio.create_task(_until_fault(hop, opening.route[0])))
                 await context.write(HopMessage(opened=Opened(stages=stages)))
                 tasks.append(asyncio.create_task(self._read_frames(live, context)))
-                await asyncio.wait(
-                    [*tasks, live.failed], return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait([*tasks, live.failed], return_when=asyncio.FIRST_COMPLETED)
                 for ended in (live.failed, *tasks):
                     if ended.done():
                         ended.result()
@@ -104,7 +102,7 @@ class StageService(StageServicer):
     ) -> tuple[Any, list[StageInfo]]:
         stop, rest = opening.route[0], opening.route[1:]
         channel = await stack.enter_async_context(connect(stop.address, self._identity))
-        hop = StageStub(channel).Hop()
+        hop = StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
         opened = await open_hop(
             hop, stop, Open(session=opening.session, stage=opening.stage + 1, route=rest)
         )

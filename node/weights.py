@@ -106,7 +106,8 @@ def check_safetensors(file: Path) -> None:
         raise InputError(f"{file}: damaged safetensors: {_first_line(error)}") from error
     if 8 + length + end != size:
         raise InputError(
-            f"{file}: damaged safetensors: {size} bytes instead of {8 + length + end}; copy it again"
+            f"{file}: damaged safetensors: {size} bytes instead of {8 + length + end}; "
+            "copy it again"
         )
 
 
@@ -174,9 +175,7 @@ def _from_hub(repo: str) -> Path:
     )
 
 
-def _explained(
-    action: Callable[[], Path], reasons: dict[type[Exception], str], repo: str
-) -> Path:
+def _explained(action: Callable[[], Path], reasons: dict[type[Exception], str], repo: str) -> Path:
     try:
         return action()
     except tuple(reasons) as error:

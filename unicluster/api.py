@@ -35,21 +35,38 @@ def load(
     if (local_nodes is None) == (nodes is None):
         raise InputError("load: give either local_nodes=N or nodes=[...]")
     from coordinator.catalog import resolve
+    from coordinator.placement import Layout
     from node.layout import inspect
-    from node.loader import load_local, load_on_nodes
 
     source = resolve(model, quant or None)
-    layout = inspect(source.model, source.quant)
+    layout = Layout.from_proto(inspect(source.model, source.quant))
     if nodes is not None:
-        from coordinator.members import place_from_here
+        return _on_nodes(source.model, source.quant, layout, nodes)
+    from coordinator.planner import split_evenly
+    from node.loader import load_local
 
-        cuts, stops, identity = place_from_here(layout, nodes)
-        return load_on_nodes(source.model, source.quant, cuts, stops, identity)
+    if local_nodes is None or not 1 <= local_nodes <= layout.layers:
+        raise InputError(f"local_nodes: between 1 and {layout.layers}, the layers of {model}")
+    return load_local(source.model, source.quant, split_evenly(layout, local_nodes))
 
-    from coordinator.planner import Layout, split_evenly
 
-    layers = len(layout.layer_bytes)
-    if local_nodes is None or not 1 <= local_nodes <= layers:
-        raise InputError(f"local_nodes: between 1 and {layers}, the layers of {model}")
-    cuts = split_evenly(Layout.from_proto(layout), local_nodes)
-    return load_local(source.model, source.quant, cuts)
+def _on_nodes(model: str, quant: str, layout: Any, nodes: Sequence[str]) -> tuple[Any, Any]:
+    from coordinator.here import cut_in_order, find
+    from coordinator.placement import Machine
+    from node.loader import load_on_nodes
+    from node.probe import probe
+    from unicluster.trust import Store, default_name
+    from unicluster.v1.stage_pb2 import RouteStop
+
+    if not nodes:
+        raise InputError("nodes: name at least one agent")
+    cluster = Store().require()
+    identity = cluster.issue(default_name())
+    hardware = probe()
+    here = Machine(
+        "this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth
+    )
+    machines = find(cluster, identity, nodes)
+    cuts = cut_in_order(layout, [here, *machines])
+    stops = [RouteStop(node=m.name, address=m.address) for m in machines]
+    return load_on_nodes(model, quant, cuts, stops, identity)

@@ -122,6 +122,11 @@ def peer_name(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
     return f"{name} ({plain_address(context.peer())})"
 
 
+def host_of(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """The address that a caller calls from, without its port."""
+    return split_address(plain_address(context.peer()))[0]
+
+
 def plain_address(target: str) -> str:
     """ "127.0.0.1:80" from gRPC's "ipv4:127.0.0.1:80", "[::1]:80" from "ipv6:%5B::1%5D:80"."""
     return re.sub(r"^ipv[46]:(//)?", "", unquote(target))

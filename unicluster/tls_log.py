@@ -107,7 +107,8 @@ def tap_stderr() -> None:
     if "GRPC_TRACE" in os.environ:
         return
     if "grpc" in sys.modules:
-        raise RuntimeError("tap_stderr comes too late: grpc is imported and has read its settings")
+        log.warning("refused clients won't be logged: grpc was imported before tap_stderr ran")
+        return
     verbosity = os.environ.get("GRPC_VERBOSITY")
     os.environ.update(TRACE_ENV)
     import grpc  # noqa: F401 - reads the settings, which children must not inherit

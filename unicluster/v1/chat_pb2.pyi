@@ -20,7 +20,7 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class OpenRingRequest(_message.Message):
+class HoldRingRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -39,7 +39,7 @@ class OpenRingRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___OpenRingRequest: _TypeAlias = OpenRingRequest  # noqa: Y015
+Global___HoldRingRequest: _TypeAlias = HoldRingRequest  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):

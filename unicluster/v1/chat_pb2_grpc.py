@@ -148,7 +148,7 @@ class Chat:
 
 
 class HeadStub:
-    """The head worker's control: made by the coordinator once all stages are loaded.
+    """The head worker's control: called by the coordinator once all stages are loaded.
     """
 
     def __init__(self, channel):
@@ -157,19 +157,21 @@ class HeadStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.OpenRing = channel.unary_unary(
-                '/unicluster.v1.Head/OpenRing',
-                request_serializer=unicluster_dot_v1_dot_chat__pb2.OpenRingRequest.SerializeToString,
+        self.HoldRing = channel.unary_stream(
+                '/unicluster.v1.Head/HoldRing',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_stage__pb2.Opened.FromString,
                 _registered_method=True)
 
 
 class HeadServicer:
-    """The head worker's control: made by the coordinator once all stages are loaded.
+    """The head worker's control: called by the coordinator once all stages are loaded.
     """
 
-    def OpenRing(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def HoldRing(self, request, context):
+        """Opens the ring and keeps it open for as long as the stream lives. The one message says
+        what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -177,9 +179,9 @@ class HeadServicer:
 
 def add_HeadServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'OpenRing': grpc.unary_unary_rpc_method_handler(
-                    servicer.OpenRing,
-                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.OpenRingRequest.FromString,
+            'HoldRing': grpc.unary_stream_rpc_method_handler(
+                    servicer.HoldRing,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_stage__pb2.Opened.SerializeToString,
             ),
     }
@@ -191,11 +193,11 @@ def add_HeadServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Head:
-    """The head worker's control: made by the coordinator once all stages are loaded.
+    """The head worker's control: called by the coordinator once all stages are loaded.
     """
 
     @staticmethod
-    def OpenRing(request,
+    def HoldRing(request,
             target,
             options=(),
             channel_credentials=None,
@@ -205,11 +207,11 @@ class Head:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
-            '/unicluster.v1.Head/OpenRing',
-            unicluster_dot_v1_dot_chat__pb2.OpenRingRequest.SerializeToString,
+            '/unicluster.v1.Head/HoldRing',
+            unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.SerializeToString,
             unicluster_dot_v1_dot_stage__pb2.Opened.FromString,
             options,
             channel_credentials,

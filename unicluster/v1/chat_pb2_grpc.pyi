@@ -77,29 +77,38 @@ class ChatServicer(metaclass=_abc_1.ABCMeta):
 def add_ChatServicer_to_server(servicer: ChatServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class HeadStub:
-    """The head worker's control: made by the coordinator once all stages are loaded."""
+    """The head worker's control: called by the coordinator once all stages are loaded."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> HeadAsyncStub: ...
-    OpenRing: _grpc.UnaryUnaryMultiCallable[_chat_pb2.OpenRingRequest, _stage_pb2.Opened]
+    HoldRing: _grpc.UnaryStreamMultiCallable[_chat_pb2.HoldRingRequest, _stage_pb2.Opened]
+    """Opens the ring and keeps it open for as long as the stream lives. The one message says
+    what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
+    """
 
 @_typing.type_check_only
 class HeadAsyncStub(HeadStub):
-    """The head worker's control: made by the coordinator once all stages are loaded."""
+    """The head worker's control: called by the coordinator once all stages are loaded."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    OpenRing: _aio.UnaryUnaryMultiCallable[_chat_pb2.OpenRingRequest, _stage_pb2.Opened]  # type: ignore[assignment]
+    HoldRing: _aio.UnaryStreamMultiCallable[_chat_pb2.HoldRingRequest, _stage_pb2.Opened]  # type: ignore[assignment]
+    """Opens the ring and keeps it open for as long as the stream lives. The one message says
+    what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
+    """
 
 class HeadServicer(metaclass=_abc_1.ABCMeta):
-    """The head worker's control: made by the coordinator once all stages are loaded."""
+    """The head worker's control: called by the coordinator once all stages are loaded."""
 
     @_abc_1.abstractmethod
-    def OpenRing(
+    def HoldRing(
         self,
-        request: _chat_pb2.OpenRingRequest,
+        request: _chat_pb2.HoldRingRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_stage_pb2.Opened, _abc.Awaitable[_stage_pb2.Opened]]: ...
+    ) -> _typing.Union[_abc.Iterator[_stage_pb2.Opened], _abc.AsyncIterator[_stage_pb2.Opened]]:
+        """Opens the ring and keeps it open for as long as the stream lives. The one message says
+        what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
+        """
 
 def add_HeadServicer_to_server(servicer: HeadServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

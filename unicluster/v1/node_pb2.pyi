@@ -19,6 +19,26 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Greeting(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """the sender's agent port, at the address it calls from"""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Greeting: _TypeAlias = Greeting  # noqa: Y015
+
+@_typing.final
 class DescribeNodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -48,6 +68,7 @@ class NodeInfo(_message.Message):
     BANDWIDTH_MEASURED_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -63,6 +84,10 @@ class NodeInfo(_message.Message):
     platform: _builtins.str
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSpec]: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """host:port of agents this one knows by greeting"""
+
     def __init__(
         self,
         *,
@@ -77,10 +102,11 @@ class NodeInfo(_message.Message):
         bandwidth_measured: _builtins.bool = ...,
         platform: _builtins.str = ...,
         stages: _abc.Iterable[Global___StageSpec] | None = ...,
+        peers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "name", b"name", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "name", b"name", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

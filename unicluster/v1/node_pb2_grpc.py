@@ -50,6 +50,11 @@ class NodeStub:
                 request_serializer=unicluster_dot_v1_dot_node__pb2.StageSpec.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_node__pb2.StageEvent.FromString,
                 _registered_method=True)
+        self.Greet = channel.unary_unary(
+                '/unicluster.v1.Node/Greet',
+                request_serializer=unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -77,6 +82,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Greet(self, request, context):
+        """Where multicast does not reach: an agent makes itself known to another, every few seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.RunStage,
                     request_deserializer=unicluster_dot_v1_dot_node__pb2.StageSpec.FromString,
                     response_serializer=unicluster_dot_v1_dot_node__pb2.StageEvent.SerializeToString,
+            ),
+            'Greet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Greet,
+                    request_deserializer=unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
+                    response_serializer=unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class Node:
             '/unicluster.v1.Node/RunStage',
             unicluster_dot_v1_dot_node__pb2.StageSpec.SerializeToString,
             unicluster_dot_v1_dot_node__pb2.StageEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Greet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Node/Greet',
+            unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
+            unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
             options,
             channel_credentials,
             insecure,

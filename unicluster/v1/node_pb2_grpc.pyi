@@ -40,6 +40,8 @@ class NodeStub:
     """Runs one stage for as long as the stream lives: cancelling it, or losing the
     coordinator, ends the worker and gives its memory back.
     """
+    Greet: _grpc.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]
+    """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -53,6 +55,8 @@ class NodeAsyncStub(NodeStub):
     """Runs one stage for as long as the stream lives: cancelling it, or losing the
     coordinator, ends the worker and gives its memory back.
     """
+    Greet: _aio.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]  # type: ignore[assignment]
+    """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
     """A machine's agent. Memory is in bytes, bandwidth in bytes per second."""
@@ -81,5 +85,13 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         """Runs one stage for as long as the stream lives: cancelling it, or losing the
         coordinator, ends the worker and gives its memory back.
         """
+
+    @_abc_1.abstractmethod
+    def Greet(
+        self,
+        request: _node_pb2.Greeting,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Greeting, _abc.Awaitable[_node_pb2.Greeting]]:
+        """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

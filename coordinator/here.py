@@ -1,0 +1,61 @@
+"""Placement for `unicluster.load(nodes=[...])`: the caller first, then the machines as named."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from coordinator.members import Members
+from coordinator.placement import Layout, Machine
+from coordinator.pool import Pool
+from unicluster.errors import DoesNotFitError, InputError
+from unicluster.trust import Cluster, Identity
+from unicluster.units import format_bytes
+
+
+def find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Machine]:
+    """The machines meant by `nodes`, addresses or names, in that order.
+
+    Raises UnavailableError for one that does not answer.
+    """
+    return asyncio.run(_find(cluster, identity, nodes))
+
+
+def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int, int]]:
+    """One range of layers for each machine, in the given order, of the least seconds a token.
+
+    Raises DoesNotFitError when there is none.
+    """
+    costs = [Pool(layout, [machine]).seconds(hops=True)[0] for machine in machines]
+    rows = [costs[0][0]]
+    for _, step in costs[1:]:
+        rows.append((rows[-1][:, None] + step).min(axis=0))
+    if not np.isfinite(rows[-1][-1]):
+        room = sum(machine.usable for machine in machines)
+        raise DoesNotFitError(
+            f"{layout.model_type} needs {format_bytes(layout.weight_bytes + layout.kv_bytes)} and "
+            f"no cut of it fits these machines in this order, which offer {format_bytes(room)}"
+        )
+    ranges: list[tuple[int, int]] = []
+    end = layout.layers
+    for row, (_, step) in zip(reversed(rows[:-1]), reversed(costs[1:]), strict=True):
+        start = int((row + step[:, end]).argmin())
+        ranges.append((start, end))
+        end = start
+    return [(0, end), *reversed(ranges)]
+
+
+async def _find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Machine]:
+    addresses = [node for node in nodes if ":" in node]
+    names = [node for node in nodes if ":" not in node]
+    async with Members(cluster, identity, addresses) as members:
+        if names:
+            await members.search(names)
+        machines = await members.machines()
+    found = []
+    for node in nodes:
+        meant = [m for m in machines if node in (m.name, m.address)]
+        if not meant:
+            raise InputError(f"nodes: no machine {node} of this cluster answers")
+        found.append(meant[0])
+    return found

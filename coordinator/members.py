@@ -1,0 +1,143 @@
+"""The machines of this cluster: found by mDNS or named as peers, and asked what they are."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+import grpc
+
+from coordinator.placement import Machine
+from unicluster import PROTOCOL
+from unicluster.channels import as_error, connect
+from unicluster.discovery import Browser, Kind
+from unicluster.errors import InputError, UnavailableError, UniclusterError
+from unicluster.trust import Cluster, Identity
+from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
+from unicluster.v1.node_pb2_grpc import NodeStub
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 5.0
+# mDNS answers come within a few hundred milliseconds; this long a silence ends the search.
+QUIET_SECONDS = 1.5
+SEARCH_SECONDS = 6.0
+# Inspecting builds a model's whole tree, and may have to fetch its configuration first.
+INSPECT_SECONDS = 600.0
+
+
+class Members:
+    """An async context manager that keeps browsing while it is open."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        identity: Identity,
+        peers: Sequence[str] = (),
+        host: str = "",
+    ) -> None:
+        self._identity = identity
+        self._peers = tuple(peers)
+        self._browser = Browser(Kind.NODE, cluster.fingerprint, host=host)
+
+    async def __aenter__(self) -> "Members":
+        await self._browser.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._browser.__aexit__(kind, error, trace)
+
+    async def search(self, names: Sequence[str] | None = None) -> None:
+        """Waits until all of `names` are found, or, without names, until no more turn up.
+
+        Raises UnavailableError naming the machines that are not there.
+        """
+        found = self._browser.found
+        if names is not None:
+            await self._browser.wait_for(lambda found: set(names) <= set(found), SEARCH_SECONDS)
+            known = {info.name for info, _ in await self.nodes()}
+            if missing := sorted(set(names) - known):
+                there = ", ".join(sorted(known)) or "none"
+                raise UnavailableError(
+                    f"no machine named {', '.join(missing)} in this cluster; found: {there}"
+                )
+            return
+        deadline = asyncio.get_running_loop().time() + SEARCH_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            grew = await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS)
+            if not grew and (found or self._peers):
+                return
+
+    async def nodes(self) -> list[tuple[NodeInfo, str]]:
+        """What each machine says of itself, with its address; silent ones are left out.
+
+        Machines known only to other machines, by their greetings, are asked too.
+        """
+        names = {m.address: name for name, m in self._browser.found.items()}
+        waiting = {*names, *self._peers}
+        asked: set[str] = set()
+        found: dict[str, tuple[NodeInfo, str]] = {}
+        while waiting:
+            asked |= waiting
+            calls = [self._describe(names.get(a, a), a) for a in sorted(waiting)]
+            answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
+            for info, address in answers:
+                found.setdefault(info.name, (info, address))
+            waiting = {peer for info, _ in answers for peer in info.peers} - asked
+        return list(found.values())
+
+    async def machines(self) -> list[Machine]:
+        """The same for the planner. Raises UnavailableError when there is none."""
+        nodes = await self.nodes()
+        if not nodes:
+            raise UnavailableError(
+                "no machine of this cluster answers: run `unicluster join` on each, or name one "
+                "with --peer HOST:PORT if multicast does not reach it"
+            )
+        return [Machine.from_proto(info, address) for info, address in nodes]
+
+    async def inspect(self, request: InspectRequest) -> ModelLayout:
+        """What a model weighs, by the first machine that can tell.
+
+        Raises what the machines say when none can.
+        """
+        problem: UniclusterError | None = None
+        for machine in sorted(await self.machines(), key=lambda m: m.backend == "none"):
+            async with connect(machine.address, self._identity) as channel:
+                try:
+                    return await NodeStub(channel).Inspect(request, timeout=INSPECT_SECONDS)
+                except grpc.aio.AioRpcError as error:
+                    problem = problem or as_error(error, f"machine {machine.name}")
+        raise problem or InputError(f"{request.model}: no machine could inspect it")
+
+    async def changed(self, timeout: float) -> None:
+        """Returns when a machine came or went, or after `timeout` seconds."""
+        before = set(self._browser.found)
+        await self._browser.wait_for(lambda found: set(found) != before, timeout)
+
+    async def _describe(self, name: str, address: str) -> tuple[NodeInfo, str] | None:
+        async with connect(address, self._identity) as channel:
+            try:
+                info = await NodeStub(channel).Describe(
+                    DescribeNodeRequest(), timeout=ANSWER_SECONDS
+                )
+            except grpc.aio.AioRpcError as error:
+                log.warning("%s", as_error(error, f"machine {name} ({address})"))
+                return None
+        if info.protocol != PROTOCOL:
+            newer = "this machine" if info.protocol > PROTOCOL else info.name
+            log.warning(
+                "machine %s speaks protocol %d, this one %d: upgrade %s",
+                *(info.name, info.protocol, PROTOCOL, newer),
+            )
+            return None
+        return info, address
+
+
+def _more_than(count: int) -> Callable[[Mapping[str, object]], bool]:
+    return lambda found: len(found) > count

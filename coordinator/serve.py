@@ -1,0 +1,227 @@
+"""`unicluster serve MODEL`: plan, load, and serve until told to end."""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from rich.console import Console
+
+from coordinator.catalog import QUANTS, Source, resolve
+from coordinator.deployment import Listener
+from coordinator.front import Front
+from coordinator.members import Members
+from coordinator.placement import Layout, Objective, Plan
+from coordinator.render import LoadProgress, fleet_table, plan_table
+from coordinator.service import Service
+from unicluster import PROTOCOL, __version__
+from unicluster.channels import bind, join_address, make_server
+from unicluster.discovery import Advertisement, Kind
+from unicluster.errors import InputError
+from unicluster.trust import Cluster, Identity, Store, default_name
+from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
+from unicluster.v1.node_pb2 import InspectRequest
+
+DEFAULT_PORT = 47700
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What is to be served, where and how."""
+
+    source: Source
+    context: int = 0
+    users: int = 1
+    objective: Objective = "latency"
+    nodes: list[str] | None = None
+    peers: Sequence[str] = field(default=())
+    host: str = ""
+    port: int = DEFAULT_PORT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, owner/name on the hub, a known name, or demo"
+    )
+    parser.add_argument("--quant", choices=QUANTS, help="quantize (default: as stored)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="prompt and answer together, for each user (default: the model's own, at most 8192)",
+    )
+    parser.add_argument(
+        "--users", type=int, default=1, help="answers at the same time (default: 1)"
+    )
+    parser.add_argument(
+        "--objective",
+        choices=get_args(Objective),
+        default="latency",
+        help="latency: tokens per second for one user; throughput: for all together",
+    )
+    parser.add_argument("--nodes", metavar="A,B", help="only these machines (default: all)")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="an agent that multicast does not reach; may be repeated",
+    )
+    parser.add_argument("--host", default="", help="address to listen at (default: all)")
+    parser.add_argument(
+        "--grpc-port",
+        type=int,
+        default=DEFAULT_PORT,
+        metavar="PORT",
+        help=f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.context < 0 or args.context == 1:
+        raise InputError(f"--context {args.context}: at least 2 tokens")
+    if args.users < 1:
+        raise InputError(f"--users {args.users}: at least 1")
+    options = ServeOptions(
+        source=resolve(args.model, args.quant),
+        context=args.context,
+        users=args.users,
+        objective=args.objective,
+        nodes=args.nodes.split(",") if args.nodes else None,
+        peers=args.peer,
+        host=args.host,
+        port=args.grpc_port,
+    )
+    return asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> int:
+    cluster = Store().require()
+    console = Console()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    async with contextlib.AsyncExitStack() as stack:
+        starting = asyncio.create_task(stack.enter_async_context(served(options, cluster, console)))
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        running = starting.result()
+        console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")
+        ended = asyncio.create_task(running.wait())
+        await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            ended.result()
+        ended.cancel()
+        console.print("Unloading.")
+    return 0
+
+
+class Running:
+    """A model that is being served, at `address`."""
+
+    def __init__(self, service: Service, address: str, task: asyncio.Task[None]) -> None:
+        self.service = service
+        self.address = address
+        self._task = task
+
+    async def wait(self) -> None:
+        """Returns never, or raises what ended the service."""
+        await self._task
+
+
+@contextlib.asynccontextmanager
+async def served(
+    options: ServeOptions, cluster: Cluster, console: Console
+) -> AsyncIterator[Running]:
+    """Everything `serve` does, until the block is left: then all is unloaded.
+
+    Prints the fleet, the plan and the progress of loading. The port is taken first, so that a
+    taken one is said before anything loads.
+    """
+    identity = cluster.issue(default_name())
+    server = make_server()
+    port = bind(server, options.host, options.port, identity)
+    async with Members(cluster, identity, options.peers, options.host) as members:
+        service = await _planned(options, members, identity, console)
+        task = asyncio.create_task(service.run())
+        try:
+            ready = asyncio.create_task(service.until_ready())
+            await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if task.done():
+                task.result()
+            add_ChatServicer_to_server(Front(service), server)
+            await server.start()
+            advertisement = Advertisement(
+                Kind.CHAT,
+                f"{default_name()[:40]}-{port}",
+                port,
+                cluster.fingerprint,
+                host=options.host,
+                model=options.source.display,
+                version=__version__,
+                protocol=str(PROTOCOL),
+            )
+            async with advertisement:
+                address = join_address(options.host or "127.0.0.1", port)
+                _say_where(console, options, address)
+                yield Running(service, address, task)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await server.stop(grace=0.5)
+
+
+async def _planned(
+    options: ServeOptions, members: Members, identity: Identity, console: Console
+) -> Service:
+    with console.status("Looking for machines"):
+        await members.search(options.nodes)
+        machines = await members.machines()
+    console.print(fleet_table(machines))
+    source = options.source
+    with console.status(f"Looking into {source.display}"):
+        inspected = await members.inspect(
+            InspectRequest(
+                model=source.model,
+                quant=source.quant,
+                context=options.context,
+                users=options.users,
+            )
+        )
+    layout = Layout.from_proto(inspected)
+    bars = contextlib.ExitStack()
+
+    def on_plan(placed: Plan) -> Listener:
+        bars.close()
+        console.print(plan_table(placed, layout, source.display))
+        progress = bars.enter_context(LoadProgress(placed, console))
+        loading = {stage.machine.name for stage in placed.stages}
+
+        def on_ready(name: str) -> None:
+            progress.ready(name)
+            loading.discard(name)
+            if not loading:
+                bars.close()
+
+        def on_failed(name: str, reason: str) -> None:
+            progress.failed(name, reason)
+            bars.close()
+
+        return Listener(progress=progress.update, ready=on_ready, failed=on_failed)
+
+    return Service(source, layout, members, identity, options.objective, options.nodes, on_plan)
+
+
+def _say_where(console: Console, options: ServeOptions, address: str) -> None:
+    console.print(f"\n[bold]{options.source.display}[/bold] is ready.")
+    console.print("  unicluster chat            on any machine of the cluster")
+    console.print(f"  gRPC {address}    with a certificate of the cluster")

@@ -1,0 +1,150 @@
+"""`unicluster join`: runs the machine's agent until it is told to leave."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+
+from node.agent import Agent
+from node.peers import Peers
+from node.probe import Hardware, probe
+from unicluster import PROTOCOL, __version__
+from unicluster.channels import bind, make_server
+from unicluster.discovery import Advertisement, Kind
+from unicluster.errors import InputError
+from unicluster.trust import Cluster, Store, check_name, default_name
+from unicluster.units import format_bytes, format_rate, parse_bytes
+from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 47600
+ADVERTISE_SECONDS = 5.0
+# A change of free memory smaller than this part of it is not worth a multicast.
+NOTICEABLE = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default=default_name(), help="default: the host's name")
+    parser.add_argument(
+        "--memory", metavar="96GB", help="offer at most this much (default: all that is usable)"
+    )
+    parser.add_argument("--host", default="", help="address to listen at (default: all)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help=f"the agent's port; its stage worker takes the next one (default: {DEFAULT_PORT}; "
+        "0: any free ones)",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="an agent that multicast does not reach: makes the two known to each other",
+    )
+    parser.add_argument("--token", help="join token of an existing cluster; it is kept")
+    parser.add_argument(
+        "--replace", action="store_true", help="with --token: leave the cluster joined before"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    check_name(args.name)
+    cap = parse_bytes(args.memory) if args.memory is not None else None
+    if cap is not None and cap <= 0:
+        raise InputError(f"--memory {args.memory}: must be more than nothing")
+    if not 0 <= args.port <= 65534:
+        raise InputError(f"--port {args.port}: between 0 and 65534")
+    if args.replace and args.token is None:
+        raise InputError("--replace: only makes sense with --token")
+    logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    store = Store()
+    if args.token is not None:
+        cluster, created = store.join(args.token, replace=args.replace), False
+    else:
+        cluster, created = store.load_or_create()
+    return asyncio.run(_join(args, cap, cluster, created))
+
+
+async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, created: bool) -> int:
+    identity = cluster.issue(args.name)
+    hardware = await asyncio.to_thread(probe, cap)
+    server = make_server()
+    port = bind(server, args.host, args.port, identity)
+    peers = Peers(args.peer)
+    agent = Agent(
+        identity,
+        hardware,
+        peers,
+        host=args.host,
+        stage_port=port + 1 if args.port else 0,
+        memory_cap=cap,
+    )
+    add_NodeServicer_to_server(agent, server)
+    await server.start()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    greeting = asyncio.create_task(peers.greet(identity, port))
+    try:
+        usable = agent.usable_memory()
+        async with Advertisement(
+            Kind.NODE,
+            args.name,
+            port,
+            cluster.fingerprint,
+            host=args.host,
+            memory=str(hardware.total_memory),
+            usable=str(usable),
+            chip=hardware.chip,
+            backend=hardware.backend,
+            version=__version__,
+            protocol=str(PROTOCOL),
+        ) as advertisement:
+            _greet_the_user(args.name, hardware, usable, port, cluster, created)
+            await _keep_current(advertisement, agent, usable, stop)
+    finally:
+        greeting.cancel()
+        await asyncio.gather(greeting, return_exceptions=True)
+        await server.stop(grace=0.5)
+    print(f"{args.name} has left the cluster.", flush=True)
+    return 0
+
+
+async def _keep_current(
+    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event
+) -> None:
+    """Tells the network when usable memory has changed, until `stop`."""
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
+        usable = agent.usable_memory()
+        if abs(usable - told) > NOTICEABLE * max(told, 1):
+            told = usable
+            await advertisement.update(usable=str(usable))
+
+
+def _greet_the_user(
+    name: str, hardware: Hardware, usable: int, port: int, cluster: Cluster, created: bool
+) -> None:
+    kind = "measured" if hardware.bandwidth_measured else "known"
+    print(
+        f"{name} is in cluster {cluster.fingerprint}: {hardware.chip}, {hardware.backend}, "
+        f"{format_bytes(usable)} of {format_bytes(hardware.total_memory)} to offer, "
+        f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
+    )
+    if hardware.backend == "none":
+        extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
+        print(
+            "MLX is not installed, so this machine can't compute stages: "
+            f"pip install 'unicluster[{extra}]', then join again."
+        )
+    if created:
+        print("\nA new cluster. On each of the other machines, run:\n")
+        print(f"  unicluster join --token {cluster.token}\n")
+        print("Whoever has this token is a member. `unicluster token show` prints it again.")
+    print("Ctrl-C leaves the cluster.", flush=True)

@@ -1,0 +1,3 @@
+from unicluster.cli import main
+
+main()
