@@ -115,9 +115,7 @@ class PipelineModel(nn.Module):
                 operations = list(_drained(remote.operations))
                 number = (caches or {}).get(remote.index, 0)
                 if operations or number:
-                    frame.parts.append(
-                        StagePart(stage=remote.index, ops=operations, cache=number)
-                    )
+                    frame.parts.append(StagePart(stage=remote.index, ops=operations, cache=number))
             frame.dropped.extend(_drained(self._dropped))
             return ring.send(frame, counted=wait_for_room, on_reply=on_reply)
 

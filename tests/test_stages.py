@@ -95,7 +95,8 @@ def test_logits_of_a_model_quantized_on_load(quantized: Whole, bounds: tuple[int
 def test_logits_of_bfloat16_weights(tmp_path: Path) -> None:
     path = write_model(tmp_path, tiny_config("gemma3"))
     file = str(path / "model.safetensors")
-    weights = {name: array.astype(mx.bfloat16) for name, array in mx.load(file).items()}
+    stored: Any = mx.load(file)
+    weights = {name: array.astype(mx.bfloat16) for name, array in stored.items()}
     mx.eval(weights)
     mx.save_safetensors(file, weights, {"format": "mlx"})
 
