@@ -96,7 +96,7 @@ class Deployment:
         self.state = "loading"
         self.detail = f"loading {source.display}"
         self.stages: list[StageInfo] = []
-        self.chat: "ChatAsyncStub | None" = None
+        self.chat: ChatAsyncStub | None = None
         self._identity = identity
         self._listener = listener
         self._changed = asyncio.Event()

@@ -88,18 +88,18 @@ def run_command(command: Sequence[str]) -> str | None:
 
 
 def measure_bandwidth(available: int = GIB) -> float:
-    """Bytes read plus bytes written per second by a copy on all cores, the best of four.
+    """Bytes read plus bytes written per second by a copy on all cores, the best of three.
 
-    Takes under half a second, and up to 512 MiB or a quarter of `available`.
+    Takes up to 256 MiB, more than any cache, or a quarter of `available`.
     """
     threads = min(8, os.cpu_count() or 1)
-    size = max(MIB, min(256 * MIB, available // 8))
+    size = max(MIB, min(128 * MIB, available // 8))
     source = np.ones(size, np.uint8)
     target = np.empty_like(source)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(4):  # the first one also pays for the pages of the target
+        for _ in range(3):  # the first one also pays for the pages of the target
             start = time.perf_counter()
             list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
             best = min(best, time.perf_counter() - start)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from node.worker import WorkerConfig
+from unicluster.tls_log import TRACE_ENV, HandshakeLog
 
 log = logging.getLogger("unicluster.worker")
 
@@ -115,17 +116,23 @@ class WorkerProcess:
     async def _read_stderr(self) -> None:
         if self._process.stderr is None:
             return
+        handshakes = HandshakeLog()
         async for raw in self._process.stderr:
-            line = raw.decode(errors="replace").rstrip()
-            self._tail.append(line)
-            log.info("[%s] %s", self._name, line)
+            line = handshakes.feed(raw.decode(errors="replace").rstrip())
+            if line is not None:
+                self._tail.append(line)
+                log.info("[%s] %s", self._name, line)
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this project importable wherever the agent was started."""
+    """Ours, with this project importable wherever the agent was started.
+
+    The worker's gRPC traces handshakes, so that we can log who was refused at its port.
+    """
     root = str(Path(__file__).parent.parent)
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    path = os.pathsep.join(path for path in paths if path)
+    return {**TRACE_ENV, **os.environ, "PYTHONPATH": path}
 
 
 def _oom_kills() -> int:

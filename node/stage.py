@@ -157,6 +157,7 @@ def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:
 def _stored(store: CacheOp.Store) -> Any:
     """A cache made from a saved state. Only mlx-lm's own cache classes are made."""
     kind: Any = getattr(mlx_cache, store.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, mlx_cache._BaseCache)):
+    known = isinstance(kind, type) and issubclass(kind, mlx_cache._BaseCache)
+    if not known:
         raise ValueError(f"{store.kind!r} is no cache class of this mlx-lm")
     return kind.from_state(decode_tree(store.state))

@@ -75,7 +75,7 @@ def _watched(modules: Any, *, before: Any = None, after: Any = None) -> Iterator
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
             if before is not None:
                 before(self, args, kwargs)
-            result = base.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            result = base.__call__(self, *args, **kwargs)
             if after is not None:
                 after(self, result)
             return result
