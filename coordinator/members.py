@@ -19,8 +19,8 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
-# mDNS answers come within a few hundred milliseconds; this long a silence ends the search.
-QUIET_SECONDS = 1.5
+# Machines also tell of each other, so the first to be heard is nearly enough.
+QUIET_SECONDS = 1.0
 SEARCH_SECONDS = 6.0
 # Inspecting builds a model's whole tree, and may have to fetch its configuration first.
 INSPECT_SECONDS = 600.0
@@ -57,26 +57,31 @@ class Members:
 
         Raises UnavailableError naming the machines that are not there.
         """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + SEARCH_SECONDS
         found = self._browser.found
-        if names is not None:
-            await self._browser.wait_for(lambda found: set(names) <= set(found), SEARCH_SECONDS)
+        if names is None:
+            await self._browser.wait_for(lambda found: bool(found or self._peers), SEARCH_SECONDS)
+            while clock() < deadline:
+                if not await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS):
+                    return
+            return
+        while True:
             known = {info.name for info, _ in await self.nodes()}
-            if missing := sorted(set(names) - known):
+            missing = sorted(set(names) - known)
+            if not missing:
+                return
+            if clock() > deadline:
                 there = ", ".join(sorted(known)) or "none"
                 raise UnavailableError(
                     f"no machine named {', '.join(missing)} in this cluster; found: {there}"
                 )
-            return
-        deadline = asyncio.get_running_loop().time() + SEARCH_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
-            grew = await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS)
-            if not grew and (found or self._peers):
-                return
+            await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS)
 
     async def nodes(self) -> list[tuple[NodeInfo, str]]:
         """What each machine says of itself, with its address; silent ones are left out.
 
-        Machines known only to other machines, by their greetings, are asked too.
+        Machines that only other machines know of are asked too.
         """
         names = {m.address: name for name, m in self._browser.found.items()}
         waiting = {*names, *self._peers}

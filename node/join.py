@@ -12,7 +12,7 @@ from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import bind, make_server
-from unicluster.discovery import Advertisement, Kind
+from unicluster.discovery import Advertisement, Browser, Kind
 from unicluster.errors import InputError
 from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
@@ -75,7 +75,8 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     hardware = await asyncio.to_thread(probe, cap)
     server = make_server()
     port = bind(server, args.host, args.port, identity)
-    peers = Peers(args.peer)
+    browser = Browser(Kind.NODE, cluster.fingerprint, host=args.host)
+    peers = Peers(args.peer, browser)
     agent = Agent(
         identity,
         hardware,
@@ -92,7 +93,7 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     greeting = asyncio.create_task(peers.greet(identity, port))
     try:
         usable = agent.usable_memory()
-        async with Advertisement(
+        advertised = Advertisement(
             Kind.NODE,
             args.name,
             port,
@@ -104,7 +105,8 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             backend=hardware.backend,
             version=__version__,
             protocol=str(PROTOCOL),
-        ) as advertisement:
+        )
+        async with browser, advertised as advertisement:
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
             await _keep_current(advertisement, agent, usable, stop)
     finally:

@@ -1,4 +1,7 @@
-"""Agents that know each other without multicast: those named by --peer are greeted."""
+"""The other agents that an agent knows: found by mDNS, named by --peer, or heard of by greeting.
+
+Where multicast does not reach, the agents named by --peer are greeted, and so know this one.
+"""
 
 import asyncio
 import logging
@@ -8,6 +11,7 @@ from collections.abc import Sequence
 import grpc
 
 from unicluster.channels import as_error, connect, join_address
+from unicluster.discovery import Browser
 from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -20,10 +24,11 @@ FORGET_SECONDS = 10.0
 
 
 class Peers:
-    """The agents this one greets, and those that greet it."""
+    """All other agents of the cluster, as far as this one knows."""
 
-    def __init__(self, named: Sequence[str]) -> None:
+    def __init__(self, named: Sequence[str], browser: Browser) -> None:
         self._named = tuple(named)
+        self._browser = browser
         self._greeted_us: dict[str, float] = {}
 
     def note(self, host: str, port: int) -> None:
@@ -31,10 +36,11 @@ class Peers:
         self._greeted_us[join_address(host, port)] = time.monotonic()
 
     def known(self) -> list[str]:
-        """Addresses of all agents named, or heard of lately."""
+        """Their addresses, each as it is reached from here."""
         oldest = time.monotonic() - FORGET_SECONDS
         self._greeted_us = {a: t for a, t in self._greeted_us.items() if t > oldest}
-        return [*self._named, *self._greeted_us]
+        seen = [machine.address for machine in self._browser.found.values()]
+        return sorted({*seen, *self._named, *self._greeted_us})
 
     async def greet(self, identity: Identity, port: int) -> None:
         """Greets the named agents every few seconds, until cancelled."""

@@ -86,7 +86,7 @@ class NodeInfo(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSpec]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """host:port of agents this one knows by greeting"""
+        """host:port of the other agents that this one knows"""
 
     def __init__(
         self,
