@@ -1,6 +1,8 @@
 """Every gRPC channel and server of the project is made here, so that none lacks an option."""
 
 import errno
+import asyncio
+import logging
 import re
 import socket
 from collections.abc import Sequence
@@ -23,6 +25,14 @@ from unicluster.errors import (
 from unicluster.trust import SERVER_NAME, Identity
 
 MAX_MESSAGE = 1 << 30
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+# gRPC logs each call that its client cancels as an error, with a traceback.
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
 # A peer that is gone without a word is noticed within the sum of the two.
 KEEPALIVE_TIME = 1.0
