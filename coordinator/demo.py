@@ -84,7 +84,7 @@ async def _agents(memory: int) -> AsyncIterator[None]:
     agents = [
         await _start(
             *("-m", "unicluster", "join", "--name", name, "--memory", str(memory)),
-            *("--host", HOST, "--port", "0"),
+            *("--host", HOST, "--port", "0", "--quiet"),
         )
         for name in MACHINES
     ]

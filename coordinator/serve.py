@@ -114,7 +114,7 @@ async def _serve(options: ServeOptions) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         running = starting.result()
-        console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")
+        _say_where(console, options, running.address)
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
@@ -171,9 +171,7 @@ async def served(
                 protocol=str(PROTOCOL),
             )
             async with advertisement:
-                address = join_address(options.host or "127.0.0.1", port)
-                _say_where(console, options, address)
-                yield Running(service, address, task)
+                yield Running(service, join_address(options.host or "127.0.0.1", port), task)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -225,3 +223,4 @@ def _say_where(console: Console, options: ServeOptions, address: str) -> None:
     console.print(f"\n[bold]{options.source.display}[/bold] is ready.")
     console.print("  unicluster chat            on any machine of the cluster")
     console.print(f"  gRPC {address}    with a certificate of the cluster")
+    console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")

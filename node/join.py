@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token", help="join token of an existing cluster; it is kept")
     parser.add_argument(
+        "--quiet", action="store_true", help="log only what goes wrong, not each stage"
+    )
+    parser.add_argument(
         "--replace", action="store_true", help="with --token: leave the cluster joined before"
     )
 
@@ -61,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--port {args.port}: between 0 and 65534")
     if args.replace and args.token is None:
         raise InputError("--replace: only makes sense with --token")
-    logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    if not args.quiet:
+        logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
     store = Store()
     if args.token is not None:
         cluster, created = store.join(args.token, replace=args.replace), False
