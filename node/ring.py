@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from unicluster.channels import as_error, connect
+from unicluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
@@ -156,20 +156,15 @@ class Ring:
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""
-        await self._until_fault(hop, stop, self._unexpected)
+        self._fail(await _until_fault(hop, stop, self._unexpected))
 
     async def _read(self, hop: Hop, stop: RouteStop) -> None:
-        await self._until_fault(hop, stop, self._returned)
-
-    async def _until_fault(
-        self, hop: Hop, stop: RouteStop, on_frame: Callable[[Frame], None]
-    ) -> None:
-        try:
-            while True:
-                message = await read_hop(hop, stop)
-                on_frame(message.frame)
-        except UniclusterError as error:
-            self._fail(error)
+        error = await _until_fault(hop, stop, self._returned)
+        if isinstance(error, HopEndedError):
+            # The last stage lost the one before it: the forward hop tells which machine broke.
+            watching = self._tasks[1]
+            await asyncio.wait([watching], timeout=KEEPALIVE_TIME + KEEPALIVE_TIMEOUT)
+        self._fail(error)
 
     def _unexpected(self, frame: Frame) -> None:
         raise StageError(f"frame {frame.id} came back on the forward hop")
@@ -200,6 +195,22 @@ class Ring:
             self._on_failure(error)
 
 
+class HopEndedError(UnavailableError):
+    """A machine ended a stream without giving a reason."""
+
+
+async def _until_fault(
+    hop: Hop, stop: RouteStop, on_frame: Callable[[Frame], None]
+) -> UniclusterError:
+    """Hands on frames until the hop breaks; returns why it did."""
+    try:
+        while True:
+            message = await read_hop(hop, stop)
+            on_frame(message.frame)
+    except UniclusterError as error:
+        return error
+
+
 async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
     """Sends the first message of a hop and waits until everything behind it is connected."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -215,7 +226,7 @@ async def read_hop(hop: Hop, stop: RouteStop) -> HopMessage:
     except grpc.aio.AioRpcError as error:
         raise as_error(error, f"machine {stop.node} ({stop.address})") from error
     if not isinstance(message, HopMessage):
-        raise UnavailableError(f"machine {stop.node} ({stop.address}) ended the stream")
+        raise HopEndedError(f"machine {stop.node} ({stop.address}) ended the stream")
     if message.HasField("fault"):
         raise fault_error(message.fault)
     return message
