@@ -1,20 +1,21 @@
 """The machine's agent: says what the machine is, and runs stages for coordinators."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from node.config import WorkerConfig
 from node.peers import Peers
 from node.probe import Hardware
 from node.process import WorkerProcess
-from node.worker import WorkerConfig
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import host_of, peer_name
 from unicluster.errors import InputError, UniclusterError
@@ -102,9 +103,8 @@ class Agent(NodeServicer):
         except UniclusterError as error:
             return await abort(context, error)
 
-    async def RunStage(  # noqa: N802
-        self, request: StageSpec, context: Context
-    ) -> AsyncIterator[StageEvent]:
+    # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
+    async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         log.info(
             "stage: layers %d-%d of %s (%s) for %s",
             request.first_layer,
@@ -116,13 +116,14 @@ class Agent(NodeServicer):
         key = id(request)
         self._stages[key] = request
         try:
-            async for event in self._run(request):
-                yield event
+            async with contextlib.aclosing(self._run(request)) as events:
+                async for event in events:
+                    await context.write(event)
         finally:
             del self._stages[key]
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _run(self, spec: StageSpec) -> AsyncIterator[StageEvent]:
+    async def _run(self, spec: StageSpec) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False

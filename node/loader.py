@@ -11,12 +11,13 @@ import grpc
 import uvloop
 from mlx_lm.utils import load_tokenizer
 
+from node.config import WorkerConfig
 from node.hollow import HollowModel
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
 from node.weights import LazyModel, load_lazy, load_parts, model_path
-from node.worker import SWITCH_INTERVAL, WorkerConfig
+from node.worker import SWITCH_INTERVAL
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError
 from unicluster.trust import Cluster, Identity

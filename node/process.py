@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from node.worker import WorkerConfig
+from node.config import WorkerConfig
 from unicluster.tls_log import TRACE_ENV, HandshakeLog
 
 log = logging.getLogger("unicluster.worker")

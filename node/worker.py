@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 
+from node.config import WorkerConfig
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
@@ -34,22 +34,6 @@ log = logging.getLogger("unicluster.worker")
 
 # The network thread must get the interpreter within a fraction of a hop.
 SWITCH_INTERVAL = 1e-4
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker is to be. Layers [first_layer, end_layer); 0 makes it the head."""
-
-    node: str
-    model: str
-    quant: str
-    first_layer: int
-    end_layer: int
-    context: int
-    users: int
-    host: str
-    port: int
-    identity: dict[str, str]
 
 
 def emit(event: str, **values: Any) -> None:

@@ -1,0 +1,19 @@
+"""What a worker is told to be; apart from the worker, because the agent must not import MLX."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One stage: layers [first_layer, end_layer); 0 makes it the head."""
+
+    node: str
+    model: str
+    quant: str
+    first_layer: int
+    end_layer: int
+    context: int
+    users: int
+    host: str
+    port: int
+    identity: dict[str, str]
