@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import grpc
@@ -59,11 +59,10 @@ class Members:
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + SEARCH_SECONDS
-        found = self._browser.found
         if names is None:
             await self._browser.wait_for(lambda found: bool(found or self._peers), SEARCH_SECONDS)
             while clock() < deadline:
-                if not await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS):
+                if not await self._grew():
                     return
             return
         while True:
@@ -76,7 +75,7 @@ class Members:
                 raise UnavailableError(
                     f"no machine named {', '.join(missing)} in this cluster; found: {there}"
                 )
-            await self._browser.wait_for(_more_than(len(found)), QUIET_SECONDS)
+            await self._grew()
 
     async def nodes(self) -> list[tuple[NodeInfo, str]]:
         """What each machine says of itself, with its address; silent ones are left out.
@@ -125,6 +124,11 @@ class Members:
         before = set(self._browser.found)
         await self._browser.wait_for(lambda found: set(found) != before, timeout)
 
+    async def _grew(self) -> bool:
+        """Waits for a machine more than are known now; False when none came for a while."""
+        count = len(self._browser.found)
+        return await self._browser.wait_for(lambda found: len(found) > count, QUIET_SECONDS)
+
     async def _describe(self, name: str, address: str) -> tuple[NodeInfo, str] | None:
         async with connect(address, self._identity) as channel:
             try:
@@ -142,7 +146,3 @@ class Members:
             )
             return None
         return info, address
-
-
-def _more_than(count: int) -> Callable[[Mapping[str, object]], bool]:
-    return lambda found: len(found) > count
