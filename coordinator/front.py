@@ -1,7 +1,6 @@
 """The front door: passes a client's request to the head, and its answer back."""
 
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -10,7 +9,7 @@ from coordinator.service import Service
 from unicluster.channels import as_error, peer_name
 from unicluster.errors import NotFoundError, UnavailableError
 from unicluster.status import abort
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateEvent, GenerateRequest
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateRequest
 from unicluster.v1.chat_pb2_grpc import ChatServicer
 
 log = logging.getLogger(__name__)
@@ -24,9 +23,7 @@ class Front(ChatServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def Generate(  # noqa: N802
-        self, request: GenerateRequest, context: Context
-    ) -> AsyncIterator[GenerateEvent]:
+    async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         service = self._service
         if request.model and request.model not in service.names:
             error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
@@ -40,7 +37,7 @@ class Front(ChatServicer):
         call = deployment.chat.Generate(forwarded, timeout=context.time_remaining())
         try:
             async for event in call:
-                yield event
+                await context.write(event)
         except grpc.aio.AioRpcError as broken:
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
             log.info("answer for %s ended: %s", peer_name(context), ended)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,7 @@ class Head(HeadServicer):
         self._identity = identity
         self._one_ring = asyncio.Lock()
 
-    async def HoldRing(  # noqa: N802
-        self, request: HoldRingRequest, context: Context
-    ) -> AsyncIterator[Opened]:
+    async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         log.info("ring of %d stages for %s", len(request.route) + 1, peer_name(context))
         async with self._one_ring:
             broken: asyncio.Future[UniclusterError] = asyncio.get_running_loop().create_future()
@@ -89,7 +86,7 @@ class Head(HeadServicer):
                     stages.extend(ring.stages.stages)
                 self.model = PipelineModel(self._hollow, ring)
                 await self._engine.set_model(self.model)
-                yield Opened(stages=stages)
+                await context.write(Opened(stages=stages))
                 await abort(context, await broken)
             except UniclusterError as error:
                 await abort(context, error)

@@ -1,7 +1,7 @@
 """Every gRPC channel and server of the project is made here, so that none lacks an option."""
 
-import errno
 import asyncio
+import errno
 import logging
 import re
 import socket
