@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 comma := ,
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 
 .PHONY: install demo test lint proto proto-check bench clean
 
