@@ -43,10 +43,10 @@ _Options = list[tuple[str, Any]]
 _COMMON: _Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.k[Kk]eepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
-    ("grpc.k[Kk]eepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),  # else a minute
-    ("grpc.k[Kk]eepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # no limit
 ]
 
