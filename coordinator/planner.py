@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
-from unicluster.units import format_bytes
 
 from coordinator import cuts
 from coordinator.placement import ASSUMED_HOP_S, Layout, Machine, Objective, Plan, Stage
 from coordinator.pool import Pool
 from coordinator.shortfall import refusal
 from unicluster.errors import DoesNotFitError, InputError
+from unicluster.units import format_bytes
 
 __all__ = [
     "ASSUMED_HOP_S",
