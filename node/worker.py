@@ -38,7 +38,7 @@ SWITCH_INTERVAL = 1e-4
 
 def emit(event: str, **values: Any) -> None:
     """Tells whoever started this worker something."""
-    print(json.dumps({"event": event, **values}), flush=True)
+    print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
 def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
@@ -103,6 +103,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL)
+    sys.stdout = sys.stderr  # libraries print, and standard output is for events
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -115,7 +116,6 @@ def main() -> None:
         emit("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
         sys.exit(1)
     # MLX may still be computing for a client that is gone: nothing is worth waiting for.
-    sys.stdout.flush()
     os._exit(0)
 
 
