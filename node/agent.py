@@ -67,7 +67,7 @@ class Agent(NodeServicer):
         self._stages: dict[int, StageSpec] = {}
 
     def usable_memory(self) -> int:
-        """Bytes that a new stage may take now, within the cap."""
+        """Bytes that a new stage may take now, within the cap. May run a command to find out."""
         available = self.hardware.available()
         if self._cap is None:
             return available
@@ -78,6 +78,7 @@ class Agent(NodeServicer):
         self, request: DescribeNodeRequest, context: Context
     ) -> NodeInfo:
         hardware = self.hardware
+        usable = await asyncio.to_thread(self.usable_memory)
         return NodeInfo(
             name=self._identity.name,
             chip=hardware.chip,
@@ -85,7 +86,7 @@ class Agent(NodeServicer):
             version=__version__,
             protocol=PROTOCOL,
             total_memory=hardware.total_memory,
-            usable_memory=self.usable_memory(),
+            usable_memory=usable,
             bandwidth=hardware.bandwidth,
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
@@ -94,7 +95,17 @@ class Agent(NodeServicer):
         )
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
-        self.peers.note(host_of(context), request.port)
+        caller = context.auth_context()
+        names = [name.decode() for name in caller.get("x509_common_name", [])]
+        # An agent may greet itself: a fleet is often given one list of peers.
+        itself = self._identity.cert_pem.encode() in caller.get("x509_pem_cert", [])
+        if self._identity.name in names and not itself:
+            error = InputError(
+                f"a machine named {self._identity.name} is already in this cluster: "
+                "choose another --name"
+            )
+            await abort(context, error)
+        self.peers.note(request.host or host_of(context), request.port)
         return Greeting()
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802

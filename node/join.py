@@ -12,10 +12,11 @@ from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import bind, make_server
-from unicluster.discovery import Advertisement, Browser, Kind
+from unicluster.discovery import Advertisement, Browser, Kind, one_address
 from unicluster.errors import InputError
 from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
+from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,11 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    greeting = asyncio.create_task(peers.greet(identity, port))
+    greeting = Greeting(port=port, host=one_address(args.host))
+    await peers.introduce(identity, greeting)
+    greeter = asyncio.create_task(peers.greet(identity, greeting))
     try:
-        usable = agent.usable_memory()
+        usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisement(
             Kind.NODE,
             args.name,
@@ -114,8 +117,8 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
             await _keep_current(advertisement, agent, usable, stop)
     finally:
-        greeting.cancel()
-        await asyncio.gather(greeting, return_exceptions=True)
+        greeter.cancel()
+        await asyncio.gather(greeter, return_exceptions=True)
         await server.stop(grace=0.5)
     print(f"{args.name} has left the cluster.", flush=True)
     return 0
@@ -128,7 +131,7 @@ async def _keep_current(
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
-        usable = agent.usable_memory()
+        usable = await asyncio.to_thread(agent.usable_memory)
         if abs(usable - told) > NOTICEABLE * max(told, 1):
             told = usable
             await advertisement.update(usable=str(usable))
