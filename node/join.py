@@ -96,8 +96,6 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     greeting = Greeting(port=port, host=one_address(args.host))
-    await peers.introduce(identity, greeting)
-    greeter = asyncio.create_task(peers.greet(identity, greeting))
     try:
         usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisement(
@@ -113,12 +111,10 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             version=__version__,
             protocol=str(PROTOCOL),
         )
-        async with browser, advertised as advertisement:
+        async with peers.greeted(identity, greeting), browser, advertised as advertisement:
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
             await _keep_current(advertisement, agent, usable, stop)
     finally:
-        greeter.cancel()
-        await asyncio.gather(greeter, return_exceptions=True)
         await server.stop(grace=0.5)
     print(f"{args.name} has left the cluster.", flush=True)
     return 0

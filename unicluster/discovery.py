@@ -82,7 +82,7 @@ class Advertisement:
         self._name = check_name(name)
         self._port = port
         self._fingerprint = fingerprint
-        self._address = _resolve(host)
+        self._address = one_address(host)
         self._service_name = _service_name(kind, name, fingerprint)
         self._txt = {"name": name, "cluster": fingerprint, **txt}
 
@@ -154,7 +154,7 @@ class Browser:
         self.found: dict[str, Machine] = {}
         self._kind = kind
         self._fingerprint = fingerprint
-        self._address = _resolve(host)
+        self._address = one_address(host)
         # By service name.
         self._known: set[str] = set()  # also those that don't answer
         self._machines: dict[str, Machine] = {}
@@ -262,7 +262,7 @@ def _open(address: str) -> AsyncZeroconf:
         raise UnavailableError(f"mDNS can't start{where}: {error}: use --peer HOST:PORT") from error
 
 
-def _resolve(host: str) -> str:
+def one_address(host: str) -> str:
     """The IP address of `host`, or "" when it stands for all addresses of this machine."""
     if not host:
         return ""
