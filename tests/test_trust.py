@@ -44,9 +44,11 @@ from unicluster.trust import Cluster, Identity, Store, check_name, default_name
 # python -c SERVER: reads the token from stdin, serves /test/Echo and /test/Who at a free port of
 # all addresses, prints the port, and logs to stderr as an agent does.
 SERVER = """
+import logging
 from unicluster.tls_log import tap_stderr
+logging.basicConfig(level=logging.DEBUG, format="LOG %(message)s")
 tap_stderr()
-import asyncio, logging, sys
+import asyncio, sys
 import grpc
 from unicluster.channels import bind, make_server, peer_name
 from unicluster.trust import Cluster
@@ -60,7 +62,6 @@ async def who(message, context):
     return peer_name(context).encode()
 
 async def main():
-    logging.basicConfig(level=logging.DEBUG, format="LOG %(message)s")
     server = make_server()
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", {
         "Echo": grpc.stream_stream_rpc_method_handler(echo),
@@ -380,6 +381,21 @@ async def test_a_client_without_tls_is_refused_and_logged(server: Server) -> Non
     await refusal(grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS))
 
     assert "LOG refused 127.0.0.1:" in await server.log_until("it does not speak TLS")
+
+
+async def test_a_flood_of_strangers_does_not_stop_the_server(server: Server) -> None:
+    async def knock() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    await asyncio.wait_for(asyncio.gather(*(knock() for _ in range(100))), timeout=10)
+
+    async with connect(server.address, server.cluster.issue("laptop")) as channel:
+        assert (await ask_who(channel)).startswith("laptop ")
+    await server.log_until("it does not speak TLS")
 
 
 async def test_the_log_holds_our_lines_only_and_no_secret(server: Server) -> None:
