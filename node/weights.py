@@ -148,7 +148,7 @@ def _check_index(path: Path) -> None:
         return
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: damaged: {_in_one_line(error)}") from error
     for name in sorted(names):
         if not (path / name).is_file():
