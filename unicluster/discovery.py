@@ -28,6 +28,15 @@ from unicluster.trust import check_name
 
 log = logging.getLogger(__name__)
 
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True
+
+
+# It logs each network that multicast can't reach, with a traceback.
+logging.getLogger("zeroconf").addFilter(_without_traceback)
+
 # A machine that died without a goodbye is forgotten after about this many seconds and a poll.
 TTL = 15
 POLL_EVERY = 5.0
