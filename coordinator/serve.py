@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import secrets
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,7 @@ async def served(
             await server.start()
             advertisement = Advertisement(
                 Kind.CHAT,
-                f"{default_name()[:40]}-{port}",
+                f"{default_name()[:35]}-{secrets.token_hex(4)}",
                 port,
                 cluster.fingerprint,
                 host=options.host,

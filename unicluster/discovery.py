@@ -80,7 +80,8 @@ class Advertisement:
         async with Advertisement(Kind.NODE, "studio", 7001, fingerprint, chip="M3 Ultra") as ad:
             await ad.update(usable="96000000000")
 
-    Entering raises InputError when another machine of the cluster has the name.
+    Entering raises InputError when another machine of the cluster has the name; the name of a
+    Kind.CHAT is nobody's choice, and has to be unique.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class Advertisement:
     async def __aenter__(self) -> Self:
         self._zeroconf = _open(self._address)
         try:
-            await self._refuse_taken_name()
+            if self._kind is Kind.NODE:
+                await self._refuse_taken_name()
             # No second probe for the name: that one trusts to unicast answers, which
             # get lost when several programs of a machine listen to mDNS.
             self._info = self._make_info()
