@@ -66,6 +66,9 @@ class Stage:
                 hidden = encode_tree(session.held.pop(frame.claim))
         else:
             out.dropped.extend(frame.dropped)
+        if frame.hold or (part is not None and any(op.HasField("free") for op in part.ops)):
+            # As mlx-lm does after a chunk: MLX would keep what was freed for itself.
+            mx.clear_cache()
         out.hidden.extend(hidden)
         report.compute_s = time.perf_counter() - started
         out.reports.append(report)

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 import uvloop
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
 from node.head import Head, HeadChat, make_engine
@@ -43,6 +44,7 @@ def emit(event: str, **values: Any) -> None:
 
 def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
     """Loads the weights, telling progress; on the MLX thread. Also returns their bytes."""
+    maybe_set_recommended_wired_limit()  # on Metal: else idle weights are paged out
     lazy = load_lazy(model_path(config.model), config.quant)
     hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
     count = len(hollow.layers)
