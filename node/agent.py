@@ -125,20 +125,22 @@ class Agent(NodeServicer):
             peer_name(context),
         )
         key = id(request)
+        # A second model on the same machine takes any free port beside the known one.
+        port = 0 if self._stages else self._stage_port
         self._stages[key] = request
         try:
-            async with contextlib.aclosing(self._run(request)) as events:
+            async with contextlib.aclosing(self._run(request, port)) as events:
                 async for event in events:
                     await context.write(event)
         finally:
             del self._stages[key]
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _run(self, spec: StageSpec) -> AsyncGenerator[StageEvent]:
+    async def _run(self, spec: StageSpec, port: int) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False
-            worker = await WorkerProcess.start(self._config(spec))
+            worker = await WorkerProcess.start(self._config(spec, port))
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
@@ -170,7 +172,7 @@ class Agent(NodeServicer):
                 return
             crashes.append(now)
 
-    def _config(self, spec: StageSpec) -> WorkerConfig:
+    def _config(self, spec: StageSpec, port: int) -> WorkerConfig:
         return WorkerConfig(
             node=self._identity.name,
             model=spec.model,
@@ -180,7 +182,7 @@ class Agent(NodeServicer):
             context=spec.context,
             users=spec.users,
             host=self._host,
-            port=self._stage_port,
+            port=port,
             identity=self._identity.to_dict(),
         )
 
