@@ -29,7 +29,7 @@ from node.demo.tokenizer import END, SPECIAL, VOCABULARY, save_tokenizer, train_
 
 MODEL = Path(__file__).parent / "model"
 SEED = 7
-CHUNK_TOKENS = 1536
+CHUNK_TOKENS = 2048
 LENGTHS = (16, 20, 24, 28, 32, 40, 48, 64, 80, 104, 128, 160, 224, 320, 448, 640)
 IGNORED = -100
 
@@ -39,8 +39,8 @@ Document = tuple[list[int], list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=4, help=f"times {CHUNK_TOKENS} tokens")
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=2, help=f"times {CHUNK_TOKENS} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=MODEL)
     options = parser.parse_args()
