@@ -132,6 +132,15 @@ def peer_name(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
     return f"{name} ({plain_address(context.peer())})"
 
 
+def channel_was_closed() -> bool:
+    """Whether a CancelledError just caught from a call means that its channel was closed.
+
+    Else it is for the task that waits for the call, which must let it pass.
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()
+
+
 def host_of(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
     """The address that a caller calls from, without its port."""
     return split_address(plain_address(context.peer()))[0]
