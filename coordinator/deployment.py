@@ -212,7 +212,7 @@ class Deployment:
     def _raise_if_lost(self) -> None:
         for lease in self._leases:
             if lease.lost is not None:
-                self.detail = str(lease.lost)
+                self.chat, self.state, self.detail = None, "recovering", str(lease.lost)
                 raise lease.lost
 
     async def _hold_ring(self, addresses: list[str]) -> bool:
