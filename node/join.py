@@ -11,7 +11,7 @@ from node.agent import Agent
 from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
-from unicluster.channels import bind, make_server
+from unicluster.channels import bind, check_free, make_server
 from unicluster.discovery import Advertisement, Browser, Kind, one_address
 from unicluster.errors import InputError
 from unicluster.trust import Cluster, Store, check_name, default_name
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--replace: only makes sense with --token")
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
     store = Store()
     if args.token is not None:
         cluster, created = store.join(args.token, replace=args.replace), False

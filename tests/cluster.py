@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -74,11 +74,18 @@ class Result:
 class Program:
     """A running `unicluster` command. Its output goes to files, so it never has to be read."""
 
-    def __init__(self, arguments: Iterable[str], env: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Iterable[str],
+        env: dict[str, str],
+        log: Path,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`prefix` is a command that runs a command, as `nice` does."""
         self._paths = log.with_suffix(".out"), log.with_suffix(".err")
         with self._paths[0].open("wb") as out, self._paths[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "unicluster", *arguments],
+                [*prefix, sys.executable, "-m", "unicluster", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -138,8 +145,15 @@ class Program:
 class AgentProgram(Program):
     """`unicluster join`."""
 
-    def __init__(self, name: str, arguments: Iterable[str], env: dict[str, str], log: Path) -> None:
-        super().__init__(["join", "--name", name, *arguments], env, log)
+    def __init__(
+        self,
+        name: str,
+        arguments: Iterable[str],
+        env: dict[str, str],
+        log: Path,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        super().__init__(["join", "--name", name, *arguments], env, log, prefix)
         self.name = name
         self.host = HOST
 
@@ -221,11 +235,18 @@ class LocalCluster:
         return Store(self.home).require()
 
     def start_agent(
-        self, name: str, *arguments: str, memory: int | str = "1GB", host: str = HOST
+        self,
+        name: str,
+        *arguments: str,
+        memory: int | str = "1GB",
+        host: str = HOST,
+        prefix: Sequence[str] = (),
+        **env: str,
     ) -> AgentProgram:
         """Starts an agent that offers `memory`; doesn't wait until it has joined."""
         where = ("--host", host, "--port", "0", "--memory", str(memory))
-        agent = AgentProgram(name, [*where, *arguments], self._env, self._log(name))
+        log = self._log(name)
+        agent = AgentProgram(name, [*where, *arguments], self._env | env, log, prefix)
         agent.host = host
         self.agents[name] = agent
         self._started.append(agent)
@@ -235,8 +256,12 @@ class LocalCluster:
         """Starts agents and waits until all have joined."""
         for name in names:
             self.start_agent(name, memory=memory)
-        for name in names:
-            self.agents[name].wait_for("Ctrl-C leaves")
+        self.wait_for_agents()
+
+    def wait_for_agents(self) -> None:
+        """Waits until all that were started have joined."""
+        for agent in self.agents.values():
+            agent.wait_for("Ctrl-C leaves")
 
     def serve(self, model: Path | str, *arguments: str) -> ServeProgram:
         """Starts to serve. As a context manager it waits until the model answers."""
@@ -246,15 +271,15 @@ class LocalCluster:
         self._started.append(server)
         return server
 
-    def start(self, *arguments: str) -> Program:
+    def start(self, *arguments: str, prefix: Sequence[str] = ()) -> Program:
         """Starts any command."""
-        program = Program(arguments, self._env, self._log(arguments[0]))
+        program = Program(arguments, self._env, self._log(arguments[0]), prefix)
         self._started.append(program)
         return program
 
-    def run(self, *arguments: str, deadline: float = DEADLINE) -> Result:
+    def run(self, *arguments: str, prefix: Sequence[str] = ()) -> Result:
         """Runs any command to its end."""
-        return self.start(*arguments).result(deadline)
+        return self.start(*arguments, prefix=prefix).result()
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive that was started here, by whomever."""

@@ -187,8 +187,7 @@ def test_without_multicast_one_peer_leads_to_all(tmp_path: Path) -> None:
         first = cluster.start_agent("ann", memory=MEMORY)
         for name in ("bob", "cat"):
             cluster.start_agent(name, "--peer", first.address, memory=MEMORY, host="::1")
-        for agent in cluster.agents.values():
-            agent.wait_for("Ctrl-C leaves")
+        cluster.wait_for_agents()
         model = endless_model(tmp_path / "llama")
         peer = ("--peer", first.address)
         assert "3 machines" in cluster.run("nodes", *peer).out

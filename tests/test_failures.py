@@ -53,8 +53,7 @@ def stages(cluster: LocalCluster, server: ServeProgram) -> list[AgentProgram]:
     for name in [name for name, agent in cluster.agents.items() if not agent.running]:
         del cluster.agents[name]
         # A name of its own, because the old one is remembered for a while.
-        agent = cluster.start_agent(f"{name[:3]}-{os.urandom(3).hex()}", memory=MEMORY)
-        agent.wait_for("Ctrl-C leaves")
+        cluster.start_agents(f"{name[:3]}-{os.urandom(3).hex()}", memory=MEMORY)
     until(lambda: server.describe().state == "ready", "the model is served")
     return [cluster.agents[stage.node] for stage in server.describe().stages]
 

@@ -76,18 +76,20 @@ def make_server(
     return grpc.aio.server(interceptors=list(interceptors), options=SERVER_OPTIONS)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, identity: Identity) -> int:
+def bind(
+    server: grpc.aio.Server, host: str, port: int, identity: Identity, *, flag: str = "--port"
+) -> int:
     """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
 
-    Raises InputError when that can't be.
+    Raises InputError when that can't be; it tells to choose another port with `flag`.
     """
-    _check_free(host, port)
+    check_free(host, port, flag)
     try:
         return server.add_secure_port(
             join_address(host or "::", port), identity.server_credentials()
         )
     except RuntimeError:
-        raise _taken(host, port) from None
+        raise _taken(host, port, flag) from None
 
 
 def connect(address: str, identity: Identity) -> grpc.aio.Channel:
@@ -212,7 +214,7 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     return UniclusterError(f"{who}: {details or code.name}")
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int, flag: str = "--port") -> None:
     """Try the address with a plain socket, which, unlike gRPC, says why it can't be had."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(
@@ -224,16 +226,16 @@ def _check_free(host: str, port: int) -> None:
     except socket.gaierror:
         raise InputError(f"{host} is no address: choose another with --host") from None
     except PermissionError:
-        raise InputError(f"port {port} needs more rights: choose another with --port") from None
+        raise InputError(f"port {port} needs more rights: choose another with {flag}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _taken(host, port) from None
+            raise _taken(host, port, flag) from None
         raise InputError(
             f"can't listen on {host}: {error.strerror}: choose another with --host"
         ) from None
 
 
-def _taken(host: str, port: int) -> InputError:
+def _taken(host: str, port: int, flag: str) -> InputError:
     return InputError(
-        f"port {port} on {host or 'this machine'} is taken: choose another with --port"
+        f"port {port} on {host or 'this machine'} is taken: choose another with {flag}"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,8 +49,11 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module, summary) in COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if name == named:
+            # Before anything imports gRPC, which reads its settings then.
             if name in SERVERS:
-                tap_stderr()  # before anything imports gRPC, which reads its settings then
+                tap_stderr()
+            else:
+                os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it all
             command = import_module(module)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
