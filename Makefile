@@ -11,13 +11,14 @@ EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV), once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
 
 test: $(STAMP)
 	$(BIN)/pytest -q tests
