@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import shutil
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from node.probe import Hardware
 from node.process import WorkerProcess
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import host_of, peer_name
-from unicluster.errors import InputError, UniclusterError
+from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
 from unicluster.units import format_bytes
@@ -109,6 +110,9 @@ class Agent(NodeServicer):
         return Greeting()
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
+        if self.hardware.backend == "none":
+            reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
+            await abort(context, UnavailableError(reason))
         try:
             return await inspect_in_child(request)
         except UniclusterError as error:
@@ -185,6 +189,12 @@ class Agent(NodeServicer):
             port=port,
             identity=self._identity.to_dict(),
         )
+
+
+def how_to_get_mlx() -> str:
+    """What to do on this machine, in a phrase."""
+    extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    return f"pip install 'unicluster[{extra}]', then join again"
 
 
 async def inspect_in_child(request: InspectRequest) -> ModelLayout:

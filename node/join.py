@@ -4,10 +4,9 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 
-from node.agent import Agent
+from node.agent import Agent, how_to_get_mlx
 from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
@@ -144,11 +143,7 @@ def _greet_the_user(
         f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
     )
     if hardware.backend == "none":
-        extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
-        print(
-            "MLX is not installed, so this machine can't compute stages: "
-            f"pip install 'unicluster[{extra}]', then join again."
-        )
+        print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:
         print("\nA new cluster. On each of the other machines, run:\n")
         print(f"  unicluster join --token {cluster.token}\n")

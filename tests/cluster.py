@@ -217,7 +217,7 @@ class LocalCluster:
         self.folder = folder
         self.home = home or folder / "home"
         self.agents: dict[str, AgentProgram] = {}
-        self._env = {
+        self.env = {
             **os.environ,
             "UNICLUSTER_HOME": str(self.home),
             "PYTHONPATH": str(ROOT),
@@ -246,7 +246,7 @@ class LocalCluster:
         """Starts an agent that offers `memory`; doesn't wait until it has joined."""
         where = ("--host", host, "--port", "0", "--memory", str(memory))
         log = self._log(name)
-        agent = AgentProgram(name, [*where, *arguments], self._env | env, log, prefix)
+        agent = AgentProgram(name, [*where, *arguments], self.env | env, log, prefix)
         agent.host = host
         self.agents[name] = agent
         self._started.append(agent)
@@ -267,13 +267,13 @@ class LocalCluster:
         """Starts to serve. As a context manager it waits until the model answers."""
         where = ("--host", HOST, "--grpc-port", "0")
         log = self._log("serve")
-        server = ServeProgram([str(model), *where, *arguments], self._env, log, self.cluster)
+        server = ServeProgram([str(model), *where, *arguments], self.env, log, self.cluster)
         self._started.append(server)
         return server
 
     def start(self, *arguments: str, prefix: Sequence[str] = ()) -> Program:
         """Starts any command."""
-        program = Program(arguments, self._env, self._log(arguments[0]), prefix)
+        program = Program(arguments, self.env, self._log(arguments[0]), prefix)
         self._started.append(program)
         return program
 
