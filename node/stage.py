@@ -85,8 +85,7 @@ class Stage:
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)
         else:
-            mx.eval(result, extra)
-            leaves = encode_tree(result)
+            leaves = encode_tree(result, extra)
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = caches[0].size()
         return leaves
