@@ -14,7 +14,7 @@ from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring
 from node.tensors import decode_tree, encode_tree
-from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart, StageReport
+from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
 # verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
@@ -70,15 +70,18 @@ class PipelineModel(nn.Module):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
         hidden, extra = self._hollow.front(inputs, local)
-        leaves = encode_tree(hidden, extra)
         hold = inputs.shape[1] > PUSHED_TOKENS
-        reply = self._forward(leaves, cache[here:], hold)
+        message = HopMessage()
+        message.frame.hold = hold
+        encode_tree(hidden, message.frame.hidden, extra)
+        reply = self._forward(message, cache[here:])
         number = reply.number
 
         def resolve() -> mx.array:
             frame = reply.wait()
-            leaves = self._send(Frame(claim=number)).wait().hidden if hold else frame.hidden
-            return self._hollow.tail(inputs, decode_tree(leaves))
+            if hold:
+                frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
+            return self._hollow.tail(inputs, decode_tree(frame.hidden))
 
         return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
 
@@ -87,7 +90,7 @@ class PipelineModel(nn.Module):
         query = CacheOp(query=CacheOp.Query())
         return sum(remote.ask(query).answer.live for remote in self._remotes)
 
-    def _forward(self, leaves: Any, handles: Sequence[RemoteCache], hold: bool) -> Reply:
+    def _forward(self, message: HopMessage, handles: Sequence[RemoteCache]) -> Reply:
         versions = [handle.before_forward() for handle in handles]
 
         def on_reply(frame: Frame) -> None:
@@ -95,11 +98,11 @@ class PipelineModel(nn.Module):
                 handle.after_forward(version, report)
 
         numbers = {handle.stage.index: handle.number for handle in handles}
-        return self._send(Frame(hidden=leaves, hold=hold), caches=numbers, on_reply=on_reply)
+        return self._send(message, caches=numbers, on_reply=on_reply)
 
     def _send(
         self,
-        frame: Frame,
+        message: HopMessage,
         *,
         caches: dict[int, int] | None = None,
         on_reply: Callable[[Frame], None] | None = None,
@@ -110,17 +113,18 @@ class PipelineModel(nn.Module):
         assert ring is not None  # noqa: S101
         if wait_for_room:
             ring.wait_for_room()
+        frame = message.frame
         with self._lock:
             for remote in self._remotes:
                 operations = list(_drained(remote.operations))
                 number = (caches or {}).get(remote.index, 0)
                 if operations or number:
-                    frame.parts.append(StagePart(stage=remote.index, ops=operations, cache=number))
+                    frame.parts.add(stage=remote.index, ops=operations, cache=number)
             frame.dropped.extend(_drained(self._dropped))
-            return ring.send(frame, counted=wait_for_room, on_reply=on_reply)
+            return ring.send(message, counted=wait_for_room, on_reply=on_reply)
 
     def _ask(self, remote: RemoteStage) -> StageReport:
-        frame = self._send(Frame()).wait()
+        frame = self._send(HopMessage()).wait()
         return next(report for report in frame.reports if report.stage == remote.index)
 
     def _on_free(self) -> None:
@@ -132,7 +136,7 @@ class PipelineModel(nn.Module):
     def _flush(self) -> None:
         self._flush_due = False
         if any(remote.operations for remote in self._remotes):
-            self._send(Frame(), wait_for_room=False)
+            self._send(HopMessage(), wait_for_room=False)
 
 
 def _drained(items: deque[Any]) -> Any:

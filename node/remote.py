@@ -58,10 +58,11 @@ class RemoteStage:
         """Moves a cache that is here, one entry a member, to the stage."""
         handle = self.make()
         for entry, member in enumerate(saved.caches):
-            store = CacheOp.Store(
-                entry=entry, kind=type(member).__name__, state=encode_tree(member.state)
-            )
-            self.operations.append(CacheOp(cache=handle.number, store=store))
+            operation = CacheOp(cache=handle.number)
+            operation.store.entry = entry
+            operation.store.kind = type(member).__name__
+            encode_tree(member.state, operation.store.state)
+            self.operations.append(operation)
         return handle
 
 

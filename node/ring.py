@@ -61,7 +61,7 @@ class Ring:
         self._loop = loop
         self._ids = itertools.count(1)
         self._sent: dict[int, _Sent] = {}
-        self._outgoing: asyncio.Queue[Frame] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[HopMessage] = asyncio.Queue()
         self._window = threading.Semaphore(FRAMES_PER_STAGE * (len(route) + 1))
         self._lock = threading.Lock()
         self._channels: list[grpc.aio.Channel] = []
@@ -93,19 +93,23 @@ class Ring:
         self._window.acquire()
 
     def send(
-        self, frame: Frame, *, counted: bool, on_reply: Callable[[Frame], None] | None = None
+        self,
+        message: HopMessage,
+        *,
+        counted: bool,
+        on_reply: Callable[[Frame], None] | None = None,
     ) -> Reply:
-        """Numbers a frame and sends it; frames leave in the order of these calls.
+        """Numbers the frame of `message` and sends it; frames leave in the order of these calls.
 
         `counted`: the caller took a place with `wait_for_room`. `on_reply` is called on the
         event loop before the reply can be waited for. A broken ring shows in the reply.
         """
         with self._lock:
-            frame.id = next(self._ids)
-            reply = Reply(frame.id)
+            number = message.frame.id = next(self._ids)
+            reply = Reply(number)
             if self.failure is None:
-                self._sent[frame.id] = _Sent(reply, counted, on_reply)
-                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, frame)
+                self._sent[number] = _Sent(reply, counted, on_reply)
+                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
                 return reply
         reply.put(self.failure)
         if counted:
@@ -148,9 +152,9 @@ class Ring:
 
     async def _write(self, hop: Hop) -> None:
         while True:
-            frame = await self._outgoing.get()
+            message = await self._outgoing.get()
             try:
-                await hop.write(HopMessage(frame=frame))
+                await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
 

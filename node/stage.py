@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -11,15 +10,7 @@ from mlx_lm.models import cache as mlx_cache
 from node.cacheview import Caches
 from node.hollow import HollowModel
 from node.tensors import decode_tree, encode_tree
-from unicluster.v1.stage_pb2 import (
-    CacheAnswer,
-    CacheOp,
-    CacheState,
-    Frame,
-    StagePart,
-    StageReport,
-)
-from unicluster.v1.tensor_pb2 import Leaf
+from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
 class Session:
@@ -38,57 +29,48 @@ class Stage:
     def __init__(self, hollow: HollowModel) -> None:
         self._hollow = hollow
 
-    def serve(self, session: Session, frame: Frame, arrived: float) -> Frame:
-        """Does this stage's part of a frame and returns the frame for the next hop.
+    def serve(self, session: Session, frame: Frame, arrived: float) -> None:
+        """Does this stage's part of a frame, which becomes the frame for the next hop.
 
         `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
         Raises whatever the model or a cache raises; the session is then of no more use.
         """
         started = time.perf_counter()
-        out = Frame(id=frame.id, hold=frame.hold, claim=frame.claim, reports=frame.reports)
-        hidden: Iterable[Leaf] = frame.hidden
-        part = None
-        for candidate in frame.parts:
-            if candidate.stage == session.stage:
-                part = candidate
-            else:
-                out.parts.append(candidate)
-        report = StageReport(stage=session.stage, queue_s=started - arrived)
-        if part is not None:
-            for op in part.ops:
-                self._apply(session, op, report)
-            if part.cache:
-                hidden = self._forward(session, part, frame, report)
+        report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
+        freed = frame.hold
+        for index, part in enumerate(frame.parts):
+            if part.stage == session.stage:
+                for op in part.ops:
+                    self._apply(session, op, report)
+                    freed |= op.HasField("free")
+                if part.cache:
+                    self._forward(session, part, frame, report)
+                del frame.parts[index]
+                break
         if session.last:
             for dropped in frame.dropped:
                 session.held.pop(dropped, None)
             if frame.claim:
-                hidden = encode_tree(session.held.pop(frame.claim))
-        else:
-            out.dropped.extend(frame.dropped)
-        if frame.hold or (part is not None and any(op.HasField("free") for op in part.ops)):
+                encode_tree(session.held.pop(frame.claim), frame.hidden)
+        if freed:
             # As mlx-lm does after a chunk: MLX would keep what was freed for itself.
             mx.clear_cache()
-        out.hidden.extend(hidden)
         report.compute_s = time.perf_counter() - started
-        out.reports.append(report)
-        return out
 
     def _forward(
         self, session: Session, part: StagePart, frame: Frame, report: StageReport
-    ) -> list[Leaf]:
+    ) -> None:
         caches = session.caches[part.cache]
         result, extra = self._hollow.forward(decode_tree(frame.hidden), caches)
-        leaves: list[Leaf] = []
+        frame.ClearField("hidden")
         if session.last and frame.hold:
             # A prefill chunk: nobody may ever read it, so only the caches are computed.
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)
         else:
-            leaves = encode_tree(result, extra)
+            encode_tree(result, frame.hidden, extra)
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = caches[0].size()
-        return leaves
 
     def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
         caches = session.caches
@@ -125,9 +107,8 @@ class Stage:
             report.answer.CopyFrom(_answer(caches.get(op.cache), len(caches)))
         elif kind == "fetch":
             entry = caches[op.cache][op.fetch.entry]
-            report.state.CopyFrom(
-                CacheState(kind=type(entry).__name__, state=encode_tree(entry.state))
-            )
+            report.state.kind = type(entry).__name__
+            encode_tree(entry.state, report.state.state)
         elif kind == "store":
             caches[op.cache][op.store.entry] = _stored(op.store)
         else:

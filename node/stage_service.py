@@ -14,7 +14,7 @@ from node.stage import Session, Stage
 from unicluster.channels import connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
-from unicluster.v1.stage_pb2 import Frame, HopMessage, Open, Opened, RouteStop, StageInfo
+from unicluster.v1.stage_pb2 import HopMessage, Open, Opened, RouteStop, StageInfo
 from unicluster.v1.stage_pb2_grpc import StageServicer, StageStub
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class _LiveSession:
 
     def __init__(self, stage: int, last: bool) -> None:
         self.session = Session(stage, last)
-        self.outgoing: asyncio.Queue[Frame | None] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[HopMessage | None] = asyncio.Queue()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
 
@@ -66,8 +66,8 @@ class StageService(StageServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, "session: is not open here")
             return
         await context.write(HopMessage(opened=Opened(stages=[self._info])))
-        while (frame := await live.outgoing.get()) is not None:
-            await context.write(HopMessage(frame=frame))
+        while (message := await live.outgoing.get()) is not None:
+            await context.write(message)
 
     async def _serve_session(self, opening: Open, context: Context) -> None:
         live = _LiveSession(opening.stage, last=not opening.route)
@@ -111,19 +111,23 @@ class StageService(StageServicer):
     async def _read_frames(self, live: _LiveSession, context: Context) -> None:
         loop = asyncio.get_running_loop()
         while isinstance(message := await context.read(), HopMessage):
-            frame, arrived = message.frame, time.perf_counter()
-            self._thread.post(lambda f=frame, a=arrived: self._serve(live, f, a, loop))  # type: ignore[misc]
+            arrived = time.perf_counter()
+            self._thread.post(lambda m=message, a=arrived: self._serve(live, m, a, loop))  # type: ignore[misc]
 
     def _serve(
-        self, live: _LiveSession, frame: Frame, arrived: float, loop: asyncio.AbstractEventLoop
+        self,
+        live: _LiveSession,
+        message: HopMessage,
+        arrived: float,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         """On the MLX thread."""
         if live.closed:
             return
         try:
-            out = self._stage.serve(live.session, frame, arrived)
+            self._stage.serve(live.session, message.frame, arrived)
         except Exception as error:
-            log.exception("frame %d", frame.id)
+            log.exception("frame %d", message.frame.id)
             live.closed = True
             info = self._info
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -133,7 +137,7 @@ class StageService(StageServicer):
             )
             loop.call_soon_threadsafe(live.fail, fault)
         else:
-            loop.call_soon_threadsafe(live.outgoing.put_nowait, out)
+            loop.call_soon_threadsafe(live.outgoing.put_nowait, message)
 
     def _end(self, name: str) -> None:
         live = self._sessions.pop(name)
@@ -148,9 +152,9 @@ class StageService(StageServicer):
 
 
 async def _write_frames(live: _LiveSession, hop: Any) -> None:
-    while (frame := await live.outgoing.get()) is not None:
+    while (message := await live.outgoing.get()) is not None:
         try:
-            await hop.write(HopMessage(frame=frame))
+            await hop.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await asyncio.Future()  # the reader of this hop learns the reason and ends us
 

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 # numpy has no bfloat16: its bits travel as uint16.
 _NUMPY: dict[str, Any] = {
@@ -26,17 +29,9 @@ _NUMPY: dict[str, Any] = {
     "bfloat16": np.uint16,
     "complex64": np.complex64,
 }
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """`float32` for `mlx.core.float32`."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
-def encode_array(array: mx.array) -> Tensor:
-    """The wire form of one array; evaluates it."""
-    (leaf,) = encode_tree(array)
-    return leaf.tensor
+_NAMES: dict[mx.Dtype, str] = {
+    getattr(mx, "bool_" if name == "bool" else name): name for name in _NUMPY
+}
 
 
 def decode_array(tensor: Tensor) -> mx.array:
@@ -48,15 +43,23 @@ def decode_array(tensor: Tensor) -> mx.array:
     return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
 
 
-def encode_tree(tree: Any, also: Any = ()) -> list[Leaf]:
-    """Leaves of a tree of arrays and plain values (numbers, strings, bools, None).
+def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]", also: Any = ()) -> None:
+    """Adds a tree of arrays and plain values (numbers, strings, bools, None) to `leaves`.
 
+    In place, because prefill frames are large and each copy of one takes milliseconds.
     Evaluates its arrays, and the arrays in `also` with them in one go.
     """
-    leaves = tree_flatten(tree)
-    bits = [_bits(leaf) if isinstance(leaf, mx.array) else None for _, leaf in leaves]
+    flat: list[tuple[str, Any]] = tree_flatten(tree)
+    bits = [_bits(value) if isinstance(value, mx.array) else None for _, value in flat]
     mx.eval(bits, also)
-    return [_encode_leaf(key, leaf, raw) for (key, leaf), raw in zip(leaves, bits, strict=True)]
+    for (key, value), raw in zip(flat, bits, strict=True):
+        leaf = leaves.add(key=key)
+        if raw is None:
+            leaf.json = json.dumps(value)
+        else:
+            leaf.tensor.dtype = _NAMES[value.dtype]
+            leaf.tensor.shape.extend(value.shape)
+            leaf.tensor.data = bytes(memoryview(raw))
 
 
 def decode_tree(leaves: Iterable[Leaf]) -> Any:
@@ -64,16 +67,9 @@ def decode_tree(leaves: Iterable[Leaf]) -> Any:
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
 
 
-def _bits(array: mx.array) -> mx.array:
-    """What numpy can read: bfloat16 as uint16."""
+def _bits(array: mx.array) -> Any:
+    """What Python's buffers can hold: bfloat16 as uint16."""
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-
-
-def _encode_leaf(key: str, leaf: Any, bits: mx.array | None) -> Leaf:
-    if bits is None:
-        return Leaf(key=key, json=json.dumps(leaf))
-    data = np.array(bits, copy=False).tobytes()
-    return Leaf(key=key, tensor=Tensor(dtype=dtype_name(leaf.dtype), shape=leaf.shape, data=data))
 
 
 def _decode_leaf(leaf: Leaf) -> Any:

@@ -17,6 +17,7 @@ from node.tensors import decode_tree, encode_tree
 from node.weights import load_lazy, load_parts, nbytes
 from tests.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import StageError
+from unicluster.v1.stage_pb2 import Frame
 
 LAYERS = 6
 TWO_WAY = [(0, cut, LAYERS) for cut in range(1, LAYERS)]
@@ -56,10 +57,16 @@ def split_logits(path: Path, quant: str, bounds: tuple[int, ...]) -> list[mx.arr
         hidden, extra = stages[0].front(chunk, caches[0])
         mx.eval(hidden, extra)
         for later, cache in zip(stages[1:], caches[1:], strict=True):
-            hidden, extra = later.forward(decode_tree(encode_tree(hidden)), cache)
+            hidden, extra = later.forward(over_the_wire(hidden), cache)
             mx.eval(hidden, extra)
-        logits.append(stages[0].tail(chunk, decode_tree(encode_tree(hidden))))
+        logits.append(stages[0].tail(chunk, over_the_wire(hidden)))
     return logits
+
+
+def over_the_wire(tree: Any) -> Any:
+    frame = Frame()
+    encode_tree(tree, frame.hidden)
+    return decode_tree(Frame.FromString(frame.SerializeToString()).hidden)
 
 
 def stage(path: Path, quant: str, first: int, end: int) -> HollowModel:
