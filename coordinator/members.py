@@ -91,8 +91,10 @@ class Members:
         asked: set[str] = set()
         found: dict[str, tuple[NodeInfo, str]] = {}
         while waiting:
+            # What others have heard of may be gone for a while before they forget it.
+            level = logging.INFO if asked else logging.WARNING
             asked |= waiting
-            calls = [self._describe(names.get(a, a), a) for a in sorted(waiting)]
+            calls = [self._describe(names.get(a, a), a, level) for a in sorted(waiting)]
             answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
             for info, address in answers:
                 found.setdefault(info.name, (info, address))
@@ -133,14 +135,15 @@ class Members:
         count = len(self._browser.found)
         return await self._browser.wait_for(lambda found: len(found) > count, QUIET_SECONDS)
 
-    async def _describe(self, name: str, address: str) -> tuple[NodeInfo, str] | None:
+    async def _describe(self, name: str, address: str, level: int) -> tuple[NodeInfo, str] | None:
+        """None for a machine that does not answer, which is logged at `level`."""
         async with connect(address, self._identity) as channel:
             try:
                 info = await NodeStub(channel).Describe(
                     DescribeNodeRequest(), timeout=ANSWER_SECONDS
                 )
             except grpc.aio.AioRpcError as error:
-                log.warning("%s", as_error(error, f"machine {name} ({address})"))
+                log.log(level, "%s", as_error(error, f"machine {name} ({address})"))
                 return None
         if info.protocol != PROTOCOL:
             newer = "this machine" if info.protocol > PROTOCOL else info.name

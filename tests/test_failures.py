@@ -7,6 +7,7 @@ only when its connections have been silent for 3.5 s.
 import asyncio
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,15 +129,17 @@ async def test_a_worker_is_killed(
     assert agent.name in {stage.node for stage in server.describe().stages}
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "leaves"])
 @pytest.mark.parametrize("place", [1, 0], ids=["middle", "head"])
-async def test_an_agent_is_killed(
-    server: ServeProgram, stages: list[AgentProgram], place: int
+async def test_an_agent_is_killed_or_leaves(
+    server: ServeProgram, stages: list[AgentProgram], place: int, number: signal.Signals
 ) -> None:
     agent = stages[place]
     worker = agent.worker
 
-    await assert_answers_end(server, agent.kill, agent.name)
+    await assert_answers_end(server, lambda: agent.send(number), agent.name)
 
+    agent.result()
     until(lambda: not worker.is_running(), "its worker is gone too", 5)
     await assert_answers_again(server)
     assert agent.name not in {stage.node for stage in server.describe().stages}
@@ -188,7 +191,7 @@ async def test_what_remains_is_too_small_until_a_machine_joins(
 async def test_the_coordinator_is_killed(
     cluster: LocalCluster, server: ServeProgram, stages: list[AgentProgram]
 ) -> None:
-    """The last test of this module, because it ends the server."""
+    """The last test with the server of this module, because it ends it."""
     errors = await errors_after(server, server.kill)
 
     for seconds, error in errors:
@@ -203,3 +206,18 @@ async def test_the_coordinator_is_killed(
     for name in alive:
         (line,) = (line for line in lines if line.startswith(f"{name} "))
         assert "5.5 MB of" in line  # it has its memory back
+
+
+async def test_the_coordinator_is_told_to_end(
+    cluster: LocalCluster, server: ServeProgram, model: Path
+) -> None:
+    with server if server.running else cluster.serve(model, *SERVE) as server:
+        errors = await errors_after(server, lambda: server.send(signal.SIGTERM))
+
+        for seconds, error in errors:
+            print(f"{seconds:.2f} s: {type(error).__name__}: {error}")
+            assert isinstance(error, UnavailableError)
+            assert str(error) == "the model is being unloaded"
+            assert seconds < NOTICED_WITHIN
+        assert server.result().code == 0
+        assert not cluster.workers()  # it waited for them

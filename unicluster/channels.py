@@ -176,6 +176,7 @@ _BROKEN = [
     ("(Ssl|Tls) handshake failed", "does not speak TLS as this cluster does"),
     ("[Kk]eepalive", "stopped answering"),
     ("ping timeout", "stopped answering"),
+    ("Cancelling all calls", "is stopping"),  # what a server says of its own end
     ("reset by peer", "closed the connection"),
     ("Broken pipe", "closed the connection"),
     ("Socket closed", "closed the connection"),
