@@ -78,7 +78,7 @@ class PipelineModel(nn.Module):
         def resolve() -> mx.array:
             frame = reply.wait()
             leaves = self._send(Frame(claim=number)).wait().hidden if hold else frame.hidden
-            return self._hollow.tail(inputs, decode_tree(leaves))
+            return self._hollow.tail(inputs, decode_tree(leaves), local)
 
         return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
 
