@@ -28,12 +28,15 @@ def dependencies(
     dot = io.StringIO()
     mx.export_to_dot(dot, **arrays)
     reached: dict[str, set[Source]] = {}
-    # Inputs come before what is computed from them, so one pass is enough.
+    # Inputs come before what is computed from them, so one pass is enough. A compiled function is
+    # one node however often it runs: each time it is announced it starts anew.
     for line in dot.getvalue().splitlines():
         before, arrow, after = (part.strip('"') for part in line.partition(" -> "))
         if arrow:
             found = {names[before]} if before in names else reached.get(before, set())
             reached.setdefault(after, set()).update(found)
+        elif "[label" in line:
+            reached.pop(line.strip("{ ").partition(" ")[0], None)
     used: dict[Sink, set[Source]] = {}
     for i, (sink, _) in enumerate(sinks):
         used.setdefault(sink, set()).update(reached.get(f"sink {i}", set()))

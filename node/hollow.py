@@ -5,6 +5,7 @@ hands on, and whatever else the trace saw later layers use: layers before the cu
 was received, and the last layer of a stage ends the forward by an exception.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,7 +116,10 @@ class HollowModel:
         self._received = self._unpacked(received, self._tail)
         self._in_tail = True
         try:
-            logits: mx.array = self.model(tokens, cache=self.cache_view.full(caches))
+            full = self.cache_view.full(caches)
+            for entry in self._outer_entries():
+                full[entry] = copy.deepcopy(full[entry])  # the front has moved it on already
+            logits: mx.array = self.model(tokens, cache=full)
         finally:
             self._in_tail = False
             self._received = None
@@ -175,7 +179,13 @@ class HollowModel:
     def _own_entries(self) -> list[int]:
         owned_before = {e for entries in self._trace.cache_entries[: self.start] for e in entries}
         entries = self._trace.cache_entries[self.start : self.end]
-        return sorted({index for handed in entries for index in handed} - owned_before)
+        outer = set(self._outer_entries()) if self.start == 0 else set()
+        return sorted({index for handed in entries for index in handed} - owned_before | outer)
+
+    def _outer_entries(self) -> list[int]:
+        """Caches that no layer is handed: what runs before the layers keeps something there."""
+        handed = {entry for entries in self._trace.cache_entries for entry in entries}
+        return [entry for entry in range(self._trace.cache_count) if entry not in handed]
 
     def _copied_entries(self) -> tuple[int, ...]:
         """Caches of layers before `start` that these layers read."""

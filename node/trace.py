@@ -90,6 +90,7 @@ class Trace:
 
     layers: the layers in the order they run, each once.
     cache_entries: for each layer, the indices in the cache list that it was handed.
+    cache_count: the length of the cache list.
     writers: for each cache entry, the layers that wrote to it.
     embeddings: the embedding modules that ran outside the layers.
     results: what each layer hands on.
@@ -100,6 +101,7 @@ class Trace:
 
     layers: tuple[nn.Module, ...]
     cache_entries: tuple[tuple[int, ...], ...]
+    cache_count: int
     writers: dict[int, tuple[int, ...]]
     embeddings: tuple[Embedding, ...]
     results: tuple[Result, ...]
@@ -210,6 +212,7 @@ class _Recorder:
         return Trace(
             layers=layers,
             cache_entries=tuple(self._handed),
+            cache_count=len(self.cache),
             writers={entry: tuple(dict.fromkeys(w)) for entry, w in self._writers.items()},
             embeddings=tuple(self._embeddings),
             results=tuple(self._results),

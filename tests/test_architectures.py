@@ -56,7 +56,16 @@ def test_every_architecture_at_every_cut() -> None:
     verdicts = [verdict for name in zoo.names() if (verdict := sweep.judge(name)) is not None]
 
     assert not [verdict for verdict in verdicts if verdict.differs]
-    assert sweep.TABLE.read_text() == sweep.table(verdicts), "run python -m tests.sweep --table"
+    assert sweep.table(verdicts) == sweep.TABLE.read_text(), "run python -m tests.sweep --table"
+
+
+def test_the_table_names_every_module() -> None:
+    told = {
+        line.split(" | ")[0].removeprefix("| ") for line in sweep.TABLE.read_text().splitlines()
+    }
+
+    modules = {name for name in zoo.names() if name == "olmo" or zoo.is_model(name)}
+    assert modules <= told, "run python -m tests.sweep --table"
 
 
 @pytest.mark.parametrize("name", ["iquestloopcoder", "nanbeige: loops"])
