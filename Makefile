@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 comma := ,
 
-.PHONY: install demo test test-all lint proto proto-check bench clean
+.PHONY: install demo test lint proto proto-check bench clean
 
 install: $(STAMP)
 
@@ -21,10 +21,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -q tests
-
-# Also what takes minutes: every architecture of mlx-lm at every cut.
-test-all: $(STAMP)
-	UNICLUSTER_ALL_TESTS=1 $(BIN)/pytest -q tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -188,6 +188,7 @@ class _Recorder:
         def leave(path: Path, array: mx.array) -> mx.array:
             if (output := self._cache_outputs.get(id(array))) is not None:
                 outputs[path] = output[1:]
+            self._sinks.append((index, marked(array)))
             return self._source(FromResult(index, path), array)
 
         returned = {id(part) for part in (result, *(part for _, part in children(result)))}
