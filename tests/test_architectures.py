@@ -206,3 +206,20 @@ def test_batches_give_the_unsplit_answers(name: str) -> None:
 
     assert len(told) == 6 + 12 + 9
     assert told == batched(zoo.build(name))
+
+
+@pytest.mark.parametrize("name", ["llama4", "deepseek_v41: shared index"])
+def test_caches_that_mlx_lm_cannot_merge_still_take_prompts_of_one_length(name: str) -> None:
+    """mlx-lm's own generator refuses chunked caches, and so does a stage's."""
+    chain, whole = Chain(name, (0, 1, 3, 4)), zoo.build(name)
+    tokens = mx.concatenate([sweep.TOKENS, sweep.TOKENS[:, ::-1]])
+    caches = chain.make_cache(), whole.make_cache()
+
+    for first, end in pairwise((0, 7, 12, *range(13, 21))):
+        told, wanted = (
+            model(tokens[:, first:end], cache=cache)
+            for model, cache in zip((chain, whole), caches, strict=True)
+        )
+        assert mx.array_equal(told, wanted)
+    with pytest.raises(ValueError, match="does not yet support batching"):
+        batched(whole)
