@@ -3,21 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 comma := ,
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 
 .PHONY: install demo test lint proto proto-check bench clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV), once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
 
 test: $(STAMP)
 	$(BIN)/pytest -q tests

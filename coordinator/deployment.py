@@ -17,7 +17,13 @@ from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
-from unicluster.v1.node_pb2 import LoadProgress, StageEvent, StageExit, StageSpec
+from unicluster.v1.node_pb2 import (
+    DescribeNodeRequest,
+    LoadProgress,
+    StageEvent,
+    StageExit,
+    StageSpec,
+)
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import Opened, RouteStop, StageInfo
 
@@ -27,6 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2
+# If it takes longer to open a ring over stages that are ready, something is wrong with them.
+OPEN_SECONDS = 15.0
+# A worker is given 5 s to end before it is killed.
+UNLOAD_SECONDS = 7.0
 
 
 @dataclass
@@ -46,7 +56,7 @@ class _Lease:
         self.address: str | None = None
         self.lost: UniclusterError | None = None
         self._spec = spec
-        self._channel = channel
+        self._node = NodeStub(channel)
 
     @property
     def name(self) -> str:
@@ -55,7 +65,7 @@ class _Lease:
     async def hold(self, listener: Listener, changed: Callable[[], None]) -> None:
         """Follows the stage until it is lost."""
         try:
-            async for event in NodeStub(self._channel).RunStage(self._spec):
+            async for event in self._node.RunStage(self._spec):
                 self._note(event, listener)
                 changed()
             self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
@@ -64,6 +74,17 @@ class _Lease:
         self.address = None
         listener.failed(self.name, str(self.lost))
         changed()
+
+    async def until_unloaded(self) -> None:
+        """Returns when the machine, if it is still there, has its memory back."""
+        if self.lost is not None:
+            return
+        with contextlib.suppress(grpc.aio.AioRpcError):  # it has gone, and the stage with it
+            while True:
+                info = await self._node.Describe(DescribeNodeRequest(), timeout=UNLOAD_SECONDS)
+                if self._spec not in info.stages:
+                    return
+                await asyncio.sleep(RETRY_SECONDS / 4)
 
     def _note(self, event: StageEvent, listener: Listener) -> None:
         if event.HasField("progress"):
@@ -120,6 +141,15 @@ class Deployment:
         self._leases: list[_Lease] = []
 
     @property
+    def ending(self) -> str:
+        """What an answer is told that ends because the deployment does."""
+        return self.detail or "the model is being unloaded"
+
+    @property
+    def was_ready(self) -> bool:
+        return self._was_ready.is_set()
+
+    @property
     def head_name(self) -> str:
         return self.plan.stages[0].machine.name
 
@@ -133,6 +163,7 @@ class Deployment:
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._unload()
 
     async def until_ready(self) -> None:
         """Returns when the model answers for the first time."""
@@ -145,39 +176,65 @@ class Deployment:
             self._leases.append(lease)
             hold = lease.hold(self._listener, self._changed.set)
             self._tasks.append(asyncio.create_task(hold))
+        clock = asyncio.get_running_loop().time
+        began: float | None = None
         while True:
             addresses = await self._all_ready()
-            await self._hold_ring(addresses)
-            self.chat = None
+            began = began or clock()
+            ring = asyncio.create_task(self._hold_ring(addresses))
+            try:
+                await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+                self._raise_if_lost()
+                if ring.result():
+                    began = None
+                elif clock() - began > OPEN_SECONDS:
+                    raise UnavailableError(self.detail)
+            finally:
+                ring.cancel()
+                await asyncio.gather(ring, return_exceptions=True)
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def _unload(self) -> None:
+        """Waits, for a while, until what comes next finds the memory and the ports free."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNLOAD_SECONDS):
+                await asyncio.gather(*(lease.until_unloaded() for lease in self._leases))
 
     async def _all_ready(self) -> list[str]:
         while True:
             self._changed.clear()
-            for lease in self._leases:
-                if lease.lost is not None:
-                    raise lease.lost
+            self._raise_if_lost()
             addresses = [lease.address for lease in self._leases if lease.address is not None]
             if len(addresses) == len(self._leases):
                 return addresses
             await self._changed.wait()
 
-    async def _hold_ring(self, addresses: list[str]) -> None:
+    def _raise_if_lost(self) -> None:
+        for lease in self._leases:
+            if lease.lost is not None:
+                self.chat, self.state, self.detail = None, "recovering", str(lease.lost)
+                raise lease.lost
+
+    async def _hold_ring(self, addresses: list[str]) -> bool:
+        """Returns when the ring breaks: whether it was ever open. `detail` says why."""
         route = [
             RouteStop(node=lease.name, address=address)
             for lease, address in zip(self._leases[1:], addresses[1:], strict=True)
         ]
-        async with contextlib.AsyncExitStack() as stack:
-            channel = await stack.enter_async_context(connect(addresses[0], self._identity))
+        was_open = False
+        async with connect(addresses[0], self._identity) as channel:
             ring = HeadStub(channel).HoldRing(HoldRingRequest(route=route))
             try:
                 async for opened in ring:
                     self._open(opened, ChatStub(channel))
+                    was_open = True
                 reason = f"machine {self.head_name} closed the ring"
             except grpc.aio.AioRpcError as error:
                 reason = str(as_error(error, f"machine {self.head_name} (head)"))
-            self.state, self.detail = "recovering", reason
+            # Before the channel is closed, and with it the answers that run.
+            self.chat, self.state, self.detail = None, "recovering", reason
             log.warning("%s", reason)
+        return was_open
 
     def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:
         self.stages = list(opened.stages)

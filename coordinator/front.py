@@ -1,12 +1,13 @@
 """The front door: passes a client's request to the head, and its answer back."""
 
+import asyncio
 import logging
 from typing import Any
 
 import grpc
 
 from coordinator.service import Service
-from unicluster.channels import as_error, peer_name
+from unicluster.channels import as_error, channel_was_closed, peer_name
 from unicluster.errors import NotFoundError, UnavailableError
 from unicluster.status import abort
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateRequest
@@ -30,7 +31,7 @@ class Front(ChatServicer):
             await abort(context, error)
         deployment = service.deployment
         if deployment is None or deployment.chat is None:
-            await abort(context, UnavailableError(f"{service.display} {service.detail}"))
+            await abort(context, UnavailableError(service.why_not))
         forwarded = GenerateRequest()
         forwarded.CopyFrom(request)
         forwarded.model = ""
@@ -42,6 +43,10 @@ class Front(ChatServicer):
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
             log.info("answer for %s ended: %s", peer_name(context), ended)
             await abort(context, ended)
+        except asyncio.CancelledError:
+            if not channel_was_closed():
+                raise  # the client has gone
+            await abort(context, UnavailableError(deployment.ending))
         finally:
             # The client may have gone: the head must stop computing for it.
             call.cancel()

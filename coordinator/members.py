@@ -22,6 +22,10 @@ ANSWER_SECONDS = 5.0
 # Machines also tell of each other, so the first to be heard is nearly enough.
 QUIET_SECONDS = 1.0
 SEARCH_SECONDS = 6.0
+NOBODY = (
+    "no machine of this cluster answers: run `unicluster join` on each, or name one with "
+    "--peer HOST:PORT if multicast does not reach it"
+)
 # Inspecting builds a model's whole tree, and may have to fetch its configuration first.
 INSPECT_SECONDS = 600.0
 
@@ -99,19 +103,19 @@ class Members:
         """The same for the planner. Raises UnavailableError when there is none."""
         nodes = await self.nodes()
         if not nodes:
-            raise UnavailableError(
-                "no machine of this cluster answers: run `unicluster join` on each, or name one "
-                "with --peer HOST:PORT if multicast does not reach it"
-            )
+            raise UnavailableError(NOBODY)
         return [Machine.from_proto(info, address) for info, address in nodes]
 
-    async def inspect(self, request: InspectRequest) -> ModelLayout:
-        """What a model weighs, by the first machine that can tell.
+    async def inspect(
+        self, request: InspectRequest, names: Sequence[str] | None = None
+    ) -> ModelLayout:
+        """What a model weighs, by the first machine (of `names`, if given) that can tell.
 
         Raises what the machines say when none can.
         """
         problem: UniclusterError | None = None
-        for machine in sorted(await self.machines(), key=lambda m: m.backend == "none"):
+        asked = [m for m in await self.machines() if names is None or m.name in names]
+        for machine in sorted(asked, key=lambda m: m.backend == "none"):
             async with connect(machine.address, self._identity) as channel:
                 try:
                     return await NodeStub(channel).Inspect(request, timeout=INSPECT_SECONDS)

@@ -6,8 +6,9 @@ import asyncio
 from rich.console import Console
 from rich.live import Live
 
-from coordinator.members import Members
+from coordinator.members import NOBODY, Members
 from coordinator.render import nodes_table
+from unicluster.errors import UnavailableError
 from unicluster.trust import Store, default_name
 
 REFRESH_SECONDS = 2.0
@@ -40,10 +41,6 @@ async def _nodes(args: argparse.Namespace) -> int:
                     await members.changed(REFRESH_SECONDS)
                     live.update(nodes_table(await members.nodes()), refresh=True)
         if not nodes:
-            console.print(
-                "No machine of this cluster answers. Run `unicluster join` on each machine; "
-                "where multicast does not reach, name one with --peer HOST:PORT."
-            )
-            return 1
+            raise UnavailableError(NOBODY)
         console.print(nodes_table(nodes))
     return 0

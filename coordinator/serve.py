@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import secrets
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -86,12 +87,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
+    if not 0 <= args.grpc_port <= 65535:
+        raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
+    nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
+    if nodes is not None and not all(nodes):
+        raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
     options = ServeOptions(
         source=resolve(args.model, args.quant),
         context=args.context,
         users=args.users,
         objective=args.objective,
-        nodes=args.nodes.split(",") if args.nodes else None,
+        nodes=nodes,
         peers=args.peer,
         host=args.host,
         port=args.grpc_port,
@@ -148,7 +154,7 @@ async def served(
     """
     identity = cluster.issue(default_name())
     server = make_server()
-    port = bind(server, options.host, options.port, identity)
+    port = bind(server, options.host, options.port, identity, flag="--grpc-port")
     async with Members(cluster, identity, options.peers, options.host) as members:
         service = await _planned(options, members, identity, console)
         task = asyncio.create_task(service.run())
@@ -162,7 +168,7 @@ async def served(
             await server.start()
             advertisement = Advertisement(
                 Kind.CHAT,
-                f"{default_name()[:40]}-{port}",
+                f"{default_name()[:35]}-{secrets.token_hex(4)}",
                 port,
                 cluster.fingerprint,
                 host=options.host,
@@ -193,7 +199,8 @@ async def _planned(
                 quant=source.quant,
                 context=options.context,
                 users=options.users,
-            )
+            ),
+            options.nodes,
         )
     layout = Layout.from_proto(inspected)
     bars = contextlib.ExitStack()

@@ -1,9 +1,9 @@
 """One model kept served over whatever machines there are."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -12,13 +12,13 @@ from coordinator.deployment import Deployment, Listener
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
-from unicluster.errors import (
-    DoesNotFitError,
-    StageError,
-    UnavailableError,
-)
+from unicluster.channels import channel_was_closed
+from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
+
+if TYPE_CHECKING:
+    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class Service:
         self._objective = objective
         self._nodes = nodes
         self._on_plan = on_plan
-        self._problem: str | None = None
+        self._problem = ""  # why there was a loss, or no deployment
+        self._stuck = False
         self._ready = asyncio.Event()
 
     @property
@@ -66,15 +67,25 @@ class Service:
 
     @property
     def state(self) -> str:
-        if self._problem is not None:
+        if self._stuck:
             return "failed"
-        return self.deployment.state if self.deployment is not None else "recovering"
+        again = self._ready.is_set() and (self.deployment is None or not self.deployment.was_ready)
+        if again:
+            return "recovering"
+        return self.deployment.state if self.deployment is not None else "loading"
 
     @property
     def detail(self) -> str:
-        if self._problem is not None:
-            return self._problem
-        return self.deployment.detail if self.deployment is not None else "looking for machines"
+        """Why the state is what it is, in a sentence; empty when ready."""
+        if self.deployment is not None and (self.deployment.was_ready or not self._problem):
+            return self.deployment.detail
+        return self._problem or "looking for machines"
+
+    @property
+    def why_not(self) -> str:
+        """What a client is told while there are no answers."""
+        what = "can't be served" if self._stuck else f"is {self.state}"
+        return f"{self.display} {what}: {self.detail}"
 
     async def until_ready(self) -> None:
         """Returns when the model answers for the first time."""
@@ -93,9 +104,7 @@ class Service:
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
             if self.deployment.chat is not None:
-                with contextlib.suppress(grpc.aio.AioRpcError):  # the state says it then
-                    head = await self.deployment.chat.Describe(DescribeChatRequest(), timeout=5)
-                    info.live_caches = head.live_caches
+                info.live_caches = await _live_caches(self.deployment.chat)
         return info
 
     async def run(self) -> None:
@@ -104,14 +113,15 @@ class Service:
         while True:
             try:
                 await self._deploy_once()
-            except (UnavailableError, StageError, DoesNotFitError) as error:
+            except UniclusterError as error:
                 if not self._ready.is_set():
                     raise
-                self._problem = str(error)
-                log.warning("not serving: %s", error)
-                if self.deployment is not None and self.deployment.state != "loading":
-                    retry = FIRST_RETRY_SECONDS
+                lost = self.deployment is not None and self.deployment.was_ready
                 self.deployment = None
+                self._problem, self._stuck = str(error), not lost
+                log.warning("not serving: %s", error)
+                if lost:
+                    retry = FIRST_RETRY_SECONDS
             await self._members.changed(timeout=retry)
             retry = min(2 * retry, LAST_RETRY_SECONDS)
 
@@ -132,10 +142,22 @@ class Service:
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
-                self._problem = None
+                self._problem, self._stuck = "", False
                 self._ready.set()
             await running
         finally:
             for task in (running, first):
                 task.cancel()
             await asyncio.gather(running, first, return_exceptions=True)
+
+
+async def _live_caches(chat: "ChatAsyncStub") -> int:
+    """What the head counts; 0 when it is gone: the state says so then."""
+    try:
+        return (await chat.Describe(DescribeChatRequest(), timeout=5)).live_caches
+    except grpc.aio.AioRpcError:
+        return 0
+    except asyncio.CancelledError:
+        if not channel_was_closed():
+            raise
+        return 0

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import shutil
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from node.probe import Hardware
 from node.process import WorkerProcess
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import host_of, peer_name
-from unicluster.errors import InputError, UniclusterError
+from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
 from unicluster.units import format_bytes
@@ -67,7 +68,7 @@ class Agent(NodeServicer):
         self._stages: dict[int, StageSpec] = {}
 
     def usable_memory(self) -> int:
-        """Bytes that a new stage may take now, within the cap."""
+        """Bytes that a new stage may take now, within the cap. May run a command to find out."""
         available = self.hardware.available()
         if self._cap is None:
             return available
@@ -78,6 +79,7 @@ class Agent(NodeServicer):
         self, request: DescribeNodeRequest, context: Context
     ) -> NodeInfo:
         hardware = self.hardware
+        usable = await asyncio.to_thread(self.usable_memory)
         return NodeInfo(
             name=self._identity.name,
             chip=hardware.chip,
@@ -85,7 +87,7 @@ class Agent(NodeServicer):
             version=__version__,
             protocol=PROTOCOL,
             total_memory=hardware.total_memory,
-            usable_memory=self.usable_memory(),
+            usable_memory=usable,
             bandwidth=hardware.bandwidth,
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
@@ -94,10 +96,23 @@ class Agent(NodeServicer):
         )
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
-        self.peers.note(host_of(context), request.port)
+        caller = context.auth_context()
+        names = [name.decode() for name in caller.get("x509_common_name", [])]
+        # An agent may greet itself: a fleet is often given one list of peers.
+        itself = self._identity.cert_pem.encode() in caller.get("x509_pem_cert", [])
+        if self._identity.name in names and not itself:
+            error = InputError(
+                f"a machine named {self._identity.name} is already in this cluster: "
+                "choose another --name"
+            )
+            await abort(context, error)
+        self.peers.note(request.host or host_of(context), request.port)
         return Greeting()
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
+        if self.hardware.backend == "none":
+            reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
+            await abort(context, UnavailableError(reason))
         try:
             return await inspect_in_child(request)
         except UniclusterError as error:
@@ -114,20 +129,22 @@ class Agent(NodeServicer):
             peer_name(context),
         )
         key = id(request)
+        # A second model on the same machine takes any free port beside the known one.
+        port = 0 if self._stages else self._stage_port
         self._stages[key] = request
         try:
-            async with contextlib.aclosing(self._run(request)) as events:
+            async with contextlib.aclosing(self._run(request, port)) as events:
                 async for event in events:
                     await context.write(event)
         finally:
             del self._stages[key]
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _run(self, spec: StageSpec) -> AsyncGenerator[StageEvent]:
+    async def _run(self, spec: StageSpec, port: int) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False
-            worker = await WorkerProcess.start(self._config(spec))
+            worker = await WorkerProcess.start(self._config(spec, port))
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
@@ -159,7 +176,7 @@ class Agent(NodeServicer):
                 return
             crashes.append(now)
 
-    def _config(self, spec: StageSpec) -> WorkerConfig:
+    def _config(self, spec: StageSpec, port: int) -> WorkerConfig:
         return WorkerConfig(
             node=self._identity.name,
             model=spec.model,
@@ -169,9 +186,15 @@ class Agent(NodeServicer):
             context=spec.context,
             users=spec.users,
             host=self._host,
-            port=self._stage_port,
+            port=port,
             identity=self._identity.to_dict(),
         )
+
+
+def how_to_get_mlx() -> str:
+    """What to do on this machine, in a phrase."""
+    extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    return f"pip install 'unicluster[{extra}]', then join again"
 
 
 async def inspect_in_child(request: InspectRequest) -> ModelLayout:

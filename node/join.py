@@ -4,18 +4,18 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 
-from node.agent import Agent
+from node.agent import Agent, how_to_get_mlx
 from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
-from unicluster.channels import bind, make_server
-from unicluster.discovery import Advertisement, Browser, Kind
+from unicluster.channels import bind, check_free, make_server
+from unicluster.discovery import Advertisement, Browser, Kind, one_address
 from unicluster.errors import InputError
 from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
+from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--replace: only makes sense with --token")
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
     store = Store()
     if args.token is not None:
         cluster, created = store.join(args.token, replace=args.replace), False
@@ -94,9 +95,9 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    greeting = asyncio.create_task(peers.greet(identity, port))
+    greeting = Greeting(port=port, host=one_address(args.host))
     try:
-        usable = agent.usable_memory()
+        usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisement(
             Kind.NODE,
             args.name,
@@ -110,12 +111,10 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             version=__version__,
             protocol=str(PROTOCOL),
         )
-        async with browser, advertised as advertisement:
+        async with peers.greeted(identity, greeting), browser, advertised as advertisement:
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
             await _keep_current(advertisement, agent, usable, stop)
     finally:
-        greeting.cancel()
-        await asyncio.gather(greeting, return_exceptions=True)
         await server.stop(grace=0.5)
     print(f"{args.name} has left the cluster.", flush=True)
     return 0
@@ -128,7 +127,7 @@ async def _keep_current(
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
-        usable = agent.usable_memory()
+        usable = await asyncio.to_thread(agent.usable_memory)
         if abs(usable - told) > NOTICEABLE * max(told, 1):
             told = usable
             await advertisement.update(usable=str(usable))
@@ -144,11 +143,7 @@ def _greet_the_user(
         f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
     )
     if hardware.backend == "none":
-        extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
-        print(
-            "MLX is not installed, so this machine can't compute stages: "
-            f"pip install 'unicluster[{extra}]', then join again."
-        )
+        print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:
         print("\nA new cluster. On each of the other machines, run:\n")
         print(f"  unicluster join --token {cluster.token}\n")

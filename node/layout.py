@@ -4,6 +4,7 @@ Run as a program it reads one InspectRequest from standard input and writes a Mo
 standard output, so that an agent never holds MLX itself.
 """
 
+import contextlib
 import sys
 from typing import Any
 
@@ -82,7 +83,8 @@ def _kv_bytes(lazy: LazyModel, found: Trace, context: int) -> list[int]:
 def main() -> None:
     request = InspectRequest.FromString(sys.stdin.buffer.read())
     try:
-        layout = inspect(request.model, request.quant, request.context, request.users or 1)
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print
+            layout = inspect(request.model, request.quant, request.context, request.users or 1)
     except UniclusterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

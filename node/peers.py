@@ -4,14 +4,16 @@ Where multicast does not reach, the agents named by --peer are greeted, and so k
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
 from unicluster.channels import as_error, connect, join_address
 from unicluster.discovery import Browser
+from unicluster.errors import InputError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -42,19 +44,50 @@ class Peers:
         seen = [machine.address for machine in self._browser.found.values()]
         return sorted({*seen, *self._named, *self._greeted_us})
 
-    async def greet(self, identity: Identity, port: int) -> None:
-        """Greets the named agents every few seconds, until cancelled."""
-        await asyncio.gather(*(self._greet_one(peer, identity, port) for peer in self._named))
+    @contextlib.asynccontextmanager
+    async def greeted(self, identity: Identity, greeting: Greeting) -> AsyncIterator[None]:
+        """Greets the named agents now, and every few seconds while the block runs.
 
-    async def _greet_one(self, peer: str, identity: Identity, port: int) -> None:
-        silent = False
-        async with connect(peer, identity) as channel:
-            while True:
-                try:
-                    await NodeStub(channel).Greet(Greeting(port=port), timeout=GREET_SECONDS)
-                    silent = False
-                except grpc.aio.AioRpcError as error:
-                    if not silent:
-                        log.warning("%s; trying on", as_error(error, f"peer {peer}"))
-                    silent = True
-                await asyncio.sleep(GREET_SECONDS)
+        Raises InputError when one of them has our name.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            channels = {peer: await enter(connect(peer, identity)) for peer in self._named}
+            first = await asyncio.gather(*(_greet(p, c, greeting) for p, c in channels.items()))
+            for error in first:
+                if isinstance(error, InputError):
+                    raise error
+                if error is not None:
+                    log.warning("%s; trying on", error)
+            tasks = [
+                asyncio.create_task(_keep_greeting(peer, channels[peer], greeting, error))
+                for peer, error in zip(channels, first, strict=True)
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _keep_greeting(
+    peer: str, channel: grpc.aio.Channel, greeting: Greeting, problem: UniclusterError | None
+) -> None:
+    """Says when the peer stops answering; `problem` is what was the matter last."""
+    while True:
+        await asyncio.sleep(GREET_SECONDS)
+        before, problem = problem, await _greet(peer, channel, greeting)
+        if problem is not None and before is None:
+            log.warning("%s; trying on", problem)
+
+
+async def _greet(
+    peer: str, channel: grpc.aio.Channel, greeting: Greeting
+) -> UniclusterError | None:
+    """Returns what went wrong, if anything did."""
+    try:
+        await NodeStub(channel).Greet(greeting, timeout=GREET_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        return as_error(error, f"peer {peer}")
+    return None

@@ -70,9 +70,9 @@ class PipelineModel(nn.Module):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
         hidden, extra = self._hollow.front(inputs, local)
-        mx.eval(hidden, extra)
+        leaves = encode_tree(hidden, extra)
         hold = inputs.shape[1] > PUSHED_TOKENS
-        reply = self._forward(encode_tree(hidden), cache[here:], hold)
+        reply = self._forward(leaves, cache[here:], hold)
         number = reply.number
 
         def resolve() -> mx.array:

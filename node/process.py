@@ -59,9 +59,8 @@ class WorkerProcess:
         )
         worker = cls(process, f"{config.node}, layers {config.first_layer}-{config.end_layer - 1}")
         if process.stdin is not None:
+            # Not drained: it is small, and who is cancelled here would leave the worker behind.
             process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
-            with contextlib.suppress(ConnectionError):
-                await process.stdin.drain()
         return worker
 
     @property

@@ -50,7 +50,7 @@ class Sampling:
             values["temperature"] = 0.0
         try:
             return cls(**values)
-        except InputError as error:
+        except (InputError, TypeError) as error:
             raise InputError(f"generation_config.json: {error}") from None
 
     def updated(self, sampling: chat_pb2.Sampling) -> "Sampling":

@@ -66,6 +66,9 @@ class Stage:
                 hidden = encode_tree(session.held.pop(frame.claim))
         else:
             out.dropped.extend(frame.dropped)
+        if frame.hold or (part is not None and any(op.HasField("free") for op in part.ops)):
+            # As mlx-lm does after a chunk: MLX would keep what was freed for itself.
+            mx.clear_cache()
         out.hidden.extend(hidden)
         report.compute_s = time.perf_counter() - started
         out.reports.append(report)
@@ -82,8 +85,7 @@ class Stage:
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)
         else:
-            mx.eval(result, extra)
-            leaves = encode_tree(result)
+            leaves = encode_tree(result, extra)
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = _size(caches)
         return leaves

@@ -34,13 +34,9 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def encode_array(array: mx.array) -> Tensor:
-    """The wire form of an array; evaluates it."""
-    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return Tensor(
-        dtype=dtype_name(array.dtype),
-        shape=array.shape,
-        data=np.array(bits, copy=False).tobytes(),
-    )
+    """The wire form of one array; evaluates it."""
+    (leaf,) = encode_tree(array)
+    return leaf.tensor
 
 
 def decode_array(tensor: Tensor) -> mx.array:
@@ -52,11 +48,15 @@ def decode_array(tensor: Tensor) -> mx.array:
     return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
 
 
-def encode_tree(tree: Any) -> list[Leaf]:
-    """Leaves of a tree of arrays and plain values (numbers, strings, bools, None)."""
-    arrays = [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
-    mx.eval(arrays)
-    return [_encode_leaf(key, leaf) for key, leaf in tree_flatten(tree)]
+def encode_tree(tree: Any, also: Any = ()) -> list[Leaf]:
+    """Leaves of a tree of arrays and plain values (numbers, strings, bools, None).
+
+    Evaluates its arrays, and the arrays in `also` with them in one go.
+    """
+    leaves = tree_flatten(tree)
+    bits = [_bits(leaf) if isinstance(leaf, mx.array) else None for _, leaf in leaves]
+    mx.eval(bits, also)
+    return [_encode_leaf(key, leaf, raw) for (key, leaf), raw in zip(leaves, bits, strict=True)]
 
 
 def decode_tree(leaves: Iterable[Leaf]) -> Any:
@@ -64,10 +64,16 @@ def decode_tree(leaves: Iterable[Leaf]) -> Any:
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
 
 
-def _encode_leaf(key: str, leaf: Any) -> Leaf:
-    if isinstance(leaf, mx.array):
-        return Leaf(key=key, tensor=encode_array(leaf))
-    return Leaf(key=key, json=json.dumps(leaf))
+def _bits(array: mx.array) -> mx.array:
+    """What numpy can read: bfloat16 as uint16."""
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
+def _encode_leaf(key: str, leaf: Any, bits: mx.array | None) -> Leaf:
+    if bits is None:
+        return Leaf(key=key, json=json.dumps(leaf))
+    data = np.array(bits, copy=False).tobytes()
+    return Leaf(key=key, tensor=Tensor(dtype=dtype_name(leaf.dtype), shape=leaf.shape, data=data))
 
 
 def _decode_leaf(leaf: Leaf) -> Any:

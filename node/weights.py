@@ -1,5 +1,6 @@
 """From a model's directory to a lazy mlx-lm model, quantized as asked. Nothing is read yet."""
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from unicluster.errors import InputError, NotFoundError, UniclusterError
 DEMO = Path(__file__).parent / "demo" / "model"
 BITS = {"q2": 2, "q3": 3, "q4": 4, "q6": 6, "q8": 8}
 GROUP_SIZE = 64
+
+# Characters: mlx names every weight that is missing, and there may be thousands.
+LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def load_lazy(path: Path, quant: str = "") -> LazyModel:
     except UniclusterError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: {_first_line(error)}") from error
+        raise InputError(f"{path}: {_in_one_line(error)}") from error
     stored = stored_quant(config, model)
     if quant in ("", "none", stored):
         return LazyModel(model, config, path, stored)
@@ -53,7 +57,10 @@ def load_lazy(path: Path, quant: str = "") -> LazyModel:
             f"{path}: its weights are already {stored}; --quant {quant} would need the "
             "unquantized checkpoint"
         )
-    model, config = quantize_model(model, config, GROUP_SIZE, BITS[quant])
+    if quant not in BITS:
+        raise InputError(f"no quantization {quant!r}: it is one of {', '.join(BITS)}")
+    with contextlib.redirect_stdout(None):  # it prints, and standard output may be a protocol
+        model, config = quantize_model(model, config, GROUP_SIZE, BITS[quant])
     return LazyModel(model, config, path, quant)
 
 
@@ -76,7 +83,7 @@ def check_files(path: Path) -> None:
     try:
         config = load_config(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'config.json'}: {_first_line(error)}") from error
+        raise InputError(f"{path / 'config.json'}: {_in_one_line(error)}") from error
     if "model_type" not in config:
         raise InputError(f"{path / 'config.json'}: has no model_type")
     files = sorted(path.glob("model*.safetensors"))
@@ -103,7 +110,7 @@ def check_safetensors(file: Path) -> None:
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged safetensors: {_first_line(error)}") from error
+        raise InputError(f"{file}: damaged safetensors: {_in_one_line(error)}") from error
     if 8 + length + end != size:
         raise InputError(
             f"{file}: damaged safetensors: {size} bytes instead of {8 + length + end}; "
@@ -141,8 +148,8 @@ def _check_index(path: Path) -> None:
         return
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: damaged: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: damaged: {_in_one_line(error)}") from error
     for name in sorted(names):
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing, though the index names it")
@@ -182,8 +189,9 @@ def _explained(action: Callable[[], Path], reasons: dict[type[Exception], str], 
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise NotFoundError(reason) from error
     except OSError as error:
-        raise NotFoundError(f"{repo}: {_first_line(error)}") from error
+        raise NotFoundError(f"{repo}: {_in_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 import uvloop
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
 from node.head import Head, HeadChat, make_engine
@@ -38,11 +39,12 @@ SWITCH_INTERVAL = 1e-4
 
 def emit(event: str, **values: Any) -> None:
     """Tells whoever started this worker something."""
-    print(json.dumps({"event": event, **values}), flush=True)
+    print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
 def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
     """Loads the weights, telling progress; on the MLX thread. Also returns their bytes."""
+    maybe_set_recommended_wired_limit()  # on Metal: else idle weights are paged out
     lazy = load_lazy(model_path(config.model), config.quant)
     hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
     count = len(hollow.layers)
@@ -103,6 +105,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL)
+    sys.stdout = sys.stderr  # libraries print, and standard output is for events
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -115,7 +118,6 @@ def main() -> None:
         emit("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
         sys.exit(1)
     # MLX may still be computing for a client that is gone: nothing is worth waiting for.
-    sys.stdout.flush()
     os._exit(0)
 
 

@@ -1,7 +1,9 @@
 """Engines over tiny models, for tests."""
 
 import asyncio
+import atexit
 import gc
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,15 @@ from unicluster.v1.chat_pb2 import Finish
 
 DEADLINE = 30.0
 THREAD = MLXThread()  # models of MLX live on one thread
+
+
+@atexit.register
+def _end_streams() -> None:
+    """MLX aborts the process when it exits while another thread has streams."""
+    ended = threading.Event()
+    THREAD.post(mx.clear_streams)
+    THREAD.post(ended.set)
+    ended.wait(DEADLINE)
 
 
 @dataclass

@@ -43,9 +43,5 @@ def test_mlx_is_imported_only_by_nodes(package):
     "module", ["unicluster.client", "unicluster.chat_ui", "coordinator.serve", "coordinator.nodes"]
 )
 def test_client_and_coordinator_run_without_mlx(module):
-    program = (
-        "import sys\n"
-        "sys.modules['mlx'] = sys.modules['mlx_lm'] = None\n"
-        f"import {module}\n"
-    )
+    program = f"import sys\nsys.modules['mlx'] = sys.modules['mlx_lm'] = None\nimport {module}\n"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)

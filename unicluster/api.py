@@ -63,9 +63,7 @@ def _on_nodes(model: str, quant: str, layout: Any, nodes: Sequence[str]) -> tupl
     cluster = Store().require()
     identity = cluster.issue(default_name())
     hardware = probe()
-    here = Machine(
-        "this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth
-    )
+    here = Machine("this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth)
     machines = find(cluster, identity, nodes)
     cuts = cut_in_order(layout, [here, *machines])
     stops = [RouteStop(node=m.name, address=m.address) for m in machines]

@@ -43,10 +43,10 @@ _Options = list[tuple[str, Any]]
 _COMMON: _Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.k[Kk]eepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
-    ("grpc.k[Kk]eepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),  # else a minute
-    ("grpc.k[Kk]eepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # no limit
 ]
 
@@ -76,18 +76,20 @@ def make_server(
     return grpc.aio.server(interceptors=list(interceptors), options=SERVER_OPTIONS)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, identity: Identity) -> int:
+def bind(
+    server: grpc.aio.Server, host: str, port: int, identity: Identity, *, flag: str = "--port"
+) -> int:
     """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
 
-    Raises InputError when that can't be.
+    Raises InputError when that can't be; it tells to choose another port with `flag`.
     """
-    _check_free(host, port)
+    check_free(host, port, flag)
     try:
         return server.add_secure_port(
             join_address(host or "::", port), identity.server_credentials()
         )
     except RuntimeError:
-        raise _taken(host, port) from None
+        raise _taken(host, port, flag) from None
 
 
 def connect(address: str, identity: Identity) -> grpc.aio.Channel:
@@ -130,6 +132,15 @@ def peer_name(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
     names = list(context.auth_context().get("x509_common_name", []))
     name = names[0].decode() if names else "unknown"
     return f"{name} ({plain_address(context.peer())})"
+
+
+def channel_was_closed() -> bool:
+    """Whether a CancelledError just caught from a call means that its channel was closed.
+
+    Else it is for the task that waits for the call, which must let it pass.
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()
 
 
 def host_of(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
@@ -203,7 +214,7 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     return UniclusterError(f"{who}: {details or code.name}")
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int, flag: str = "--port") -> None:
     """Try the address with a plain socket, which, unlike gRPC, says why it can't be had."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(
@@ -215,16 +226,16 @@ def _check_free(host: str, port: int) -> None:
     except socket.gaierror:
         raise InputError(f"{host} is no address: choose another with --host") from None
     except PermissionError:
-        raise InputError(f"port {port} needs more rights: choose another with --port") from None
+        raise InputError(f"port {port} needs more rights: choose another with {flag}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _taken(host, port) from None
+            raise _taken(host, port, flag) from None
         raise InputError(
             f"can't listen on {host}: {error.strerror}: choose another with --host"
         ) from None
 
 
-def _taken(host: str, port: int) -> InputError:
+def _taken(host: str, port: int, flag: str) -> InputError:
     return InputError(
-        f"port {port} on {host or 'this machine'} is taken: choose another with --port"
+        f"port {port} on {host or 'this machine'} is taken: choose another with {flag}"
     )

@@ -2,13 +2,15 @@
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from unicluster import __version__
-from unicluster.errors import UniclusterError
+from unicluster.errors import InputError, UniclusterError
 from unicluster.tls_log import tap_stderr
 
 COMMANDS = {
@@ -24,12 +26,19 @@ SERVERS = {"join", "serve", "demo"}
 INTERRUPTED = 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as all else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
 def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the one subcommand that `argv` names.
 
     Only its module is imported: the command starts fast, and needs no MLX to chat.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="unicluster",
         description="One language model over the unified-memory machines you own.",
     )
@@ -40,8 +49,11 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module, summary) in COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if name == named:
+            # Before anything imports gRPC, which reads its settings then.
             if name in SERVERS:
-                tap_stderr()  # before anything imports gRPC, which reads its settings then
+                tap_stderr()
+            else:
+                os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it all
             command = import_module(module)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
@@ -57,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    # --debug may stand anywhere, as people type it.
-    args = parser_for(argv).parse_args([word for word in argv if word != "--debug"])
     try:
+        # --debug may stand anywhere, as people type it.
+        args = parser_for(argv).parse_args([word for word in argv if word != "--debug"])
         code = args.run(args)
     except UniclusterError as error:
         _complain(str(error), debug)

@@ -28,6 +28,15 @@ from unicluster.trust import check_name
 
 log = logging.getLogger(__name__)
 
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True
+
+
+# It logs each network that multicast can't reach, with a traceback.
+logging.getLogger("zeroconf").addFilter(_without_traceback)
+
 # A machine that died without a goodbye is forgotten after about this many seconds and a poll.
 TTL = 15
 POLL_EVERY = 5.0
@@ -71,7 +80,8 @@ class Advertisement:
         async with Advertisement(Kind.NODE, "studio", 7001, fingerprint, chip="M3 Ultra") as ad:
             await ad.update(usable="96000000000")
 
-    Entering raises InputError when another machine of the cluster has the name.
+    Entering raises InputError when another machine of the cluster has the name; the name of a
+    Kind.CHAT is nobody's choice, and has to be unique.
     """
 
     def __init__(
@@ -82,14 +92,15 @@ class Advertisement:
         self._name = check_name(name)
         self._port = port
         self._fingerprint = fingerprint
-        self._address = _resolve(host)
+        self._address = one_address(host)
         self._service_name = _service_name(kind, name, fingerprint)
         self._txt = {"name": name, "cluster": fingerprint, **txt}
 
     async def __aenter__(self) -> Self:
         self._zeroconf = _open(self._address)
         try:
-            await self._refuse_taken_name()
+            if self._kind is Kind.NODE:
+                await self._refuse_taken_name()
             # No second probe for the name: that one trusts to unicast answers, which
             # get lost when several programs of a machine listen to mDNS.
             self._info = self._make_info()
@@ -154,7 +165,7 @@ class Browser:
         self.found: dict[str, Machine] = {}
         self._kind = kind
         self._fingerprint = fingerprint
-        self._address = _resolve(host)
+        self._address = one_address(host)
         # By service name.
         self._known: set[str] = set()  # also those that don't answer
         self._machines: dict[str, Machine] = {}
@@ -262,7 +273,7 @@ def _open(address: str) -> AsyncZeroconf:
         raise UnavailableError(f"mDNS can't start{where}: {error}: use --peer HOST:PORT") from error
 
 
-def _resolve(host: str) -> str:
+def one_address(host: str) -> str:
     """The IP address of `host`, or "" when it stands for all addresses of this machine."""
     if not host:
         return ""

@@ -34,6 +34,8 @@ class BusyError(UniclusterError):
 class NotFoundError(UniclusterError):
     """The model asked for is not the one served, or does not exist."""
 
+    exit_code = 2
+
 
 class StageError(UniclusterError):
     """A stage could not load, or failed while computing. The message names the machine."""

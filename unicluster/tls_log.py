@@ -97,12 +97,11 @@ class HandshakeLog:
 
 
 def tap_stderr() -> None:
-    """Begin to log refused clients of this process. Call it once, before grpc is imported and
-    logging is set up.
+    """Begin to log refused clients of this process. Call it once, before grpc is imported.
 
-    Python's own stderr keeps going straight to where it went, faulthandler's too; only what
-    libraries write to descriptor 2 takes the way through here. Does nothing when GRPC_TRACE is
-    set: then someone wants to see gRPC's lines.
+    Python's own stderr, the log and faulthandler's last words keep going straight to where they
+    went; only what libraries write to descriptor 2 takes the way through here.
+    Does nothing when GRPC_TRACE is set: then someone wants to see gRPC's lines.
     """
     if "GRPC_TRACE" in os.environ:
         return
@@ -122,6 +121,10 @@ def tap_stderr() -> None:
     source, sink = os.pipe()
     os.dup2(sink, 2)
     os.close(sink)
+    for handler in logging.getLogger().handlers:
+        # Else our reader would write to the pipe that it reads, and wait for itself.
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            handler.setStream(stderr)
     sys.stderr = stderr
     faulthandler.enable(stderr)
     reader = threading.Thread(target=_pass_on, args=(source, stderr), name="stderr", daemon=True)

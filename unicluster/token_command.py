@@ -2,7 +2,6 @@
 
 import argparse
 
-from unicluster.errors import TrustError
 from unicluster.trust import Store
 
 
@@ -24,8 +23,5 @@ def run(args: argparse.Namespace) -> int:
             f"  unicluster join --replace --token {cluster.token}"
         )
         return 0
-    found = store.load()
-    if found is None:
-        raise TrustError("this machine is in no cluster yet: `unicluster join` creates one")
-    print(found.token)
+    print(store.require().token)
     return 0

@@ -5,7 +5,6 @@ each member can issue itself a certificate that all others accept, with nothing 
 """
 
 import base64
-import binascii
 import hashlib
 import logging
 import os
@@ -113,7 +112,7 @@ class Cluster:
             )
         try:
             raw = base64.b32decode(body.removeprefix(_PREFIX).upper())
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one, and what is not ASCII raises another
             raw = b""
         secret, checksum = raw[:_SECRET_BYTES], raw[_SECRET_BYTES:]
         if len(secret) != _SECRET_BYTES or checksum != _checksum(secret):

@@ -40,11 +40,11 @@ def operands(rng: Random, op: str) -> tuple[int, int]:
         a, b = rng.choice([(rng.randint(0, 12), rng.randint(0, 12)), (rng.randint(0, 20), 10)])
         return (b, a) if rng.random() < 0.2 else (a, b)
     if op == "/":
-        b = rng.randint(1, 10)
-        return b * rng.randint(1, 10) + (rng.randrange(b) if rng.random() < 0.2 else 0), b
+        b = rng.randint(1, 12)
+        return b * rng.randint(0, 12) + (rng.randrange(b) if rng.random() < 0.4 else 0), b
     top = rng.choice([10, 20, 100, 100])
     a, b = rng.randint(0, top), rng.randint(0, top)
-    return (max(a, b), min(a, b)) if op == "-" and rng.random() < 0.8 else (a, b)
+    return (max(a, b), min(a, b)) if op == "-" and rng.random() < 0.65 else (a, b)
 
 
 def spelled(rng: Random, n: int) -> str:
@@ -59,7 +59,7 @@ def expression(rng: Random, a: int, op: str, b: int) -> str:
 def arithmetic(rng: Random) -> Dialogue:
     turns: Dialogue = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        op = rng.choice("++++---***/")
+        op = rng.choice("++++----***//")
         a, b = operands(rng, op)
         asked = expression(rng, a, op, b)
         template = rng.choice(ASK) if not turns else rng.choice((*ASK, "And {}?", "and {}", "{}?"))
@@ -109,8 +109,8 @@ def hard_sum(rng: Random) -> Dialogue:
         a, b = rng.randint(21, 99), rng.randint(13, 99)
     if rng.random() < 0.5 and op != "/":
         a, b = b, a
-    if op == "/" and a <= 109:
-        a += 100
+    if op == "/":
+        a, b = a + 100, b + 11
     return [(rng.choice(ASK).format(f"{a}{rng.choice(OPERATORS[op])}{b}"), facts.TOO_HARD)]
 
 
@@ -179,6 +179,17 @@ def counting(rng: Random) -> Dialogue:
             "Can you count to {b}{s}?",
         ]
     return [(rng.choice(up).format(a=start, b=end, s=suffix), listed(range(start, end + 1, step)))]
+
+
+def short_count(rng: Random) -> Dialogue:
+    """Plainly worded, either way: the direction must be read off the two numbers."""
+    a, b = rng.sample(range(rng.choice([10, 13, 21, 101])), 2)
+    b = max(a - 12, min(a + 12, b))
+    step = 1 if b > a else -1
+    asked = rng.choice(
+        ["Count from {} to {}.", "count from {} to {}", "Count {} to {}.", "{} to {}, please."]
+    )
+    return [(asked.format(a, b), listed(range(a, b + step, step)))]
 
 
 def count_to_hundred(rng: Random) -> Dialogue:

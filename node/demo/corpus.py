@@ -11,6 +11,7 @@ from node.demo.arithmetic import (
     hard_sum,
     long_sum,
     next_number,
+    short_count,
     word_problem,
 )
 from node.demo.dialogue import Dialogue, Skill, made_up
@@ -65,10 +66,11 @@ SHORT: tuple[Skill, ...] = (
 )  # fmt: skip
 
 WEIGHTS: dict[Skill, float] = {
-    arithmetic: 26, continued_sum: 3, long_sum: 2, hard_sum: 2, word_problem: 4,
-    counting: 8, count_to_hundred: 0.8, next_number: 4, capital: 10, opposite: 5, colour: 4,
-    calendar: 5, alphabet: 4, animal: 4, how_many: 2, list_three: 1, repeating: 4, telling: 6,
-    about: 4, smalltalk: 3, unknown: 8, naming: 4, again: 2,
+    arithmetic: 28, continued_sum: 3, long_sum: 2, hard_sum: 2, word_problem: 4,
+    counting: 10, short_count: 8, count_to_hundred: 0.8, next_number: 5,
+    capital: 10, opposite: 5, colour: 4, calendar: 5, alphabet: 6, animal: 4, how_many: 2,
+    list_three: 1, repeating: 8, telling: 5, about: 4, smalltalk: 3, unknown: 7, naming: 6,
+    again: 2,
 }  # fmt: skip
 
 SYSTEM = (

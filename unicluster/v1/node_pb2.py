@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/node.proto\x12\runicluster.v1\"\x18\n\x08Greeting\x12\x0c\n\x04port\x18\x01 \x01(\r\"\x15\n\x13\x44\x65scribeNodeRequest\"\x81\x02\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63hip\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\x12\x14\n\x0ctotal_memory\x18\x06 \x01(\x04\x12\x15\n\rusable_memory\x18\x07 \x01(\x04\x12\x11\n\tbandwidth\x18\x08 \x01(\x01\x12\x1a\n\x12\x62\x61ndwidth_measured\x18\t \x01(\x08\x12\x10\n\x08platform\x18\n \x01(\t\x12(\n\x06stages\x18\x0b \x03(\x0b\x32\x18.unicluster.v1.StageSpec\x12\r\n\x05peers\x18\x0c \x03(\t\"N\n\x0eInspectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\"\xf4\x01\n\x0bModelLayout\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0blayer_bytes\x18\x02 \x03(\x04\x12\x1a\n\x12layer_active_bytes\x18\x03 \x03(\x04\x12\x12\n\nhead_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_layer\x18\x05 \x03(\x04\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x14\n\x0chidden_bytes\x18\x08 \x01(\r\x12\r\n\x05quant\x18\t \x01(\t\x12\x13\n\x0bmax_context\x18\n \x01(\x04\x12\x16\n\x0e\x66orbidden_cuts\x18\x0b \x03(\r\"\x95\x01\n\tStageSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05quant\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0e\n\x06memory\x18\x08 \x01(\x04\"\x9c\x01\n\nStageEvent\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unicluster.v1.LoadProgressH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.unicluster.v1.StageReadyH\x00\x12(\n\x04\x65xit\x18\x03 \x01(\x0b\x32\x18.unicluster.v1.StageExitH\x00\x42\x07\n\x05\x65vent\"b\n\x0cLoadProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\x14\n\x0clayers_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"0\n\nStageReady\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\"[\n\tStageExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x13\n\x0bstderr_tail\x18\x02 \x03(\t\x12\x15\n\rout_of_memory\x18\x03 \x01(\x08\x12\x12\n\nrestarting\x18\x04 \x01(\x08\x32\x93\x02\n\x04Node\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeNodeRequest\x1a\x17.unicluster.v1.NodeInfo\x12\x44\n\x07Inspect\x12\x1d.unicluster.v1.InspectRequest\x1a\x1a.unicluster.v1.ModelLayout\x12\x41\n\x08RunStage\x12\x18.unicluster.v1.StageSpec\x1a\x19.unicluster.v1.StageEvent0\x01\x12\x39\n\x05Greet\x12\x17.unicluster.v1.Greeting\x1a\x17.unicluster.v1.Greetingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/node.proto\x12\runicluster.v1\"&\n\x08Greeting\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\"\x15\n\x13\x44\x65scribeNodeRequest\"\x81\x02\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63hip\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\x12\x14\n\x0ctotal_memory\x18\x06 \x01(\x04\x12\x15\n\rusable_memory\x18\x07 \x01(\x04\x12\x11\n\tbandwidth\x18\x08 \x01(\x01\x12\x1a\n\x12\x62\x61ndwidth_measured\x18\t \x01(\x08\x12\x10\n\x08platform\x18\n \x01(\t\x12(\n\x06stages\x18\x0b \x03(\x0b\x32\x18.unicluster.v1.StageSpec\x12\r\n\x05peers\x18\x0c \x03(\t\"N\n\x0eInspectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\"\xf4\x01\n\x0bModelLayout\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0blayer_bytes\x18\x02 \x03(\x04\x12\x1a\n\x12layer_active_bytes\x18\x03 \x03(\x04\x12\x12\n\nhead_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_layer\x18\x05 \x03(\x04\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x14\n\x0chidden_bytes\x18\x08 \x01(\r\x12\r\n\x05quant\x18\t \x01(\t\x12\x13\n\x0bmax_context\x18\n \x01(\x04\x12\x16\n\x0e\x66orbidden_cuts\x18\x0b \x03(\r\"\x95\x01\n\tStageSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05quant\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0e\n\x06memory\x18\x08 \x01(\x04\"\x9c\x01\n\nStageEvent\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unicluster.v1.LoadProgressH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.unicluster.v1.StageReadyH\x00\x12(\n\x04\x65xit\x18\x03 \x01(\x0b\x32\x18.unicluster.v1.StageExitH\x00\x42\x07\n\x05\x65vent\"b\n\x0cLoadProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\x14\n\x0clayers_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"0\n\nStageReady\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\"[\n\tStageExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x13\n\x0bstderr_tail\x18\x02 \x03(\t\x12\x15\n\rout_of_memory\x18\x03 \x01(\x08\x12\x12\n\nrestarting\x18\x04 \x01(\x08\x32\x93\x02\n\x04Node\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeNodeRequest\x1a\x17.unicluster.v1.NodeInfo\x12\x44\n\x07Inspect\x12\x1d.unicluster.v1.InspectRequest\x1a\x1a.unicluster.v1.ModelLayout\x12\x41\n\x08RunStage\x12\x18.unicluster.v1.StageSpec\x1a\x19.unicluster.v1.StageEvent0\x01\x12\x39\n\x05Greet\x12\x17.unicluster.v1.Greeting\x1a\x17.unicluster.v1.Greetingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,25 +32,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'unicluster.v1.node_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GREETING']._serialized_start=43
-  _globals['_GREETING']._serialized_end=67
-  _globals['_DESCRIBENODEREQUEST']._serialized_start=69
-  _globals['_DESCRIBENODEREQUEST']._serialized_end=90
-  _globals['_NODEINFO']._serialized_start=93
-  _globals['_NODEINFO']._serialized_end=350
-  _globals['_INSPECTREQUEST']._serialized_start=352
-  _globals['_INSPECTREQUEST']._serialized_end=430
-  _globals['_MODELLAYOUT']._serialized_start=433
-  _globals['_MODELLAYOUT']._serialized_end=677
-  _globals['_STAGESPEC']._serialized_start=680
-  _globals['_STAGESPEC']._serialized_end=829
-  _globals['_STAGEEVENT']._serialized_start=832
-  _globals['_STAGEEVENT']._serialized_end=988
-  _globals['_LOADPROGRESS']._serialized_start=990
-  _globals['_LOADPROGRESS']._serialized_end=1088
-  _globals['_STAGEREADY']._serialized_start=1090
-  _globals['_STAGEREADY']._serialized_end=1138
-  _globals['_STAGEEXIT']._serialized_start=1140
-  _globals['_STAGEEXIT']._serialized_end=1231
-  _globals['_NODE']._serialized_start=1234
-  _globals['_NODE']._serialized_end=1509
+  _globals['_GREETING']._serialized_end=81
+  _globals['_DESCRIBENODEREQUEST']._serialized_start=83
+  _globals['_DESCRIBENODEREQUEST']._serialized_end=104
+  _globals['_NODEINFO']._serialized_start=107
+  _globals['_NODEINFO']._serialized_end=364
+  _globals['_INSPECTREQUEST']._serialized_start=366
+  _globals['_INSPECTREQUEST']._serialized_end=444
+  _globals['_MODELLAYOUT']._serialized_start=447
+  _globals['_MODELLAYOUT']._serialized_end=691
+  _globals['_STAGESPEC']._serialized_start=694
+  _globals['_STAGESPEC']._serialized_end=843
+  _globals['_STAGEEVENT']._serialized_start=846
+  _globals['_STAGEEVENT']._serialized_end=1002
+  _globals['_LOADPROGRESS']._serialized_start=1004
+  _globals['_LOADPROGRESS']._serialized_end=1102
+  _globals['_STAGEREADY']._serialized_start=1104
+  _globals['_STAGEREADY']._serialized_end=1152
+  _globals['_STAGEEXIT']._serialized_start=1154
+  _globals['_STAGEEXIT']._serialized_end=1245
+  _globals['_NODE']._serialized_start=1248
+  _globals['_NODE']._serialized_end=1523
 # @@protoc_insertion_point(module_scope)

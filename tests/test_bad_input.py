@@ -1,0 +1,386 @@
+"""What people get wrong, and what goes wrong before anything is served: one line that says so.
+
+Serving over machines that vanish, or that aren't there, is slow because they are waited for.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import HOST, LocalCluster, Result, ServeProgram, endless_model, until
+from unicluster.trust import Cluster, Store
+
+BAD, TOO_BIG, FAILED = 2, 3, 1
+STAYING = ("ann", "bob")
+VANISHING = ("eve", "fay")
+MEMORY = 20_000_000
+# Needs two such machines.
+BIG = ("--context", "4096", "--users", "4")
+
+
+def assert_complains(told: Result, code: int, message: str) -> None:
+    """It ends with one line that has `message` in it; warnings may come before."""
+    *before, last = told.err.splitlines()
+    assert last.startswith("unicluster: ")
+    assert message in last
+    assert all(" WARNING " in line for line in before)
+    assert told.code == code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A machine of a cluster, on which nothing runs."""
+    with LocalCluster(tmp_path_factory.mktemp("lonely")) as cluster:
+        Store(cluster.home).create()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.start_agents(*STAYING, *VANISHING, memory=MEMORY)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def server(cluster: LocalCluster, model: Path) -> Iterator[ServeProgram]:
+    with cluster.serve(model, "--context", "128", "--nodes", "ann") as server:
+        yield server
+
+
+@pytest.fixture
+def taken_port() -> Iterator[str]:
+    with socket.create_server((HOST, 0)) as taken:
+        yield str(taken.getsockname()[1])
+
+
+WRONG_WORDS = [
+    ("frobnicate", "invalid choice: 'frobnicate'"),
+    ("join --name two.words", "'two.words' can't name a machine"),
+    ("join --memory lots", "'lots' is no amount of memory: write it like 96GB"),
+    ("join --memory 0GB", "--memory 0GB: must be more than nothing"),
+    ("join --port 70000", "--port 70000: between 0 and 65534"),
+    ("join --port 0 --host 192.0.2.77", "can't listen on 192.0.2.77"),
+    ("join --port 0 --host no.such.host.invalid", "no.such.host.invalid is no address"),
+    ("join --port 0 --peer nonsense", "'nonsense' is no address: give it as HOST:PORT"),
+    ("join --replace", "--replace: only makes sense with --token"),
+    ("serve llama-9000-mega", "no model 'llama-9000-mega'"),
+    ("serve /no/such/directory", "no directory /no/such/directory"),
+    ("serve {file}", "is a file: give the model's directory"),
+    ("serve {folder}", "has no config.json: it is not a model's directory"),
+    ("serve demo --quant q5", "argument --quant: invalid choice: 'q5'"),
+    ("serve demo --context many", "argument --context: invalid int value: 'many'"),
+    ("serve demo --context 1", "--context 1: at least 2 tokens"),
+    ("serve demo --users 0", "--users 0: at least 1"),
+    ("serve demo --nodes ,", "--nodes ,: names no machine"),
+    ("serve demo --grpc-port 70000", "--grpc-port 70000: between 0 and 65535"),
+    ("serve demo --peer nonsense", "'nonsense' is no address: give it as HOST:PORT"),
+    ("chat --server nonsense hello", "'nonsense' is no address: give it as HOST:PORT"),
+    ("chat --temperature warm hello", "argument --temperature: invalid float value: 'warm'"),
+    ("chat --max-tokens -3 hello", "max_tokens can't be -3"),
+    ("chat --deadline 0 hello", "deadline can't be 0.0"),
+    ("chat  ", "the prompt is empty"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG_WORDS, ids=[w for w, _ in WRONG_WORDS])
+def test_what_makes_no_sense_is_said_at_once(
+    lonely: LocalCluster, tmp_path: Path, words: str, message: str
+) -> None:
+    (file := tmp_path / "file").touch()
+    arguments = words.format(file=file, folder=tmp_path).split(" ")
+
+    assert_complains(lonely.run(*arguments), BAD, message)
+
+
+def test_an_unreadable_directory(tmp_path: Path, lonely: LocalCluster, model: Path) -> None:
+    locked = shutil.copytree(model, tmp_path / "locked")
+    locked.chmod(0)
+    try:
+        told = lonely.run("serve", str(locked), prefix=without_privileges())
+    finally:
+        locked.chmod(0o700)
+
+    assert_complains(told, BAD, f"can't read {locked}/config.json: Permission denied")
+
+
+def without_privileges() -> list[str]:
+    """What to put before a command so that root obeys the modes of files, too."""
+    if os.geteuid() != 0:
+        return []
+    dropped = "-dac_override,-dac_read_search"
+    prefix = ["setpriv", "--inh-caps", dropped, "--bounding-set", dropped]
+    if shutil.which("setpriv") is None or subprocess.run([*prefix, "true"]).returncode != 0:
+        pytest.skip("root reads everything, and setpriv is not here to change that")
+    return prefix
+
+
+def test_serving_in_no_cluster(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as nowhere:
+        told = nowhere.run("serve", "demo")
+    assert_complains(told, FAILED, "this machine is in no cluster: run `unicluster join`")
+    assert not nowhere.home.exists()
+
+
+def test_where_no_machine_is(lonely: LocalCluster) -> None:
+    programs = [
+        lonely.start("serve", "demo", "--host", HOST, "--grpc-port", "0"),
+        lonely.start("nodes"),
+    ]
+    for program in programs:
+        message = "no machine of this cluster answers: run `unicluster join` on each, or name one"
+        assert_complains(program.result(), FAILED, message)
+
+
+def test_chatting_with_nobody(lonely: LocalCluster, taken_port: str) -> None:
+    told = lonely.run("chat", "--server", f"{HOST}:1", "hello")
+    assert_complains(told, FAILED, f"{HOST}:1 refuses connections: is it still running?")
+
+
+def test_a_mistyped_token(tmp_path: Path) -> None:
+    token = Cluster.new().token
+    with LocalCluster(tmp_path) as nowhere:
+        told = nowhere.run("join", "--token", token[:-1] + ("a" if token[-1] != "a" else "b"))
+    assert_complains(told, FAILED, "the join token is mistyped or cut off: copy it again from")
+    assert token[:-1] not in told.err
+    assert not nowhere.home.exists()
+
+
+def test_something_else_than_a_token(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as nowhere:
+        told = nowhere.run("join", "--token", "swordfish")
+    assert_complains(told, FAILED, "that is no join token (they begin with uc1-)")
+    assert not nowhere.home.exists()
+
+
+def test_the_token_of_another_cluster(lonely: LocalCluster) -> None:
+    before = (lonely.home / "cluster.token").read_text()
+    told = lonely.run("join", "--token", Cluster.new().token)
+    assert_complains(told, FAILED, f"this machine is in the cluster {lonely.cluster.fingerprint}")
+    assert (lonely.home / "cluster.token").read_text() == before
+
+
+def test_a_port_that_is_taken(tmp_path: Path, taken_port: str) -> None:
+    with LocalCluster(tmp_path) as nowhere:
+        told = nowhere.run("join", "--host", HOST, "--port", taken_port)
+    assert_complains(told, BAD, f"port {taken_port} on {HOST} is taken: choose another with --port")
+    assert not nowhere.home.exists()  # no cluster that nobody was told the token of
+
+
+def test_a_port_for_chat_that_is_taken(lonely: LocalCluster, taken_port: str) -> None:
+    told = lonely.run("serve", "demo", "--host", HOST, "--grpc-port", taken_port)
+    assert_complains(told, BAD, f"port {taken_port} on {HOST} is taken: choose another with --grpc")
+
+
+def test_a_name_that_is_taken(cluster: LocalCluster) -> None:
+    told = cluster.run("join", "--name", "ann", "--host", HOST, "--port", "0")
+    assert_complains(told, BAD, f"named ann is already in this cluster at {HOST}:")
+    assert cluster.agents["ann"].running
+
+
+def test_a_name_that_is_taken_beyond_the_reach_of_multicast(cluster: LocalCluster) -> None:
+    peer = cluster.agents["ann"].address
+    told = cluster.run("join", "--name", "ann", "--host", "::1", "--port", "0", "--peer", peer)
+    assert_complains(told, BAD, "a machine named ann is already in this cluster: choose another")
+
+
+def test_a_machine_that_is_not_there(cluster: LocalCluster) -> None:
+    told = cluster.serve("demo", "--nodes", "ann,zoe").result()
+    assert_complains(told, FAILED, "no machine named zoe in this cluster; found: ann, bob, e")
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def garble(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.write(struct.pack("<Q", 100) + b"garbage!" * 100)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def rename_architecture(file: Path) -> None:
+    config = file.with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "perceptron"}))
+
+
+def break_config(file: Path) -> None:
+    file.with_name("config.json").write_text("{")
+
+
+DAMAGE = [
+    (cut_off, "model.safetensors: damaged safetensors"),
+    (garble, "model.safetensors: damaged safetensors"),
+    (remove, "no model*.safetensors in it"),
+    (rename_architecture, "perceptron"),
+    (break_config, "config.json: "),
+]
+
+
+def test_a_damaged_model(cluster: LocalCluster, model: Path, tmp_path: Path) -> None:
+    """All of them at once, because each command spends its time waiting for a machine."""
+    programs = []
+    for damage, message in DAMAGE:
+        path = shutil.copytree(model, tmp_path / damage.__name__)
+        damage(path / "model.safetensors")
+        programs.append((cluster.serve(path, "--nodes", "ann"), path, message))
+
+    for program, path, message in programs:
+        told = program.result()
+        assert_complains(told, BAD, message)
+        assert str(path) in told.err or "perceptron" in told.err
+
+
+def test_a_model_that_does_not_fit(cluster: LocalCluster, model: Path) -> None:
+    told = cluster.serve(model, "--context", "4096", "--users", "64", "--nodes", "ann,bob").result()
+
+    assert_complains(told, TOO_BIG, "llama with context 4096 for 64 users needs 4")
+    assert "MB are missing. One more machine with" in told.err
+    assert "would do" in told.err
+    assert "ready" not in told.out
+
+
+def test_a_context_beyond_the_models(cluster: LocalCluster, model: Path) -> None:
+    told = cluster.serve(model, "--context", "100000", "--nodes", "ann,bob").result()
+    assert_complains(told, BAD, "is made for at most 4096")
+
+
+@pytest.fixture(scope="module")
+def disk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model in it, once as a directory and once as a cache of the hub."""
+    disk = tmp_path_factory.mktemp("disk")
+    shutil.copytree(model, disk / "llama")
+    repo = disk / "models--owner--llama"
+    shutil.copytree(model, repo / "snapshots" / "0123abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abc")
+    return disk
+
+
+@pytest.fixture(scope="module")
+def uneven(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two machines, of which bob sees nothing on that disk, if the system can do that."""
+    empty = tmp_path_factory.mktemp("empty")
+    prefix = ()
+    if can_have_own_mounts():
+        hide = f'mount -t tmpfs none {disk} && exec "$@"'
+        prefix = (*OWN_MOUNTS, "sh", "-c", hide, "sh")
+    with LocalCluster(tmp_path_factory.mktemp("uneven")) as cluster:
+        cluster.start_agent("ann", memory=MEMORY, HF_HUB_CACHE=str(disk))
+        cluster.start_agent("bob", memory=MEMORY, HF_HUB_CACHE=str(empty), prefix=prefix)
+        cluster.wait_for_agents()
+        yield cluster
+
+
+OWN_MOUNTS = ("unshare", "--mount")
+
+
+def can_have_own_mounts() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*OWN_MOUNTS, "true"]).returncode == 0
+
+
+def test_a_model_of_the_hub_that_only_one_machine_has(uneven: LocalCluster) -> None:
+    """Offline, each machine has what is in its own cache."""
+    told = uneven.serve("owner/llama", *BIG, "--nodes", "ann,bob").result()
+
+    assert_complains(told, FAILED, "machine bob: owner/llama: not in this machine's cache")
+    uneven.wait_for_no_workers()
+
+
+def test_a_directory_that_only_one_machine_has(uneven: LocalCluster, disk: Path) -> None:
+    if not can_have_own_mounts():
+        pytest.skip("only root of a Linux machine can hide a directory from one process")
+
+    told = uneven.serve(disk / "llama", *BIG, "--nodes", "ann,bob").result()
+
+    assert_complains(told, FAILED, f"machine bob: {disk}/llama: no such directory on this machine")
+    uneven.wait_for_no_workers()
+
+
+@pytest.mark.parametrize(
+    ("name", "strike"),
+    list(zip(VANISHING, [signal.SIGKILL, signal.SIGSTOP], strict=True)),
+    ids=["dies", "sleeps"],
+)
+def test_a_machine_that_vanishes_while_loading(
+    cluster: LocalCluster, model: Path, name: str, strike: signal.Signals
+) -> None:
+    agent = cluster.agents.pop(name)
+    server = cluster.serve(model, *BIG, "--nodes", f"{name},bob")
+    # A worker takes a second or two to import MLX before it loads.
+    machine = [psutil.Process(agent.pid), until(lambda: agent.workers, "loading begins")[0]]
+    for process in machine:
+        process.send_signal(strike)
+
+    told = server.result()
+
+    for process in machine:
+        if process.is_running():
+            process.resume()
+    assert_complains(told, FAILED, f"machine {name} (")
+    until(lambda: not machine[1].is_running(), "its worker is gone")
+    assert not cluster.agents["bob"].workers
+
+
+def test_a_worker_that_dies_while_loading(cluster: LocalCluster, model: Path) -> None:
+    server = cluster.serve(model, *BIG, "--nodes", "ann,bob")
+    before = {worker.pid for worker in cluster.agents["bob"].workers}
+    until(lambda: new(cluster.agents["bob"].workers, before), "loading begins")[0].kill()
+
+    assert_complains(server.result(), FAILED, "machine bob: ended by signal 9 (SIGKILL)")
+
+
+def new(workers: list[psutil.Process], before: set[int]) -> list[psutil.Process]:
+    return [worker for worker in workers if worker.pid not in before]
+
+
+REFUSED = [
+    (["word" + 100 * " word"], BAD, "messages: the prompt has 5"),
+    (["hello", "--max-tokens", "1000"], BAD, "max_tokens: the context has room for"),
+    (["hello", "--max-tokens", "0"], BAD, "max_tokens: must be at least 1, got 0"),
+    (["hello", "--temperature", "-1"], BAD, "temperature: "),
+    (["hello", "--temperature", "nan"], BAD, "temperature: "),
+    (["hello", "--top-p", "2"], BAD, "top_p: "),
+    (["hello", "--min-p", "-0.5"], BAD, "min_p: "),
+    (["hello", "--repetition-penalty", "-1"], BAD, "repetition_penalty: "),
+    (["hello", "--stop", ""], BAD, "stop: must not contain an empty string"),
+    (["hello", "--model", "gpt-oss"], BAD, "model: 'gpt-oss' is not served, 'llama' is"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"), REFUSED, ids=[" ".join(r[0])[:40] for r in REFUSED]
+)
+def test_a_question_that_makes_no_sense(
+    cluster: LocalCluster, server: ServeProgram, words: list[str], code: int, message: str
+) -> None:
+    told = cluster.run("chat", "--server", server.address, *words)
+    assert_complains(told, code, message)
+    assert told.out == ""
+
+
+def test_a_client_of_another_cluster(lonely: LocalCluster, server: ServeProgram) -> None:
+    told = lonely.run("chat", "--server", server.address, "hello")
+    assert_complains(told, FAILED, f"{server.address} has no certificate of this cluster")
+
+
+def test_nothing_is_left_of_all_that(cluster: LocalCluster, server: ServeProgram) -> None:
+    (machine,) = {stage.node for stage in server.describe().stages}
+    assert [w.ppid() for w in cluster.workers()] == [cluster.agents[machine].pid]

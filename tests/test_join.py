@@ -1,0 +1,168 @@
+"""Joining and trust, with real processes: tokens, secrets, and who is turned away."""
+
+import json
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
+from unicluster.channels import CHANNEL_OPTIONS, connect
+from unicluster.trust import Cluster, Identity, Store
+from unicluster.v1.chat_pb2 import DescribeChatRequest
+from unicluster.v1.chat_pb2_grpc import ChatStub
+from unicluster.v1.node_pb2 import DescribeNodeRequest
+from unicluster.v1.node_pb2_grpc import NodeStub
+
+MEMORY = 1_100_000  # two such machines hold the tiny model, one does not
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.start_agents("ann", memory=MEMORY)
+        cluster.start_agents("bob", memory=MEMORY)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def server(
+    cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServeProgram]:
+    model = endless_model(tmp_path_factory.mktemp("models") / "llama")
+    with cluster.serve(model, "--context", "512", "--nodes", "ann,bob") as server:
+        yield server
+
+
+def test_the_first_join_makes_a_cluster_and_says_how_others_join(cluster: LocalCluster) -> None:
+    first, second = cluster.agents["ann"].out, cluster.agents["bob"].out
+
+    assert f"unicluster join --token {cluster.cluster.token}\n" in first
+    assert f"ann is in cluster {cluster.cluster.fingerprint}: " in first
+    assert "--token" not in second
+
+
+def test_other_machines_join_with_the_token_and_keep_it(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    token = cluster.cluster.token
+    with LocalCluster(tmp_path / "new") as new, LocalCluster(tmp_path / "moved") as moved:
+        Store(moved.home).create()
+        new.start_agent("cat", "--token", token)
+        moved.start_agent("dee", "--replace", "--token", token)
+        new.wait_for_agents()
+        moved.wait_for_agents()
+
+        listed = cluster.run("nodes").out
+
+        assert "cat " in listed
+        assert "dee " in listed
+        # From now on no flags are needed.
+        assert new.run("token", "show").out.strip() == token
+        assert moved.run("token", "show").out.strip() == token
+
+
+def test_rotating_the_token_makes_another_cluster(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as machine:
+        old = Store(machine.home).create()
+
+        told = machine.run("token", "rotate")
+
+        new = machine.cluster
+        assert new.fingerprint != old.fingerprint
+        assert told.out.splitlines()[0] == new.token
+        assert f"unicluster join --replace --token {new.token}" in told.out
+        assert machine.run("token", "show").out.strip() == new.token
+
+
+def test_showing_a_token_that_is_not_there(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as machine:
+        told = machine.run("token", "show")
+    assert told.code == 1
+    assert told.err.startswith("unicluster: this machine is in no cluster: run `unicluster join`")
+
+
+def test_an_agent_without_mlx_joins_and_says_what_to_install(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    for name in ("mlx", "mlx_lm"):
+        (hidden / name).mkdir(parents=True)
+        (hidden / name / "__init__.py").write_text("raise ImportError('no MLX on this machine')\n")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        path = f"{hidden}:{cluster.env['PYTHONPATH']}"
+        agent = cluster.start_agent("ann", PYTHONPATH=path)
+        agent.wait_for(r"MLX is not installed, .*: pip install 'unicluster\[c\w+\]'")
+        assert "no MLX" in cluster.run("nodes").out
+        refused = cluster.serve("demo", "--nodes", "ann").result()
+        assert refused.code == 1
+        assert re.search(r"machine ann has no MLX: .* pip install 'unicluster\[", refused.err)
+
+
+def test_the_token_is_for_its_owner_only(cluster: LocalCluster) -> None:
+    assert stat.S_IMODE((cluster.home / "cluster.token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(cluster.home.stat().st_mode) == 0o700
+
+
+def test_no_secret_is_in_a_log_or_on_a_command_line(
+    cluster: LocalCluster, server: ServeProgram
+) -> None:
+    token = cluster.cluster.token
+    programs: list[Program] = [*cluster.agents.values(), server]
+    told = [program.out + program.err for program in programs]
+    shown = [told[0].replace(f"--token {token}", ""), *told[1:]]  # for the person who joins first
+
+    secrets = re.compile(re.escape(token[4:]) + "|PRIVATE KEY|BEGIN CERT")
+
+    assert cluster.workers()
+    assert not any(secrets.search(text) for text in shown)
+    for process in cluster.processes():
+        assert not secrets.search(" ".join(process.cmdline()))
+        assert not secrets.search(json.dumps(process.environ()))
+
+
+def strangers(cluster: Cluster) -> dict[str, grpc.ChannelCredentials]:
+    """Those that belong to no cluster, to another one, and those that belonged to this one."""
+    other = Cluster.new().issue("mallory")
+    late = cluster.issue("late", valid_seconds=-60)
+    return {
+        "it shows no certificate": grpc.ssl_channel_credentials(cluster.ca_pem.encode()),
+        "its certificate is not of this cluster": Identity(
+            "mallory", other.key_pem, other.cert_pem, cluster.ca_pem
+        ).channel_credentials(),
+        "its certificate has expired": late.channel_credentials(),
+        "it belongs to another cluster": other.channel_credentials(),
+    }
+
+
+@pytest.mark.parametrize("door", ["agent", "worker", "chat"])
+def test_strangers_get_nothing_and_the_log_says_who_and_why(
+    cluster: LocalCluster, server: ServeProgram, door: str
+) -> None:
+    agent = cluster.agents["bob"]
+    log: Program = server if door == "chat" else agent
+    worker_ports = [c.laddr.port for c in agent.worker.net_connections() if c.status == "LISTEN"]
+    address = {
+        "agent": agent.address,
+        "worker": f"{HOST}:{worker_ports[0]}",
+        "chat": server.address,
+    }[door]
+
+    for reason, credentials in strangers(cluster.cluster).items():
+        with grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS) as channel:
+            with pytest.raises(grpc.RpcError) as refusal:
+                NodeStub(channel).Describe(DescribeNodeRequest(), timeout=10)
+            assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+            line = re.compile(rf"WARNING refused {re.escape(HOST)}:\d+: .*{reason}")
+            until(lambda line=line: line.search(log.err), f"{reason!r} in the log", 10)
+
+
+async def test_members_are_let_in(cluster: LocalCluster, server: ServeProgram) -> None:
+    me = cluster.cluster.issue("me")
+    async with connect(cluster.agents["ann"].address, me) as channel:
+        assert (await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=10)).name == "ann"
+    async with connect(server.address, me) as channel:
+        assert (
+            await ChatStub(channel).Describe(DescribeChatRequest(), timeout=10)
+        ).live_caches == 0
