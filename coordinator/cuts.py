@@ -55,14 +55,17 @@ def best_cut(kinds: Sequence[Kind], combine: np.ufunc) -> list[Piece] | None:
     return min(found, key=lambda cut: cut[0])[1] if found else None
 
 
-def split_evenly(sizes: Sequence[int], head: int, count: int) -> list[tuple[int, int]]:
+def split_evenly(
+    sizes: Sequence[int], head: int, count: int, forbidden: Sequence[int] = ()
+) -> list[tuple[int, int]]:
     """Cuts layers of these sizes into exactly `count` ranges with the smallest largest sum.
 
-    `head` is added to the first range. Among equals, the ranges most alike in size win.
+    `head` is added to the first range. Among equals, the ranges most alike in size win. There
+    must be enough cuts that are not `forbidden`.
     """
     edges = np.concatenate(([0.0], np.cumsum(np.asarray(sizes, np.float64))))
     step = range_sums(edges)
-    first = np.where(np.isfinite(step[0]), edges + head, np.inf)
+    first, step = without(np.where(np.isfinite(step[0]), edges + head, np.inf), step, forbidden)
     largest = _chain(first, step, count, np.maximum)[0]
     fits = [np.where(costs <= largest, costs**2, np.inf) for costs in (first, step)]
     return _chain(fits[0], fits[1], count, np.add)[1]
@@ -71,6 +74,12 @@ def split_evenly(sizes: Sequence[int], head: int, count: int) -> list[tuple[int,
 def range_sums(edges: Matrix) -> Matrix:
     """`[j, k]` is the sum over [j, k) of what `edges` accumulates; inf for empty ranges."""
     return np.where(np.tri(len(edges), dtype=bool), np.inf, edges[None, :] - edges[:, None])
+
+
+def without(first: Matrix, step: Matrix, forbidden: Sequence[int]) -> tuple[Matrix, Matrix]:
+    """The same costs, with inf for what begins or ends at a forbidden cut."""
+    cut = np.isin(np.arange(len(first)), forbidden)
+    return np.where(cut, np.inf, first), np.where(cut[:, None] | cut, np.inf, step)
 
 
 def _chain(

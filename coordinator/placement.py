@@ -33,7 +33,10 @@ RESERVE_SHARE = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model weighs, in bytes; per layer where a tuple. KV is for all users together."""
+    """What a model weighs, in bytes; per layer where a tuple. KV is for all users together.
+
+    forbidden_cuts: layers that must be on the same stage as the layer before them.
+    """
 
     model_type: str
     layer_bytes: tuple[int, ...]
@@ -45,6 +48,7 @@ class Layout:
     hidden_bytes: int
     quant: str
     max_context: int
+    forbidden_cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -68,6 +72,7 @@ class Layout:
             hidden_bytes=layout.hidden_bytes,
             quant=layout.quant,
             max_context=layout.max_context,
+            forbidden_cuts=tuple(layout.forbidden_cuts),
         )
 
     @property

@@ -71,12 +71,16 @@ def plan(
 def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
     """Cuts the layers into exactly `count` ranges [first, end) whose largest is smallest.
 
-    In bytes of weights and KV, the first range holding the head's. Raises InputError if there
-    are fewer layers than ranges.
+    In bytes of weights and KV, the first range holding the head's. Raises InputError if the
+    model can't be cut into so many.
     """
-    if not 1 <= count <= layout.layers:
-        raise InputError(f"can't cut {layout.layers} layers into {count} stages")
-    return cuts.split_evenly(layout.held_bytes, layout.head_bytes, count)
+    most = layout.layers - len(layout.forbidden_cuts)
+    if not 1 <= count <= most:
+        raise InputError(
+            f"can't cut {layout.layers} layers into {count} stages"
+            + (f": {layout.model_type} allows at most {most}" if layout.forbidden_cuts else "")
+        )
+    return cuts.split_evenly(layout.held_bytes, layout.head_bytes, count, layout.forbidden_cuts)
 
 
 def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:

@@ -27,8 +27,11 @@ class Pool:
         self.capacities = [layout.capacity(group[0].usable) for group in self.groups]
         # Sums over [0, k) with the head's bytes, and over [j, k).
         held, read = _edges(layout.held_bytes), _edges(layout.read_bytes)
-        self.held = _with_head(held, layout.head_bytes), cuts.range_sums(held)
-        self.read = _with_head(read, layout.head_bytes), cuts.range_sums(read)
+        self.held = self._allowed(_with_head(held, layout.head_bytes), cuts.range_sums(held))
+        self.read = self._allowed(_with_head(read, layout.head_bytes), cuts.range_sums(read))
+
+    def _allowed(self, first: Matrix, step: Matrix) -> Costs:
+        return cuts.without(first, step, self.layout.forbidden_cuts)
 
     @property
     def machines(self) -> list[Machine]:

@@ -27,28 +27,32 @@ class CacheView:
     same kind, or, where it has none, as a ghost: a real cache fed one zero byte a token.
     """
 
-    def __init__(self, fresh: Callable[[], Caches], own: Sequence[int]) -> None:
+    def __init__(
+        self, fresh: Callable[[], Caches], own: Sequence[int], copies: Sequence[int] = ()
+    ) -> None:
+        """own: the entries of the stage's layers. copies: those of earlier layers they read."""
         kinds = [kind_of(cache) for cache in fresh()]
+        real = [*own, *copies]
         position: dict[Any, int] = {}
-        for slot, index in enumerate(own):
+        for slot, index in enumerate(real):
             position.setdefault(kinds[index], slot)
         ghosts: list[int] = []
         for index, kind in enumerate(kinds):
             if kind not in position:
-                position[kind] = len(own) + len(ghosts)
+                position[kind] = len(real) + len(ghosts)
                 ghosts.append(index)
         self._fresh = fresh
-        self._members = [*own, *ghosts]
-        self._owned = len(own)
+        self._members = [*real, *ghosts]
+        self._real = len(real)
         self._slots = [position[kind] for kind in kinds]
-        for slot, index in enumerate(own):
+        for slot, index in enumerate(real):
             self._slots[index] = slot
 
     def __len__(self) -> int:
         return len(self._members)
 
     def make(self) -> Caches:
-        """New, empty caches: the stage's own, then its ghosts."""
+        """New, empty caches: the stage's own, copies of others, then its ghosts."""
         caches = self._fresh()
         return [caches[index] for index in self._members]
 
@@ -58,7 +62,7 @@ class CacheView:
 
     def advance(self, caches: Caches, batch: int, tokens: int) -> list[mx.array]:
         """Moves the ghosts on by `tokens`; returns their arrays, which the caller evaluates."""
-        ghosts = caches[self._owned :]
+        ghosts = caches[self._real :]
         for ghost in ghosts:
             _advance(ghost, batch, tokens)
         return [ghost.state for ghost in ghosts]

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.hollow import check_cuttable
+from node.crossing import forbidden_cuts, token_bytes
 from node.trace import Trace, trace
 from node.weights import LazyModel, load_lazy, model_path, nbytes
 from unicluster.errors import InputError, UniclusterError
@@ -32,9 +32,7 @@ def inspect(model: str, quant: str = "", context: int = 0, users: int = 1) -> Mo
         raise InputError(f"context: {context} tokens, and {model} is made for at most {limit}")
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     found = trace(lazy.model, lazy.model_type)
-    check_cuttable(found, lazy.model_type)
     layer_bytes = [nbytes(layer) for layer in found.layers]
-    embedding = found.embeddings[0]
     return ModelLayout(
         model_type=lazy.model_type,
         layer_bytes=layer_bytes,
@@ -43,9 +41,10 @@ def inspect(model: str, quant: str = "", context: int = 0, users: int = 1) -> Mo
         kv_bytes_per_layer=[users * size for size in _kv_bytes(lazy, found, context)],
         context=context,
         users=users,
-        hidden_bytes=embedding.dims * embedding.dtype.size,
+        hidden_bytes=token_bytes(found),
         quant=lazy.quant,
         max_context=limit,
+        forbidden_cuts=sorted(forbidden_cuts(found)),
     )
 
 

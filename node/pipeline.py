@@ -81,7 +81,7 @@ class PipelineModel(nn.Module):
             frame = reply.wait()
             if hold:
                 frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
-            return self._hollow.tail(inputs, decode_tree(frame.hidden))
+            return self._hollow.tail(inputs, decode_tree(frame.hidden), local)
 
         return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
 

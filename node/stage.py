@@ -70,7 +70,7 @@ class Stage:
         else:
             encode_tree(result, frame.hidden, extra)
         report.trimmable = all(cache.is_trimmable() for cache in caches)
-        report.size = caches[0].size()
+        report.size = _size(caches)
 
     def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
         caches = session.caches
@@ -120,12 +120,17 @@ def _answer(caches: Caches | None, live: int) -> CacheAnswer:
         return CacheAnswer(live=live)
     return CacheAnswer(
         trimmable=all(cache.is_trimmable() for cache in caches),
-        size=caches[0].size(),
+        size=_size(caches),
         nbytes=sum(cache.nbytes for cache in caches),
         empty=all(cache.empty() for cache in caches),
         entries=len(caches),
         live=live,
     )
+
+
+def _size(caches: Caches) -> int:
+    """Tokens in it, as far as its members count them: state-space caches don't."""
+    return max((cache.size() for cache in caches if hasattr(cache, "size")), default=0)
 
 
 def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ import psutil
 from tests.tiny import EOS, tiny_config, write_model
 from unicluster import Client
 from unicluster.answers import ChatInfo
+from unicluster.channels import join_address
 from unicluster.client import AsyncClient
 from unicluster.trust import Cluster, Store
 
@@ -161,7 +162,7 @@ class AgentProgram(Program):
     def address(self) -> str:
         """Where it listens, once it has joined."""
         port = self.wait_for(r", port (\d+)\.\n")[1]
-        return f"{self.host}:{port}"
+        return join_address(self.host, int(port))
 
     @property
     def workers(self) -> list[psutil.Process]:
@@ -265,7 +266,7 @@ class LocalCluster:
 
     def serve(self, model: Path | str, *arguments: str) -> ServeProgram:
         """Starts to serve. As a context manager it waits until the model answers."""
-        where = ("--host", HOST, "--grpc-port", "0")
+        where = ("--host", HOST, "--grpc-port", "0")  # those of the caller come later, and win
         log = self._log("serve")
         server = ServeProgram([str(model), *where, *arguments], self.env, log, self.cluster)
         self._started.append(server)

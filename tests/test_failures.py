@@ -20,8 +20,8 @@ from unicluster.answers import Delta
 from unicluster.client import AsyncClient
 from unicluster.errors import StageError, UnavailableError
 
-# Three machines hold the model, two do not: the fourth is to spare.
-MACHINES = ("ann", "bob", "cat", "dee")
+# Three machines hold the model, two do not: the others take the place of those that are lost.
+MACHINES = ("ann", "bob", "cat", "dee", "eve", "fay", "gus", "hal")
 MEMORY = 5_500_000
 CONTEXT = 4096
 SERVE = ("--context", str(CONTEXT), "--users", "2")
@@ -50,11 +50,10 @@ def server(cluster: LocalCluster, model: Path) -> Iterator[ServeProgram]:
 
 @pytest.fixture
 def stages(cluster: LocalCluster, server: ServeProgram) -> list[AgentProgram]:
-    """The machines that hold stages now, the head first; as many as at the beginning."""
-    for name in [name for name, agent in cluster.agents.items() if not agent.running]:
-        del cluster.agents[name]
-        # A name of its own, because the old one is remembered for a while.
-        cluster.start_agents(f"{name[:3]}-{os.urandom(3).hex()}", memory=MEMORY)
+    """The machines that hold stages now, the head first. At least one is to spare."""
+    cluster.agents = {name: agent for name, agent in cluster.agents.items() if agent.running}
+    if len(cluster.agents) < 4:
+        cluster.start_agents(f"ivy-{os.urandom(3).hex()}", memory=MEMORY)
     until(lambda: server.describe().state == "ready", "the model is served")
     return [cluster.agents[stage.node] for stage in server.describe().stages]
 
@@ -170,8 +169,11 @@ async def test_a_machine_falls_asleep(
 async def test_what_remains_is_too_small_until_a_machine_joins(
     cluster: LocalCluster, server: ServeProgram, stages: list[AgentProgram]
 ) -> None:
-    spare = next(agent for agent in cluster.agents.values() if agent not in stages)
-    spare.end()
+    spare = [agent for agent in cluster.agents.values() if agent not in stages]
+    for agent in spare:
+        agent.send(signal.SIGTERM)
+    for agent in spare:
+        agent.result()
 
     await assert_answers_end(server, stages[1].kill, stages[1].name)
 

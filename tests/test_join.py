@@ -94,7 +94,6 @@ def test_an_agent_without_mlx_joins_and_says_what_to_install(tmp_path: Path) -> 
         path = f"{hidden}:{cluster.env['PYTHONPATH']}"
         agent = cluster.start_agent("ann", PYTHONPATH=path)
         agent.wait_for(r"MLX is not installed, .*: pip install 'unicluster\[c\w+\]'")
-        assert "no MLX" in cluster.run("nodes").out
         refused = cluster.serve("demo", "--nodes", "ann").result()
         assert refused.code == 1
         assert re.search(r"machine ann has no MLX: .* pip install 'unicluster\[", refused.err)

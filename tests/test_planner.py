@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -287,3 +288,27 @@ def test_layouts_and_machines_come_from_the_wire() -> None:
 def test_a_layout_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(InputError, match="makes no sense"):
         Layout.from_proto(node_pb2.ModelLayout(model_type="llama", layer_bytes=[1], users=1))
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_forbidden_cuts_are_not_used(objective: Objective) -> None:
+    layout = replace(a_layout([GB] * 6), forbidden_cuts=(2, 3, 4))
+
+    found = plan(layout, machines(*[int(4.6 * GB)] * 3), objective)
+
+    assert {stage.first for stage in found.stages} <= {0, 1, 5}
+
+
+def test_what_fits_only_by_a_forbidden_cut_does_not_fit() -> None:
+    layout = replace(a_layout([GB] * 4), forbidden_cuts=(1, 2, 3))
+
+    with pytest.raises(DoesNotFitError, match="no cut between layers fits"):
+        plan(layout, machines(3 * GB, 3 * GB))
+
+
+def test_an_even_split_keeps_to_allowed_cuts() -> None:
+    layout = replace(a_layout([GB] * 6), forbidden_cuts=(3,))
+
+    assert split_evenly(layout, 2) in ([(0, 2), (2, 6)], [(0, 4), (4, 6)])
+    with pytest.raises(InputError, match="into 6 stages: llama allows at most 5"):
+        split_evenly(layout, 6)

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from node.tensors import decode_tree, encode_tree
-from unicluster.v1.stage_pb2 import Frame
+from node.tensors import decode_tree
+from tests.wire import over_the_wire
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
 BITS = np.arange(64, dtype=np.uint8)  # as any dtype: 16 values of 4 bytes, 8 of 8, ...
@@ -16,13 +16,6 @@ DTYPES = [
 ]
 
 
-def sent(tree: Any) -> Any:
-    """The tree as it comes out of a frame at the other end of a hop."""
-    frame = Frame()
-    encode_tree(tree, frame.hidden)
-    return decode_tree(Frame.FromString(frame.SerializeToString()).hidden)
-
-
 def bits_of(array: mx.array) -> bytes:
     return np.array(array.view(mx.uint8)).tobytes()
 
@@ -31,7 +24,7 @@ def bits_of(array: mx.array) -> bytes:
 def test_an_array_comes_back_bit_for_bit(dtype: mx.Dtype) -> None:
     array = mx.array(BITS).view(dtype).reshape(2, -1)
 
-    back = sent(array)
+    back = over_the_wire(array)
 
     assert (back.dtype, back.shape, bits_of(back)) == (dtype, array.shape, BITS.tobytes())
 
@@ -40,13 +33,13 @@ def test_an_array_comes_back_bit_for_bit(dtype: mx.Dtype) -> None:
 def test_what_is_no_number_keeps_its_bits(dtype: mx.Dtype) -> None:
     array = mx.array([float("nan"), float("inf"), float("-inf"), -0.0, 1e-40], dtype)
 
-    assert bits_of(sent(array)) == bits_of(array)
+    assert bits_of(over_the_wire(array)) == bits_of(array)
 
 
 def test_bools() -> None:
     array = mx.array([[True, False, True]])
 
-    back = sent(array)
+    back = over_the_wire(array)
 
     assert back.dtype == mx.bool_
     assert back.tolist() == array.tolist()
@@ -66,16 +59,16 @@ def test_bools() -> None:
 def test_an_array_that_is_a_view_travels_in_row_major_order(seen: Any, dtype: mx.Dtype) -> None:
     view = seen(mx.arange(32).astype(dtype).reshape(4, 8))
 
-    assert sent(view).tolist() == view.tolist()
+    assert over_the_wire(view).tolist() == view.tolist()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (1, 1)])
 def test_empty_and_scalar_shapes_survive(shape: tuple[int, ...]) -> None:
-    assert sent(mx.zeros(shape)).shape == shape
+    assert over_the_wire(mx.zeros(shape)).shape == shape
 
 
 def test_a_bare_array_is_a_tree() -> None:
-    back = sent(mx.array([1, 2, 3]))
+    back = over_the_wire(mx.array([1, 2, 3]))
 
     assert back.tolist() == [1, 2, 3]
 
@@ -83,7 +76,7 @@ def test_a_bare_array_is_a_tree() -> None:
 def test_a_tree_comes_back_with_lists_for_tuples() -> None:
     tree = {"hidden": mx.ones((1, 2)), "rest": (mx.zeros(3), [7, 0.5, "x", None, True])}
 
-    back = sent(tree)
+    back = over_the_wire(tree)
 
     assert back["hidden"].tolist() == [[1, 1]]
     assert back["rest"][0].tolist() == [0, 0, 0]

@@ -161,6 +161,7 @@ class ModelLayout(_message.Message):
     HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
     QUANT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    FORBIDDEN_CUTS_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
     """embedding, final norm, lm_head and the rest outside the layers"""
@@ -182,6 +183,10 @@ class ModelLayout(_message.Message):
     def kv_bytes_per_layer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """all users at the full context"""
 
+    @_builtins.property
+    def forbidden_cuts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """layers before which the model can't be cut"""
+
     def __init__(
         self,
         *,
@@ -195,10 +200,11 @@ class ModelLayout(_message.Message):
         hidden_bytes: _builtins.int = ...,
         quant: _builtins.str = ...,
         max_context: _builtins.int = ...,
+        forbidden_cuts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "quant", b"quant", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "forbidden_cuts", b"forbidden_cuts", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "quant", b"quant", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,221 @@
+"""Every architecture of the installed mlx-lm, cut in every way, against the unsplit model.
+
+`python -m tests.sweep` prints a verdict for each; `--table` writes docs/architectures.md.
+"""
+
+import argparse
+import io
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from node.crossing import forbidden_cuts
+from node.hollow import HollowModel
+from node.trace import trace
+from tests import zoo
+from tests.wire import over_the_wire
+from unicluster.errors import StageError
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+# Prefill in two chunks, the first within the windows of 8 and the second across their end; then
+# decode until rotating caches have gone round.
+TOKENS = mx.array([[(7 * i * i + 3) % 90 + 1 for i in range(20)]])
+CHUNKS = [TOKENS[:, :7], TOKENS[:, 7:12], *(TOKENS[:, i : i + 1] for i in range(12, 20))]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the sweep says of one configuration.
+
+    dtypes: those in which every cut tried gave the unsplit model's logits.
+    splits: how many were tried. refused: the cuts not offered, with the reason.
+    caches: class names. trimmable: always, until full (its window), or never.
+    skipped: mlx-lm's own error where it can't run the model here; not_run: in that dtype.
+    differs: splits whose logits were others.
+    """
+
+    name: str
+    dtypes: tuple[str, ...] = ()
+    splits: int = 0
+    refused: str = ""
+    caches: tuple[str, ...] = ()
+    trimmable: str = ""
+    skipped: str = ""
+    not_run: str = ""
+    differs: tuple[str, ...] = ()
+
+    @property
+    def word(self) -> str:
+        if self.skipped:
+            return "skipped"
+        if self.differs:
+            return "differs"
+        return "refused" if not self.splits else "identical"
+
+
+def judge(name: str) -> Verdict | None:
+    """Runs one configuration; None for a module that is no model."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            if not zoo.is_model(name):
+                return None
+            whole = Whole.run(name, mx.float32)
+    except (Exception, SystemExit) as error:
+        return Verdict(name, skipped=_first_line(error))
+    caches = tuple(dict.fromkeys(_kind(entry) for entry in whole.cache))
+    facts: dict[str, Any] = {"caches": caches, "trimmable": whole.trimmable}
+    try:
+        found = trace(zoo.build(name), name)
+    except StageError as error:
+        return Verdict(name, refused=str(error), **facts)
+    forbidden = forbidden_cuts(found)
+    refused = "; ".join(f"before layer {cut}: {reason}" for cut, reason in forbidden.items())
+    count = len(found.layers)
+    allowed = [cut for cut in range(1, count) if cut not in forbidden]
+    splits = list(_splits(allowed, count))
+    differs = list(_differing(whole, splits))
+    dtypes = ["float32"]
+    try:
+        half = Whole.run(name, mx.bfloat16)
+    except Exception as error:
+        facts["not_run"] = f"bfloat16: {_first_line(error)}"
+    else:
+        dtypes.append("bfloat16")
+        differs += [f"bfloat16 {s}" for s in _differing(half, splits[len(allowed) // 2 :][:1])]
+    return Verdict(name, tuple(dtypes), len(splits), refused, differs=tuple(differs), **facts)
+
+
+@dataclass
+class Whole:
+    """The unsplit model's answer."""
+
+    name: str
+    dtype: mx.Dtype
+    cache: list[Any]
+    logits: list[mx.array]
+    trimmable: str
+
+    @classmethod
+    def run(cls, name: str, dtype: mx.Dtype) -> "Whole":
+        model = zoo.build(name, dtype)
+        cache = make_prompt_cache(model)
+        logits, trims = [], []
+        for chunk in CHUNKS:
+            logits.append(model(chunk, cache=cache))
+            mx.eval(logits[-1])
+            trims.append(all(entry.is_trimmable() for entry in cache))
+        trimmable = "always" if all(trims) else "until full" if trims[0] else "never"
+        if mx.isnan(logits[-1]).any():
+            raise ValueError("its logits are no numbers")
+        return cls(name, dtype, cache, logits, trimmable)
+
+
+def _splits(allowed: list[int], count: int) -> Iterator[tuple[int, ...]]:
+    """Every cut in two, a cut in three, and as many stages as there can be."""
+    for cut in allowed:
+        yield 0, cut, count
+    if len(allowed) > 1:
+        yield 0, allowed[0], allowed[-1], count
+    if len(allowed) > 2:
+        yield 0, *allowed, count
+
+
+def _differing(whole: Whole, splits: list[tuple[int, ...]]) -> Iterator[str]:
+    stages: dict[tuple[int, int], HollowModel] = {}
+    for bounds in splits:
+        for ends in pairwise(bounds):
+            if ends not in stages:
+                model = zoo.build(whole.name, whole.dtype)
+                stages[ends] = HollowModel(model, whole.name, *ends)
+        try:
+            logits = run_stages([stages[ends] for ends in pairwise(bounds)])
+        except Exception as error:
+            yield f"{bounds}: {_first_line(error)}"
+            continue
+        same = [mx.array_equal(a, b).item() for a, b in zip(logits, whole.logits, strict=True)]
+        if not all(same):
+            yield f"{bounds}: forwards {[i for i, s in enumerate(same) if not s]}"
+
+
+def run_stages(stages: list[HollowModel]) -> list[mx.array]:
+    """Logits for CHUNKS through stages that share only what would go over the wire."""
+    caches = [stage.cache_view.make() for stage in stages]
+    logits = []
+    for chunk in CHUNKS:
+        out, extra = stages[0].front(chunk, caches[0])
+        mx.eval(extra)
+        for stage, cache in zip(stages[1:], caches[1:], strict=True):
+            out, extra = stage.forward(over_the_wire(out), cache)
+            mx.eval(extra)
+        logits.append(stages[0].tail(chunk, over_the_wire(out), caches[0]))
+    return logits
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """docs/architectures.md."""
+    words = Counter(verdict.word for verdict in verdicts)
+    counted = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
+    lines = [
+        "# Architectures",
+        "",
+        f"Written by `python -m tests.sweep --table` with mlx-lm {version('mlx-lm')}: {counted}.",
+        "",
+        "Each is a tiny random model of a module of mlx-lm, cut in two at every layer, in three,",
+        "and into one stage a layer. *Identical*: prefill in two chunks and decode past the",
+        "windows give the unsplit model's logits, bit for bit. *Skipped*: mlx-lm itself can't run",
+        "it on this CPU; its own error is given. *Refused*: it can't be cut, and says why.",
+        "What can trim its cache never needs a copy of it to verify guesses or reuse a prompt.",
+        "",
+        "| module | verdict | dtypes | caches | can trim | remarks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for v in verdicts:
+        remarks = "; ".join(filter(None, (v.skipped, v.refused, *v.differs, v.not_run)))
+        cells = (v.name, v.word, ", ".join(v.dtypes), ", ".join(v.caches), v.trimmable, remarks)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="configurations; all if none is named")
+    parser.add_argument("--table", action="store_true", help=f"write {TABLE.name}")
+    options = parser.parse_args()
+    verdicts = []
+    for name in options.names or zoo.names():
+        started = time.perf_counter()
+        if (verdict := judge(name)) is not None:
+            verdicts.append(verdict)
+            seconds = time.perf_counter() - started
+            remarks = verdict.skipped or verdict.refused or " ".join(verdict.differs)
+            print(f"{verdict.word:10} {name:30} {seconds:5.1f} s  {remarks}", flush=True)
+    if options.table:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(table(verdicts))
+    sys.exit(any(verdict.differs for verdict in verdicts))
+
+
+def _kind(entry: Any) -> str:
+    members = getattr(entry, "caches", None)
+    name = type(entry).__name__
+    return f"{name}({', '.join(_kind(m) for m in members)})" if members else name
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"
+
+
+if __name__ == "__main__":
+    main()
