@@ -369,7 +369,7 @@ def test_a_pipe_gets_no_reasoning_and_no_escape_codes(environment: dict[str, str
         ([" "], "", "the prompt is empty: say something to answer", 2),
         ([], b"\xff\xfe", "the piped text is not UTF-8: convert it first", 2),
         (["hi", "--max-tokens=-1"], "", "max_tokens can't be -1", 2),
-        (["refuse", "NOT_FOUND", "another model is served"], "", "another model is served", 1),
+        (["refuse", "NOT_FOUND", "another model is served"], "", "another model is served", 2),
     ],
 )
 def test_errors_are_one_line_on_stderr(
