@@ -3,25 +3,29 @@
     python -m bench.hop [--rounds N] [--tokens N] [--stages 2 3] [--json FILE]
 
 One user, greedy, mTLS on, all processes on this machine. Each round decodes the same prompt
-with every subject, in an order that turns from round to round, so that drift hits all alike;
-nothing stops at an end token, and the first tokens of each decode are not counted.
+with every subject, in an order that turns from round to round, so that drift hits all alike.
+Subjects are loaded anew each round, since where a model falls in memory changes its speed.
+Nothing stops at an end token, and the first tokens of each decode are not counted.
 
 A ring of S stages has S hops, the way back to the head included. The added time per hop is,
 in one round, (median token time over S stages - median token time of the plain model) / S,
 and of that the median over all rounds. For the 99th percentile the first median is the 99th
 percentile of the tokens over S stages. The plain model's own 99th percentile, less its
 median, tells how much of that is the machine's noise.
+
+That is all that a cut costs: the hop, and computing in pieces, by processes that here share
+cores and caches. An empty frame, timed after each decode, is the hop alone: gRPC, TLS and all
+threads that a frame passes, but no tensors and no computing.
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,8 @@ from mlx_lm.generate import generate_step
 
 import unicluster
 from bench.models import write_llama
+
+Times = np.ndarray[Any, Any]
 
 PROMPT_TOKENS = 32
 WARM_UP = 20
@@ -49,6 +55,8 @@ class Cost:
     token_p99: float
     hop_median: float
     hop_p99: float
+    empty_median: float  # of a hop, with a frame that asks for no computing
+    empty_p99: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,17 @@ class Result:
     costs: list[Cost]
 
 
-def decode(model: Any, tokens: int) -> np.ndarray[Any, Any]:
+@contextmanager
+def loaded(path: Path, stages: int) -> Iterator[Any]:
+    """The model over that many stages; for 1, mlx-lm's own."""
+    if stages == 1:
+        yield mlx_lm.load(str(path))[0]
+    else:
+        with unicluster.load(str(path), local_nodes=stages)[0] as model:
+            yield model
+
+
+def decode(model: Any, tokens: int) -> Times:
     """Seconds of each of `tokens` decode steps, after the warm-up."""
     prompt = mx.arange(1, PROMPT_TOKENS + 1)
     steps = generate_step(prompt, model, max_tokens=WARM_UP + tokens)
@@ -73,45 +91,57 @@ def decode(model: Any, tokens: int) -> np.ndarray[Any, Any]:
     return np.diff(times)[WARM_UP - 1 :]
 
 
+def empty_hops(model: Any, stages: int, count: int) -> Times:
+    """Seconds a hop of frames that ask how many caches there are: one frame a remote stage."""
+    times = [time.perf_counter()]
+    for _ in range(WARM_UP + count):
+        model.live_caches()
+        times.append(time.perf_counter())
+    return np.diff(times)[WARM_UP:] / ((stages - 1) * stages)
+
+
 def measure(path: Path, stages: Sequence[int], rounds: int, tokens: int) -> Result:
     """Decodes `rounds` times with each subject."""
-    with ExitStack() as stack:
-        plain, _ = mlx_lm.load(str(path))[:2]
-        subjects = [(1, plain)]
-        for count in stages:
-            model, _ = unicluster.load(str(path), local_nodes=count)
-            subjects.append((count, stack.enter_context(model)))
-        found: dict[int, list[Any]] = {count: [] for count, _ in subjects}
-        for turn in range(rounds):
-            first = turn % len(subjects)
-            for count, model in subjects[first:] + subjects[:first]:
+    subjects = [1, *stages]
+    found: dict[int, list[Times]] = {count: [] for count in subjects}
+    empty: dict[int, list[Times]] = {count: [] for count in stages}
+    for turn in range(rounds):
+        first = turn % len(subjects)
+        for count in subjects[first:] + subjects[:first]:
+            with loaded(path, count) as model:
                 found[count].append(decode(model, tokens))
-            show_progress(turn + 1, rounds)
-    times = {count: np.stack(rows) for count, rows in found.items()}
-    medians = np.median(times[1], axis=1)
+                if count > 1:
+                    empty[count].append(empty_hops(model, count, tokens))
+        show_progress(turn + 1, rounds)
+    plain = np.stack(found[1])
+    medians = np.median(plain, axis=1)
     low, high = np.percentile(medians, [25, 75])
     return Result(
         rounds=rounds,
         tokens=tokens,
         plain_median=float(np.median(medians)),
-        plain_p99=float(np.median(np.percentile(times[1], 99, axis=1))),
+        plain_p99=float(np.median(np.percentile(plain, 99, axis=1))),
         spread=float((high - low) / np.median(medians)),
         load=os.getloadavg()[0],
         cores=os.cpu_count() or 1,
-        costs=[cost(count, times[count], medians) for count in stages],
+        costs=[
+            cost(count, np.stack(found[count]), medians, np.stack(empty[count])) for count in stages
+        ],
     )
 
 
-def cost(stages: int, times: np.ndarray[Any, Any], plain: np.ndarray[Any, Any]) -> Cost:
-    """`times` has shape (rounds, tokens); `plain` the plain model's median of each round."""
+def cost(stages: int, times: Times, plain: Times, empty: Times) -> Cost:
+    """`times` and `empty` have shape (rounds, tokens); `plain` is the median of each round."""
     medians = np.median(times, axis=1)
     tails = np.percentile(times, 99, axis=1)
     return Cost(
         stages=stages,
         token_median=float(np.median(medians)),
         token_p99=float(np.median(tails)),
-        hop_median=statistics.median((medians - plain) / stages),
-        hop_p99=statistics.median((tails - plain) / stages),
+        hop_median=float(np.median((medians - plain) / stages)),
+        hop_p99=float(np.median((tails - plain) / stages)),
+        empty_median=float(np.median(empty)),
+        empty_p99=float(np.median(np.percentile(empty, 99, axis=1))),
     )
 
 
@@ -126,13 +156,14 @@ def table(result: Result, parameters: int) -> str:
         f"{parameters / 1e6:.1f} M parameters, float32, batch 1, mTLS, one machine of "
         f"{result.cores} cores; {result.rounds} rounds of {result.tokens} tokens",
         "",
-        f"{'':14}{'ms a token':>22}{'added ms a hop':>22}",
-        f"{'':14}{'median':>12}{'p99':>10}{'median':>12}{'p99':>10}",
+        f"{'':14}{'ms a token':>22}{'added ms a hop':>22}{'empty frame, a hop':>22}",
+        f"{'':14}" + f"{'median':>12}{'p99':>10}" * 3,
         f"{'one process':14}{_ms(result.plain_median, 12)}{_ms(result.plain_p99, 10)}",
     ]
     lines += [
         f"{f'{cost.stages} stages':14}{_ms(cost.token_median, 12)}{_ms(cost.token_p99, 10)}"
         f"{_ms(cost.hop_median, 12)}{_ms(cost.hop_p99, 10)}"
+        f"{_ms(cost.empty_median, 12)}{_ms(cost.empty_p99, 10)}"
         for cost in result.costs
     ]
     lines += [
