@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tests.chat_server import until
 from tests.hub import Hub
 
 REPO, FIRST, SECOND = "org/name", "model-00001.safetensors", "model-00002.safetensors"
@@ -53,7 +54,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(model: Path) -> Iterator[Hub]:
+def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with Hub() as hub:
         hub.add(REPO, model)
         yield hub
@@ -269,8 +271,7 @@ def test_a_closed_hub_ends_answers_in_progress(hub: Hub) -> None:
 
     client = Thread(target=ask)
     client.start()
-    while not hub.sent(SECOND) and client.is_alive():
-        time.sleep(0.001)
+    until(lambda: hub.sent(SECOND) > 0)
     hub.close()
     client.join(5)
     assert [type(error).__name__ for error in broken] == ["RemoteProtocolError"]
