@@ -28,7 +28,7 @@ def find(model: str, revision: str) -> Checkpoint | None:
     An empty `revision` means a directory as it is, or what a repository's main branch was when
     it was last asked for.
     """
-    path = Path(model)
+    path = DEMO if model == "demo" else Path(model)
     if not path.is_absolute():
         return _of_repository(model, revision or _newest(model))
     if path.is_dir():

@@ -17,3 +17,6 @@ class WorkerConfig:
     host: str
     port: int
     identity: dict[str, str]
+    revision: str = ""
+    sources: tuple[str, ...] = ()
+    hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs

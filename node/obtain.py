@@ -27,10 +27,8 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
 
     Raises InputError, NotFoundError or UnavailableError.
     """
-    if model == "demo":
-        model = str(cache.DEMO)
     checkpoint = None
-    if revision or Path(model).is_absolute():
+    if revision or model == "demo" or Path(model).is_absolute():
         checkpoint = await asyncio.to_thread(cache.find, model, revision)
     if checkpoint is None:
         manifest = await _manifest(model, revision, sources)
@@ -39,22 +37,28 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
     return checkpoint
 
 
+def is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether nothing is missing, whatever is needed."""
+    return all(checkpoint.is_whole(name) for name in checkpoint.manifest.weights)
+
+
 async def fetch(
     checkpoint: Checkpoint,
     tensors: Collection[str],
-    hub_files: Collection[str],
+    hub_files: Collection[str] | None,
     sources: Sources,
-    on_progress: OnProgress,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Fetches what is missing of some tensors.
 
-    Files in `hub_files` come from the hub, whole, the others in part from other machines.
+    Files in `hub_files` come from the hub, whole, the others in part from other machines. None
+    means that all come from the hub.
     Raises UnavailableError, before anything is fetched, when the disk is too small.
     """
     wanted = await asyncio.to_thread(_ranges, checkpoint, tensors)
     missing = {n: r for n, ranges in wanted.items() if (r := checkpoint.missing(n, ranges))}
-    whole = sorted(name for name in missing if name in hub_files)
-    parts = {name: ranges for name, ranges in missing.items() if name not in hub_files}
+    whole = [name for name in missing if hub_files is None or name in hub_files]
+    parts = {name: ranges for name, ranges in missing.items() if name not in whole}
     total = sum(checkpoint.manifest.files[name].size for name in whole)
     total += sum(size(ranges) for ranges in parts.values())
     if not total:
@@ -70,10 +74,6 @@ async def fetch(
     finally:
         for task in tasks:
             task.cancel()
-
-
-def is_whole(checkpoint: Checkpoint) -> bool:
-    return all(checkpoint.is_whole(name) for name in checkpoint.manifest.weights)
 
 
 class _Progress:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,7 +15,9 @@ from unicluster.checkpoint import Checkpoint
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.ranges import Ranges, batches, merged, size, within, without
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest
-from unicluster.v1.weights_pb2_grpc import WeightsAsyncStub
+
+if TYPE_CHECKING:
+    from unicluster.v1.weights_pb2_grpc import WeightsAsyncStub
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class Work:
             )
 
 
-async def pull(work: Work, address: str, stub: WeightsAsyncStub, on_bytes: OnBytes) -> None:
+async def pull(work: Work, address: str, stub: "WeightsAsyncStub", on_bytes: OnBytes) -> None:
     """Pulls from one machine whatever it has, until there is nothing left to do.
 
     Raises OSError when this machine can't store it.
@@ -101,7 +104,9 @@ async def pull(work: Work, address: str, stub: WeightsAsyncStub, on_bytes: OnByt
             await asyncio.wait_for(work.finished.wait(), LOOK_SECONDS)
 
 
-async def _pull_batch(work: Work, batch: Batch, stub: WeightsAsyncStub, on_bytes: OnBytes) -> None:
+async def _pull_batch(
+    work: Work, batch: Batch, stub: "WeightsAsyncStub", on_bytes: OnBytes
+) -> None:
     """Gives the batch back, and the bytes that `on_bytes` was told of, if it fails."""
     name, ranges = batch
     came, digest, said = 0, hashlib.sha256(), b""

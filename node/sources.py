@@ -18,6 +18,7 @@ from unicluster.v1.weights_pb2_grpc import WeightsStub
 
 log = logging.getLogger(__name__)
 
+
 class Sources:
     """The machines that may have a model's files, by address. An async context manager."""
 
