@@ -48,6 +48,8 @@ def create(manifest: Manifest) -> Checkpoint:
     where = folder(manifest.model)
     # Without it the tools for the cache call the folder damaged.
     (where / "snapshots").mkdir(parents=True, exist_ok=True)
+    if not _newest(manifest.model):
+        set_newest(manifest)
     checkpoint = Checkpoint.create(where / OURS / manifest.revision, manifest)
     _link_snapshot(checkpoint)
     return checkpoint
@@ -69,6 +71,12 @@ def _of_repository(repo: str, revision: str) -> Checkpoint | None:
         return checkpoint
     manifest = _of_snapshot(repo, revision)
     return create(manifest) if manifest is not None else None
+
+
+def set_newest(manifest: Manifest) -> None:
+    """Notes what a repository's main branch is, for when the hub can't be asked."""
+    (refs := folder(manifest.model) / "refs").mkdir(parents=True, exist_ok=True)
+    (refs / "main").write_text(manifest.revision)
 
 
 def _newest(repo: str) -> str:

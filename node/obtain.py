@@ -98,7 +98,9 @@ class _Progress:
 async def _manifest(model: str, revision: str, sources: Sources) -> Manifest:
     if not revision and not Path(model).is_absolute():
         try:
-            return await asyncio.to_thread(hub.resolve, model)
+            newest = await asyncio.to_thread(hub.resolve, model)
+            cache.set_newest(newest)
+            return newest
         except UnavailableError:
             known = await asyncio.to_thread(cache.find, model, "")
             manifest = known.manifest if known else await sources.manifest(model, "")

@@ -262,58 +262,6 @@ def test_a_model_that_does_not_fit(cluster: LocalCluster, model: Path) -> None:
     assert "loading" not in told.out
 
 
-@pytest.fixture(scope="module")
-def disk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model in it, once as a directory and once as a cache of the hub."""
-    disk = tmp_path_factory.mktemp("disk")
-    shutil.copytree(model, disk / "llama")
-    repo = disk / "models--owner--llama"
-    shutil.copytree(model, repo / "snapshots" / "0123abc")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123abc")
-    return disk
-
-
-@pytest.fixture(scope="module")
-def uneven(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Two machines, of which bob sees nothing on that disk, if the system can do that."""
-    empty = tmp_path_factory.mktemp("empty")
-    prefix = ()
-    if can_have_own_mounts():
-        hide = f'mount -t tmpfs none {disk} && exec "$@"'
-        prefix = (*OWN_MOUNTS, "sh", "-c", hide, "sh")
-    with LocalCluster(tmp_path_factory.mktemp("uneven")) as cluster:
-        cluster.start_agent("ann", memory=MEMORY, HF_HUB_CACHE=str(disk))
-        cluster.start_agent("bob", memory=MEMORY, HF_HUB_CACHE=str(empty), prefix=prefix)
-        cluster.wait_for_agents()
-        yield cluster
-
-
-OWN_MOUNTS = ("unshare", "--mount")
-
-
-def can_have_own_mounts() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run([*OWN_MOUNTS, "true"]).returncode == 0
-
-
-def test_a_model_of_the_hub_that_only_one_machine_has(uneven: LocalCluster) -> None:
-    """Offline, each machine has what is in its own cache."""
-    told = uneven.serve("owner/llama", *BIG, "--nodes", "ann,bob").result()
-
-    assert_complains(told, FAILED, "machine bob: owner/llama: not in this machine's cache")
-    uneven.wait_for_no_workers()
-
-
-def test_a_directory_that_only_one_machine_has(uneven: LocalCluster, disk: Path) -> None:
-    if not can_have_own_mounts():
-        pytest.skip("only root of a Linux machine can hide a directory from one process")
-
-    told = uneven.serve(disk / "llama", *BIG, "--nodes", "ann,bob").result()
-
-    assert_complains(told, FAILED, f"machine bob: {disk}/llama: no such directory on this machine")
-    uneven.wait_for_no_workers()
-
-
 @pytest.mark.parametrize(
     ("name", "strike"),
     list(zip(VANISHING, [signal.SIGKILL, signal.SIGSTOP], strict=True)),

@@ -164,8 +164,10 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
     (UniclusterError, grpc.StatusCode.UNKNOWN),
 ]
 
-# What gRPC itself says of a broken connection, and how a person would say it. Any other detail
-# of an UNAVAILABLE comes from our own servers and is passed on as it is.
+# Sent with the errors that our own servers raise: their messages are passed on as they are.
+OUR_OWN = (("unicluster-error", "1"),)
+
+# What gRPC itself says of a broken connection, and how a person would say it.
 _BROKEN = [
     (
         "failed to connect.*(Socket closed|reset by peer)",
@@ -199,7 +201,8 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     """What went wrong in a call to `who`, in one line. `error` comes from any kind of channel."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
-    for pattern, meaning in _BROKEN:
+    is_ours = OUR_OWN[0][0] in dict(error.trailing_metadata() or ())
+    for pattern, meaning in () if is_ours else _BROKEN:
         if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"
             return TrustError(message) if "CERTIFICATE" in pattern else UnavailableError(message)

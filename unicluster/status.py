@@ -4,10 +4,10 @@ from typing import Any, NoReturn
 
 import grpc.aio
 
-from unicluster.channels import status_of
+from unicluster.channels import OUR_OWN, status_of
 from unicluster.errors import UniclusterError
 
 
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: UniclusterError) -> NoReturn:
     """Ends the call: the client's `as_error` turns it into the same error again."""
-    await context.abort(status_of(error), str(error))
+    await context.abort(status_of(error), str(error), trailing_metadata=OUR_OWN)
