@@ -35,7 +35,7 @@ def of_tokens(tokens: list[int], **fields: Any) -> GenerateRequest:
     return GenerateRequest(token_ids=tokens, **({"max_tokens": 24} | fields))
 
 
-PROMPTS = [list(range(40, 43)), list(range(90)), [200] * 7, list(range(150, 190))]
+PROMPTS = [list(range(60, 63)), list(range(90)), [200] * 7, list(range(150, 190))]
 
 
 @pytest.fixture(scope="module")
