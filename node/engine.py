@@ -72,7 +72,8 @@ class Engine:
         self._state = "loading"
         self._failure: UniclusterError | None = UnavailableError(f"{model_name} is still loading")
 
-        self._scheduler: Scheduler | None = None  # only for the MLX thread
+        # Only for the MLX thread, but for its counters:
+        self.scheduler: Scheduler | None = None
 
     async def submit(self, request: GenerateRequest) -> Ticket:
         """Queues a request.
@@ -148,7 +149,7 @@ class Engine:
     def _install(self, model: Any) -> None:
         self._end_all(UnavailableError(f"{self._name} is being loaded again; ask again"))
         self._discard()
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             self._thread,
             model,
             self._tokenizer,
@@ -166,19 +167,19 @@ class Engine:
             self._discard()
 
     def _discard(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.close()
-        self._scheduler = None
+        if self.scheduler is not None:
+            self.scheduler.close()
+        self.scheduler = None
         mx.clear_cache()
 
     def _admit(self, ticket: Ticket) -> None:
-        if self._scheduler is not None and not ticket.ended:
-            self._scheduler.add(ticket)
+        if self.scheduler is not None and not ticket.ended:
+            self.scheduler.add(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
         self._on_end(ticket)
-        if self._scheduler is not None:
-            self._scheduler.drop(ticket)
+        if self.scheduler is not None:
+            self.scheduler.drop(ticket)
 
     def _on_end(self, ticket: Ticket) -> None:
         with self._lock:

@@ -6,19 +6,31 @@ GAP = 0.25
 GAP_STEPS = 4
 # Below this a chunk costs a machine as much time as a larger one: reading the weights.
 LEAST_TOKENS = 32
+# The last chunk is computed by one machine at a time, so there are that many for each machine
+# after the first: stages are idle for a seventeenth of the time.
+CHUNKS_PER_STAGE = 16
 
 
 class Pace:
-    """The size of prefill chunks: `most` tokens, or less while answers would wait too long."""
+    """The size of prefill chunks: `most` tokens, or less for the sake of others.
 
-    def __init__(self, most: int) -> None:
+    Small enough to keep all `stages` busy, and while answers run, that they don't wait too long.
+    """
+
+    def __init__(self, most: int, stages: int) -> None:
         self.most = most
-        self._size = float(most)
+        self._stages = stages
+        self._bearable = float(LEAST_TOKENS)
         self._step = 0.0
 
-    def chunk(self, decoding: bool) -> int:
-        """Tokens of the next chunk; `decoding`: whether answers are running."""
-        return round(self._size) if decoding else self.most
+    def chunk(self, prompt: int, decoding: bool) -> int:
+        """Tokens of a chunk of so long a prompt; `decoding`: whether answers are running."""
+        size = self.most
+        if self._stages > 1:
+            size = -(-prompt // (CHUNKS_PER_STAGE * (self._stages - 1)))
+        if decoding:
+            size = min(size, round(self._bearable))
+        return min(max(size, LEAST_TOKENS), self.most)
 
     def note(self, seconds: float, prefilling: bool) -> None:
         """A lane's step took that long; `prefilling`: while a prompt was computed."""
@@ -27,4 +39,4 @@ class Pace:
             return
         target = max(GAP, GAP_STEPS * self._step)
         change = min(max(target / seconds, 0.25), 1.25)
-        self._size = min(max(self._size * change, LEAST_TOKENS, 1), self.most)
+        self._bearable = min(max(self._bearable * change, LEAST_TOKENS), self.most)

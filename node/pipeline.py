@@ -40,7 +40,7 @@ class PipelineModel(nn.Module):
         count = len(ring.route) if ring is not None else 0
         # One prefill chunk a stage keeps all busy. More would only wait in a stage's queue, and a
         # frame of decode behind them.
-        self._chunks = Window(count + 1)
+        self.prefill_window = Window(count + 1)
         self._steps = Window(PUSHED_FRAMES)
         self._remotes = [
             RemoteStage(index, self._ask, self._on_free) for index in range(1, count + 1)
@@ -85,7 +85,7 @@ class PipelineModel(nn.Module):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
         hold = inputs.shape[1] > PUSHED_TOKENS
-        window = self._chunks if hold else self._steps
+        window = self.prefill_window if hold else self._steps
         window.enter()
         message = HopMessage()
         message.frame.hold = hold

@@ -27,7 +27,7 @@ class Scheduler:
     """Serves one model until closed.
 
     `on_end` is called for each ticket that has ended, `on_error` at most once, with what the
-    model raised: then all answers are lost. `prefilled` counts prompt tokens computed.
+    model raised: then all answers are lost. `prefilled` counts prompt tokens computed, in `chunks`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Scheduler:
             for index in range(lanes)
         ]
         self.prefilled = 0
+        self.chunks = 0
         self._thread = thread
         self._model = model
         self._tokenizer = tokenizer
@@ -60,7 +61,8 @@ class Scheduler:
         self._on_error = on_error
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
-        self._pace = Pace(prefill_step)
+        self._stages = int(getattr(model, "stages", 1))
+        self._pace = Pace(prefill_step, self._stages)
         self._closed = False
 
     def add(self, ticket: Ticket) -> None:
@@ -104,7 +106,7 @@ class Scheduler:
                 self._finish(sequence, lane)
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
-                self._compute(sequence, self._pace.chunk(decoding))
+                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
                 self._prompts.append((sequence, lane))
             else:
                 lane.join(sequence)
@@ -123,6 +125,7 @@ class Scheduler:
         mx.eval([cache.state for cache in sequence.cache])
         mx.clear_cache()
         self.prefilled += end - sequence.cached
+        self.chunks += 1
         sequence.cached = end
 
     def _decode(self, lane: Lane) -> None:
@@ -130,7 +133,8 @@ class Scheduler:
             began = time.perf_counter()
             prefilling = self._prefilling
             ended = lane.step()
-            give_way()
+            if self._stages == 1:  # else others ran while the step was on its way
+                give_way()
             if lane.decoding:
                 self._pace.note(time.perf_counter() - began, prefilling)
             for sequence in ended:
