@@ -188,6 +188,8 @@ class Agent(NodeServicer):
             host=self._host,
             port=port,
             identity=self._identity.to_dict(),
+            lanes=spec.lanes,
+            kv_bytes=spec.kv_bytes,
         )
 
 

@@ -1,7 +1,7 @@
 """Decoders: how the answers of a lane get their tokens."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -45,6 +45,13 @@ class Batch:
         """Frees its cache."""
         self._generator.remove([self._numbers.pop(sequence)])
 
+    def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
+        """Removes it; returns its cache and the tokens in it, those of the answer included."""
+        number = self._numbers.pop(sequence)
+        taken = self._generator.remove([number], return_prompt_caches=True)
+        cache, tokens = taken[number]
+        return list(tokens), cache
+
     def step(self) -> list[Token]:
         """At most one token an answer; one that was just added has none yet."""
         by_number = {number: sequence for sequence, number in self._numbers.items()}
@@ -62,6 +69,7 @@ class Solo:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._sequence: Sequence | None = None
+        self._tokens: list[int] = []  # in its cache
         self._next = mx.array([], mx.uint32)
         self._context = mx.array([], mx.uint32)
         self._sampler: Any = None
@@ -70,6 +78,7 @@ class Solo:
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
         self._sequence = sequence
+        self._tokens = sequence.prompt[:-1]
         self._next = mx.array(sequence.prompt[-1:])
         self._context = mx.array(sequence.prompt[:-1])
         self._sampler = sequence.job.sampling.sampler() or _greedy
@@ -80,10 +89,17 @@ class Solo:
         sequence.cache = []
         self._sequence = None
 
+    def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
+        """Removes it; returns its cache and the tokens in it, those of the answer included."""
+        cache = sequence.cache
+        self.remove(sequence)
+        return self._tokens, cache
+
     def step(self) -> list[Token]:
         """One token."""
         if self._sequence is None:
             return []
+        self._tokens += cast(list[int], self._next.tolist())
         logits = self._model(self._next[None], cache=self._sequence.cache)[:, -1, :]
         if self._processors:
             self._context = mx.concatenate([self._context, self._next])

@@ -17,3 +17,5 @@ class WorkerConfig:
     host: str
     port: int
     identity: dict[str, str]
+    lanes: int = 0
+    kv_bytes: int = 0

@@ -38,8 +38,10 @@ class Engine:
 
     `context` is in tokens, prompt and answer together; `lanes` is how many batches take turns,
     by default one a stage; `prefill_step` is how many tokens of a prompt are computed at a time,
-    or fewer while answers run; `defaults` is the model's generation_config.json. The model comes
-    by `set_model`, and is one made on `thread`.
+    or fewer while answers run; `kv_bytes` is what there is for caches of all users on all stages
+    together: with it, caches of finished answers are kept for prompts that begin alike;
+    `defaults` is the model's generation_config.json. The model comes by `set_model`, and is one
+    made on `thread`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         context: int,
         users: int,
         lanes: int | None = None,
+        kv_bytes: int = 0,
         queue_limit: int | None = None,
         prefill_step: int = 512,
         defaults: Mapping[str, Any] | None = None,
@@ -61,6 +64,7 @@ class Engine:
         self._context = context
         self._users = users
         self._lanes = lanes
+        self._kv_bytes = kv_bytes
         self._queue_limit = 4 * users if queue_limit is None else queue_limit
         self._prefill_step = prefill_step
         self._defaults = Sampling.of_model(defaults or {})
@@ -116,6 +120,7 @@ class Engine:
 
     def describe(self) -> ChatInfo:
         """What the engine knows: all but the weights and what lies on other machines."""
+        scheduler = self.scheduler
         with self._lock:
             detail = "" if self._failure is None else str(self._failure)
             return ChatInfo(
@@ -124,6 +129,9 @@ class Engine:
                 users=self._users,
                 state=self._state,
                 detail=detail,
+                lanes=len(scheduler.lanes) if scheduler is not None else 0,
+                kept_caches=len(scheduler.kept) if scheduler is not None else 0,
+                kept_bytes=scheduler.kept.nbytes if scheduler is not None else 0,
             )
 
     def _check_room(self) -> None:
@@ -153,7 +161,9 @@ class Engine:
             self._thread,
             model,
             self._tokenizer,
+            context=self._context,
             users=self._users,
+            kv_bytes=self._kv_bytes,
             lanes=self._lanes or int(getattr(model, "stages", 1)),
             prefill_step=self._prefill_step,
             on_end=self._on_end,

@@ -2,6 +2,8 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from node.batch import Batch, Solo
 from node.sequence import Sequence
@@ -17,13 +19,20 @@ class Lane:
     count what it did.
     """
 
-    def __init__(self, decoder: Batch | Solo, places: int) -> None:
+    def __init__(
+        self,
+        decoder: Batch | Solo,
+        places: int,
+        keep: Callable[[list[int], list[Any]], None] | None,
+    ) -> None:
+        """keep: gets the tokens and the cache of each answer that has finished."""
         self.places = places
         self.sequences: set[Sequence] = set()
         self.awake = False  # whether somebody steps it
         self.steps = 0
         self.tokens = 0
         self._decoder = decoder
+        self._keep = keep
         self._joining: deque[Sequence] = deque()
         self._decoding: set[Sequence] = set()
 
@@ -47,15 +56,17 @@ class Lane:
         self._joining.append(sequence)
 
     def step(self) -> list[Sequence]:
-        """One token for each answer; returns the sequences that have ended, or were cancelled.
+        """One token for each answer; returns the sequences that have left.
 
-        Their caches are freed, and they have left the decoder, but not yet `sequences`.
+        They have ended, or were cancelled; their caches are kept or freed.
         """
         gone = [sequence for sequence in self._decoding if sequence.ticket.ended]
-        self._remove(gone)
+        for sequence in gone:
+            self._remove(sequence)
         while self._joining:
             sequence = self._joining.popleft()
             if sequence.ticket.ended:
+                self.sequences.remove(sequence)
                 sequence.cache = []
                 gone.append(sequence)
             else:
@@ -78,13 +89,17 @@ class Lane:
                     ticket.end()
                     ended.append(sequence)
         self.steps += 1
-        self._remove(ended)
+        for sequence in ended:
+            self._remove(sequence)
         return gone + ended
 
     def close(self) -> None:
         self._decoder.close()
 
-    def _remove(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
+    def _remove(self, sequence: Sequence) -> None:
+        self._decoding.remove(sequence)
+        self.sequences.remove(sequence)
+        if self._keep is not None and sequence.answer.finished:
+            self._keep(*self._decoder.take(sequence))
+        else:
             self._decoder.remove(sequence)
-            self._decoding.remove(sequence)

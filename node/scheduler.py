@@ -12,11 +12,14 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+import numpy as np
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
 from node.batch import Batch, Solo, can_batch
+from node.kept import Kept, KeptCaches
 from node.lane import Lane
+from node.memory import Memory
 from node.mlx_thread import MLXThread, give_way
 from node.pace import Pace
 from node.sequence import Sequence
@@ -26,8 +29,11 @@ from node.ticket import Ticket
 class Scheduler:
     """Serves one model until closed.
 
-    `on_end` is called for each ticket that has ended, `on_error` at most once, with what the
-    model raised: then all answers are lost. `prefilled` counts prompt tokens computed, in `chunks`.
+    `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
+    fill it: that much is promised before an answer begins, and what is left keeps caches of
+    finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
+    ended, `on_error` at most once, with what the model raised: then all answers are lost.
+    `prefilled` counts prompt tokens computed, in `chunks`.
     """
 
     def __init__(
@@ -36,22 +42,28 @@ class Scheduler:
         model: Any,
         tokenizer: Any,
         *,
+        context: int,
         users: int,
         lanes: int,
+        kv_bytes: int,
         prefill_step: int,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        batches = can_batch(_kinds(model))
-        lanes = min(lanes, users)
+        kinds = _kinds(model)
+        batches = can_batch(kinds)
+        lanes = min(lanes, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         self.lanes = [
             Lane(
                 Batch(model) if batches else Solo(model),
                 places=users // lanes + (index < users % lanes) if batches else 1,
+                keep=self._keep if kv_bytes else None,
             )
             for index in range(lanes)
         ]
+        self.memory = Memory(kv_bytes, users, context, kinds)
+        self.kept = KeptCaches()
         self.prefilled = 0
         self.chunks = 0
         self._thread = thread
@@ -81,8 +93,19 @@ class Scheduler:
         for lane in self.lanes:
             lane.close()
         self.lanes.clear()
+        self.kept.clear()
         self.waiting.clear()
         self._prompts.clear()
+
+    @property
+    def promised(self) -> int:
+        """KV bytes that the answers begun may come to: never more than there are, with so few
+        places in the lanes.
+        """
+        return sum(
+            self.memory.need_together(sequence.most for sequence in lane.sequences)
+            for lane in self.lanes
+        )
 
     def _schedule(self) -> None:
         """Begins with the requests that came first, each in the lane with the fewest others."""
@@ -91,9 +114,10 @@ class Scheduler:
             if not lane.free:
                 return
             ticket = self.waiting.popleft()
-            answer = Answer(ticket.job, self._tokenizer, ticket.asked)
-            sequence = Sequence(ticket, answer, make_prompt_cache(self._model))
+            sequence = Sequence(ticket, Answer(ticket.job, self._tokenizer, ticket.asked))
             lane.sequences.add(sequence)
+            sequence.kept = self.kept.find(sequence.prompt)
+            self.kept.shrink(self.memory.total - self.promised)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
                 self._prefilling = True
@@ -104,6 +128,10 @@ class Scheduler:
             sequence, lane = self._prompts.popleft()
             if sequence.ticket.ended:
                 self._finish(sequence, lane)
+            elif not sequence.cache:
+                self._begin(sequence)
+                self._prompts.appendleft((sequence, lane))
+                continue
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
                 self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
@@ -116,6 +144,15 @@ class Scheduler:
             give_way()
         self._prefilling = False
         self._rest()
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Gives it a cache: of another's tokens, where they are the same."""
+        if sequence.kept is None:
+            sequence.cache = make_prompt_cache(self._model)
+        else:
+            kept, sequence.cached = sequence.kept
+            sequence.cache, sequence.kept = kept.copied(sequence.cached), None
+            sequence.answer.cached_tokens = sequence.cached
 
     def _compute(self, sequence: Sequence, most: int) -> None:
         """One chunk of a prompt; on other machines it goes on after this returns."""
@@ -142,8 +179,22 @@ class Scheduler:
         lane.awake = False
         self._rest()
 
+    def _keep(self, tokens: list[int], cache: list[Any]) -> None:
+        mx.eval([entry.state for entry in cache])  # else it would hold on to the whole batch
+        bound = self.memory.need(len(tokens))
+        kept = Kept(np.array(tokens), cache, nbytes=bound, trimmable=self.memory.grows)
+        self.kept.add(kept)
+        self.kept.shrink(self.memory.total - self.promised)
+        self._start(partial(self._weigh, kept))
+
+    def _weigh(self, kept: Kept) -> None:
+        """Asks the other machines what it was taken for until now."""
+        nbytes = sum(entry.nbytes for entry in kept.cache)
+        trimmable = can_trim_prompt_cache(kept.cache)
+        kept.nbytes, kept.trimmable = nbytes, trimmable
+
     def _finish(self, sequence: Sequence, lane: Lane) -> None:
-        lane.sequences.remove(sequence)
+        lane.sequences.discard(sequence)
         self._on_end(sequence.ticket)
         if not self._closed:
             self._schedule()

@@ -222,6 +222,8 @@ class StageSpec(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -232,6 +234,10 @@ class StageSpec(_message.Message):
     users: _builtins.int
     memory: _builtins.int
     """bytes the plan gives this stage"""
+    lanes: _builtins.int
+    """batches that take turns; 0: one a stage"""
+    kv_bytes: _builtins.int
+    """for caches of all users, on all stages together"""
     def __init__(
         self,
         *,
@@ -243,10 +249,12 @@ class StageSpec(_message.Message):
         context: _builtins.int = ...,
         users: _builtins.int = ...,
         memory: _builtins.int = ...,
+        lanes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "memory", b"memory", "model", b"model", "quant", b"quant", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
