@@ -48,6 +48,15 @@ class Listener:
     failed: Callable[[str, str], None] = lambda name, reason: None
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where the stages get a model's files: see StageSpec. from_hub has a list for each stage."""
+
+    revision: str
+    sources: list[str]
+    from_hub: list[list[str]]
+
+
 class _Lease:
     """One stage on one machine: the stream that keeps it there."""
 
@@ -111,7 +120,13 @@ class Deployment:
     """
 
     def __init__(
-        self, source: Source, layout: Layout, plan: Plan, identity: Identity, listener: Listener
+        self,
+        source: Source,
+        layout: Layout,
+        plan: Plan,
+        identity: Identity,
+        listener: Listener,
+        files: Files,
     ) -> None:
         self.plan = plan
         self.state = "loading"
@@ -135,8 +150,11 @@ class Deployment:
                 context=layout.context,
                 users=layout.users,
                 memory=stage.weight_bytes + stage.kv_bytes + stage.reserve_bytes,
+                revision=files.revision,
+                sources=files.sources,
+                hub_files=hub_files,
             )
-            for stage in plan.stages
+            for stage, hub_files in zip(plan.stages, files.from_hub, strict=True)
         ]
         self._leases: list[_Lease] = []
 

@@ -19,13 +19,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Front(ChatServicer):
-    """The Chat service that clients see, whatever machines stand behind it at the moment."""
+    """The Chat service that clients see, whatever machines stand behind it at the moment.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    `service` is set once it is known what is served.
+    """
+
+    def __init__(self, display: str) -> None:
+        self.service: Service | None = None
+        self._display = display
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        service = self._service
+        service = self.service
+        if service is None:
+            await abort(context, UnavailableError(f"{self._display} is being looked into"))
         if request.model and request.model not in service.names:
             error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
             await abort(context, error)
@@ -54,4 +60,6 @@ class Front(ChatServicer):
     async def Describe(  # noqa: N802
         self, request: DescribeChatRequest, context: Context
     ) -> ChatInfo:
-        return await self._service.describe()
+        if self.service is None:
+            await abort(context, UnavailableError(f"{self._display} is being looked into"))
+        return await self.service.describe()

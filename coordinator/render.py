@@ -198,7 +198,13 @@ class _Planned:
         return f"{single} for one user, {together}"
 
 
-_STATE_STYLES = {"waiting": "dim", "loading": "", "ready": "green", "failed": "bold red"}
+_STATE_STYLES = {
+    "waiting": "dim",
+    "fetching": "",
+    "loading": "",
+    "ready": "green",
+    "failed": "bold red",
+}
 
 
 @dataclass
@@ -209,6 +215,8 @@ class _Load:
     state: str = "waiting"
     layers_done: int = 0
     bytes_done: int = 0
+    fetched: int = 0
+    to_fetch: int = 0
     started: float = field(default_factory=time.monotonic)
     reason: str = ""
 
@@ -247,10 +255,15 @@ class LoadProgress:
     def update(self, machine: str, progress: node_pb2.LoadProgress) -> None:
         """A machine has come further, or begins again after it failed."""
         load = self._loads[machine]
+        stage = load.stage
         load.layers_done, load.bytes_done = progress.layers_done, progress.bytes_done
-        if load.state != "loading":
+        load.fetched, load.to_fetch = progress.fetched, progress.to_fetch
+        if progress.to_fetch:
+            if load.state != "fetching":
+                size = format_bytes(progress.to_fetch)
+                self._enter(load, "fetching", f"{machine}: fetching {size}")
+        elif load.state != "loading":
             load.started = time.monotonic()
-            stage = load.stage
             layers, size = _range(stage.first, stage.end), format_bytes(stage.weight_bytes)
             self._enter(load, "loading", f"{machine}: loading layers {layers}, {size}")
 
@@ -276,17 +289,20 @@ class LoadProgress:
     def _render(self) -> RenderableType:
         table = _table("Loading")
         _names(table, "machine")
-        _numbers(table, "layers", "loaded", "of")
+        _numbers(table, "layers", "here", "of")
         table.add_column("")
         _words(table, "")
         for load in self._loads.values():
             stage = load.stage
+            done, total = load.bytes_done, stage.weight_bytes
+            if load.state == "fetching":
+                done, total = load.fetched, load.to_fetch
             table.add_row(
                 _cut(stage.machine.name),
                 f"{load.layers_done}/{stage.end - stage.first}",
-                format_bytes(load.bytes_done),
-                format_bytes(stage.weight_bytes),
-                _Bar([(load.bytes_done, _WEIGHTS), (stage.weight_bytes - load.bytes_done, _FREE)]),
+                format_bytes(done),
+                format_bytes(total),
+                _Bar([(done, _WEIGHTS), (total - done, _FREE)]),
                 Text(load.state, style=_STATE_STYLES[load.state]),
             )
         failures = [

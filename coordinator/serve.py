@@ -3,12 +3,15 @@
 import argparse
 import asyncio
 import contextlib
+import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import get_args
 
+import grpc
 from rich.console import Console
 
 from coordinator.catalog import QUANTS, Source, resolve
@@ -20,11 +23,15 @@ from coordinator.render import LoadProgress, fleet_table, plan_table
 from coordinator.service import Service
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import bind, join_address, make_server
+from unicluster.checkpoint import Checkpoint
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
+from unicluster.fingerprint import whole_directory
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 from unicluster.v1.node_pb2 import InspectRequest
+from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.weights_service import WeightsService
 
 DEFAULT_PORT = 47700
 
@@ -155,8 +162,15 @@ async def served(
     identity = cluster.issue(default_name())
     server = make_server()
     port = bind(server, options.host, options.port, identity, flag="--grpc-port")
-    async with Members(cluster, identity, options.peers, options.host) as members:
-        service = await _planned(options, members, identity, console)
+    front = Front(options.source.display)
+    add_ChatServicer_to_server(front, server)
+    revision, sources = await asyncio.to_thread(_offer, options.source.model, port, server)
+    async with (
+        _started(server),
+        Members(cluster, identity, options.peers, options.host) as members,
+    ):
+        service = await _planned(options, members, identity, console, revision, sources)
+        front.service = service
         task = asyncio.create_task(service.run())
         try:
             ready = asyncio.create_task(service.until_ready())
@@ -164,8 +178,6 @@ async def served(
             ready.cancel()
             if task.done():
                 task.result()
-            add_ChatServicer_to_server(Front(service), server)
-            await server.start()
             advertisement = Advertisement(
                 Kind.CHAT,
                 f"{default_name()[:35]}-{secrets.token_hex(4)}",
@@ -181,11 +193,41 @@ async def served(
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await server.stop(grace=0.5)
+
+
+@contextlib.asynccontextmanager
+async def _started(server: grpc.aio.Server) -> AsyncIterator[None]:
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace=0.5)
+
+
+def _offer(model: str, port: int, server: grpc.aio.Server) -> tuple[str, list[str]]:
+    """Gives the machines the directory that is served; returns its fingerprint and where.
+
+    Raises InputError when it can't be read.
+    """
+    if not os.path.isabs(model):
+        return "", []
+    files = whole_directory(Path(model))
+
+    def find(model: str, revision: str) -> Checkpoint | None:
+        asked = model, revision
+        return files if asked == (files.manifest.model, files.manifest.revision) else None
+
+    add_WeightsServicer_to_server(WeightsService(find), server)
+    return files.manifest.revision, [f":{port}"]
 
 
 async def _planned(
-    options: ServeOptions, members: Members, identity: Identity, console: Console
+    options: ServeOptions,
+    members: Members,
+    identity: Identity,
+    console: Console,
+    revision: str,
+    sources: list[str],
 ) -> Service:
     with console.status("Looking for machines"):
         await members.search(options.nodes)
@@ -199,6 +241,8 @@ async def _planned(
                 quant=source.quant,
                 context=options.context,
                 users=options.users,
+                revision=revision,
+                sources=[*sources, *(machine.address for machine in machines)],
             ),
             options.nodes,
         )
@@ -223,7 +267,16 @@ async def _planned(
 
         return Listener(progress=progress.update, ready=on_ready, failed=on_failed)
 
-    return Service(source, layout, members, identity, options.objective, options.nodes, on_plan)
+    return Service(
+        source,
+        inspected,
+        sources,
+        members,
+        identity,
+        options.objective,
+        options.nodes,
+        on_plan,
+    )
 
 
 def _say_where(console: Console, options: ServeOptions, address: str) -> None:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import grpc
 
 from coordinator.catalog import Source
-from coordinator.deployment import Deployment, Listener
+from coordinator.deployment import Deployment, Files, Listener
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
+from coordinator.sourcing import assign, whole_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
+from unicluster.v1.node_pb2 import ModelLayout
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
@@ -37,7 +39,8 @@ class Service:
     def __init__(
         self,
         source: Source,
-        layout: Layout,
+        inspected: ModelLayout,
+        own_sources: list[str],
         members: Members,
         identity: Identity,
         objective: Objective,
@@ -45,7 +48,9 @@ class Service:
         on_plan: Callable[[Plan], Listener],
     ) -> None:
         self.source = source
-        self.layout = layout
+        self.layout = Layout.from_proto(inspected)
+        self._inspected = inspected
+        self._own_sources = own_sources  # where this process itself offers the files
         self.deployment: Deployment | None = None
         self._members = members
         self._identity = identity
@@ -135,7 +140,8 @@ class Service:
             plan, self.layout, machines, self._objective, model=self.display, nodes=names
         )
         listener = self._on_plan(placed)
-        deployment = Deployment(self.source, self.layout, placed, self._identity, listener)
+        files = await self._files(placed, [machine.address for machine in machines])
+        deployment = Deployment(self.source, self.layout, placed, self._identity, listener, files)
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
@@ -149,6 +155,13 @@ class Service:
             for task in (running, first):
                 task.cancel()
             await asyncio.gather(running, first, return_exceptions=True)
+
+    async def _files(self, placed: Plan, addresses: list[str]) -> Files:
+        model, revision = self.source.model, self._inspected.revision
+        held = await whole_files(model, revision, addresses, self._identity)
+        ranges = [(stage.first, stage.end) for stage in placed.stages]
+        from_hub = assign(model, self._inspected.files, ranges, held)
+        return Files(revision, [*self._own_sources, *addresses], from_hub)
 
 
 async def _live_caches(chat: "ChatAsyncStub") -> int:

@@ -7,18 +7,21 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from node.config import WorkerConfig
+from node.obtain import describe
 from node.peers import Peers
 from node.probe import Hardware
 from node.process import WorkerProcess
+from node.sources import Sources
 from unicluster import PROTOCOL, __version__
-from unicluster.channels import host_of, peer_name
+from unicluster.channels import host_of, join_address, peer_name
+from unicluster.checkpoint import Manifest
 from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
@@ -114,7 +117,9 @@ class Agent(NodeServicer):
             reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
             await abort(context, UnavailableError(reason))
         try:
-            return await inspect_in_child(request)
+            async with Sources(_dialled(request.sources, context), self._identity) as sources:
+                found = await describe(request.model, request.revision, sources)
+            return await inspect_in_child(_of(request, found.manifest))
         except UniclusterError as error:
             return await abort(context, error)
 
@@ -132,19 +137,20 @@ class Agent(NodeServicer):
         # A second model on the same machine takes any free port beside the known one.
         port = 0 if self._stages else self._stage_port
         self._stages[key] = request
+        config = self._config(request, port, _dialled(request.sources, context))
         try:
-            async with contextlib.aclosing(self._run(request, port)) as events:
+            async with contextlib.aclosing(self._run(request, config)) as events:
                 async for event in events:
                     await context.write(event)
         finally:
             del self._stages[key]
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _run(self, spec: StageSpec, port: int) -> AsyncGenerator[StageEvent]:
+    async def _run(self, spec: StageSpec, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False
-            worker = await WorkerProcess.start(self._config(spec, port))
+            worker = await WorkerProcess.start(config)
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
@@ -176,7 +182,12 @@ class Agent(NodeServicer):
                 return
             crashes.append(now)
 
-    def _config(self, spec: StageSpec, port: int) -> WorkerConfig:
+    def coming(self, model: str, revision: str) -> set[str]:
+        """The files of a model that stages here are fetching from the hub."""
+        specs = [s for s in self._stages.values() if (s.model, s.revision) == (model, revision)]
+        return {name for spec in specs for name in spec.hub_files}
+
+    def _config(self, spec: StageSpec, port: int, sources: Sequence[str]) -> WorkerConfig:
         return WorkerConfig(
             node=self._identity.name,
             model=spec.model,
@@ -188,6 +199,9 @@ class Agent(NodeServicer):
             host=self._host,
             port=port,
             identity=self._identity.to_dict(),
+            revision=spec.revision,
+            sources=tuple(sources),
+            hub_files=tuple(spec.hub_files),
             lanes=spec.lanes,
             kv_bytes=spec.kv_bytes,
         )
@@ -222,6 +236,23 @@ async def inspect_in_child(request: InspectRequest) -> ModelLayout:
     return ModelLayout.FromString(out)
 
 
+def _dialled(sources: Iterable[str], context: Context) -> list[str]:
+    """Addresses as this machine dials them: ":port" is at the caller's own."""
+    host = host_of(context)
+    return [join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources]
+
+
+def _of(request: InspectRequest, manifest: Manifest) -> InspectRequest:
+    """The same question about files that are on this machine."""
+    return InspectRequest(
+        model=manifest.model,
+        revision=manifest.revision,
+        quant=request.quant,
+        context=request.context,
+        users=request.users,
+    )
+
+
 def _told(event: dict[str, Any]) -> StageEvent | None:
     if event["event"] == "progress":
         return StageEvent(
@@ -231,6 +262,10 @@ def _told(event: dict[str, Any]) -> StageEvent | None:
                 bytes_done=event["bytes"],
                 bytes_total=event["bytes_total"],
             )
+        )
+    if event["event"] == "fetching":
+        return StageEvent(
+            progress=LoadProgress(fetched=event["fetched"], to_fetch=event["to_fetch"])
         )
     if event["event"] == "ready":
         return StageEvent(ready=StageReady(port=event["port"], weight_bytes=event["weight_bytes"]))

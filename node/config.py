@@ -17,5 +17,8 @@ class WorkerConfig:
     host: str
     port: int
     identity: dict[str, str]
+    revision: str = ""
+    sources: tuple[str, ...] = ()
+    hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
     lanes: int = 0
     kv_bytes: int = 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from node.trace import FromCache, FromEmbedding, FromInside, FromResult, Source, Trace
+from node.trace import FromCache, FromEmbedding, FromInside, FromResult, FromWeight, Source, Trace
 from node.tree import Path
 
 
@@ -71,6 +71,8 @@ def _needed(found: Trace, cut: int) -> Iterator[Source]:
                 # The head has the tokens, and what follows the layers runs there.
                 if layer < len(found.layers):
                     yield source
+            elif isinstance(source, FromWeight):
+                continue  # it is wherever it is needed
             elif isinstance(source, FromCache):
                 if _owner(found, source.entry) < cut:
                     yield source

@@ -7,6 +7,7 @@ import logging
 import signal
 
 from node.agent import Agent, how_to_get_mlx
+from node.cache import offered
 from node.peers import Peers
 from node.probe import Hardware, probe
 from unicluster import PROTOCOL, __version__
@@ -17,6 +18,8 @@ from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
+from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.weights_service import WeightsService
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
         memory_cap=cap,
     )
     add_NodeServicer_to_server(agent, server)
+    add_WeightsServicer_to_server(WeightsService(offered, agent.coming), server)
     await server.start()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,26 +12,36 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from node import cache
 from node.crossing import forbidden_cuts, token_bytes
-from node.trace import Trace, trace
-from node.weights import LazyModel, load_lazy, model_path, nbytes
+from node.survey import Survey, survey
+from node.trace import Trace
+from node.weights import LazyModel, nbytes
+from unicluster.checkpoint import Checkpoint
 from unicluster.errors import InputError, UniclusterError
-from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+from unicluster.safetensors import read_header
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
 
 DEFAULT_CONTEXT = 8192
 
 
-def inspect(model: str, quant: str = "", context: int = 0, users: int = 1) -> ModelLayout:
+def inspect(
+    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1
+) -> ModelLayout:
     """The exact bytes of a model as this machine would load it; nothing is read or computed.
 
-    Raises InputError or NotFoundError for a bad directory or an impossible context.
+    Of the checkpoint only the description need be here. Raises InputError for a bad directory or
+    an impossible context.
     """
-    lazy = load_lazy(model_path(model), quant)
+    surveyed = survey(checkpoint.root, quant)
+    lazy, found = surveyed.lazy, surveyed.found
     limit = context_limit(lazy.config)
     if context and limit and context > limit:
-        raise InputError(f"context: {context} tokens, and {model} is made for at most {limit}")
+        raise InputError(
+            f"context: {context} tokens, and {checkpoint.manifest.model} is made for at most "
+            f"{limit}"
+        )
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
-    found = trace(lazy.model, lazy.model_type)
     layer_bytes = [nbytes(layer) for layer in found.layers]
     return ModelLayout(
         model_type=lazy.model_type,
@@ -45,6 +55,19 @@ def inspect(model: str, quant: str = "", context: int = 0, users: int = 1) -> Mo
         quant=lazy.quant,
         max_context=limit,
         forbidden_cuts=sorted(forbidden_cuts(found)),
+        revision=checkpoint.manifest.revision,
+        files=[_file(checkpoint, name, surveyed) for name in checkpoint.manifest.weights],
+    )
+
+
+def _file(checkpoint: Checkpoint, name: str, surveyed: Survey) -> WeightFile:
+    tensors = read_header(checkpoint.root / name).tensors.keys()
+    outside = frozenset[str]().union(*surveyed.outside.values())
+    return WeightFile(
+        name=name,
+        size=checkpoint.manifest.files[name].size,
+        layers=[i for i, layer in enumerate(surveyed.layers) if layer & tensors],
+        outside=bool(outside & tensors),
     )
 
 
@@ -83,8 +106,11 @@ def _kv_bytes(lazy: LazyModel, found: Trace, context: int) -> list[int]:
 def main() -> None:
     request = InspectRequest.FromString(sys.stdin.buffer.read())
     try:
+        checkpoint = cache.find(request.model, request.revision)
+        if checkpoint is None:
+            raise InputError(f"{request.model}: no longer on this machine")
         with contextlib.redirect_stdout(sys.stderr):  # libraries print
-            layout = inspect(request.model, request.quant, request.context, request.users or 1)
+            layout = inspect(checkpoint, request.quant, request.context, request.users or 1)
     except UniclusterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,7 +3,9 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,19 +13,26 @@ import grpc
 import uvloop
 from mlx_lm.utils import load_tokenizer
 
+from node import cache
 from node.config import WorkerConfig
 from node.hollow import HollowModel
+from node.obtain import describe, fetch, is_whole
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
-from node.weights import LazyModel, load_lazy, load_parts, model_path
+from node.sources import Sources
+from node.survey import survey
+from node.weights import LazyModel, load_lazy, load_parts
 from node.worker import SWITCH_INTERVAL
-from unicluster.channels import as_error, connect
+from unicluster.channels import as_error, bind, connect, make_server
+from unicluster.checkpoint import Checkpoint
 from unicluster.errors import StageError, UnavailableError
-from unicluster.trust import Cluster, Identity
+from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import StageEvent, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop
+from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.weights_service import WeightsService
 
 T = TypeVar("T")
 
@@ -40,6 +49,10 @@ class Background:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the loop and waits for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine on the loop meanwhile."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -68,22 +81,38 @@ class LoadedModel(PipelineModel):
         self.close()
 
 
-def load_local(model: str, quant: str, cuts: list[Cut]) -> tuple[LoadedModel, Any]:
+def describe_here(model: str, identity: Identity, sources: Sequence[str] = ()) -> Checkpoint:
+    """What a model is, from a directory, the cache, `sources` or the hub.
+
+    Raises InputError, NotFoundError or UnavailableError.
+    """
+
+    async def work() -> Checkpoint:
+        async with Sources(sources, identity) as others:
+            return await describe(model, "", others)
+
+    background = Background()
+    try:
+        return background.run(work())
+    finally:
+        background.stop()
+
+
+def load_local(
+    checkpoint: Checkpoint, quant: str, cuts: list[Cut], identity: Identity
+) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others in worker processes on this machine.
 
     Raises StageError when a worker can't load, with its reason.
     """
     background = Background()
-    identity = Cluster.new().issue("local")
     workers: list[WorkerProcess] = []
-    if Path(model).exists():
-        model = str(Path(model).absolute())
 
     async def start() -> list[RouteStop]:
         configs = [
             WorkerConfig(
                 node=f"local-{index}",
-                model=model,
+                model=checkpoint.manifest.model,
                 quant=quant,
                 first_layer=first,
                 end_layer=end,
@@ -92,6 +121,8 @@ def load_local(model: str, quant: str, cuts: list[Cut]) -> tuple[LoadedModel, An
                 host="127.0.0.1",
                 port=0,
                 identity=identity.to_dict(),
+                revision=checkpoint.manifest.revision,
+                hub_files=None,
             )
             for index, (first, end) in enumerate(cuts)
         ]
@@ -102,30 +133,48 @@ def load_local(model: str, quant: str, cuts: list[Cut]) -> tuple[LoadedModel, An
     async def stop() -> None:
         await asyncio.gather(*(worker.stop() for worker in workers))
 
-    return _assemble(model, quant, cuts, identity, background, start, stop)
+    stage = _Head(checkpoint, quant, cuts[0][1], None, ())
+    return _assemble(stage, identity, background, start if len(cuts) > 1 else None, stop)
 
 
 def load_on_nodes(
-    model: str, quant: str, cuts: list[Cut], nodes: list[RouteStop], identity: Identity
+    checkpoint: Checkpoint,
+    quant: str,
+    cuts: list[Cut],
+    nodes: list[RouteStop],
+    identity: Identity,
+    hub_files: list[list[str]],
 ) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others on the agents `nodes`, in that order.
 
-    Raises UnavailableError or StageError naming the machine that can't take its stage.
+    `hub_files` are those that each stage fetches from the hub. The other machines may have the
+    rest from this one. Raises UnavailableError or StageError naming the machine that can't take
+    its stage.
     """
     background = Background()
     leases: list[Any] = []
     channels: list[grpc.aio.Channel] = []
+    servers: list[grpc.aio.Server] = []
+    addresses = tuple(node.address for node in nodes)
 
     async def start() -> list[RouteStop]:
-        for node, (first, end) in zip(nodes, cuts[1:], strict=True):
+        server = make_server()
+        add_WeightsServicer_to_server(WeightsService(cache.offered), server)
+        port = bind(server, "", 0, identity)
+        await server.start()
+        servers.append(server)
+        for node, (first, end), files in zip(nodes, cuts[1:], hub_files[1:], strict=True):
             channels.append(connect(node.address, identity))
             spec = StageSpec(
                 deployment=f"load-{id(background):x}",
-                model=model,
+                model=checkpoint.manifest.model,
                 quant=quant,
                 first_layer=first,
                 end_layer=end,
                 users=1,
+                revision=checkpoint.manifest.revision,
+                sources=[f":{port}", *addresses],
+                hub_files=files,
             )
             leases.append(NodeStub(channels[-1]).RunStage(spec))
         return [await _leased(lease, node) for lease, node in zip(leases, nodes, strict=True)]
@@ -135,27 +184,50 @@ def load_on_nodes(
             lease.cancel()
         for channel in channels:
             await channel.close(grace=None)
+        for server in servers:
+            await server.stop(grace=None)
 
-    return _assemble(model, quant, cuts, identity, background, start, stop)
+    stage = _Head(checkpoint, quant, cuts[0][1], hub_files[0], addresses)
+    return _assemble(stage, identity, background, start, stop)
 
 
-def load_head(model: str, quant: str, end: int) -> tuple[LazyModel, HollowModel]:
+def load_head(path: Path, quant: str, end: int) -> tuple[LazyModel, HollowModel]:
     """Stage 0 with its weights in memory, layers [0, end) and all that is outside the layers."""
-    lazy = load_lazy(model_path(model), quant)
+    lazy = load_lazy(path, quant)
     hollow = HollowModel(lazy.model, lazy.model_type, 0, end)
     for _ in load_parts((*hollow.layers, lazy.model)):
         pass
     return lazy, hollow
 
 
+@dataclass(frozen=True)
+class _Head:
+    """Stage 0, layers [0, end), and where its files come from; see obtain.fetch."""
+
+    checkpoint: Checkpoint
+    quant: str
+    end: int
+    hub_files: Sequence[str] | None
+    sources: Sequence[str]
+
+    def load(self, identity: Identity, background: Background) -> tuple[LazyModel, HollowModel]:
+        checkpoint = self.checkpoint
+        if not is_whole(checkpoint):
+            tensors = survey(checkpoint.root, self.quant).of_stage(0, self.end)
+            background.run(self._fetch(tensors, identity))
+        return load_head(checkpoint.root, self.quant, self.end)
+
+    async def _fetch(self, tensors: frozenset[str], identity: Identity) -> None:
+        async with Sources(self.sources, identity) as sources:
+            await fetch(self.checkpoint, tensors, self.hub_files, sources)
+
+
 def _assemble(
-    model: str,
-    quant: str,
-    cuts: list[Cut],
+    stage: _Head,
     identity: Identity,
     background: Background,
-    start: Any,
-    stop: Any,
+    start: Callable[[], Coroutine[Any, Any, list[RouteStop]]] | None,
+    stop: Callable[[], Coroutine[Any, Any, None]],
 ) -> tuple[LoadedModel, Any]:
     sys.setswitchinterval(SWITCH_INTERVAL)
     ring: Ring | None = None
@@ -167,18 +239,19 @@ def _assemble(
         background.stop()
 
     try:
-        lazy, hollow = load_head(model, quant, cuts[0][1])
+        stops = background.start(start()) if start is not None else None
+        lazy, hollow = stage.load(identity, background)
         tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
-        if len(cuts) > 1:
-            ring = background.run(_open(start, identity))
+        if stops is not None:
+            ring = background.run(_open(stops, identity))
     except BaseException:
         closing()
         raise
     return LoadedModel(hollow, ring, closing), tokenizer
 
 
-async def _open(start: Any, identity: Identity) -> Ring:
-    return await Ring.open(await start(), identity)
+async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:
+    return await Ring.open(await asyncio.wrap_future(stops), identity)
 
 
 async def _ready(worker: WorkerProcess, config: WorkerConfig) -> RouteStop:

@@ -64,7 +64,14 @@ class FromInside:
     layer: int
 
 
-Source = FromEmbedding | FromResult | FromCache | FromInside
+@dataclass(frozen=True)
+class FromWeight:
+    """A parameter of a module outside the layers, by the module's path in the model."""
+
+    module: str
+
+
+Source = FromWeight | FromEmbedding | FromResult | FromCache | FromInside
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ def trace(model: nn.Module, model_type: str) -> Trace:
     outside = [m for m in model.modules() if id(m) not in inside]
     recorder = _Recorder(make_prompt_cache(model))
     with (
+        _marked_weights(model, {id(m) for m in outside}, recorder.weight),
         _watched(layers, recorder.layer),
         _watched([m for m in outside if hasattr(m, "as_linear")], recorder.embedding),
     ):
@@ -153,6 +161,9 @@ class _Recorder:
         for index, entry in enumerate(cache):
             if hasattr(entry, "update_and_fetch"):
                 self._watch_updates(index, entry)
+
+    def weight(self, module: str, array: mx.array) -> mx.array:
+        return self._source(FromWeight(module), array)
 
     def embedding(self, call: Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
         result = call(*args, **kwargs)
@@ -279,6 +290,28 @@ def _watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterato
     finally:
         for module, base in classes:
             module.__class__ = base
+
+
+@contextmanager
+def _marked_weights(
+    model: nn.Module, modules: set[int], mark: Callable[[str, mx.array], mx.array]
+) -> Iterator[None]:
+    """Puts `mark(path, array)` in the place of each parameter of the modules, given by id."""
+    kept = [
+        (module, name, value)
+        for _, module in model.named_modules()
+        if id(module) in modules
+        for name, value in module.items()
+        if isinstance(value, mx.array)
+    ]
+    paths = {id(module): path for path, module in model.named_modules()}
+    try:
+        for module, name, value in kept:
+            module[name] = mark(paths[id(module)], value)
+        yield
+    finally:
+        for module, name, value in kept:
+            module[name] = value
 
 
 def replace_call(module: nn.Module, replacement: Callable[..., Any]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_config, load_model, quantize_model
+from mlx_lm.utils import _get_classes, load_config, load_model, quantize_model
 
-from unicluster.errors import InputError, NotFoundError, UniclusterError
+from node.graph import dependencies, marked
+from unicluster.checkpoint import WEIGHTS
+from unicluster.errors import InputError, UniclusterError, in_one_line
+from unicluster.safetensors import read_header
 
-DEMO = Path(__file__).parent / "demo" / "model"
+# For each weight by its name in the model, the tensors of the checkpoint that it is made of.
+Origins = dict[str, frozenset[str]]
+
 BITS = {"q2": 2, "q3": 3, "q4": 4, "q6": 6, "q8": 8}
 GROUP_SIZE = 64
-
-# Characters: mlx names every weight that is missing, and there may be thousands.
-LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,20 @@ class LazyModel:
         return str(self.config["model_type"])
 
 
-def load_lazy(path: Path, quant: str = "") -> LazyModel:
+def load_lazy(path: Path, quant: str = "", origins: Origins | None = None) -> LazyModel:
     """Builds the model's mlx-lm class over lazy weights, quantized on load if `quant` says so.
 
-    Raises InputError or NotFoundError with one line for whatever is wrong with the directory.
+    `origins` is filled, if given. Raises InputError with one line for whatever is wrong with the
+    directory.
     """
     check_files(path)
+    classes = _get_classes if origins is None else _noting(origins)
     try:
-        model, config = load_model(path, lazy=True)
+        model, config = load_model(path, lazy=True, get_model_classes=classes)
     except UniclusterError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: {_in_one_line(error)}") from error
+        raise InputError(f"{path}: {in_one_line(error)}") from error
     stored = stored_quant(config, model)
     if quant in ("", "none", stored):
         return LazyModel(model, config, path, stored)
@@ -64,16 +67,6 @@ def load_lazy(path: Path, quant: str = "") -> LazyModel:
     return LazyModel(model, config, path, quant)
 
 
-def model_path(model: str) -> Path:
-    """Where a model's files are on this machine: the demo, a directory, or the hub's cache."""
-    if model == "demo":
-        return DEMO
-    path = Path(model).expanduser()
-    if path.is_absolute() or path.exists():
-        return path
-    return _from_hub(model)
-
-
 def check_files(path: Path) -> None:
     """Raises InputError naming the first file of a model that is missing or damaged."""
     if not path.is_dir():
@@ -83,39 +76,15 @@ def check_files(path: Path) -> None:
     try:
         config = load_config(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'config.json'}: {_in_one_line(error)}") from error
+        raise InputError(f"{path / 'config.json'}: {in_one_line(error)}") from error
     if "model_type" not in config:
         raise InputError(f"{path / 'config.json'}: has no model_type")
-    files = sorted(path.glob("model*.safetensors"))
+    files = sorted(path.glob(WEIGHTS))
     if not files:
         raise InputError(f"{path}: no model*.safetensors in it")
     for file in files:
-        check_safetensors(file)
+        read_header(file)
     _check_index(path)
-
-
-def check_safetensors(file: Path) -> None:
-    """Raises InputError unless the header is readable and the file as long as it says."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError("the header is cut off")
-            header = json.loads(stream.read(length))
-            end = max(
-                (entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"),
-                default=0,
-            )
-    except OSError as error:
-        raise InputError(f"{file}: can't be read: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged safetensors: {_in_one_line(error)}") from error
-    if 8 + length + end != size:
-        raise InputError(
-            f"{file}: damaged safetensors: {size} bytes instead of {8 + length + end}; "
-            "copy it again"
-        )
 
 
 def stored_quant(config: dict[str, Any], model: nn.Module) -> str:
@@ -149,49 +118,39 @@ def _check_index(path: Path) -> None:
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: damaged: {_in_one_line(error)}") from error
+        raise InputError(f"{index}: damaged: {in_one_line(error)}") from error
     for name in sorted(names):
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing, though the index names it")
 
 
-def _from_hub(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+def _noting(origins: Origins) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    """Model classes whose `sanitize`, which renames and joins tensors, is looked at."""
 
-    def download(**options: Any) -> Path:
-        patterns = [p for p in DEFAULT_ALLOW_PATTERNS if p != "*.py"]
-        return Path(snapshot_download(repo, allow_patterns=patterns, **options))
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments_class = _get_classes(config)
 
-    return _explained(
-        download,
-        {
-            GatedRepoError: f"{repo}: gated; accept its terms on the hub and set HF_TOKEN",
-            RepositoryNotFoundError: f"{repo}: no such repository on the hub (or HF_TOKEN lacks)",
-            HFValidationError: f"{repo}: neither a directory here nor a valid repository id",
-            LocalEntryNotFoundError: f"{repo}: not in this machine's cache, and the hub can't be "
-            "reached; connect it, or copy the model here and give its directory",
-        },
-        repo,
-    )
+        def build(arguments: Any) -> nn.Module:
+            model: nn.Module = model_class(arguments)
+            sanitize = getattr(model, "sanitize", lambda weights: weights)
+
+            def note(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                tensors = {name: marked(array) for name, array in weights.items()}
+                sanitized: dict[str, mx.array] = sanitize(dict(tensors))
+                origins.update(_origins(sanitized, tensors))
+                return sanitized
+
+            model.sanitize = note
+            return model
+
+        return build, arguments_class
+
+    return classes
 
 
-def _explained(action: Callable[[], Path], reasons: dict[type[Exception], str], repo: str) -> Path:
-    try:
-        return action()
-    except tuple(reasons) as error:
-        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
-        raise NotFoundError(reason) from error
-    except OSError as error:
-        raise NotFoundError(f"{repo}: {_in_one_line(error)}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+def _origins(weights: dict[str, mx.array], tensors: dict[str, mx.array]) -> Origins:
+    names = {id(array): name for name, array in tensors.items()}
+    as_they_are = {k: frozenset([names[id(w)]]) for k, w in weights.items() if id(w) in names}
+    made = [(name, marked(w)) for name, w in weights.items() if name not in as_they_are]
+    found = dependencies(made, list(tensors.items())) if made else {}
+    return as_they_are | {name: frozenset(sources) for name, sources in found.items()}

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -21,9 +23,12 @@ from node.config import WorkerConfig
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
+from node.obtain import describe, fetch, is_whole
+from node.sources import Sources
 from node.stage import Stage
 from node.stage_service import StageService
-from node.weights import LazyModel, load_lazy, load_parts, model_path, nbytes
+from node.survey import survey
+from node.weights import LazyModel, load_lazy, load_parts, nbytes
 from unicluster.channels import bind, make_server
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
@@ -36,16 +41,41 @@ log = logging.getLogger("unicluster.worker")
 # The network thread must get the interpreter within a fraction of a hop.
 SWITCH_INTERVAL = 1e-4
 
+# Between two reports of how far a download is.
+TELL_SECONDS = 0.2
+
 
 def emit(event: str, **values: Any) -> None:
     """Tells whoever started this worker something."""
     print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
-def load_stage(config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
+async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Path:
+    """Gets the files of the stage onto this machine; returns their directory."""
+
+    told = 0.0
+
+    def tell(fetched: int, total: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told > TELL_SECONDS or fetched in (0, total):
+            told = now
+            emit("fetching", fetched=fetched, to_fetch=total)
+
+    async with Sources(config.sources, identity) as sources:
+        checkpoint = await describe(config.model, config.revision, sources)
+        if not is_whole(checkpoint):
+            first, end = config.first_layer, config.end_layer
+            tensors = await thread.run(
+                lambda: survey(checkpoint.root, config.quant).of_stage(first, end)
+            )
+            await fetch(checkpoint, tensors, config.hub_files, sources, tell)
+    return checkpoint.root
+
+
+def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
     """Loads the weights, telling progress; on the MLX thread. Also returns their bytes."""
     maybe_set_recommended_wired_limit()  # on Metal: else idle weights are paged out
-    lazy = load_lazy(model_path(config.model), config.quant)
+    lazy = load_lazy(path, config.quant)
     hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
     count = len(hollow.layers)
     parts = hollow.layers if hollow.start > 0 else (*hollow.layers, lazy.model)
@@ -71,7 +101,8 @@ async def serve(config: WorkerConfig) -> None:
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(config))
+    path = await fetch_weights(config, identity, thread)
+    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
     info = StageInfo(
         node=config.node,
         first_layer=config.first_layer,
@@ -108,15 +139,17 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         uvloop.run(serve(config))
+        code = 0
     except UniclusterError as error:
         emit("failed", reason=str(error))
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except Exception as error:
         log.exception("worker failed")
         emit("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
-        sys.exit(1)
-    # MLX may still be computing for a client that is gone: nothing is worth waiting for.
-    os._exit(0)
+        code = 1
+    # MLX may still be computing for a client that is gone, or a download be under way: nothing
+    # is worth waiting for.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from node.layout import inspect
 from node.weights import load_lazy
 from tests.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import InputError
+from unicluster.fingerprint import whole_directory
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 
@@ -32,7 +33,7 @@ def stored(path: Path) -> dict[str, mx.array]:
 
 
 def test_layers_and_head_sum_to_what_is_stored(path: Path) -> None:
-    layout = inspect(str(path))
+    layout = inspect(whole_directory(path))
 
     assert sum(layout.layer_bytes) + layout.head_bytes == sum(
         w.nbytes for w in stored(path).values()
@@ -47,7 +48,7 @@ def test_each_layer_is_what_is_stored_of_it(path: Path) -> None:
         for index in range(6)
     ]
 
-    assert list(inspect(str(path)).layer_bytes) == layers
+    assert list(inspect(whole_directory(path)).layer_bytes) == layers
 
 
 def test_quantized_sizes_are_those_of_the_quantized_arrays(path: Path) -> None:
@@ -55,11 +56,11 @@ def test_quantized_sizes_are_those_of_the_quantized_arrays(path: Path) -> None:
     arrays = [array for _, array in tree_flatten(model.parameters())]
     mx.eval(arrays)
 
-    layout = inspect(str(path), "q4")
+    layout = inspect(whole_directory(path), "q4")
 
     assert layout.quant == "q4"
     assert sum(layout.layer_bytes) + layout.head_bytes == sum(array.nbytes for array in arrays)
-    assert sum(layout.layer_bytes) < sum(inspect(str(path)).layer_bytes) / 2
+    assert sum(layout.layer_bytes) < sum(inspect(whole_directory(path)).layer_bytes) / 2
 
 
 def filled_kv_bytes(path: Path, context: int, users: int) -> list[int]:
@@ -82,7 +83,7 @@ def held(cache: object) -> list[mx.array]:
 
 @pytest.mark.parametrize(("context", "users"), [(300, 1), (40, 3), (2, 1), (17, 2)])
 def test_kv_bytes_are_those_of_filled_caches(path: Path, context: int, users: int) -> None:
-    layout = inspect(str(path), context=context, users=users)
+    layout = inspect(whole_directory(path), context=context, users=users)
 
     assert list(layout.kv_bytes_per_layer) == filled_kv_bytes(path, context, users)
 
@@ -90,14 +91,14 @@ def test_kv_bytes_are_those_of_filled_caches(path: Path, context: int, users: in
 def test_a_sliding_window_bounds_the_kv_bytes(tmp_path: Path) -> None:
     path = write_model(tmp_path, tiny_config("gemma3"))
 
-    short, long = (inspect(str(path), context=context) for context in (512, 4096))
+    short, long = (inspect(whole_directory(path), context=context) for context in (512, 4096))
 
     grown = [b / a for a, b in zip(short.kv_bytes_per_layer, long.kv_bytes_per_layer, strict=True)]
     assert grown == [1, 1, 8, 1, 1, 8]  # every third layer sees all tokens
 
 
 def test_of_a_mixture_only_the_chosen_experts_are_active(moe: Path) -> None:
-    layout = inspect(str(moe))
+    layout = inspect(whole_directory(moe))
 
     expert = 3 * 32 * 64 * 4  # gate, up and down, 32 wide on a hidden size of 64, float32
     idle = [
@@ -110,7 +111,7 @@ def test_of_a_mixture_only_the_chosen_experts_are_active(moe: Path) -> None:
 def test_dense_layers_of_a_mixture_are_active_as_a_whole(tmp_path: Path) -> None:
     path = write_model(tmp_path, tiny_config("deepseek_v3"))
 
-    layout = inspect(str(path))
+    layout = inspect(whole_directory(path))
 
     assert layout.layer_active_bytes[0] == layout.layer_bytes[0]
     assert all(
@@ -120,7 +121,7 @@ def test_dense_layers_of_a_mixture_are_active_as_a_whole(tmp_path: Path) -> None
 
 
 def test_quantized_experts_are_idle_too(moe: Path) -> None:
-    whole, small = inspect(str(moe)), inspect(str(moe), "q4")
+    whole, small = inspect(whole_directory(moe)), inspect(whole_directory(moe), "q4")
 
     for layout in (whole, small):
         idle = layout.layer_bytes[0] - layout.layer_active_bytes[0]
@@ -129,13 +130,13 @@ def test_quantized_experts_are_idle_too(moe: Path) -> None:
 
 
 def test_the_hidden_state_on_the_wire(path: Path) -> None:
-    assert inspect(str(path)).hidden_bytes == 64 * 4
+    assert inspect(whole_directory(path)).hidden_bytes == 64 * 4
 
 
 def test_the_context_is_the_models_own_unless_asked(tmp_path: Path) -> None:
     path = write_model(tmp_path, tiny_config("llama"))
 
-    layout = inspect(str(path))
+    layout = inspect(whole_directory(path))
 
     assert (layout.context, layout.max_context) == (4096, 4096)
 
@@ -144,13 +145,13 @@ def test_a_long_context_is_not_taken_unasked(tmp_path: Path) -> None:
     config = tiny_config("llama") | {"max_position_embeddings": 1_000_000}
     path = write_model(tmp_path, config)
 
-    assert inspect(str(path)).context == 8192
-    assert inspect(str(path), context=100_000).context == 100_000
+    assert inspect(whole_directory(path)).context == 8192
+    assert inspect(whole_directory(path), context=100_000).context == 100_000
 
 
 def test_more_context_than_the_model_is_made_for_is_refused(moe: Path) -> None:
     with pytest.raises(InputError, match=r"context: 4097 tokens, and .* is made for at most 4096"):
-        inspect(str(moe), context=4097)
+        inspect(whole_directory(moe), context=4097)
 
 
 def test_inspecting_reads_and_computes_nothing(moe: Path) -> None:
@@ -158,7 +159,7 @@ def test_inspecting_reads_and_computes_nothing(moe: Path) -> None:
     mx.reset_peak_memory()
     before = mx.get_active_memory()
 
-    layout = inspect(str(moe), "q4", context=4096, users=1000)
+    layout = inspect(whole_directory(moe), "q4", context=4096, users=1000)
 
     assert layout.layer_bytes[0] > 2**14
     assert mx.get_peak_memory() - before < 2**12
@@ -177,7 +178,7 @@ def test_as_a_program(moe: Path) -> None:
     ran = run(InspectRequest(model=str(moe), quant="q4", context=64, users=2))
 
     assert (ran.returncode, ran.stderr) == (0, b"")
-    assert ModelLayout.FromString(ran.stdout) == inspect(str(moe), "q4", 64, 2)
+    assert ModelLayout.FromString(ran.stdout) == inspect(whole_directory(moe), "q4", 64, 2)
 
 
 def test_as_a_program_it_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from node.config import WorkerConfig
 from node.layout import inspect
 from node.process import STOP_SECONDS, Exit, WorkerProcess
 from tests.tiny import tiny_config, write_model
+from unicluster.fingerprint import whole_directory
 from unicluster.trust import Cluster
 
 DEADLINE = 60.0
@@ -65,7 +66,7 @@ async def all_events(worker: WorkerProcess) -> tuple[list[dict[str, Any]], Exit]
 
 
 async def test_a_worker_tells_its_progress_and_its_port(config: WorkerConfig) -> None:
-    layers = list(inspect(config.model).layer_bytes[2:5])
+    layers = list(inspect(whole_directory(Path(config.model))).layer_bytes[2:5])
     async with started(config) as worker:
         *progress, ready = await events_until(worker, "ready")
 
@@ -77,7 +78,7 @@ async def test_a_worker_tells_its_progress_and_its_port(config: WorkerConfig) ->
 
 
 async def test_a_head_counts_what_is_outside_the_layers(config: WorkerConfig) -> None:
-    layout = inspect(config.model)
+    layout = inspect(whole_directory(Path(config.model)))
     async with started(replace(config, first_layer=0, end_layer=2)) as worker:
         *progress, ready = await events_until(worker, "ready")
 
@@ -96,7 +97,8 @@ async def test_quantizing_on_load_does_not_disturb_the_events(config: WorkerConf
     async with started(replace(config, quant="q4")) as worker:
         ready = (await events_until(worker, "ready"))[-1]
 
-    assert ready["weight_bytes"] == sum(inspect(config.model, "q4").layer_bytes[2:5])
+    quantized = inspect(whole_directory(Path(config.model)), "q4").layer_bytes[2:5]
+    assert ready["weight_bytes"] == sum(quantized)
 
 
 async def test_a_stopped_worker_is_gone(config: WorkerConfig) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from node.weights import DEMO, load_lazy, load_parts, model_path, nbytes
+from node.weights import load_lazy, load_parts, nbytes
 from tests.tiny import tiny_config, write_model
-from unicluster.errors import InputError, NotFoundError
+from unicluster.errors import InputError
 
 
 @pytest.fixture
@@ -167,28 +167,3 @@ def test_a_checkpoint_in_4_bits_is_taken_as_it_is(path: Path, quant: str) -> Non
 def test_a_checkpoint_in_4_bits_is_not_quantized_again(path: Path) -> None:
     with pytest.raises(InputError, match="its weights are already q4; --quant q8 would need"):
         load_lazy(quantized(path), "q8")
-
-
-def test_where_models_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(path.parent)
-    monkeypatch.setenv("HOME", str(path.parent))
-
-    assert model_path("demo") == DEMO
-    assert model_path(str(path)) == path
-    assert model_path(path.name).resolve() == path
-    assert model_path(f"~/{path.name}") == path
-
-
-def test_a_repository_that_is_not_here_and_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-
-    with pytest.raises(NotFoundError, match="owner/name: not in this machine's cache, and the hub"):
-        model_path("owner/name")
-
-
-def test_neither_a_directory_nor_a_repository() -> None:
-    with pytest.raises(NotFoundError, match="a/b/c: neither a directory here nor a valid repo"):
-        model_path("a/b/c")

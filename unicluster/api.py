@@ -35,25 +35,33 @@ def load(
     if (local_nodes is None) == (nodes is None):
         raise InputError("load: give either local_nodes=N or nodes=[...]")
     from coordinator.catalog import resolve
-    from coordinator.placement import Layout
-    from node.layout import inspect
 
     source = resolve(model, quant or None)
-    layout = Layout.from_proto(inspect(source.model, source.quant))
     if nodes is not None:
-        return _on_nodes(source.model, source.quant, layout, nodes)
+        return _on_nodes(source.model, source.quant, nodes)
+    from coordinator.placement import Layout
     from coordinator.planner import split_evenly
-    from node.loader import load_local
+    from node.layout import inspect
+    from node.loader import describe_here, load_local
+    from unicluster.trust import Cluster
 
+    identity = Cluster.new().issue("local")
+    checkpoint = describe_here(source.model, identity)
+    layout = Layout.from_proto(inspect(checkpoint, source.quant))
     if local_nodes is None or not 1 <= local_nodes <= layout.layers:
         raise InputError(f"local_nodes: between 1 and {layout.layers}, the layers of {model}")
-    return load_local(source.model, source.quant, split_evenly(layout, local_nodes))
+    cuts = split_evenly(layout, local_nodes)
+    return load_local(checkpoint, source.quant, cuts, identity)
 
 
-def _on_nodes(model: str, quant: str, layout: Any, nodes: Sequence[str]) -> tuple[Any, Any]:
+def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
+    import asyncio
+
     from coordinator.here import cut_in_order, find
-    from coordinator.placement import Machine
-    from node.loader import load_on_nodes
+    from coordinator.placement import Layout, Machine
+    from coordinator.sourcing import assign, whole_files
+    from node.layout import inspect
+    from node.loader import describe_here, load_on_nodes
     from node.probe import probe
     from unicluster.trust import Store, default_name
     from unicluster.v1.stage_pb2 import RouteStop
@@ -62,9 +70,16 @@ def _on_nodes(model: str, quant: str, layout: Any, nodes: Sequence[str]) -> tupl
         raise InputError("nodes: name at least one agent")
     cluster = Store().require()
     identity = cluster.issue(default_name())
+    machines = find(cluster, identity, nodes)
+    addresses = [machine.address for machine in machines]
+    checkpoint = describe_here(model, identity, addresses)
+    inspected = inspect(checkpoint, quant)
     hardware = probe()
     here = Machine("this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth)
-    machines = find(cluster, identity, nodes)
-    cuts = cut_in_order(layout, [here, *machines])
+    cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])
+    manifest = checkpoint.manifest
+    held = asyncio.run(whole_files(manifest.model, manifest.revision, addresses, identity))
+    held |= {name for name in manifest.weights if checkpoint.is_whole(name)}
+    hub_files = assign(manifest.model, inspected.files, cuts, held)
     stops = [RouteStop(node=m.name, address=m.address) for m in machines]
-    return load_on_nodes(model, quant, cuts, stops, identity)
+    return load_on_nodes(checkpoint, quant, cuts, stops, identity, hub_files)

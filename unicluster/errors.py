@@ -1,5 +1,14 @@
 """The errors that users and callers meet. Each message is one line: what, where, what to do."""
 
+# Characters: mlx names every weight that is missing, and there may be thousands.
+LONGEST_REASON = 300
+
+
+def in_one_line(error: Exception) -> str:
+    """What another library's error says, for the end of one of our messages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+
 
 class UniclusterError(Exception):
     """Base of all errors of this project. `exit_code` is what the command exits with."""

@@ -124,6 +124,8 @@ class InspectRequest(_message.Message):
     QUANT_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """a directory on the node, a hub repo id, or "demo" """
     quant: _builtins.str
@@ -131,6 +133,12 @@ class InspectRequest(_message.Message):
     context: _builtins.int
     """tokens per sequence; 0: the model's own limit, at most 8192"""
     users: _builtins.int
+    revision: _builtins.str
+    """a directory's fingerprint, a commit; empty: the hub's newest"""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """machines that may have the files; see StageSpec"""
+
     def __init__(
         self,
         *,
@@ -138,10 +146,12 @@ class InspectRequest(_message.Message):
         quant: _builtins.str = ...,
         context: _builtins.int = ...,
         users: _builtins.int = ...,
+        revision: _builtins.str = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model", b"model", "quant", b"quant", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +172,8 @@ class ModelLayout(_message.Message):
     QUANT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     FORBIDDEN_CUTS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
     """embedding, final norm, lm_head and the rest outside the layers"""
@@ -173,6 +185,8 @@ class ModelLayout(_message.Message):
     """what the weights are: bf16, q4, ..."""
     max_context: _builtins.int
     """the model's own limit; 0: not stated"""
+    revision: _builtins.str
+    """of the files looked at"""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -187,6 +201,8 @@ class ModelLayout(_message.Message):
     def forbidden_cuts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """layers before which the model can't be cut"""
 
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFile]: ...
     def __init__(
         self,
         *,
@@ -201,14 +217,48 @@ class ModelLayout(_message.Message):
         quant: _builtins.str = ...,
         max_context: _builtins.int = ...,
         forbidden_cuts: _abc.Iterable[_builtins.int] | None = ...,
+        revision: _builtins.str = ...,
+        files: _abc.Iterable[Global___WeightFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "forbidden_cuts", b"forbidden_cuts", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "quant", b"quant", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelLayout: _TypeAlias = ModelLayout  # noqa: Y015
+
+@_typing.final
+class WeightFile(_message.Message):
+    """A file of weights, and what it has tensors of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    size: _builtins.int
+    outside: _builtins.bool
+    """of what is outside the layers"""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        outside: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "name", b"name", "outside", b"outside", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightFile: _TypeAlias = WeightFile  # noqa: Y015
 
 @_typing.final
 class StageSpec(_message.Message):
@@ -222,6 +272,9 @@ class StageSpec(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    HUB_FILES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
@@ -234,10 +287,22 @@ class StageSpec(_message.Message):
     users: _builtins.int
     memory: _builtins.int
     """bytes the plan gives this stage"""
+    revision: _builtins.str
+    """of the model's files, as in ModelLayout"""
     lanes: _builtins.int
     """batches that take turns; 0: one a stage"""
     kv_bytes: _builtins.int
     """for caches of all users, on all stages together"""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """where else in the cluster they may be: host:port, or :port at"""
+
+    @_builtins.property
+    def hub_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the address that the call comes from
+        those this machine is to fetch from the hub for all
+        """
+
     def __init__(
         self,
         *,
@@ -249,12 +314,15 @@ class StageSpec(_message.Message):
         context: _builtins.int = ...,
         users: _builtins.int = ...,
         memory: _builtins.int = ...,
+        revision: _builtins.str = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        hub_files: _abc.Iterable[_builtins.str] | None = ...,
         lanes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,10 +366,15 @@ class LoadProgress(_message.Message):
     LAYERS_TOTAL_FIELD_NUMBER: _builtins.int
     BYTES_DONE_FIELD_NUMBER: _builtins.int
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
+    TO_FETCH_FIELD_NUMBER: _builtins.int
     layers_done: _builtins.int
     layers_total: _builtins.int
     bytes_done: _builtins.int
     bytes_total: _builtins.int
+    fetched: _builtins.int
+    """bytes of files, from the hub or other machines"""
+    to_fetch: _builtins.int
     def __init__(
         self,
         *,
@@ -309,10 +382,12 @@ class LoadProgress(_message.Message):
         layers_total: _builtins.int = ...,
         bytes_done: _builtins.int = ...,
         bytes_total: _builtins.int = ...,
+        fetched: _builtins.int = ...,
+        to_fetch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "layers_done", b"layers_done", "layers_total", b"layers_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "fetched", b"fetched", "layers_done", b"layers_done", "layers_total", b"layers_total", "to_fetch", b"to_fetch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

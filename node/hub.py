@@ -1,0 +1,241 @@
+"""The Hugging Face hub: what a repository holds, and its files, into the ordinary cache.
+
+Addresses, tokens, retries and the cache's layout are huggingface_hub's, and so are the
+environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from node.cache import UNVERIFIED, folder
+from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted
+from unicluster.errors import InputError, NotFoundError, UnavailableError, in_one_line
+from unicluster.safetensors import LENGTH_BYTES, header_length
+
+log = logging.getLogger(__name__)
+
+FILES_AT_ONCE = 8
+ATTEMPTS = 5
+READ_BYTES = 1 << 22
+GIT_DIGITS = 40
+
+# That of the HTTP library which huggingface_hub uses: it has changed between versions.
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+OnBytes = Callable[[int], None]
+
+disable_progress_bars()
+
+
+def resolve(repo: str, revision: str = "") -> Manifest:
+    """What the hub says is in a repository now.
+
+    Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
+    """
+    with _reasons(repo):
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(
+            repo, revision=revision or None, files_metadata=True, timeout=timeout
+        )
+    files = {
+        file.rfilename: File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
+        for file in info.siblings or ()
+        if is_wanted(file.rfilename)
+    }
+    return Manifest(repo, info.sha or revision, files)
+
+
+def fetch_headers(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Fetches the headers of files of weights, which tell what is in them."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for _ in pool.map(lambda name: _fetch_header(checkpoint, name), names):
+            pass
+
+
+def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda count: None) -> None:
+    """Fetches whole files, several at once, and verifies them by the hub's checksums.
+
+    What was fetched before a break is kept. `on_bytes` is called from several threads.
+    """
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        started = [pool.submit(_fetch, checkpoint, name, on_bytes) for name in names]
+        try:
+            for each in started:
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
+    manifest, size = checkpoint.manifest, checkpoint.manifest.files[name].size
+    partial = checkpoint.root / (name + UNVERIFIED)
+    # Two workers of one machine may want the same file.
+    with FileLock(f"{partial}.lock"), _reasons(manifest.model):
+        if checkpoint.is_whole(name):
+            on_bytes(size)
+            return
+        # What is too big for plain HTTP comes by hf_xet, which verifies and resumes by itself.
+        if size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            _fetch_verified(manifest, name, partial, on_bytes)
+            blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(blob)
+        whole = hf_hub_download(manifest.model, name, revision=manifest.revision)
+        checkpoint.link(name, Path(whole))
+
+
+def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            _fetch_rest(manifest, name, partial, on_bytes)
+        except (HTTPError, OSError) as error:
+            if attempt == ATTEMPTS - 1 or not _may_pass(error):
+                raise
+            log.warning("%s: %s; trying again", name, in_one_line(error))
+            time.sleep(2**attempt)
+            continue
+        if _checksum(partial, manifest.files[name].checksum) == manifest.files[name].checksum:
+            return
+        log.warning("%s: arrived damaged; fetching it again", name)
+        on_bytes(-partial.stat().st_size)
+        partial.unlink()
+    raise NotFoundError(
+        f"{manifest.model}: {name} arrived damaged {ATTEMPTS} times: its checksum is not the "
+        "hub's; try another network, or another HF_ENDPOINT"
+    )
+
+
+def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+    with partial.open("ab") as stream:
+        here = stream.tell()
+        http_get(
+            hf_hub_url(manifest.model, name, revision=manifest.revision),
+            _Counted(stream, on_bytes),  # type: ignore[arg-type]
+            resume_size=here,
+            headers=build_hf_headers(),
+            expected_size=manifest.files[name].size,
+            displayed_filename=name,
+        )
+
+
+class _Counted:
+    """A file that tells how many bytes are written to it."""
+
+    def __init__(self, stream: BinaryIO, on_bytes: OnBytes) -> None:
+        self._stream = stream
+        self._on_bytes = on_bytes
+
+    def write(self, data: bytes) -> int:
+        self._on_bytes(len(data))
+        return self._stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
+    manifest = checkpoint.manifest
+    with _reasons(manifest.model):
+        data = _start(manifest, name, LENGTH_BYTES)
+        length = header_length(data) if len(data) == LENGTH_BYTES else 0
+        if not LENGTH_BYTES < length <= manifest.files[name].size:
+            raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
+        data = _start(manifest, name, length)
+    checkpoint.write(name, 0, data)
+    checkpoint.list(name, ((0, length),))
+
+
+def _start(manifest: Manifest, name: str, length: int) -> bytes:
+    """The first bytes of a file, whether or not the hub minds what range is asked for."""
+    url = hf_hub_url(manifest.model, name, revision=manifest.revision)
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{length - 1}"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    data = b""
+    with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) >= length:
+                break
+    return data[:length]
+
+
+def _checksum(file: Path, like: str) -> str:
+    """In the form of `like`: a SHA-256, or the SHA-1 that git gives a blob; as it is if empty."""
+    if not like:
+        return ""
+    blob = len(like) == GIT_DIGITS
+    digest = hashlib.sha1(usedforsecurity=False) if blob else hashlib.sha256()
+    if blob:
+        digest.update(b"blob %d\0" % file.stat().st_size)
+    with file.open("rb") as stream:
+        while data := stream.read(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether to try again: the hub is overloaded or the connection was lost."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    if isinstance(error, OSError):
+        return error.errno is None and not isinstance(error, OfflineModeIsEnabled)
+    return True
+
+
+@contextmanager
+def _reasons(repo: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line with the hub's reason."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise NotFoundError(
+            f"{repo}: gated; accept its terms on the hub and set HF_TOKEN ({_said(error)})"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(f"{repo}: has no such revision on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"{repo}: no such repository on the hub, or HF_TOKEN does not open it ({_said(error)})"
+        ) from error
+    except HfHubHTTPError as error:
+        raise NotFoundError(f"{repo}: the hub says: {_said(error)}") from error
+    except HFValidationError as error:
+        raise NotFoundError(f"{repo}: neither a directory nor a valid repository id") from error
+    except OfflineModeIsEnabled as error:
+        raise UnavailableError(
+            f"{repo}: not in this machine's cache, and HF_HUB_OFFLINE is set"
+        ) from error
+    except HTTPError as error:
+        raise UnavailableError(
+            f"{repo}: the hub can't be reached ({in_one_line(error)}); connect this machine, or "
+            "copy the model here and give its directory"
+        ) from error
+    except OSError as error:
+        raise UnavailableError(f"{repo}: {in_one_line(error)}") from error
+
+
+def _said(error: HfHubHTTPError) -> str:
+    return error.server_message or f"status {error.response.status_code}"

@@ -1,0 +1,162 @@
+"""Getting a model's files onto this machine: those of its stage, and no others."""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from node import cache, hub
+from node.sources import Sources
+from unicluster.checkpoint import Checkpoint, Manifest
+from unicluster.errors import InputError, UnavailableError
+from unicluster.ranges import Ranges, merged, size
+from unicluster.safetensors import LENGTH_BYTES, header_length, read_header
+from unicluster.units import format_bytes
+
+# Told (bytes fetched, bytes to fetch).
+OnProgress = Callable[[int, int], None]
+
+
+async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
+    """A copy of a model that says what is in it: small files and the headers of its weights.
+
+    Args:
+        model: "demo", an absolute directory, or a hub repository.
+        revision: which of its states; empty: a directory as it is, the hub's newest.
+        sources: machines to ask before the hub.
+
+    Raises InputError, NotFoundError or UnavailableError.
+    """
+    checkpoint = None
+    if revision or model == "demo" or Path(model).is_absolute():
+        checkpoint = await asyncio.to_thread(cache.find, model, revision)
+    if checkpoint is None:
+        manifest = await _manifest(model, revision, sources)
+        checkpoint = await asyncio.to_thread(cache.create, manifest)
+    await _fetch_description(checkpoint, sources)
+    return checkpoint
+
+
+def is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether nothing is missing, whatever is needed."""
+    return all(checkpoint.is_whole(name) for name in checkpoint.manifest.weights)
+
+
+async def fetch(
+    checkpoint: Checkpoint,
+    tensors: Collection[str],
+    hub_files: Collection[str] | None,
+    sources: Sources,
+    on_progress: OnProgress = lambda done, total: None,
+) -> None:
+    """Fetches what is missing of some tensors.
+
+    Files in `hub_files` come from the hub, whole, the others in part from other machines. None
+    means that all come from the hub.
+    Raises UnavailableError, before anything is fetched, when the disk is too small.
+    """
+    wanted = await asyncio.to_thread(_ranges, checkpoint, tensors)
+    missing = {n: r for n, ranges in wanted.items() if (r := checkpoint.missing(n, ranges))}
+    whole = [name for name in missing if hub_files is None or name in hub_files]
+    parts = {name: ranges for name, ranges in missing.items() if name not in whole}
+    total = sum(checkpoint.manifest.files[name].size for name in whole)
+    total += sum(size(ranges) for ranges in parts.values())
+    if not total:
+        return
+    _check_space(checkpoint, total)
+    progress = _Progress(total, on_progress, asyncio.get_running_loop())
+    tasks = [
+        asyncio.create_task(asyncio.to_thread(hub.fetch, checkpoint, whole, progress.add)),
+        asyncio.create_task(sources.fetch(checkpoint, parts, progress.add)),
+    ]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class _Progress:
+    """Counts bytes that several threads fetch."""
+
+    def __init__(
+        self, total: int, on_progress: OnProgress, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._done, self._total = 0, total
+        self._on_progress = on_progress
+        self._loop = loop
+        on_progress(0, total)
+
+    def add(self, count: int) -> None:
+        self._loop.call_soon_threadsafe(self._add, count)
+
+    def _add(self, count: int) -> None:
+        self._done += count
+        self._on_progress(self._done, self._total)
+
+
+async def _manifest(model: str, revision: str, sources: Sources) -> Manifest:
+    if not revision and not Path(model).is_absolute():
+        try:
+            return await asyncio.to_thread(hub.resolve, model)
+        except UnavailableError:
+            known = await asyncio.to_thread(cache.find, model, "")
+            manifest = known.manifest if known else await sources.manifest(model, "")
+            if manifest is None:
+                raise
+            return manifest
+    manifest = await sources.manifest(model, revision)
+    if manifest is not None:
+        return manifest
+    if Path(model).is_absolute():
+        raise InputError(f"{model}: no such directory on this machine, nor a copy of it on others")
+    return await asyncio.to_thread(hub.resolve, model, revision)
+
+
+async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
+    manifest = checkpoint.manifest
+    small = [name for name in manifest.small if not checkpoint.is_whole(name)]
+    headers = [name for name in manifest.weights if not _has_header(checkpoint, name)]
+    if not small and not headers:
+        return
+    _check_space(checkpoint, sum(manifest.files[name].size for name in small))
+    if await sources.manifest(manifest.model, manifest.revision) is not None:
+        first = {name: merged([(0, LENGTH_BYTES)]) for name in headers}
+        await sources.fetch(checkpoint, {n: checkpoint.all_of(n) for n in small} | first)
+        rest = {name: merged([(0, _header_end(checkpoint, name))]) for name in headers}
+        await sources.fetch(checkpoint, rest)
+    else:
+        await asyncio.to_thread(hub.fetch, checkpoint, small)
+        await asyncio.to_thread(hub.fetch_headers, checkpoint, headers)
+
+
+def _has_header(checkpoint: Checkpoint, name: str) -> bool:
+    if checkpoint.is_whole(name):
+        return True
+    if checkpoint.missing(name, ((0, LENGTH_BYTES),)):
+        return False
+    return not checkpoint.missing(name, ((0, _header_end(checkpoint, name)),))
+
+
+def _header_end(checkpoint: Checkpoint, name: str) -> int:
+    return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
+
+
+def _ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, Ranges]:
+    """Where in which file the tensors are."""
+    found = {}
+    for name in checkpoint.manifest.weights:
+        held = read_header(checkpoint.root / name).tensors
+        if ranges := merged(held[tensor] for tensor in held.keys() & tensors):
+            found[name] = ranges
+    return found
+
+
+def _check_space(checkpoint: Checkpoint, needed: int) -> None:
+    free = shutil.disk_usage(checkpoint.root).free
+    if needed > free:
+        raise UnavailableError(
+            f"{checkpoint.manifest.model}: {format_bytes(needed)} are to be stored in "
+            f"{checkpoint.root}, where {format_bytes(free)} are free: make room, or set HF_HOME "
+            "to a larger disk"
+        )

@@ -1,0 +1,97 @@
+"""What other machines of the cluster have of a model, and how to get it from them."""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from node.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
+from unicluster.channels import as_error, connect
+from unicluster.checkpoint import Checkpoint, File, Manifest, is_weights
+from unicluster.ranges import Ranges
+from unicluster.trust import Identity
+from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
+from unicluster.v1.weights_pb2_grpc import WeightsStub
+
+log = logging.getLogger(__name__)
+
+
+class Sources:
+    """The machines that may have a model's files, by address. An async context manager."""
+
+    def __init__(self, addresses: Iterable[str], identity: Identity) -> None:
+        self._channels = {address: connect(address, identity) for address in addresses}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for channel in self._channels.values():
+            await channel.close(grace=None)
+
+    async def manifest(self, model: str, revision: str) -> Manifest | None:
+        """What belongs to a model, as told by the first machine that can describe it in full.
+
+        An empty `revision` means the newest that the machine knows.
+        """
+        request = HaveRequest(files=ModelFiles(model=model, revision=revision))
+        for found in await asyncio.gather(*(self._have(a, request) for a in self._channels)):
+            if found is not None and _is_described(found):
+                files = {file.name: File(file.size, file.checksum) for file in found.files}
+                return Manifest(model, found.revision, files)
+        return None
+
+    async def fetch(
+        self,
+        checkpoint: Checkpoint,
+        wanted: dict[str, Ranges],
+        on_bytes: OnBytes = lambda count: None,
+    ) -> None:
+        """Fetches parts of files into a copy, from all machines that have them at once.
+
+        Waits for what a machine is still fetching from the hub. Raises UnavailableError when no
+        machine has, or will have, what is missing.
+        """
+        work = Work(checkpoint, wanted)
+        pulls = [
+            asyncio.create_task(pull(work, address, WeightsStub(channel), on_bytes))
+            for address, channel in self._channels.items()
+        ]
+        try:
+            while work.left:
+                work.check_hope(alone=not pulls)
+                done, _ = await asyncio.wait(
+                    pulls, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+                )
+                for task in done:
+                    task.result()
+        finally:
+            for task in pulls:
+                task.cancel()
+            await asyncio.gather(*pulls, return_exceptions=True)
+
+    async def _have(self, address: str, request: HaveRequest) -> Holdings | None:
+        try:
+            stub = WeightsStub(self._channels[address])
+            return await stub.Have(request, timeout=ANSWER_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            log.info("%s", as_error(error, address))
+            return None
+
+
+def _is_described(holdings: Holdings) -> bool:
+    """Whether it has the small files, and of the weights at least the headers."""
+    return bool(holdings.files) and all(
+        file.size == 0 or (file.held and file.held[0].start == 0)
+        if is_weights(file.name)
+        else sum(held.end - held.start for held in file.held) == file.size
+        for file in holdings.files
+    )

@@ -1,0 +1,69 @@
+"""Which tensors of a checkpoint each stage needs, from the model's own code.
+
+A checkpoint's tensors are not a model's weights: `sanitize` renames, splits and joins them. And
+some of what is outside the layers is needed on later stages too. Both are read off MLX's lazy
+graph, so that the checkpoint's headers are enough.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+
+from node.trace import FromWeight, Trace, trace
+from node.weights import LazyModel, Origins, load_lazy
+
+
+@dataclass(frozen=True)
+class Survey:
+    """layers: the tensors of each layer. outside: those of each other module, by its path."""
+
+    lazy: LazyModel
+    found: Trace
+    layers: tuple[frozenset[str], ...]
+    outside: dict[str, frozenset[str]]
+
+    def of_stage(self, start: int, end: int) -> frozenset[str]:
+        """The tensors that the layers [start, end) need; stage 0 has all outside them too."""
+        modules = set(self.outside)
+        if start > 0:
+            needs = frozenset[object]().union(*self.found.needs[start:end])
+            modules &= {source.module for source in needs if isinstance(source, FromWeight)}
+        parts = [*self.layers[start:end], *(self.outside[module] for module in modules)]
+        return frozenset().union(*parts)
+
+
+def survey(path: Path, quant: str = "") -> Survey:
+    """Looks through a directory of which only the description need be here.
+
+    Raises InputError or StageError.
+    """
+    origins: Origins = {}
+    lazy = load_lazy(path, quant, origins)
+    found = trace(lazy.model, lazy.model_type)
+    owners = _owners(lazy.model, found.layers)
+    layers: list[set[str]] = [set() for _ in found.layers]
+    outside: dict[str, set[str]] = {}
+    for name, tensors in origins.items():
+        module = name
+        while module not in owners:
+            module = module.rpartition(".")[0]
+        for layer in owners[module]:
+            layers[layer] |= tensors
+        if not owners[module]:
+            outside.setdefault(module, set()).update(tensors)
+    return Survey(
+        lazy,
+        found,
+        tuple(map(frozenset, layers)),
+        {module: frozenset(tensors) for module, tensors in outside.items()},
+    )
+
+
+def _owners(model: nn.Module, layers: tuple[nn.Module, ...]) -> dict[str, list[int]]:
+    """The layers that each module, by its path, is a part of."""
+    inside: dict[int, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for part in {id(part) for part in layer.modules()}:
+            inside.setdefault(part, []).append(index)
+    return {path: inside.get(id(module), []) for path, module in model.named_modules()}

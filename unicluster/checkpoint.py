@@ -1,0 +1,178 @@
+"""The files of a model on a machine: all of them, or the parts that its stages need.
+
+A partial copy is a directory that mlx-lm can load: files that are here in full, and sparse ones
+of full length with only the bytes of some tensors. Beside a sparse file lies one that lists
+those bytes; they are listed when they are verified and on the disk.
+"""
+
+import fnmatch
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unicluster.errors import InputError
+from unicluster.ranges import Range, Ranges, merged, without
+
+WEIGHTS = "model*.safetensors"
+# What mlx-lm looks for beside the weights: never *.py, which is other people's code.
+SMALL_FILES = ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
+
+MANIFEST = ".manifest.json"
+LIST = ".held"  # added to a sparse file's name
+
+
+@dataclass(frozen=True)
+class File:
+    """checksum: the hub's, a SHA-256 or a git blob's SHA-1; empty where none is known."""
+
+    size: int
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All files of a model that are of use here.
+
+    model: a directory or a hub repository. revision: a commit, or a directory's fingerprint.
+    """
+
+    model: str
+    revision: str
+    files: Mapping[str, File]
+
+    @property
+    def weights(self) -> list[str]:
+        return sorted(name for name in self.files if is_weights(name))
+
+    @property
+    def small(self) -> list[str]:
+        return sorted(name for name in self.files if not is_weights(name))
+
+
+def is_weights(name: str) -> bool:
+    return fnmatch.fnmatch(name, WEIGHTS)
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file of a repository or directory belongs to the model."""
+    patterns = (WEIGHTS, *SMALL_FILES)
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+class Checkpoint:
+    """A copy of a model's files in `root`, in full or in part. Several processes may share it."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, root: Path, manifest: Manifest) -> "Checkpoint":
+        """A partial copy, with what it already holds of the same files."""
+        root.mkdir(parents=True, exist_ok=True)
+        checkpoint = cls(root, manifest)
+        checkpoint.put(MANIFEST, json.dumps(asdict(manifest)).encode())
+        return checkpoint
+
+    @classmethod
+    def open(cls, root: Path) -> "Checkpoint | None":
+        """The partial copy in `root`, if there is one."""
+        try:
+            fields = json.loads((root / MANIFEST).read_text())
+        except FileNotFoundError:
+            return None
+        files = {name: File(**file) for name, file in fields["files"].items()}
+        return cls(root, Manifest(fields["model"], fields["revision"], files))
+
+    def held(self, name: str) -> Ranges:
+        """The bytes of a file that are here and verified."""
+        file, length = self.root / name, self.manifest.files[name].size
+        if not file.exists() or file.stat().st_size != length:
+            return ()
+        try:
+            lines = self._list(name).read_text().splitlines()
+        except FileNotFoundError:
+            return merged([(0, length)])
+        return merged(_range(line) for line in lines)
+
+    def missing(self, name: str, wanted: Ranges) -> Ranges:
+        """The bytes of `wanted` that are not here."""
+        return without(wanted, self.held(name))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether all of a file is here."""
+        return not self.missing(name, self.all_of(name)) and (self.root / name).exists()
+
+    def all_of(self, name: str) -> Ranges:
+        return merged([(0, self.manifest.files[name].size)])
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Raises InputError when the file is too short."""
+        with (self.root / name).open("rb") as stream:
+            data = os.pread(stream.fileno(), end - start, start)
+        if len(data) != end - start:
+            raise InputError(f"{self.root / name}: ends before byte {end}")
+        return data
+
+    def write(self, name: str, start: int, data: bytes) -> None:
+        """Puts bytes into a sparse file. They count as held once they are listed."""
+        with self._sparse(name) as descriptor:
+            os.pwrite(descriptor, data, start)
+
+    def list(self, name: str, ranges: Ranges) -> None:
+        """Says of bytes that were written that they are right."""
+        with self._sparse(name) as descriptor:
+            os.fsync(descriptor)
+        text = "".join(f"{start} {end}\n" for start, end in ranges)
+        with self._list(name).open("a") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes a whole file, or none."""
+        with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as stream:
+            temporary = Path(stream.name)
+            try:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                temporary.replace(self.root / name)
+            except BaseException:
+                temporary.unlink()
+                raise
+
+    def link(self, name: str, whole: Path) -> None:
+        """Takes a whole file from elsewhere in place of what is here of it."""
+        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+            link = Path(folder) / name
+            link.symlink_to(os.path.relpath(whole, self.root))
+            link.replace(self.root / name)
+        self._list(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _sparse(self, name: str) -> Iterator[int]:
+        file = self.root / name
+        if file.is_symlink():
+            file.unlink()  # what it leads to is not ours to write to
+        if not file.exists():
+            # First the list: a file of full length without one would look whole.
+            self._list(name).write_text("")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(descriptor, self.manifest.files[name].size)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _list(self, name: str) -> Path:
+        return self.root / (name + LIST)
+
+
+def _range(line: str) -> Range:
+    start, _, end = line.partition(" ")
+    return int(start), int(end)

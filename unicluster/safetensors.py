@@ -1,0 +1,61 @@
+"""The header of a safetensors file: which tensor is at which bytes.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from unicluster.errors import InputError
+from unicluster.ranges import Range
+
+# The length of the header comes first.
+LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """tensors: the bytes of each, counted from the file's start. size: the whole file's."""
+
+    end: int
+    size: int
+    tensors: dict[str, Range]
+
+
+def header_length(start: bytes) -> int:
+    """Bytes of length field and header together, from the first LENGTH_BYTES of a file."""
+    (length,) = struct.unpack("<Q", start[:LENGTH_BYTES])
+    return LENGTH_BYTES + int(length)
+
+
+def read_header(file: Path) -> Header:
+    """Raises InputError naming the file if it is damaged or not as long as its header says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header = _parse(stream, size)
+    except OSError as error:
+        raise InputError(f"{file}: can't be read: {error.strerror}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: damaged safetensors: {reason}") from error
+    if header.size != size:
+        raise InputError(
+            f"{file}: damaged safetensors: {size} bytes instead of {header.size}; copy it again"
+        )
+    return header
+
+
+def _parse(stream: BinaryIO, size: int) -> Header:
+    end = header_length(stream.read(LENGTH_BYTES))
+    if end > size:
+        raise ValueError("the header is cut off")
+    tensors = {}
+    for name, entry in json.loads(stream.read(end - LENGTH_BYTES)).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            tensors[name] = (end + first, end + last)
+    return Header(end, max((last for _, last in tensors.values()), default=end), tensors)
