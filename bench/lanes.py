@@ -58,9 +58,15 @@ class Bench:
         self._dice = random.Random(7)
 
     @asynccontextmanager
-    async def engine(self, users: int) -> AsyncIterator[Engine]:
+    async def engine(self, users: int, kv_bytes: int = 0) -> AsyncIterator[Engine]:
+        """Finished caches are kept for reuse only with `kv_bytes`."""
         engine = Engine(
-            self.thread, self.tokenizer, model_name=self.size, context=CONTEXT, users=users
+            self.thread,
+            self.tokenizer,
+            model_name=self.size,
+            context=CONTEXT,
+            users=users,
+            kv_bytes=kv_bytes,
         )
         await engine.set_model(self.model)
         yield engine
@@ -111,7 +117,7 @@ async def measure_prefill(bench: Bench) -> Figures:
 
 
 async def measure_turns(bench: Bench) -> Figures:
-    async with bench.engine(1) as engine:
+    async with bench.engine(1, kv_bytes=2**31) as engine:
         prompt = bench.prompt(TURN)
         times, said = await answer(engine, prompt, 16)
         again, _ = await answer(engine, [*prompt, *said, *bench.prompt(16)], 4)
