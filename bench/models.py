@@ -4,17 +4,21 @@ from pathlib import Path
 
 from tests.tiny import tiny_config, write_model
 
+_SIZES: dict[str, dict[str, int]] = {
+    "10M": {"hidden_size": 256, "intermediate_size": 736, "num_attention_heads": 8},
+    "125M": {"hidden_size": 768, "intermediate_size": 3488, "num_attention_heads": 12},
+}
 
-def write_llama(path: Path) -> Path:
-    """A float32 llama of 12 layers and 10 million parameters."""
-    size = {
+
+def write_llama(path: Path, size: str = "10M") -> Path:
+    """A float32 llama of 12 layers and 10 or 125 million parameters."""
+    sizes = _SIZES[size]
+    heads = sizes["num_attention_heads"]
+    rest = {
         "num_hidden_layers": 12,
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 32,
-        "vocab_size": 2048,
+        "num_key_value_heads": heads,
+        "head_dim": sizes["hidden_size"] // heads,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     }
-    return write_model(path, tiny_config("llama") | size)
+    return write_model(path, tiny_config("llama") | sizes | rest)

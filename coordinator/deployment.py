@@ -12,6 +12,7 @@ import grpc
 
 from coordinator.catalog import Source
 from coordinator.placement import Layout, Plan, Stage
+from coordinator.serving import Serving
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
@@ -127,6 +128,7 @@ class Deployment:
         identity: Identity,
         listener: Listener,
         files: Files,
+        serving: Serving,
     ) -> None:
         self.plan = plan
         self.state = "loading"
@@ -153,6 +155,8 @@ class Deployment:
                 revision=files.revision,
                 sources=files.sources,
                 hub_files=hub_files,
+                lanes=serving.lanes,
+                kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
             )
             for stage, hub_files in zip(plan.stages, files.from_hub, strict=True)
         ]

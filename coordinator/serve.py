@@ -21,6 +21,7 @@ from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.render import LoadProgress, fleet_table, plan_table
 from coordinator.service import Service
+from coordinator.serving import Serving
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import bind, join_address, make_server
 from unicluster.checkpoint import Checkpoint
@@ -44,6 +45,7 @@ class ServeOptions:
     context: int = 0
     users: int = 1
     objective: Objective = "latency"
+    serving: Serving = field(default_factory=Serving)
     nodes: list[str] | None = None
     peers: Sequence[str] = field(default=())
     host: str = ""
@@ -64,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--users", type=int, default=1, help="answers at the same time (default: 1)"
+    )
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="batches of answers that take turns on the machines (default: one a machine)",
     )
     parser.add_argument(
         "--objective",
@@ -94,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
+    if args.lanes < 0:
+        raise InputError(f"--lanes {args.lanes}: at least 1, or 0 for one a machine")
     if not 0 <= args.grpc_port <= 65535:
         raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
@@ -104,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         users=args.users,
         objective=args.objective,
+        serving=Serving(lanes=args.lanes),
         nodes=nodes,
         peers=args.peer,
         host=args.host,
@@ -276,6 +288,7 @@ async def _planned(
         options.objective,
         options.nodes,
         on_plan,
+        options.serving,
     )
 
 

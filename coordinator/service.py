@@ -12,6 +12,7 @@ from coordinator.deployment import Deployment, Files, Listener
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
+from coordinator.serving import Serving
 from coordinator.sourcing import assign, whole_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
@@ -46,6 +47,7 @@ class Service:
         objective: Objective,
         nodes: list[str] | None,
         on_plan: Callable[[Plan], Listener],
+        serving: Serving,
     ) -> None:
         self.source = source
         self.layout = Layout.from_proto(inspected)
@@ -57,6 +59,7 @@ class Service:
         self._objective = objective
         self._nodes = nodes
         self._on_plan = on_plan
+        self._serving = serving
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
         self._ready = asyncio.Event()
@@ -97,7 +100,7 @@ class Service:
         await self._ready.wait()
 
     async def describe(self) -> ChatInfo:
-        """How the service is; the count of live caches comes from the head."""
+        """How the service is; what is known of lanes and caches comes from the head."""
         info = ChatInfo(
             model=self.display,
             quant=self.layout.quant,
@@ -109,7 +112,11 @@ class Service:
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
             if self.deployment.chat is not None:
-                info.live_caches = await _live_caches(self.deployment.chat)
+                head = await _told_by_head(self.deployment.chat)
+                info.live_caches = head.live_caches
+                info.lanes = head.lanes
+                info.kept_caches = head.kept_caches
+                info.kept_bytes = head.kept_bytes
         return info
 
     async def run(self) -> None:
@@ -141,7 +148,9 @@ class Service:
         )
         listener = self._on_plan(placed)
         files = await self._files(placed, [machine.address for machine in machines])
-        deployment = Deployment(self.source, self.layout, placed, self._identity, listener, files)
+        deployment = Deployment(
+            self.source, self.layout, placed, self._identity, listener, files, self._serving
+        )
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
@@ -164,13 +173,13 @@ class Service:
         return Files(revision, [*self._own_sources, *addresses], from_hub)
 
 
-async def _live_caches(chat: "ChatAsyncStub") -> int:
-    """What the head counts; 0 when it is gone: the state says so then."""
+async def _told_by_head(chat: "ChatAsyncStub") -> ChatInfo:
+    """What the head counts; nothing when it is gone: the state says so then."""
     try:
-        return (await chat.Describe(DescribeChatRequest(), timeout=5)).live_caches
+        return await chat.Describe(DescribeChatRequest(), timeout=5)
     except grpc.aio.AioRpcError:
-        return 0
+        return ChatInfo()
     except asyncio.CancelledError:
         if not channel_was_closed():
             raise
-        return 0
+        return ChatInfo()

@@ -202,6 +202,8 @@ class Agent(NodeServicer):
             revision=spec.revision,
             sources=tuple(sources),
             hub_files=tuple(spec.hub_files),
+            lanes=spec.lanes,
+            kv_bytes=spec.kv_bytes,
         )
 
 

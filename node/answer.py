@@ -13,10 +13,14 @@ _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
 
 
 class Answer:
-    """The events of one request. `asked` is when it came, by time.perf_counter."""
+    """The events of one request. `asked` is when it came, by time.perf_counter.
+
+    `cached_tokens` is to be set to how many of the prompt needed no prefill.
+    """
 
     def __init__(self, job: Job, tokenizer: Any, asked: float) -> None:
         self.finished = False
+        self.cached_tokens = 0
         self._job = job
         self._text = TextStream(tokenizer, job.stop, job.state)
         self._end_tokens: set[int] = tokenizer.eos_token_ids
@@ -52,7 +56,11 @@ class Answer:
     def _finish(self, reason: str) -> GenerateEvent:
         self.finished = True
         decode = self._last - self._first
-        usage = Usage(prompt_tokens=len(self._job.tokens), completion_tokens=self._count)
+        usage = Usage(
+            prompt_tokens=len(self._job.tokens),
+            completion_tokens=self._count,
+            cached_tokens=self.cached_tokens,
+        )
         timings = Timings(
             queue_s=self._begun - self._asked,
             time_to_first_token_s=self._first - self._asked,

@@ -41,7 +41,7 @@ class CacheView:
             if kind not in position:
                 position[kind] = len(real) + len(ghosts)
                 ghosts.append(index)
-        self._fresh = fresh
+        self.fresh = fresh  # of the whole model
         self._members = [*real, *ghosts]
         self._real = len(real)
         self._slots = [position[kind] for kind in kinds]
@@ -53,7 +53,7 @@ class CacheView:
 
     def make(self) -> Caches:
         """New, empty caches: the stage's own, copies of others, then its ghosts."""
-        caches = self._fresh()
+        caches = self.fresh()
         return [caches[index] for index in self._members]
 
     def full(self, caches: Caches) -> Caches:

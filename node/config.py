@@ -20,3 +20,5 @@ class WorkerConfig:
     revision: str = ""
     sources: tuple[str, ...] = ()
     hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
+    lanes: int = 0
+    kv_bytes: int = 0

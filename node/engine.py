@@ -1,26 +1,25 @@
 """The generation engine: runs at the head, over any mlx-lm model object.
 
-A request's way: `submit` checks and tokenizes it beside the event loop and queues it; on the
-MLX thread it gets a place in the lane; each step's tokens become events in its ticket; when it
-finishes, fails or is cancelled it leaves the lane, and its caches are free.
+A request's way: `submit` checks and tokenizes it beside the event loop and hands it to the
+scheduler on the MLX thread, where it gets a place in a lane; each step's tokens become events in
+its ticket; when it finishes, fails or is cancelled it leaves, and its caches are free.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from node.lane import Lane
 from node.mlx_thread import MLXThread
 from node.request import check_request
 from node.sampling import Sampling
+from node.scheduler import Scheduler
 from node.ticket import Ticket
 from unicluster.errors import (
     BusyError,
@@ -37,9 +36,12 @@ log = logging.getLogger("unicluster.engine")
 class Engine:
     """Answers up to `users` requests at once and queues up to `queue_limit` more.
 
-    `context` is in tokens, prompt and answer together; `prefill_step` is how many tokens of a
-    prompt are computed between two decode steps; `defaults` is the model's
-    generation_config.json. The model comes by `set_model`, and is one made on `thread`.
+    `context` is in tokens, prompt and answer together; `lanes` is how many batches take turns,
+    by default one a stage; `prefill_step` is how many tokens of a prompt are computed at a time,
+    or fewer while answers run; `kv_bytes` is what there is for caches of all users on all stages
+    together: with it, caches of finished answers are kept for prompts that begin alike;
+    `defaults` is the model's generation_config.json. The model comes by `set_model`, and is one
+    made on `thread`.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Engine:
         model_name: str,
         context: int,
         users: int,
+        lanes: int | None = None,
+        kv_bytes: int = 0,
         queue_limit: int | None = None,
         prefill_step: int = 512,
         defaults: Mapping[str, Any] | None = None,
@@ -59,6 +63,8 @@ class Engine:
         self._name = model_name
         self._context = context
         self._users = users
+        self._lanes = lanes
+        self._kv_bytes = kv_bytes
         self._queue_limit = 4 * users if queue_limit is None else queue_limit
         self._prefill_step = prefill_step
         self._defaults = Sampling.of_model(defaults or {})
@@ -70,10 +76,8 @@ class Engine:
         self._state = "loading"
         self._failure: UniclusterError | None = UnavailableError(f"{model_name} is still loading")
 
-        # Only for the MLX thread:
-        self._lane: Lane | None = None
-        self._waiting: deque[Ticket] = deque()
-        self._turning = False
+        # Only for the MLX thread, but for its counters:
+        self.scheduler: Scheduler | None = None
 
     async def submit(self, request: GenerateRequest) -> Ticket:
         """Queues a request.
@@ -116,6 +120,7 @@ class Engine:
 
     def describe(self) -> ChatInfo:
         """What the engine knows: all but the weights and what lies on other machines."""
+        scheduler = self.scheduler
         with self._lock:
             detail = "" if self._failure is None else str(self._failure)
             return ChatInfo(
@@ -124,6 +129,9 @@ class Engine:
                 users=self._users,
                 state=self._state,
                 detail=detail,
+                lanes=len(scheduler.lanes) if scheduler is not None else 0,
+                kept_caches=len(scheduler.kept) if scheduler is not None else 0,
+                kept_bytes=scheduler.kept.nbytes if scheduler is not None else 0,
             )
 
     def _check_room(self) -> None:
@@ -149,7 +157,18 @@ class Engine:
     def _install(self, model: Any) -> None:
         self._end_all(UnavailableError(f"{self._name} is being loaded again; ask again"))
         self._discard()
-        self._lane = Lane(model, self._tokenizer, self._users, self._prefill_step)
+        self.scheduler = Scheduler(
+            self._thread,
+            model,
+            self._tokenizer,
+            context=self._context,
+            users=self._users,
+            kv_bytes=self._kv_bytes,
+            lanes=self._lanes or int(getattr(model, "stages", 1)),
+            prefill_step=self._prefill_step,
+            on_end=self._on_end,
+            on_error=self._on_error,
+        )
         with self._lock:
             self._state, self._failure = "ready", None
 
@@ -158,58 +177,31 @@ class Engine:
             self._discard()
 
     def _discard(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
-        self._lane = None
-        self._waiting.clear()
+        if self.scheduler is not None:
+            self.scheduler.close()
+        self.scheduler = None
         mx.clear_cache()
 
     def _admit(self, ticket: Ticket) -> None:
-        if not ticket.ended:
-            self._waiting.append(ticket)
-            self._turn_soon()
+        if self.scheduler is not None and not ticket.ended:
+            self.scheduler.add(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
+        self._on_end(ticket)
+        if self.scheduler is not None:
+            self.scheduler.drop(ticket)
+
+    def _on_end(self, ticket: Ticket) -> None:
         with self._lock:
             self._open.discard(ticket)
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-        elif self._lane is not None:
-            self._guarded(partial(self._lane.remove, ticket))
 
-    def _turn_soon(self) -> None:
-        if not self._turning:
-            self._turning = True
-            self._thread.post(self._turn)
-
-    def _turn(self) -> None:
-        """One step. While there is work, turns follow one another, with other work between."""
-        self._turning = False
-        lane = self._lane
-        if lane is None:
-            return
-        self._guarded(partial(self._step, lane))
-        if lane or self._waiting:
-            self._turn_soon()
-        else:
-            mx.clear_cache()
-
-    def _step(self, lane: Lane) -> None:
-        while self._waiting and not lane.full:
-            lane.add(self._waiting.popleft())
-        ended = lane.step()
-        with self._lock:
-            self._open.difference_update(ended)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _on_error(self, error: Exception) -> None:
         """An error of the model leaves a batch in pieces: all requests end with it."""
-        try:
-            work()
-        except UniclusterError as error:
+        if isinstance(error, UniclusterError):
             # Its traceback holds the batch and with it the caches, and whoever raised it may
             # keep it.
             self.fail(error.with_traceback(None))
-        except Exception as error:
-            log.exception("the model failed")
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.fail(StageError(f"{self._name} failed while computing: {reason}"))
+            return
+        log.error("the model failed", exc_info=error)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self.fail(StageError(f"{self._name} failed while computing: {reason}"))

@@ -10,6 +10,7 @@ import grpc
 from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
+from node.config import WorkerConfig
 from node.engine import Engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
@@ -34,15 +35,17 @@ PREFILL_BYTES = 8 * 2**20
 
 
 def make_engine(
-    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, *, context: int, users: int
+    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, config: WorkerConfig
 ) -> Engine:
     """The engine for a loaded model; it answers once it is given the pipeline model."""
     return Engine(
         thread,
         load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id")),
         model_name=lazy.path.name,
-        context=context,
-        users=users,
+        context=config.context,
+        users=config.users,
+        lanes=config.lanes or None,
+        kv_bytes=config.kv_bytes,
         prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
         defaults=_generation_defaults(lazy.path),
     )
@@ -112,7 +115,8 @@ class HeadChat(ChatService):
         model = self._head.model
         if model is not None:
             try:
-                info.live_caches = await self._thread.run(model.live_caches)
+                live = await self._thread.run(model.live_caches)
+                info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)
         return info

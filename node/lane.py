@@ -1,86 +1,105 @@
-"""A lane: one batch of answers that decode together."""
+"""A lane: answers that decode together, apart from those of other lanes."""
 
 import logging
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-from mlx_lm.generate import BatchGenerator
-
-from node.answer import Answer
-from node.ticket import Ticket
+from node.batch import Batch, Solo
+from node.sequence import Sequence
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.lane")
 
-# Prompts that are computed together, padded to the longest: more would make long prompts'
-# frames too big, fewer would let one long prompt hold up all that come after it.
-PREFILL_TOGETHER = 4
-
 
 class Lane:
-    """An mlx-lm BatchGenerator and the requests that run in it, at most `users`.
+    """Up to `places` sequences, from the start of their prefill to their end.
 
-    For the MLX thread. After an error raised by `add`, `remove` or `step` it is of no use.
+    For the MLX thread. After an error raised by `step` it is of no use. `steps` and `tokens`
+    count what it did.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, users: int, prefill_step: int) -> None:
-        self._tokenizer = tokenizer
-        self._users = users
-        self._running: dict[int, tuple[Ticket, Answer]] = {}
-        self._batch: Any = BatchGenerator(
-            model,
-            completion_batch_size=users,
-            prefill_batch_size=min(users, PREFILL_TOGETHER),
-            prefill_step_size=prefill_step,
-        )
-
-    def __len__(self) -> int:
-        return len(self._running)
+    def __init__(
+        self,
+        decoder: Batch | Solo,
+        places: int,
+        keep: Callable[[list[int], list[Any]], None] | None,
+    ) -> None:
+        """keep: gets the tokens and the cache of each answer that has finished."""
+        self.places = places
+        self.sequences: set[Sequence] = set()
+        self.awake = False  # whether somebody steps it
+        self.steps = 0
+        self.tokens = 0
+        self._decoder = decoder
+        self._keep = keep
+        self._joining: deque[Sequence] = deque()
+        self._decoding: set[Sequence] = set()
 
     @property
-    def full(self) -> bool:
-        """Whether as many requests run as there are users."""
-        return len(self) >= self._users
+    def free(self) -> int:
+        """Places for more sequences."""
+        return self.places - len(self.sequences)
 
-    def add(self, ticket: Ticket) -> None:
-        """Starts on a request."""
-        job = ticket.job
-        answer = Answer(job, self._tokenizer, ticket.asked)
-        (number,) = self._batch.insert(
-            [job.tokens],
-            # The answer says when it is finished. mlx-lm would also extract its cache then.
-            max_tokens=[job.max_tokens + 1],
-            samplers=[job.sampling.sampler()],
-            logits_processors=[job.sampling.processors()],
-        )
-        self._running[number] = ticket, answer
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to step for."""
+        return bool(self._joining or self._decoding)
 
-    def remove(self, ticket: Ticket) -> None:
-        """Frees the caches of a request, wherever it is; none of ours is let be."""
-        numbers = [n for n, (running, _) in self._running.items() if running is ticket]
-        for number in numbers:
-            self._batch.remove([number])
-            del self._running[number]
+    @property
+    def decoding(self) -> int:
+        """Answers that get a token in each step."""
+        return len(self._decoding)
 
-    def step(self) -> list[Ticket]:
-        """One decode step and one chunk of prefill; returns the requests that have ended."""
-        _, responses = self._batch.next()
+    def join(self, sequence: Sequence) -> None:
+        """Decodes a prefilled sequence from the next step on."""
+        self._joining.append(sequence)
+
+    def step(self) -> list[Sequence]:
+        """One token for each answer; returns the sequences that have left.
+
+        They have ended, or were cancelled; their caches are kept or freed.
+        """
+        gone = [sequence for sequence in self._decoding if sequence.ticket.ended]
+        for sequence in gone:
+            self._remove(sequence)
+        while self._joining:
+            sequence = self._joining.popleft()
+            if sequence.ticket.ended:
+                self.sequences.remove(sequence)
+                sequence.cache = []
+                gone.append(sequence)
+            else:
+                self._decoder.add(sequence)
+                self._decoding.add(sequence)
+        if not self._decoding:
+            return gone
         ended = []
-        for response in responses:
-            ticket, answer = self._running[response.uid]
+        for sequence, token, logprobs in self._decoder.step():
+            ticket, answer = sequence.ticket, sequence.answer
+            self.tokens += 1
             try:
-                ticket.send(answer.add(response.token, response.logprobs))
+                ticket.send(answer.add(token, logprobs))
             except Exception as error:  # one answer's odd text must not end the others
                 log.exception("an answer's text failed")
                 ticket.end(StageError(f"the answer can't be read: {type(error).__name__}: {error}"))
-                ended.append(ticket)
+                ended.append(sequence)
             else:
                 if answer.finished:
                     ticket.end()
-                    ended.append(ticket)
-        for ticket in ended:
-            self.remove(ticket)
-        return ended
+                    ended.append(sequence)
+        self.steps += 1
+        for sequence in ended:
+            self._remove(sequence)
+        return gone + ended
 
     def close(self) -> None:
-        """Gives back the memory limit that mlx-lm has raised."""
-        self._batch.close()
+        self._decoder.close()
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._decoding.remove(sequence)
+        self.sequences.remove(sequence)
+        if self._keep is not None and sequence.answer.finished:
+            self._keep(*self._decoder.take(sequence))
+        else:
+            self._decoder.remove(sequence)

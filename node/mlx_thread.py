@@ -1,4 +1,8 @@
-"""The one thread that touches MLX in a process; it never runs network code."""
+"""The one thread that touches MLX in a process; it never runs network code.
+
+MLX's streams belong to threads, so there is one thread for all computing. What has to wait there
+for another machine runs as a fiber: while it waits, whatever else is due runs.
+"""
 
 import asyncio
 import queue
@@ -6,22 +10,28 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from greenlet import getcurrent, greenlet
+
 T = TypeVar("T")
 
 
 class MLXThread:
-    """Runs posted actions one after another, in order."""
+    """Runs what it is given in order; fibers go on when what they wait for is there."""
 
     def __init__(self) -> None:
         self._actions: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="mlx", daemon=True).start()
 
     def post(self, action: Callable[[], object]) -> None:
-        """Queues an action, which must not raise; callable from any thread."""
+        """Queues an action that neither raises nor waits; callable from any thread."""
         self._actions.put(action)
 
+    def start(self, action: Callable[[], object]) -> None:
+        """Queues an action that does not raise, as a fiber; callable from any thread."""
+        self.post(lambda: _Fiber(self, action).switch())
+
     async def run(self, action: Callable[[], T]) -> T:
-        """Runs `action` there and gives its result, or raises what it raised, here."""
+        """Runs `action` as a fiber and gives its result, or raises what it raised, here."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -41,9 +51,62 @@ class MLXThread:
             else:
                 loop.call_soon_threadsafe(settle, result, None)
 
-        self.post(attempt)
+        self.start(attempt)
         return await done
 
     def _work(self) -> None:
         while True:
             self._actions.get()()
+
+
+class _Fiber(greenlet):
+    """Made by the thread's own loop, to which it returns when it waits and when it ends."""
+
+    def __init__(self, thread: MLXThread, action: Callable[[], object]) -> None:
+        super().__init__(action)
+        self._thread = thread
+
+    def wake(self) -> None:
+        self._thread.post(self.switch)
+
+    def rest(self) -> None:
+        """Returns once `wake` was called and it is this fiber's turn."""
+        assert self.parent is not None  # noqa: S101
+        self.parent.switch()
+
+
+class Signal:
+    """Set once, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # for the two below
+        self._is_set = False
+        self._fiber: _Fiber | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def set(self) -> None:
+        with self._lock:
+            self._is_set = True
+        if self._fiber is not None:
+            self._fiber.wake()
+        self._gate.release()
+
+    def wait(self) -> None:
+        fiber = getcurrent()
+        if not isinstance(fiber, _Fiber):
+            self._gate.acquire()
+            return
+        with self._lock:
+            if self._is_set:
+                return
+            self._fiber = fiber
+        fiber.rest()
+
+
+def give_way() -> None:
+    """In a fiber: returns after everything that is due has run."""
+    fiber = getcurrent()
+    if isinstance(fiber, _Fiber):
+        fiber.wake()
+        fiber.rest()

@@ -12,13 +12,15 @@ from mlx_lm.models.cache import CacheList
 from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
-from node.ring import Reply, Ring
+from node.ring import Reply, Ring, Window
 from node.tensors import decode_tree, encode_tree
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
 # verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
-PUSHED_TOKENS = 32
+PUSHED_TOKENS = 16
+# Frames of decode on their way: far more than lanes, each of which has one.
+PUSHED_FRAMES = 64
 
 
 class PipelineModel(nn.Module):
@@ -36,6 +38,10 @@ class PipelineModel(nn.Module):
         self._dropped: deque[int] = deque()
         self._flush_due = False
         count = len(ring.route) if ring is not None else 0
+        # One prefill chunk a stage keeps all busy. More would only wait in a stage's queue, and a
+        # frame of decode behind them.
+        self.prefill_window = Window(count + 1)
+        self._steps = Window(PUSHED_FRAMES)
         self._remotes = [
             RemoteStage(index, self._ask, self._on_free) for index in range(1, count + 1)
         ]
@@ -49,6 +55,15 @@ class PipelineModel(nn.Module):
     def args(self) -> Any:
         """The configuration object of the model's own class."""
         return self.model.args
+
+    @property
+    def stages(self) -> int:
+        """How many machines compute, this one included."""
+        return len(self._remotes) + 1
+
+    def layer_caches(self) -> list[Any]:
+        """A fresh cache of each layer of the whole model: what kinds there are."""
+        return self._hollow.cache_view.fresh()
 
     def make_cache(self) -> list[Any]:
         """The caches of the layers here, then one handle for each remote stage."""
@@ -69,12 +84,18 @@ class PipelineModel(nn.Module):
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
-        hidden, extra = self._hollow.front(inputs, local)
         hold = inputs.shape[1] > PUSHED_TOKENS
+        window = self.prefill_window if hold else self._steps
+        window.enter()
         message = HopMessage()
         message.frame.hold = hold
-        encode_tree(hidden, message.frame.hidden, extra)
-        reply = self._forward(message, cache[here:])
+        try:
+            hidden, extra = self._hollow.front(inputs, local)
+            encode_tree(hidden, message.frame.hidden, extra)
+        except BaseException:
+            window.leave()
+            raise
+        reply = self._forward(message, cache[here:], window)
         number = reply.number
 
         def resolve() -> mx.array:
@@ -90,7 +111,9 @@ class PipelineModel(nn.Module):
         query = CacheOp(query=CacheOp.Query())
         return sum(remote.ask(query).answer.live for remote in self._remotes)
 
-    def _forward(self, message: HopMessage, handles: Sequence[RemoteCache]) -> Reply:
+    def _forward(
+        self, message: HopMessage, handles: Sequence[RemoteCache], window: Window
+    ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
 
         def on_reply(frame: Frame) -> None:
@@ -98,21 +121,19 @@ class PipelineModel(nn.Module):
                 handle.after_forward(version, report)
 
         numbers = {handle.stage.index: handle.number for handle in handles}
-        return self._send(message, caches=numbers, on_reply=on_reply)
+        return self._send(message, caches=numbers, window=window, on_reply=on_reply)
 
     def _send(
         self,
         message: HopMessage,
         *,
         caches: dict[int, int] | None = None,
+        window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
-        wait_for_room: bool = True,
     ) -> Reply:
         """Sends a frame with all operations recorded until now."""
         ring = self._ring
         assert ring is not None  # noqa: S101
-        if wait_for_room:
-            ring.wait_for_room()
         frame = message.frame
         with self._lock:
             for remote in self._remotes:
@@ -121,7 +142,7 @@ class PipelineModel(nn.Module):
                 if operations or number:
                     frame.parts.add(stage=remote.index, ops=operations, cache=number)
             frame.dropped.extend(_drained(self._dropped))
-            return ring.send(message, counted=wait_for_room, on_reply=on_reply)
+            return ring.send(message, window=window, on_reply=on_reply)
 
     def _ask(self, remote: RemoteStage) -> StageReport:
         frame = self._send(HopMessage()).wait()
@@ -136,7 +157,7 @@ class PipelineModel(nn.Module):
     def _flush(self) -> None:
         self._flush_due = False
         if any(remote.operations for remote in self._remotes):
-            self._send(HopMessage(), wait_for_room=False)
+            self._send(HopMessage())
 
 
 def _drained(items: deque[Any]) -> Any:

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import itertools
-import queue
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
 
+from node.mlx_thread import Signal
 from unicluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
@@ -19,35 +20,60 @@ from unicluster.v1.stage_pb2_grpc import StageStub
 
 Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
 
-# Frames between sending and return. Twice the stages keeps every machine fed during
-# prefill and bounds what a slow one can pile up.
-FRAMES_PER_STAGE = 2
-
 
 class Reply:
-    """The return of one frame; `wait` blocks the calling thread."""
+    """The return of one frame."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._box: queue.SimpleQueue[Frame | UniclusterError] = queue.SimpleQueue()
         self._result: Frame | UniclusterError | None = None
+        self._there = Signal()
 
     def put(self, result: Frame | UniclusterError) -> None:
-        self._box.put(result)
+        self._result = result
+        self._there.set()
 
     def wait(self) -> Frame:
         """The frame as the last stage sent it; raises what broke the ring."""
         if self._result is None:
-            self._result = self._box.get()
+            self._there.wait()
         if isinstance(self._result, UniclusterError):
             raise self._result
+        assert self._result is not None  # noqa: S101
         return self._result
+
+
+class Window:
+    """Places for frames on their way, so that a slow machine pushes back."""
+
+    def __init__(self, places: int) -> None:
+        self._lock = threading.Lock()
+        self._free = places
+        self._waiting: deque[Signal] = deque()
+
+    def enter(self) -> None:
+        """Takes a place, the longest waiting first."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            signal = Signal()
+            self._waiting.append(signal)
+        signal.wait()
+
+    def leave(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._free += 1
+                return
+            signal = self._waiting.popleft()
+        signal.set()
 
 
 @dataclass
 class _Sent:
     reply: Reply
-    counted: bool
+    window: Window | None
     on_reply: Callable[[Frame], None] | None
 
 
@@ -62,7 +88,6 @@ class Ring:
         self._ids = itertools.count(1)
         self._sent: dict[int, _Sent] = {}
         self._outgoing: asyncio.Queue[HopMessage] = asyncio.Queue()
-        self._window = threading.Semaphore(FRAMES_PER_STAGE * (len(route) + 1))
         self._lock = threading.Lock()
         self._channels: list[grpc.aio.Channel] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,32 +113,29 @@ class Ring:
         ring._on_failure = on_failure
         return ring
 
-    def wait_for_room(self) -> None:
-        """Blocks while too many frames are on their way; then takes one place."""
-        self._window.acquire()
-
     def send(
         self,
         message: HopMessage,
         *,
-        counted: bool,
+        window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
     ) -> Reply:
         """Numbers the frame of `message` and sends it; frames leave in the order of these calls.
 
-        `counted`: the caller took a place with `wait_for_room`. `on_reply` is called on the
-        event loop before the reply can be waited for. A broken ring shows in the reply.
+        `window`: the caller entered it, and the frame leaves it on its return. `on_reply` is
+        called on the event loop before the reply can be waited for. A broken ring shows in the
+        reply.
         """
         with self._lock:
             number = message.frame.id = next(self._ids)
             reply = Reply(number)
             if self.failure is None:
-                self._sent[number] = _Sent(reply, counted, on_reply)
+                self._sent[number] = _Sent(reply, window, on_reply)
                 self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
                 return reply
         reply.put(self.failure)
-        if counted:
-            self._window.release()
+        if window is not None:
+            window.leave()
         return reply
 
     def call_later(self, seconds: float, action: Callable[[], None]) -> None:
@@ -181,8 +203,8 @@ class Ring:
         if sent.on_reply is not None:
             sent.on_reply(frame)
         sent.reply.put(frame)
-        if sent.counted:
-            self._window.release()
+        if sent.window is not None:
+            sent.window.leave()
 
     def _fail(self, error: UniclusterError) -> None:
         with self._lock:
@@ -193,8 +215,8 @@ class Ring:
             self._sent.clear()
         for sent in unanswered:
             sent.reply.put(error)
-            if sent.counted:
-                self._window.release()
+            if sent.window is not None:
+                sent.window.leave()
         if self._on_failure is not None:
             self._on_failure(error)
 

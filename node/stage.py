@@ -88,7 +88,10 @@ class Stage:
                 cache.extend(other)
         elif kind == "extract":
             source = caches[op.extract.source]
-            caches[op.cache] = [cache.extract(op.extract.row) for cache in source]
+            extracted = [cache.extract(op.extract.row) for cache in source]
+            # Else it would hold on to the whole batch.
+            mx.eval([cache.state for cache in extracted])
+            caches[op.cache] = extracted
         elif kind == "prepare":
             for cache in caches[op.cache]:
                 cache.prepare(**_prepare_arguments(op.prepare))

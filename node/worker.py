@@ -110,9 +110,7 @@ async def serve(config: WorkerConfig) -> None:
         weight_bytes=weight_bytes,
     )
     if hollow.start == 0:
-        engine = make_engine(
-            lazy, hollow.hidden_bytes, thread, context=config.context, users=config.users
-        )
+        engine = make_engine(lazy, hollow.hidden_bytes, thread, config)
         head = Head(hollow, info, engine, thread, identity)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)

@@ -86,6 +86,7 @@ WRONG_WORDS = [
     ("serve demo --context many", "argument --context: invalid int value: 'many'"),
     ("serve demo --context 1", "--context 1: at least 2 tokens"),
     ("serve demo --users 0", "--users 0: at least 1"),
+    ("serve demo --lanes -1", "--lanes -1: at least 1, or 0 for one a machine"),
     ("serve demo --nodes ,", "--nodes ,: names no machine"),
     ("serve demo --grpc-port 70000", "--grpc-port 70000: between 0 and 65535"),
     ("serve demo --peer nonsense", "'nonsense' is no address: give it as HOST:PORT"),

@@ -144,6 +144,18 @@ def test_many_users_at_once_get_the_answers_they_would_get_alone(served: Served)
 
 
 @llama
+def test_a_prompt_that_begins_as_one_before_is_prefilled_only_from_there(served: Served) -> None:
+    story = "Once upon a time there was a fox who lived beside a river. "
+    first = served.chat(story + "What was it?")
+
+    second = served.chat(story + "Where did it live?")
+
+    assert first.usage.cached_tokens < second.usage.cached_tokens
+    assert second.usage.cached_tokens >= len(story)
+    assert (second.text, list(second.token_ids)) == served.alone(story + "Where did it live?")
+
+
+@llama
 async def test_an_answer_that_is_given_up_frees_its_caches(served: Served) -> None:
     async with served.server.async_client() as client:
         events = client.stream("hello", temperature=0, max_tokens=LONG)

@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from node.engine import Engine
 from node.ticket import Ticket
+from tests import zoo
 from tests.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
 from tests.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import (
@@ -35,7 +36,7 @@ def of_tokens(tokens: list[int], **fields: Any) -> GenerateRequest:
     return GenerateRequest(token_ids=tokens, **({"max_tokens": 24} | fields))
 
 
-PROMPTS = [list(range(40, 43)), list(range(90)), [200] * 7, list(range(150, 190))]
+PROMPTS = [list(range(60, 63)), list(range(90)), [200] * 7, list(range(150, 190))]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,26 @@ async def test_answers_side_by_side_are_those_of_mlx_lm_one_by_one(
     engine.close()
     alone = [await tiny.alone(prompt) for prompt in PROMPTS]
     assert [(t.tokens, t.text) for t in told] == [(a.tokens, a.text) for a in alone]
+
+
+@pytest.mark.parametrize("name", ["llama4", "deepseek_v41: shared index"])
+async def test_answers_of_caches_that_do_not_batch_have_a_lane_each(name: str, tiny: Tiny) -> None:
+    odd = Tiny(await THREAD.run(lambda: zoo.build(name)), tiny.tokenizer)
+    prompts = [prompt[:30] for prompt in PROMPTS if max(prompt) < zoo.VOCAB]
+    engine = await odd.engine(users=2)
+    told = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in prompts))
+    engine.close()
+    assert [t.tokens for t in told] == [(await odd.alone(prompt)).tokens for prompt in prompts]
+
+
+async def test_penalties_hold_where_nothing_batches(tiny: Tiny) -> None:
+    odd = Tiny(await THREAD.run(lambda: zoo.build("llama4")), tiny.tokenizer)
+    engine = await odd.engine()
+    penalties = Sampling(repetition_penalty=1.5, presence_penalty=1.0)
+    told = await ask(engine, of_tokens(PROMPTS[0], sampling=penalties))
+    engine.close()
+    processors = make_logits_processors(repetition_penalty=1.5, presence_penalty=1.0)
+    assert told.tokens == (await odd.alone(PROMPTS[0], logits_processors=processors)).tokens
 
 
 async def test_requests_join_and_leave_midway(engine: Engine, tiny: Tiny) -> None:

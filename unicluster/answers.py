@@ -41,8 +41,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """`cached_tokens` of the prompt were kept from before, so that they took no time."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,9 @@ class Stage:
 class ChatInfo:
     """What is served. `state` is loading, ready, recovering or failed; `detail` says why.
 
-    `live_caches` counts the KV caches held for answers on all machines but the first.
+    `live_caches` counts the KV caches held for answers on all machines but the first. Those of
+    finished answers, `kept_caches` of `kept_bytes` on all machines together, save prompts that
+    begin alike their prefill. `lanes` are batches that take turns on the machines.
     """
 
     model: str
@@ -115,6 +120,9 @@ class ChatInfo:
     detail: str
     stages: tuple[Stage, ...]
     live_caches: int
+    lanes: int = 0
+    kept_caches: int = 0
+    kept_bytes: int = 0
 
 
 def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
@@ -179,7 +187,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
         usage, timings = event.finish.usage, event.finish.timings
         return Finish(
             reason=event.finish.reason,
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens),
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
             timings=Timings(
                 timings.queue_s,
                 timings.time_to_first_token_s,
@@ -212,6 +220,9 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
             for stage in info.stages
         ),
         live_caches=info.live_caches,
+        lanes=info.lanes,
+        kept_caches=info.kept_caches,
+        kept_bytes=info.kept_bytes,
     )
 
 

@@ -310,17 +310,21 @@ class Usage(_message.Message):
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
+    cached_tokens: _builtins.int
+    """of the prompt: kept from before, so not prefilled"""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,6 +389,9 @@ class ChatInfo(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     LIVE_CACHES_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    KEPT_CACHES_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     quant: _builtins.str
     context: _builtins.int
@@ -394,7 +401,13 @@ class ChatInfo(_message.Message):
     detail: _builtins.str
     """why, in a sentence"""
     live_caches: _builtins.int
-    """cache handles alive on all remote stages together"""
+    """cache handles of answers, alive on all remote stages together"""
+    lanes: _builtins.int
+    """batches that take turns"""
+    kept_caches: _builtins.int
+    """caches of finished answers, kept for prompts that begin alike"""
+    kept_bytes: _builtins.int
+    """of these, on all stages together"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageInfo]: ...
     def __init__(
@@ -408,10 +421,13 @@ class ChatInfo(_message.Message):
         detail: _builtins.str = ...,
         stages: _abc.Iterable[_stage_pb2.StageInfo] | None = ...,
         live_caches: _builtins.int = ...,
+        lanes: _builtins.int = ...,
+        kept_caches: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "detail", b"detail", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -275,6 +275,8 @@ class StageSpec(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     HUB_FILES_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -287,6 +289,10 @@ class StageSpec(_message.Message):
     """bytes the plan gives this stage"""
     revision: _builtins.str
     """of the model's files, as in ModelLayout"""
+    lanes: _builtins.int
+    """batches that take turns; 0: one a stage"""
+    kv_bytes: _builtins.int
+    """for caches of all users, on all stages together"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -311,10 +317,12 @@ class StageSpec(_message.Message):
         revision: _builtins.str = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
         hub_files: _abc.Iterable[_builtins.str] | None = ...,
+        lanes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

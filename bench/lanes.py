@@ -1,0 +1,203 @@
+"""Whether all machines are kept busy: users, prompts and turns over two stages.
+
+    python -m bench.lanes [--size 10M 125M] [--rounds N] [--only NAME ...] [--json FILE]
+
+The engine answers over stages in processes of their own, mTLS on, all on this machine. Greedy,
+prompts of exact lengths, nothing stops at an end token, and no prompt is reused but where reuse is
+measured. What is compared runs in the same process, in turns, round by round, and the figure is
+the median of the rounds' ratios.
+
+- users: tokens a second of 2 and 4 users together, against those of 1 user.
+- prefill: seconds to the first token of 512 tokens, one chunk on its way at a time against as
+  many as there are stages.
+- turns: seconds to the first token of a chat's second turn, against those of its first, of 2048.
+- gap: the longest time between two tokens of an answer while 4096 tokens of another are
+  prefilled, against the time of a chunk: that of the prefill over the number of chunks.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import unicluster
+from bench.models import write_llama
+from node.engine import Engine
+from node.mlx_thread import MLXThread
+from node.ring import Window
+from node.worker import SWITCH_INTERVAL
+from unicluster.v1.chat_pb2 import GenerateRequest
+
+STAGES = 2
+CONTEXT = 8192
+TOKENS = {"10M": 120, "125M": 40}  # of an answer, while users are counted
+TURN = 2048
+LONG = 4096
+
+Figures = dict[str, float]
+
+
+class Bench:
+    """A model over two stages, and engines over it."""
+
+    def __init__(self, size: str, model: Any, tokenizer: Any, thread: MLXThread) -> None:
+        self.size = size
+        self.model = model
+        self.tokenizer = tokenizer
+        self.thread = thread
+        self._dice = random.Random(7)
+
+    @asynccontextmanager
+    async def engine(self, users: int, kv_bytes: int = 0) -> AsyncIterator[Engine]:
+        """Finished caches are kept for reuse only with `kv_bytes`."""
+        engine = Engine(
+            self.thread,
+            self.tokenizer,
+            model_name=self.size,
+            context=CONTEXT,
+            users=users,
+            kv_bytes=kv_bytes,
+        )
+        await engine.set_model(self.model)
+        yield engine
+        engine.close()
+
+    def prompt(self, tokens: int) -> list[int]:
+        """One that never was before."""
+        return [self._dice.randrange(1, 256) for _ in range(tokens)]
+
+
+async def answer(engine: Engine, prompt: list[int], tokens: int) -> tuple[list[float], list[int]]:
+    """When each token came, the asking first; and the tokens."""
+    times, found = [time.perf_counter()], []
+    ticket = await engine.submit(GenerateRequest(token_ids=prompt, max_tokens=tokens))
+    async for event in ticket:
+        if event.delta.token_ids:
+            times.append(time.perf_counter())
+            found += event.delta.token_ids
+    return times, found
+
+
+async def speed(engine: Engine, bench: Bench, users: int) -> float:
+    """Tokens a second of all users, while all decode."""
+    count = TOKENS[bench.size]
+    asked = (answer(engine, bench.prompt(16), count) for _ in range(users))
+    told = [times for times, _ in await asyncio.gather(*asked)]
+    begin, end = max(times[1] for times in told), min(times[-1] for times in told)
+    return sum(begin < at <= end for times in told for at in times[1:]) / (end - begin)
+
+
+async def measure_users(bench: Bench) -> Figures:
+    async with bench.engine(4) as engine:
+        one, two, four = [await speed(engine, bench, users) for users in (1, 2, 4)]
+    return {"tokens/s of 1": one, "2 users / 1": two / one, "4 users / 1": four / one}
+
+
+async def measure_prefill(bench: Bench) -> Figures:
+    async def first_token() -> float:
+        times, _ = await answer(engine, bench.prompt(512), 1)
+        return times[1] - times[0]
+
+    async with bench.engine(1) as engine:
+        on = await first_token()
+        usual, bench.model.prefill_window = bench.model.prefill_window, Window(1)
+        off = await first_token()
+        bench.model.prefill_window = usual
+    return {"s, pipelined": on, "faster than without": off / on}
+
+
+async def measure_turns(bench: Bench) -> Figures:
+    async with bench.engine(1, kv_bytes=2**31) as engine:
+        prompt = bench.prompt(TURN)
+        times, said = await answer(engine, prompt, 16)
+        again, _ = await answer(engine, [*prompt, *said, *bench.prompt(16)], 4)
+    first, second = times[1] - times[0], again[1] - again[0]
+    return {"s, first turn": first, "second / first": second / first}
+
+
+async def measure_gap(bench: Bench) -> Figures:
+    async with bench.engine(2) as engine:
+        assert engine.scheduler is not None
+        endless = GenerateRequest(token_ids=bench.prompt(16), max_tokens=CONTEXT - 16)
+        running = await engine.submit(endless)
+        for _ in range(20):
+            await anext(running)
+        before = engine.scheduler.chunks
+        prefill = asyncio.create_task(answer(engine, bench.prompt(LONG), 1))
+        times = [time.perf_counter()]
+        while not prefill.done():
+            await anext(running)
+            times.append(time.perf_counter())
+        running.cancel()
+        begin, end = (await prefill)[0]
+        chunk = (end - begin) / (engine.scheduler.chunks - before)
+    gap = max(later - at for at, later in pairwise(times))
+    return {"s, chunk": chunk, "longest gap / chunk": gap / chunk, "s, prefill": end - begin}
+
+
+MEASURES: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
+    "users": measure_users,
+    "prefill": measure_prefill,
+    "turns": measure_turns,
+    "gap": measure_gap,
+}
+
+
+async def measure(sizes: list[str], names: list[str], rounds: int) -> dict[str, list[Figures]]:
+    """The figures of each round, by measure and size."""
+    thread = MLXThread()
+    found: dict[str, list[Figures]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            path = str(write_llama(Path(folder) / size, size))
+            model, tokenizer = await thread.run(
+                lambda path=path: unicluster.load(path, local_nodes=STAGES)  # type: ignore[misc]
+            )
+            tokenizer.eos_token_ids = []
+            with model:
+                bench = Bench(size, model, tokenizer, thread)
+                for name in names:
+                    figures = found.setdefault(f"{name}, {size}", [])
+                    for _ in range(rounds):
+                        figures.append(await MEASURES[name](bench))
+                        show(f"{name}, {size}", figures)
+    return found
+
+
+def show(name: str, rounds: list[Figures]) -> None:
+    """Medians so far, and the range of the rounds."""
+    for figure in rounds[0]:
+        values = [figures[figure] for figures in rounds]
+        spread = f"{min(values):.3f} to {max(values):.3f}"
+        print(f"{name:16} {figure:24} {median(values):9.3f}   {spread}, {len(values)} rounds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", nargs="+", choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    found = asyncio.run(measure(options.size, options.only, options.rounds))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # MLX aborts a process that ends while another thread has streams
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Decoders: how the answers of a lane get their tokens."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import CacheList
+
+from node.sequence import Sequence
+
+
+class Token(NamedTuple):
+    """The next token of an answer, and the log-probabilities of the whole vocabulary."""
+
+    sequence: Sequence
+    token: int
+    logprobs: mx.array
+
+
+class Batch:
+    """Any number of answers together, by mlx-lm's BatchGenerator."""
+
+    def __init__(self, model: Any) -> None:
+        self._numbers: dict[Sequence, int] = {}
+        # Not mlx-lm's own stream: fibers switch in the middle of a step, and streams don't.
+        stream = mx.default_stream(mx.default_device())
+        self._generator: Any = BatchGenerator(model, completion_batch_size=2**16, stream=stream)
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes over a prefilled sequence."""
+        sampling = sequence.job.sampling
+        (self._numbers[sequence],) = self._generator.insert(
+            [sequence.prompt[-1:]],
+            # The answer says when it is finished. mlx-lm would also extract its cache then.
+            max_tokens=[sequence.job.max_tokens + 1],
+            caches=[sequence.cache],
+            all_tokens=[sequence.prompt[:-1]],
+            samplers=[sampling.sampler()],
+            logits_processors=[sampling.processors()],
+        )
+        sequence.cache = []
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees its cache."""
+        self._generator.remove([self._numbers.pop(sequence)])
+
+    def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
+        """Removes it; returns its cache and the tokens in it, those of the answer included."""
+        number = self._numbers.pop(sequence)
+        taken = self._generator.remove([number], return_prompt_caches=True)
+        cache, tokens = taken[number]
+        return list(tokens), cache
+
+    def step(self) -> list[Token]:
+        """At most one token an answer; one that was just added has none yet."""
+        by_number = {number: sequence for sequence, number in self._numbers.items()}
+        _, responses = self._generator.next()
+        return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]
+
+    def close(self) -> None:
+        """Gives back the memory limit that mlx-lm has raised."""
+        self._generator.close()
+
+
+class Solo:
+    """One answer at a time, for caches that can't be batched."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._sequence: Sequence | None = None
+        self._tokens: list[int] = []  # in its cache
+        self._next = mx.array([], mx.uint32)
+        self._context = mx.array([], mx.uint32)
+        self._sampler: Any = None
+        self._processors: list[Any] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes over a prefilled sequence; there must be no other."""
+        self._sequence = sequence
+        self._tokens = sequence.prompt[:-1]
+        self._next = mx.array(sequence.prompt[-1:])
+        self._context = mx.array(sequence.prompt[:-1])
+        self._sampler = sequence.job.sampling.sampler() or _greedy
+        self._processors = sequence.job.sampling.processors()
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees its cache."""
+        sequence.cache = []
+        self._sequence = None
+
+    def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
+        """Removes it; returns its cache and the tokens in it, those of the answer included."""
+        cache = sequence.cache
+        self.remove(sequence)
+        return self._tokens, cache
+
+    def step(self) -> list[Token]:
+        """One token."""
+        if self._sequence is None:
+            return []
+        self._tokens += cast(list[int], self._next.tolist())
+        logits = self._model(self._next[None], cache=self._sequence.cache)[:, -1, :]
+        if self._processors:
+            self._context = mx.concatenate([self._context, self._next])
+            for processor in self._processors:
+                logits = processor(self._context, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._next = self._sampler(logprobs)
+        drawn: Any = self._next.tolist()
+        return [Token(self._sequence, drawn[0], logprobs[0])]
+
+    def close(self) -> None:
+        self._sequence = None
+
+
+def can_batch(caches: Iterable[Any]) -> bool:
+    """Whether answers with such caches can be decoded together."""
+    return all(
+        can_batch(cache.caches) if isinstance(cache, CacheList) else hasattr(cache, "merge")
+        for cache in caches
+    )
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)

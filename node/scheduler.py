@@ -1,0 +1,220 @@
+"""Who computes next: queue, prefill, lanes. All of it on the MLX thread.
+
+A request waits for a place in a lane; its prompt is prefilled, in turns with other prompts, and
+then its answer decodes in the lane. Prefill is one fiber and each lane another: while a step of
+one lane is on other machines, the rest computes.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+
+from node.answer import Answer
+from node.batch import Batch, Solo, can_batch
+from node.kept import Kept, KeptCaches
+from node.lane import Lane
+from node.memory import Memory
+from node.mlx_thread import MLXThread, give_way
+from node.pace import Pace
+from node.sequence import Sequence
+from node.ticket import Ticket
+
+
+class Scheduler:
+    """Serves one model until closed.
+
+    `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
+    fill it: that much is promised before an answer begins, and what is left keeps caches of
+    finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
+    ended, `on_error` at most once, with what the model raised: then all answers are lost.
+    `prefilled` counts prompt tokens computed, in `chunks`.
+    """
+
+    def __init__(
+        self,
+        thread: MLXThread,
+        model: Any,
+        tokenizer: Any,
+        *,
+        context: int,
+        users: int,
+        lanes: int,
+        kv_bytes: int,
+        prefill_step: int,
+        on_end: Callable[[Ticket], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        kinds = _kinds(model)
+        batches = can_batch(kinds)
+        lanes = min(lanes, users) if batches else users
+        self.waiting: deque[Ticket] = deque()
+        self.lanes = [
+            Lane(
+                Batch(model) if batches else Solo(model),
+                places=users // lanes + (index < users % lanes) if batches else 1,
+                keep=self._keep if kv_bytes else None,
+            )
+            for index in range(lanes)
+        ]
+        self.memory = Memory(kv_bytes, users, context, kinds)
+        self.kept = KeptCaches()
+        self.prefilled = 0
+        self.chunks = 0
+        self._thread = thread
+        self._model = model
+        self._tokenizer = tokenizer
+        self._on_end = on_end
+        self._on_error = on_error
+        self._prompts: deque[tuple[Sequence, Lane]] = deque()
+        self._prefilling = False
+        self._stages = int(getattr(model, "stages", 1))
+        self._pace = Pace(prefill_step, self._stages)
+        self._closed = False
+
+    def add(self, ticket: Ticket) -> None:
+        """Queues a request."""
+        self.waiting.append(ticket)
+        self._schedule()
+
+    def drop(self, ticket: Ticket) -> None:
+        """Takes an ended request out of the queue; a running one leaves at its next step."""
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+
+    def close(self) -> None:
+        """Lets go of everything; what waits for another machine does so once it hears of it."""
+        self._closed = True
+        for lane in self.lanes:
+            lane.close()
+        self.lanes.clear()
+        self.kept.clear()
+        self.waiting.clear()
+        self._prompts.clear()
+
+    @property
+    def promised(self) -> int:
+        """KV bytes that the answers begun may come to: never more than there are, with so few
+        places in the lanes.
+        """
+        return sum(
+            self.memory.need_together(sequence.most for sequence in lane.sequences)
+            for lane in self.lanes
+        )
+
+    def _schedule(self) -> None:
+        """Begins with the requests that came first, each in the lane with the fewest others."""
+        while self.waiting:
+            lane = max(self.lanes, key=lambda lane: (lane.free > 0, -len(lane.sequences)))
+            if not lane.free:
+                return
+            ticket = self.waiting.popleft()
+            sequence = Sequence(ticket, Answer(ticket.job, self._tokenizer, ticket.asked))
+            lane.sequences.add(sequence)
+            sequence.kept = self.kept.find(sequence.prompt)
+            self.kept.shrink(self.memory.total - self.promised)
+            self._prompts.append((sequence, lane))
+            if not self._prefilling:
+                self._prefilling = True
+                self._start(self._prefill)
+
+    def _prefill(self) -> None:
+        while self._prompts and not self._closed:
+            sequence, lane = self._prompts.popleft()
+            if sequence.ticket.ended:
+                self._finish(sequence, lane)
+            elif not sequence.cache:
+                self._begin(sequence)
+                self._prompts.appendleft((sequence, lane))
+                continue
+            elif sequence.left > 0:
+                decoding = any(lane.decoding for lane in self.lanes)
+                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
+                self._prompts.append((sequence, lane))
+            else:
+                lane.join(sequence)
+                if not lane.awake:
+                    lane.awake = True
+                    self._start(partial(self._decode, lane))
+            give_way()
+        self._prefilling = False
+        self._rest()
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Gives it a cache: of another's tokens, where they are the same."""
+        if sequence.kept is None:
+            sequence.cache = make_prompt_cache(self._model)
+        else:
+            kept, sequence.cached = sequence.kept
+            sequence.cache, sequence.kept = kept.copied(sequence.cached), None
+            sequence.answer.cached_tokens = sequence.cached
+
+    def _compute(self, sequence: Sequence, most: int) -> None:
+        """One chunk of a prompt; on other machines it goes on after this returns."""
+        end = sequence.cached + min(most, sequence.left)
+        chunk = mx.array(sequence.prompt[sequence.cached : end])
+        self._model(chunk[None], cache=sequence.cache)
+        mx.eval([cache.state for cache in sequence.cache])
+        mx.clear_cache()
+        self.prefilled += end - sequence.cached
+        self.chunks += 1
+        sequence.cached = end
+
+    def _decode(self, lane: Lane) -> None:
+        while lane.busy and not self._closed:
+            began = time.perf_counter()
+            prefilling = self._prefilling
+            ended = lane.step()
+            if self._stages == 1:  # else others ran while the step was on its way
+                give_way()
+            if lane.decoding:
+                self._pace.note(time.perf_counter() - began, prefilling)
+            for sequence in ended:
+                self._finish(sequence, lane)
+        lane.awake = False
+        self._rest()
+
+    def _keep(self, tokens: list[int], cache: list[Any]) -> None:
+        mx.eval([entry.state for entry in cache])  # else it would hold on to the whole batch
+        bound = self.memory.need(len(tokens))
+        kept = Kept(np.array(tokens), cache, nbytes=bound, trimmable=self.memory.grows)
+        self.kept.add(kept)
+        self.kept.shrink(self.memory.total - self.promised)
+        self._start(partial(self._weigh, kept))
+
+    def _weigh(self, kept: Kept) -> None:
+        """Asks the other machines what it was taken for until now."""
+        nbytes = sum(entry.nbytes for entry in kept.cache)
+        trimmable = can_trim_prompt_cache(kept.cache)
+        kept.nbytes, kept.trimmable = nbytes, trimmable
+
+    def _finish(self, sequence: Sequence, lane: Lane) -> None:
+        lane.sequences.discard(sequence)
+        self._on_end(sequence.ticket)
+        if not self._closed:
+            self._schedule()
+
+    def _rest(self) -> None:
+        if not self._prefilling and not any(lane.awake for lane in self.lanes):
+            mx.clear_cache()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:
+                if not self._closed:
+                    self._on_error(error)
+
+        self._thread.start(guarded)
+
+
+def _kinds(model: Any) -> list[Any]:
+    """A fresh cache of each layer, wherever the layer lives."""
+    fresh: list[Any] = model.layer_caches() if hasattr(model, "layer_caches") else []
+    return fresh or make_prompt_cache(model)

@@ -1,0 +1,38 @@
+"""An answer in the making and its cache: what lanes and prefill hand to one another."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from node.answer import Answer
+from node.kept import Kept
+from node.request import Job
+from node.ticket import Ticket
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`cache` holds the first `cached` tokens of the prompt, some maybe those of `kept`."""
+
+    ticket: Ticket
+    answer: Answer
+    kept: tuple[Kept, int] | None = None
+    cache: list[Any] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def job(self) -> Job:
+        return self.ticket.job
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.job.tokens
+
+    @property
+    def most(self) -> int:
+        """Tokens it may come to, prompt included."""
+        return len(self.prompt) + self.job.max_tokens
+
+    @property
+    def left(self) -> int:
+        """Prompt tokens to prefill; the last one is the decoder's."""
+        return len(self.prompt) - 1 - self.cached
