@@ -5,10 +5,10 @@
 GAP = 0.25
 GAP_STEPS = 4
 # Below this a chunk costs a machine as much time as a larger one: reading the weights.
-LEAST_TOKENS = 32
+LEAST_TOKENS = 24
 # The last chunk is computed by one machine at a time, so there are that many for each machine
-# after the first: stages are idle for a seventeenth of the time.
-CHUNKS_PER_STAGE = 16
+# after the first: stages are idle for a twenty-first of the time.
+CHUNKS_PER_STAGE = 20
 
 
 class Pace:

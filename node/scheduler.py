@@ -17,6 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
 from node.batch import Batch, Solo, can_batch
+from node.buffers import give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
 from node.memory import Memory
@@ -160,7 +161,7 @@ class Scheduler:
         chunk = mx.array(sequence.prompt[sequence.cached : end])
         self._model(chunk[None], cache=sequence.cache)
         mx.eval([cache.state for cache in sequence.cache])
-        mx.clear_cache()
+        give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
+from node.buffers import give_back
 from node.cacheview import Caches
 from node.hollow import HollowModel
 from node.tensors import decode_tree, encode_tree
@@ -37,7 +38,7 @@ class Stage:
         """
         started = time.perf_counter()
         report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
-        freed = frame.hold
+        freed = False
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
                 for op in part.ops:
@@ -53,8 +54,9 @@ class Stage:
             if frame.claim:
                 encode_tree(session.held.pop(frame.claim), frame.hidden)
         if freed:
-            # As mlx-lm does after a chunk: MLX would keep what was freed for itself.
             mx.clear_cache()
+        elif frame.hold:
+            give_back()
         report.compute_s = time.perf_counter() - started
 
     def _forward(

@@ -1,0 +1,86 @@
+"""Which kept cache a prompt gets, and which go first."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from node.kept import LEAST_TOKENS, Kept, KeptCaches
+from node.memory import STEP, Memory
+
+STORY = list(range(100))
+
+
+def kept(tokens: list[int], nbytes: int = 10, trimmable: bool = True) -> Kept:
+    return Kept(np.array(tokens), [], nbytes, trimmable)
+
+
+def saved(caches: KeptCaches, prompt: list[int]) -> int:
+    found = caches.find(prompt)
+    return 0 if found is None else found[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "trimmable", "tokens"),
+    [
+        ([*STORY, 1, 2], True, 100),  # the next turn
+        ([*STORY, 1, 2], False, 100),
+        (STORY, True, 99),  # the last token is always computed
+        (STORY, False, 0),
+        (STORY[:50] + [7] * 9, True, 50),  # another turn after the same beginning
+        (STORY[:50] + [7] * 9, False, 0),
+        (STORY[: LEAST_TOKENS - 1] + [7] * 9, True, 0),  # not worth a copy
+        ([7, *STORY], True, 0),
+        ([0], True, 0),
+    ],
+)
+def test_how_much_of_a_prompt_is_saved(prompt: list[int], trimmable: bool, tokens: int) -> None:
+    caches = KeptCaches()
+    caches.add(kept(STORY, trimmable=trimmable))
+
+    assert saved(caches, prompt) == tokens
+
+
+def test_a_longer_cache_replaces_the_shorter_that_it_begins_with() -> None:
+    caches = KeptCaches()
+    caches.add(kept(STORY[:50]))
+    caches.add(kept([*STORY[:50], 1]))
+    caches.add(kept(STORY))
+
+    assert len(caches) == 2
+
+
+def test_one_that_cannot_be_trimmed_replaces_none() -> None:
+    caches = KeptCaches()
+    caches.add(kept(STORY[:50], trimmable=False))
+    caches.add(kept(STORY, trimmable=False))
+
+    assert saved(caches, STORY[:70]) == 50
+
+
+def test_the_least_recently_used_go_first() -> None:
+    caches = KeptCaches()
+    for first in (1000, 2000, 3000):
+        caches.add(kept(list(range(first, first + 100))))
+    caches.find(list(range(1000, 1100)))
+
+    caches.shrink(20)
+
+    assert [saved(caches, list(range(f, f + 100))) for f in (1000, 2000, 3000)] == [99, 0, 99]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tokens", "share"),
+    [
+        ([KVCache()], STEP, 1 / 16),
+        ([KVCache()], STEP + 1, 2 / 16),  # caches grow by steps
+        ([KVCache()], 16 * STEP, 1),
+        ([KVCache(), RotatingKVCache(64)], 1, 1),  # a window is soon full
+    ],
+)
+def test_what_an_answer_is_promised(kinds: list[Any], tokens: int, share: float) -> None:
+    memory = Memory(total=3200, users=2, context=16 * STEP, kinds=kinds)
+
+    assert memory.need(tokens) == 1600 * share
+    assert memory.need_together([1, tokens]) == 2 * 1600 * share

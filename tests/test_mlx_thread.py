@@ -1,0 +1,68 @@
+"""Fibers: what waits lets others run."""
+
+import asyncio
+import threading
+
+from node.mlx_thread import MLXThread, Signal, give_way
+
+THREAD = MLXThread()
+
+
+async def test_what_waits_lets_others_run() -> None:
+    reply, told = Signal(), []
+
+    def waits() -> None:
+        told.append("asked")
+        reply.wait()
+        told.append("went on")
+
+    waiting = asyncio.create_task(THREAD.run(waits))
+    await asyncio.sleep(0)  # it is queued first
+    await THREAD.run(lambda: told.append("another"))
+    reply.set()
+    await waiting
+
+    assert told == ["asked", "another", "went on"]
+
+
+async def test_a_signal_that_is_set_already_does_not_wait() -> None:
+    signal = Signal()
+    signal.set()
+
+    await THREAD.run(signal.wait)
+
+
+def test_another_thread_just_waits() -> None:
+    signal = Signal()
+    threading.Timer(0.01, signal.set).start()
+
+    signal.wait()
+
+
+async def test_those_that_give_way_take_turns() -> None:
+    told: list[str] = []
+
+    def work(name: str) -> None:
+        for _ in range(3):
+            told.append(name)
+            give_way()
+
+    began = threading.Event()
+    THREAD.post(began.wait)  # both are queued before the first begins
+    both = [asyncio.create_task(THREAD.run(lambda name=name: work(name))) for name in "ab"]  # type: ignore[misc]
+    await asyncio.sleep(0)
+    began.set()
+    await asyncio.gather(*both)
+
+    assert "".join(told) == "ababab"
+
+
+async def test_an_error_comes_to_who_asked() -> None:
+    def fails() -> None:
+        give_way()
+        raise ValueError("no")
+
+    try:
+        await THREAD.run(fails)
+    except ValueError as error:
+        assert str(error) == "no"  # noqa: PT017
