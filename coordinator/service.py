@@ -12,6 +12,7 @@ from coordinator.deployment import Deployment, Listener
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
+from coordinator.shortfall import scaled
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
@@ -132,7 +133,13 @@ class Service:
             names = [machine.name for machine in machines if machine.name in names]
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
-            plan, self.layout, machines, self._objective, model=self.display, nodes=names
+            plan,
+            self.layout,
+            machines,
+            self._objective,
+            model=self.display,
+            nodes=names,
+            alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
         listener = self._on_plan(placed)
         deployment = Deployment(self.source, self.layout, placed, self._identity, listener)

@@ -1,13 +1,15 @@
 """A model from its config.json alone: the mlx-lm class it will be, lazy and without weights.
 
 Run as a program it reads InspectRequests with a `config_json` from standard input, each with its
-length before it, and answers each with a ModelLayout in the same form.
+length before it, and answers each with a ModelLayout in the same form. A request without one
+names where it is: the demo, a directory, or a hub repository.
 """
 
 import contextlib
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +20,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, quantize_model
 
 from node.layout import layout_of
-from node.weights import BITS, GROUP_SIZE, stored_quant
-from unicluster.errors import InputError, UniclusterError
+from node.weights import BITS, DEMO, GROUP_SIZE, stored_quant
+from unicluster.errors import InputError, NotFoundError, UniclusterError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # Experts in the float format they were trained in, all else in 8 bits: how mlx-community
@@ -36,7 +38,7 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
     Raises InputError for a config of no model that mlx-lm knows, or a context too long.
     """
     try:
-        config = json.loads(request.config_json)
+        config = json.loads(request.config_json or _config_of(request.model))
     except ValueError as error:
         raise InputError(f"{request.model}: its config is no JSON: {error}") from error
     model, quant = build(config, request.quant, request.model)
@@ -62,7 +64,7 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
     _sanitize(model, config)
     _cast(model, config)
     own = _own_quantization(config, name)
-    if own is not None:
+    if own is not None and quant != EXPERTS_MXFP4:
         _quantize_as_stored(model, own)
         stored = stored_quant({"quantization": own}, model)
         if quant not in ("", "none", stored):
@@ -72,6 +74,25 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
         return model, stored_quant({}, model)
     _quantize(model, config, quant)
     return model, quant
+
+
+def _config_of(model: str) -> str:
+    """The config.json of the demo, a directory here, or a hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = DEMO if model == "demo" else Path(model).expanduser()
+    try:
+        if not path.is_absolute():
+            path = Path(hf_hub_download(model, "config.json")).parent
+        return (path / "config.json").read_text("utf-8")
+    except LocalEntryNotFoundError as error:
+        reason = "the hub can't be reached; give its config.json, or a directory"
+        raise NotFoundError(f"{model}: {reason}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise NotFoundError(f"{model}: no such repository on the hub, or it is gated") from error
+    except OSError as error:
+        raise InputError(f"{path / 'config.json'}: {error.strerror or error}") from error
 
 
 def _sanitize(model: nn.Module, config: dict[str, Any]) -> None:

@@ -128,9 +128,7 @@ def _members(cache: Sequence[Any]) -> Iterator[Any]:
 def _extend(entry: Any, tokens: int) -> None:
     """As if so many tokens more had gone through an attention layer."""
     like = entry.keys, entry.values
-    entry.update_and_fetch(
-        *(mx.zeros((*a.shape[:2], tokens, *a.shape[3:]), a.dtype) for a in like)
-    )
+    entry.update_and_fetch(*(mx.zeros((*a.shape[:2], tokens, *a.shape[3:]), a.dtype) for a in like))
 
 
 def _active(layer: nn.Module, measure: Callable[[nn.Module], int], step: _Step) -> int:
