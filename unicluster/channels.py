@@ -201,7 +201,8 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     """What went wrong in a call to `who`, in one line. `error` comes from any kind of channel."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
-    is_ours = any(key == OUR_OWN[0][0] for key, _ in error.trailing_metadata() or ())  # type: ignore[misc]
+    metadata: Any = error.trailing_metadata() or ()
+    is_ours = any(key == OUR_OWN[0][0] for key, _ in metadata)
     for pattern, meaning in () if is_ours else _BROKEN:
         if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"
