@@ -4,10 +4,11 @@ import difflib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from unicluster.errors import InputError, NotFoundError
 
@@ -20,16 +21,32 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Entry:
-    """A catalogue model: its original repository, and the MLX ones known, by quantization."""
+    """A catalogue model: its original repository, and the MLX ones known, by quantization.
+
+    recipes: how an MLX repository was quantized, where it is not all weights alike.
+    """
 
     id: str
     aliases: tuple[str, ...]
     hf: str
     mlx: dict[str, str]
+    recipes: dict[str, str]
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.id, *self.aliases, self.hf.split("/")[1])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The facts of the original repository's config.json that say what the model is."""
+        found: dict[str, Any] = _configs()[self.id]["config"]
+        return found
+
+    @property
+    def quants(self) -> tuple[str, ...]:
+        """What can be asked for: weights that are quantized already stay so."""
+        stored = "quantization_config" in self.config
+        return (*self.recipes, "none") if stored else QUANTS
 
 
 @dataclass(frozen=True)
@@ -43,14 +60,28 @@ class Source:
     model: str
     quant: str
     display: str
+    # Whether another quantization could be had: of a catalogue model there are others.
+    quants: bool = field(default=False, compare=False)
 
 
 @cache
 def entries() -> tuple[Entry, ...]:
     text = resources.files("coordinator").joinpath("catalog.json").read_text("utf-8")
     return tuple(
-        Entry(row["id"], tuple(row["aliases"]), row["hf"], row["mlx"]) for row in json.loads(text)
+        Entry(row["id"], tuple(row["aliases"]), row["hf"], row["mlx"], row.get("recipes", {}))
+        for row in json.loads(text)
     )
+
+
+@cache
+def _configs() -> dict[str, Any]:
+    text = resources.files("coordinator").joinpath("configs.json").read_text("utf-8")
+    return {row["id"]: row for row in json.loads(text)}
+
+
+def find(name: str) -> Entry | None:
+    """The catalogue model that a person calls so."""
+    return _by_name().get(_key(name))
 
 
 def resolve(name: str, quant: str | None = None) -> Source:
@@ -82,9 +113,10 @@ def resolve(name: str, quant: str | None = None) -> Source:
 
 def _catalogued(entry: Entry, quant: str) -> Source:
     display = _display(entry.id, "" if quant == "none" else quant)
+    others = len(entry.quants) > 2
     if quant in entry.mlx:
-        return Source(entry.mlx[quant], "", display)
-    return Source(entry.hf, "" if quant == "none" else quant, display)
+        return Source(entry.mlx[quant], "", display, others)
+    return Source(entry.hf, "" if quant == "none" else quant, display, others)
 
 
 def _display(name: str, quant: str) -> str:

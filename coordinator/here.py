@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coordinator.links import Network
 from coordinator.members import Members
 from coordinator.placement import Layout, Machine
 from coordinator.pool import Pool
@@ -26,7 +27,8 @@ def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int,
 
     Raises DoesNotFitError when there is none.
     """
-    costs = [Pool(layout, [machine]).seconds(hops=True)[0] for machine in machines]
+    problems = [Pool(layout, [machine], Network()).problem() for machine in machines]
+    costs = [(problem.first[0], problem.step[0]) for problem in problems]
     rows = [costs[0][0]]
     for _, step in costs[1:]:
         rows.append((rows[-1][:, None] + step).min(axis=0))

@@ -1,9 +1,8 @@
 """What is placed and where: a model's layout, machines, stages, and the plan made of them.
 
-A stage's seconds a token are the bytes it reads for one token (active weights, and one user's
-KV cache at the full context) over its machine's memory bandwidth; a hop costs what its machine
-says. The head's bytes count as read, although only one row of an untied embedding is, and a
-batch is taken to read the experts that one token reads.
+A stage's seconds a token, until they are measured: the bytes it reads for one token (active
+weights, and one user's KV cache at the full context) at BANDWIDTH_SHARE of its machine's memory
+bandwidth, and LAYER_S a layer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,13 @@ from unicluster.v1 import node_pb2
 
 Objective = Literal["latency", "throughput"]
 
-# One way between two machines on a LAN with the frame's packing, until it is measured.
-ASSUMED_HOP_S = 0.3e-3
+# Decoding reads weights at about this part of what the memory could give: a usual figure for
+# quantized matrix-vector kernels on all the machines here.
+BANDWIDTH_SHARE = 0.8
+# A layer starts 15 to 40 kernels, at some microseconds each.
+LAYER_S = 0.1e-3
+# Prefill multiplies matrices at about this part of the peak.
+COMPUTE_SHARE = 0.5
 
 # The MLX runtime in a worker: its allocator's cache, kernels and Python.
 RUNTIME_RESERVE = 256 * 2**20
@@ -35,6 +39,8 @@ RESERVE_SHARE = 16
 class Layout:
     """What a model weighs, in bytes; per layer where a tuple. KV is for all users together.
 
+    head_bytes: all outside the layers. Of them embed_bytes are embeddings, and
+    head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
     forbidden_cuts: layers that must be on the same stage as the layer before them.
     """
 
@@ -49,6 +55,10 @@ class Layout:
     quant: str
     max_context: int
     forbidden_cuts: tuple[int, ...] = ()
+    embed_bytes: int = 0
+    head_active_bytes: int | None = None
+    parameters: int = 0
+    layer_active_parameters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -73,11 +83,19 @@ class Layout:
             quant=layout.quant,
             max_context=layout.max_context,
             forbidden_cuts=tuple(layout.forbidden_cuts),
+            embed_bytes=layout.embed_bytes,
+            head_active_bytes=layout.head_active_bytes or None,
+            parameters=layout.parameters,
+            layer_active_parameters=tuple(layout.layer_active_parameters) or None,
         )
 
     @property
     def layers(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def quantized(self) -> bool:
+        return self.quant.startswith(("q", "mxfp"))
 
     @property
     def weight_bytes(self) -> int:
@@ -99,6 +117,17 @@ class Layout:
         both = zip(self.layer_active_bytes, self.kv_bytes_per_layer, strict=True)
         return tuple(active + kv / self.users for active, kv in both)
 
+    @property
+    def head_read_bytes(self) -> int:
+        """What is read of the head's bytes for one token."""
+        return self.head_bytes if self.head_active_bytes is None else self.head_active_bytes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prefill chunk: one frame on the wire."""
+        by_frame = PREFILL_BYTES // max(self.hidden_bytes, 1)
+        return max(1, min(self.context, PREFILL_TOKENS, by_frame))
+
     def reserve(self, held: int) -> int:
         """Bytes for the runtime and a prefill chunk beside `held` bytes of weights and KV."""
         return min(self._full_reserve, held // RESERVE_SHARE)
@@ -109,6 +138,10 @@ class Layout:
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
         return max(usable - self._full_reserve, scaled)
 
+    def needed(self, held: int) -> int:
+        """Usable bytes that a machine must have to hold so much of weights and KV."""
+        return held + self.reserve(held)
+
     @property
     def _full_reserve(self) -> int:
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
@@ -117,15 +150,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that may take a stage: bytes, bytes per second, and seconds per hop."""
+    """A machine that may take a stage: bytes, bytes per second, and operations per second.
+
+    compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: measured
+    seconds over assumed ones for the model that is planned; None while all is assumed.
+    """
 
     name: str
     address: str
     usable: int
     bandwidth: float
     chip: str = ""
-    hop_s: float = ASSUMED_HOP_S
     backend: str = ""
+    compute: float = 0.0
+    link: str = ""
+    pace: float | None = None
 
     @classmethod
     def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
@@ -138,10 +177,20 @@ class Machine:
             backend=info.backend,
         )
 
+    def seconds(self, read_bytes: float, layers: int) -> float:
+        """To decode one token through so many layers, of which so many bytes are read."""
+        assumed = read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers
+        return assumed * (1.0 if self.pace is None else self.pace)
+
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers [first, end) on a machine. Stage 0 is the head, and holds its bytes too."""
+    """Layers [first, end) on a machine. Stage 0 is the head, and holds its bytes too.
+
+    seconds_per_token: of one user. batch_seconds: what each further user of a batch adds.
+    chunk_seconds: of a prefill chunk; None if the machine's compute is not known.
+    hop_s: to the next stage, or from the last one back to the head.
+    """
 
     machine: Machine
     first: int
@@ -150,7 +199,11 @@ class Stage:
     kv_bytes: int
     reserve_bytes: int
     head: bool
-    seconds_per_token: float  # of one user
+    seconds_per_token: float
+    batch_seconds: float = 0.0
+    chunk_seconds: float | None = None
+    hop_s: float = 0.0
+    hop_measured: bool = False
 
     @property
     def bytes(self) -> int:
@@ -160,20 +213,29 @@ class Stage:
     def free_bytes(self) -> int:
         return self.machine.usable - self.bytes
 
+    @property
+    def measured(self) -> bool:
+        return self.machine.pace is not None
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement that fits, with what it should give. All speeds are predicted."""
+    """A placement that fits, with what it should give. All speeds are predicted.
+
+    gap: how much better, at most, another placement could be; 0 when none can.
+    """
 
     objective: Objective
     users: int
     stages: tuple[Stage, ...]
     left_out: tuple[tuple[Machine, str], ...]  # each with the reason
+    chunk_tokens: int = 0
+    gap: float = 0.0
 
     @property
     def hops_s(self) -> float:
         """Seconds a token spends between machines, once round the ring."""
-        return sum(s.machine.hop_s for s in self.stages) if len(self.stages) > 1 else 0.0
+        return sum(s.hop_s for s in self.stages)
 
     @property
     def seconds_per_token(self) -> float:
@@ -189,11 +251,14 @@ class Plan:
         """All users together, in as many lanes as there are stages (or users, if fewer)."""
         lanes = min(self.users, len(self.stages))
         batch = self.users / lanes
-        steps = [
-            s.seconds_per_token + (batch - 1) * s.kv_bytes / self.users / s.machine.bandwidth
-            for s in self.stages
-        ]
+        steps = [s.seconds_per_token + (batch - 1) * s.batch_seconds for s in self.stages]
         return self.users / max(sum(steps) + self.hops_s, lanes * max(steps))
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Of a prompt of many chunks, which follow one another; None if it can't be told."""
+        seconds = [s.chunk_seconds for s in self.stages if s.chunk_seconds is not None]
+        return self.chunk_tokens / max(seconds) if len(seconds) == len(self.stages) else None
 
     @property
     def slowest(self) -> Stage:

@@ -4,25 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-import numpy as np
-
 from coordinator import cuts
-from coordinator.placement import ASSUMED_HOP_S, Layout, Machine, Objective, Plan, Stage
+from coordinator.links import Network
+from coordinator.placement import Layout, Machine, Objective, Plan, Stage
 from coordinator.pool import Pool
-from coordinator.shortfall import refusal
-from unicluster.errors import DoesNotFitError, InputError
+from coordinator.search import cheapest
+from coordinator.shortfall import Alternatives, refusal, scaled
+from unicluster.errors import InputError
 from unicluster.units import format_bytes
 
-__all__ = [
-    "ASSUMED_HOP_S",
-    "Layout",
-    "Machine",
-    "Objective",
-    "Plan",
-    "Stage",
-    "plan",
-    "split_evenly",
-]
+__all__ = ["Layout", "Machine", "Objective", "Plan", "Stage", "plan", "split_evenly"]
+
+AS_STATED = scaled(quants=True)
+ANY = Network()
 
 
 def plan(
@@ -32,16 +26,18 @@ def plan(
     *,
     model: str = "",
     nodes: Sequence[str] | None = None,
+    network: Network = ANY,
+    alternatives: Alternatives = AS_STATED,
 ) -> Plan:
     """The best contiguous placement of `layout` on some of `machines`.
 
     latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
     among such plans the one of least latency. Needless machines stay out, because each costs a
-    hop. Exact for any ten machines; for more see `cuts.best_cut`. `nodes` names the machines
-    that may be used; `model` is how messages call the model.
+    hop. Exact for any 8 machines; for more, `Plan.gap` says how far from the best it may be.
+    `nodes` names the machines that may be used; `model` is how messages call the model.
 
-    Raises InputError for an unknown node or objective, DoesNotFitError if no cut fits; its
-    message says how many bytes are missing and what would help.
+    Raises InputError for an unknown node or objective, NoPlanError if no cut fits; its message
+    says how many bytes are missing and which of the `alternatives` would help.
     """
     if objective not in get_args(Objective):
         raise InputError(f"no objective {objective!r}: it is latency or throughput")
@@ -51,21 +47,26 @@ def plan(
         if machine.bandwidth <= 0:
             raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
 
-    pool = Pool(layout, able)
-    limit = math.inf
-    if objective == "throughput" and (rough := pool.cut(np.maximum, pool.seconds(hops=False))):
-        limit = max(stage.seconds_per_token for stage in pool.stages(rough))
-    pieces = pool.cut(np.add, pool.seconds(hops=True, limit=limit))
-    if pieces is None:
-        raise DoesNotFitError(refusal(layout, pool, model or layout.model_type))
-    stages = pool.stages(pieces)
-    used = {stage.machine for stage in stages}
+    pool = Pool(layout, able, network)
+    if not pool.fits():
+        raise refusal(layout, pool, model or layout.model_type, alternatives)
+    slowest, proven = pool.least_slowest() if objective == "throughput" else (math.inf, True)
+    found = cheapest(pool.problem(slowest))
+    if found is None:
+        raise InputError(
+            f"{len(able)} machines are too many to search: name some of them with --nodes"
+        )
+    stages = pool.stages(found.pieces)
+    gap = 1 - found.bound / found.cost
+    if objective == "throughput":
+        gap = 0.0 if proven else 1 - pool.slowest_bound() / slowest
+    used = {stage.machine.name for stage in stages}
     left_out = tuple(
         (m, "not among the nodes asked for" if m not in asked else _why_out(m, layout, objective))
         for m in machines
-        if m not in used
+        if m.name not in used
     )
-    return Plan(objective, layout.users, stages, left_out)
+    return Plan(objective, layout.users, stages, left_out, layout.chunk_tokens, gap)
 
 
 def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
@@ -97,7 +98,7 @@ def _why_out(machine: Machine, layout: Layout, objective: Objective) -> str:
     if machine.backend == "none":
         return "has no MLX installed"
     if layout.capacity(machine.usable) < smallest:
-        needed = format_bytes(smallest + layout.reserve(smallest))
+        needed = format_bytes(layout.needed(smallest))
         return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"
     return "not needed: " + (
         "with it a token would take longer"

@@ -1,121 +1,234 @@
-"""The machines a plan may use, grouped by what matters to the search, and what layers cost them."""
+"""The machines a plan may use, by kind, and what layers cost them."""
 
-import math
-from collections.abc import Sequence
-from itertools import chain, repeat
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from coordinator import cuts
-from coordinator.cuts import Kind, Matrix, Piece
-from coordinator.placement import Layout, Machine, Stage
+from coordinator.cuts import Matrix
+from coordinator.links import Link, Network
+from coordinator.placement import (
+    BANDWIDTH_SHARE,
+    COMPUTE_SHARE,
+    LAYER_S,
+    Layout,
+    Machine,
+    Stage,
+)
+from coordinator.reach import Reach
+from coordinator.search import Piece, Problem
 
-# On the head, by end; on a later stage, by start and end.
-Costs = tuple[Matrix, Matrix]
+
+@dataclass(frozen=True)
+class _Row:
+    """One figure over ranges of layers: `head[k]` over [0, k) on a head, `rest[j, k]` later."""
+
+    head: Matrix
+    rest: Matrix
+
+    def values(self) -> list[float]:
+        both = np.concatenate([self.head, self.rest.ravel()])
+        return [float(value) for value in np.unique(both[np.isfinite(both)])]
 
 
 class Pool:
-    """Machines grouped by what matters to the search: memory, bandwidth and hop."""
+    """Machines grouped into kinds: those that nothing in the search could tell apart."""
 
-    def __init__(self, layout: Layout, machines: Sequence[Machine]) -> None:
+    def __init__(self, layout: Layout, machines: Sequence[Machine], network: Network) -> None:
         self.layout = layout
-        groups: dict[tuple[int, float, float], list[Machine]] = {}
+        self.network = network
+        self.groups: list[list[Machine]] = []
         for machine in sorted(machines, key=lambda m: -m.bandwidth):
-            key = (machine.usable, machine.bandwidth, machine.hop_s)
-            groups.setdefault(key, []).append(machine)
-        self.groups = list(groups.values())
+            group = next((g for g in self.groups if self._alike(machine, g[0], machines)), None)
+            if group is None:
+                self.groups.append([machine])
+            else:
+                group.append(machine)
+        self.counts = [len(group) for group in self.groups]
         self.capacities = [layout.capacity(group[0].usable) for group in self.groups]
-        # Sums over [0, k) with the head's bytes, and over [j, k).
-        held, read = _edges(layout.held_bytes), _edges(layout.read_bytes)
-        self.held = self._allowed(_with_head(held, layout.head_bytes), cuts.range_sums(held))
-        self.read = self._allowed(_with_head(read, layout.head_bytes), cuts.range_sums(read))
-
-    def _allowed(self, first: Matrix, step: Matrix) -> Costs:
-        return cuts.without(first, step, self.layout.forbidden_cuts)
+        self.held = self._row(layout.held_bytes, layout.head_bytes)
+        self._read = self._row(layout.read_bytes, layout.head_read_bytes)
+        self._layers = self._row([1] * layout.layers, 0)
 
     @property
     def machines(self) -> list[Machine]:
         return [machine for group in self.groups for machine in group]
 
-    def seconds(self, *, hops: bool, limit: float = math.inf) -> list[Costs]:
-        """Of a token on a head and on a later stage, by group, with the hops or without.
+    def problem(self, slowest: float = np.inf) -> Problem:
+        """In seconds a token. No stage may take longer than `slowest`."""
+        heads, rests = [], []
+        for group, capacity in zip(self.groups, self.capacities, strict=True):
+            seconds = self._seconds(group[0])
+            for costs, held, found in (
+                (seconds.head, self.held.head, heads),
+                (seconds.rest, self.held.rest, rests),
+            ):
+                fine = (held <= capacity) & (costs <= slowest)
+                found.append(np.where(fine, costs, np.inf))
+        return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), self._hops())
 
-        inf where it does not fit, and where a stage would take longer than `limit`.
-        """
-        costs = []
-        for group, room in zip(self.groups, self.room(), strict=True):
-            bandwidth, hop_s = group[0].bandwidth, group[0].hop_s if hops else 0.0
-            first, step = (
-                np.where(read / bandwidth <= limit * (1 + 1e-9), read / bandwidth + free, np.inf)
-                for read, free in zip(self.read, room, strict=True)
-            )
-            first[:-1] += hop_s  # a head that holds every layer has no hop
-            costs.append((first, step + hop_s))
-        return costs
+    def least_slowest(self) -> tuple[float, bool]:
+        """The least that the slowest stage can take, and whether that is proven."""
+        problem = self.problem()
+        costs = np.concatenate([problem.first.ravel(), problem.step.ravel()])
+        values = [float(value) for value in np.unique(costs[np.isfinite(costs)])]
+        exact = True
 
-    def room(self) -> list[Costs]:
-        """Zero where the layers fit a group's machine, else inf."""
-        return [
-            (np.where(self.held[0] <= c, 0.0, np.inf), np.where(self.held[1] <= c, 0.0, np.inf))
-            for c in self.capacities
-        ]
+        def enough(limit: float) -> bool:
+            nonlocal exact
+            reach = Reach(problem.counts, problem.step <= limit, problem.first <= limit)
+            possible = reach.possible()
+            exact = exact and (possible or reach.exact)
+            return possible
 
-    def overflow(self) -> list[Costs]:
-        """Bytes that are too many for a group's machine."""
-        return [
-            (np.maximum(self.held[0] - c, 0.0), np.maximum(self.held[1] - c, 0.0))
-            for c in self.capacities
-        ]
+        return values[_first(values, enough)], exact
 
-    def cut(self, combine: np.ufunc, costs: Sequence[Costs]) -> list[Piece] | None:
-        """The best cut for these costs by group, one machine each in those beyond the groups."""
-        counts = chain(map(len, self.groups), repeat(1))
-        rooms = chain(self.capacities, repeat(math.inf))
-        kinds = [Kind(n, room, *pair) for n, room, pair in zip(counts, rooms, costs, strict=False)]
-        return cuts.best_cut(kinds, combine)
+    def slowest_bound(self) -> float:
+        """A time that the slowest stage can't be below: all machines as full as it allows."""
+        problem, total = self.problem(), sum(self.layout.read_bytes)
+        pairs = list(zip(self.groups, problem.step, problem.first, strict=True))
+
+        def enough(limit: float) -> bool:
+            most = 0.0
+            for group, step, first in pairs:
+                reads = [
+                    self._read.rest[step <= limit].max(initial=0.0),
+                    self._read.head[first <= limit].max(initial=0.0),
+                ]
+                most += len(group) * max(reads)
+            return most >= total
+
+        costs = np.concatenate([problem.first.ravel(), problem.step.ravel()])
+        values = [float(value) for value in np.unique(costs[np.isfinite(costs)])]
+        return values[_first(values, enough)]
 
     def fits(self) -> bool:
-        return self.cut(np.add, self.room()) is not None
+        return self._holds(self.counts, self.capacities)
 
-    def missing_machine(self) -> int | None:
+    def missing_machine(self) -> int:
         """The least bytes of weights and KV that one more machine would have to hold."""
-        pieces = self.cut(np.add, [*self.room(), self.held])
-        extra = [piece for piece in pieces or () if piece.kind == len(self.groups)]
-        if not extra:
-            return None
-        layers = slice(extra[0].first, extra[0].end)
-        head_bytes = self.layout.head_bytes if layers.start == 0 else 0
-        return sum(self.layout.held_bytes[layers]) + head_bytes
+        values = self.held.values()
+        more = [*self.counts, 1]
+        at = _first(values, lambda held: self._holds(more, [*self.capacities, held]))
+        return int(values[at])
+
+    def helped_by(self, machine: Machine, count: int) -> bool:
+        """Whether the model fits with so many machines like this one besides."""
+        capacity = self.layout.capacity(machine.usable)
+        return self._holds([*self.counts, count], [*self.capacities, capacity])
+
+    def shortfall(self) -> tuple[int, Machine | None]:
+        """The fewest bytes that would do if one machine had them besides, and that machine."""
+        values = self.held.values()
+        best: tuple[int, Machine | None] = (self.layout.needed(int(values[-1])), None)
+        for i, group in enumerate(self.groups):
+            counts = [*self.counts, 1]
+            counts[i] -= 1
+            at = _first(values, lambda held, c=counts: self._holds(c, [*self.capacities, held]))
+            more = self.layout.needed(int(values[at])) - group[0].usable
+            if best[1] is None or more < best[0]:
+                best = (more, group[0])
+        return best
 
     def stages(self, pieces: Sequence[Piece]) -> tuple[Stage, ...]:
-        layout = self.layout
         waiting = [iter(group) for group in self.groups]
-        stages = []
-        for piece in pieces:
-            machine, layers = next(waiting[piece.kind]), slice(piece.first, piece.end)
-            head_bytes = layout.head_bytes if piece.first == 0 else 0
-            weights = sum(layout.layer_bytes[layers]) + head_bytes
-            kv = sum(layout.kv_bytes_per_layer[layers])
-            read = sum(layout.layer_active_bytes[layers]) + head_bytes + kv / layout.users
-            stages.append(
-                Stage(
-                    machine=machine,
-                    first=piece.first,
-                    end=piece.end,
-                    weight_bytes=weights,
-                    kv_bytes=kv,
-                    reserve_bytes=layout.reserve(weights + kv),
-                    head=piece.first == 0,
-                    seconds_per_token=read / machine.bandwidth,
-                )
+        placed = [self._stage(piece, next(waiting[piece.kind])) for piece in pieces]
+        if len(placed) == 1:
+            return tuple(placed)
+        return tuple(
+            self._with_hop(stage, after)
+            for stage, after in zip(placed, [*placed[1:], placed[0]], strict=True)
+        )
+
+    def _stage(self, piece: Piece, machine: Machine) -> Stage:
+        layout, layers, head = self.layout, slice(piece.first, piece.end), piece.first == 0
+        outside = layout.head_bytes if head else 0
+        weights = sum(layout.layer_bytes[layers]) + outside
+        kv = sum(layout.kv_bytes_per_layer[layers])
+        active = sum(layout.layer_active_bytes[layers])
+        read = active + (layout.head_read_bytes if head else 0) + kv / layout.users
+        # A further user reads its own KV cache, and experts that nobody has read yet.
+        idle = weights - outside - active
+        further = kv / layout.users + idle * active / max(weights - outside, 1)
+        chunk = None
+        if machine.compute and layout.layer_active_parameters is not None:
+            used = sum(layout.layer_active_parameters[layers])
+            operations = 2 * used * layout.chunk_tokens
+            chunk = max(
+                operations / (COMPUTE_SHARE * machine.compute),
+                (weights - outside) / (BANDWIDTH_SHARE * machine.bandwidth),
             )
-        return tuple(stages)
+        return Stage(
+            machine=machine,
+            first=piece.first,
+            end=piece.end,
+            weight_bytes=weights,
+            kv_bytes=kv,
+            reserve_bytes=layout.reserve(weights + kv),
+            head=head,
+            seconds_per_token=machine.seconds(read, piece.end - piece.first),
+            batch_seconds=machine.seconds(further, 0),
+            chunk_seconds=chunk,
+        )
+
+    def _with_hop(self, stage: Stage, after: Stage) -> Stage:
+        link = self._link(stage.machine, after.machine)
+        seconds = link.seconds(self.layout.hidden_bytes)
+        return replace(stage, hop_s=seconds, hop_measured=link.measured)
+
+    def _link(self, one: Machine, other: Machine) -> Link:
+        return self.network.between(one.name, other.name, (one.link, other.link))
+
+    def _hop(self, one: Machine, other: Machine) -> float:
+        return self._link(one, other).seconds(self.layout.hidden_bytes)
+
+    def _hops(self) -> Matrix:
+        kinds = len(self.groups)
+        hops = np.zeros((kinds, kinds))
+        for i, one in enumerate(self.groups):
+            for j, other in enumerate(self.groups):
+                if i != j:
+                    hops[i, j] = self._hop(one[0], other[0])
+                elif len(one) > 1:
+                    hops[i, i] = self._hop(one[0], one[1])
+        # A kind of one machine has no hop to itself; a number that is there already keeps the
+        # search from telling it apart for that.
+        for i in range(kinds):
+            if len(self.groups[i]) == 1 and kinds > 1:
+                hops[i, i] = np.delete(hops[i], i).max()
+        return hops
+
+    def _alike(self, one: Machine, other: Machine, machines: Sequence[Machine]) -> bool:
+        key = (one.usable, one.bandwidth, one.pace) == (other.usable, other.bandwidth, other.pace)
+        others = [m for m in machines if m is not one and m is not other]
+        return key and all(self._hop(one, m) == self._hop(other, m) for m in others)
+
+    def _seconds(self, machine: Machine) -> _Row:
+        rate, layer_s = BANDWIDTH_SHARE * machine.bandwidth, LAYER_S
+        pace = 1.0 if machine.pace is None else machine.pace
+        return _Row(
+            (self._read.head / rate + layer_s * self._layers.head) * pace,
+            (self._read.rest / rate + layer_s * self._layers.rest) * pace,
+        )
+
+    def _row(self, values: Sequence[float], head: float) -> _Row:
+        """Sums over ranges; inf for those that are empty or begin or end at a forbidden cut."""
+        edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))
+        first = np.where(np.arange(len(edges)) == 0, np.inf, edges + head)
+        return _Row(*cuts.without(first, cuts.range_sums(edges), self.layout.forbidden_cuts))
+
+    def _holds(self, counts: Sequence[int], capacities: Sequence[float]) -> bool:
+        there = [i for i, count in enumerate(counts) if count]
+        if not there:
+            return False
+        room = np.asarray([capacities[i] for i in there])
+        rest = self.held.rest[None] <= room[:, None, None]
+        head = self.held.head[None] <= room[:, None]
+        return Reach([counts[i] for i in there], rest, head).possible()
 
 
-def _edges(values: Sequence[float]) -> Matrix:
-    return np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))
-
-
-def _with_head(edges: Matrix, head_bytes: int) -> Matrix:
-    """The head has at least one layer, so that ending at 0 is impossible."""
-    return np.where(np.arange(len(edges)) == 0, np.inf, edges + head_bytes)
+def _first(values: Sequence[float], enough: Callable[[float], bool]) -> int:
+    """The index of the first value that is enough; the last one must be."""
+    return min(bisect.bisect_left(values, True, key=enough), len(values) - 1)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.placement import Layout, Machine, Plan, Stage
+from coordinator.rivals import Rival
 from unicluster.units import format_bytes, format_rate
 from unicluster.v1 import node_pb2
 
@@ -86,6 +87,38 @@ def plan_table(plan: Plan, layout: Layout, title: str) -> RenderableType:
     return _Planned(plan, layout, title)
 
 
+def rivals_table(others: Sequence[Rival]) -> RenderableType:
+    """Plans that lost, and why."""
+    table = _table("Other plans")
+    _names(table, "machines and layers")
+    _numbers(table, "ms/token", "tokens/s")
+    table.add_column("why not")
+    for other in others:
+        spans = [f"{s.machine.name} {_range(s.first, s.end)}" for s in other.plan.stages]
+        shown = ", ".join(spans[:3]) + (f" and {len(spans) - 3} more" if len(spans) > 3 else "")
+        seconds = other.plan.seconds_per_token
+        table.add_row(_cut(shown), _ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
+    return table
+
+
+def comparison_table(model: str, stages: Sequence[Stage], measured: float) -> RenderableType:
+    """What was predicted for each stage and hop of a token, and what the whole took."""
+    table = _table(f"{model}: predicted and measured, ms a token")
+    _names(table, "")
+    _numbers(table, "layers", "predicted", "measured", "error")
+    for stage in stages:
+        table.add_row(
+            _cut(stage.machine.name), _range(stage.first, stage.end), _ms(stage.seconds_per_token)
+        )
+    hops = sum(stage.hop_s for stage in stages)
+    if hops:
+        table.add_row(f"{_count(len(stages), 'hop')}", "", _ms(hops))
+    predicted = hops + sum(stage.seconds_per_token for stage in stages)
+    error = f"{(predicted / measured - 1) * 100:+.0f} %"
+    table.add_row(Text("together", "bold"), "", _ms(predicted), _ms(measured), error)
+    return table
+
+
 @dataclass(frozen=True)
 class _Fleet:
     machines: Sequence[Machine]
@@ -93,18 +126,19 @@ class _Fleet:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE
+        there = any(m.address for m in self.machines)
         table = _table(self.title)
         _names(table, "machine", *["chip"] * wide)
-        _words(table, "backend")
+        _words(table, *["backend"] * there)
         _numbers(table, "usable", "bandwidth")
-        _words(table, "address")
+        _words(table, *["address"] * there)
         for m in sorted(self.machines, key=lambda m: (-m.usable, m.name)):
             table.add_row(
                 *_who(m.name, m.chip, wide),
-                Text(m.backend),
+                *[Text(m.backend)] * there,
                 format_bytes(m.usable),
                 format_rate(m.bandwidth),
-                Text(m.address),
+                *[Text(m.address)] * there,
             )
         yield table
         yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
@@ -155,11 +189,12 @@ class _Planned:
 
     def _stages(self, wide: bool) -> Table:
         layout, users = self.layout, _count(self.layout.users, "user")
+        hops = len(self.plan.stages) > 1
         table = _table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
         _names(table, "machine", *["chip"] * wide)
         _numbers(table, "layers", "weights", "KV", "free")
         table.add_column("memory")
-        _numbers(table, "ms/token")
+        _numbers(table, "ms/token", *["hop ms"] * hops)
         for stage in self.plan.stages:
             table.add_row(
                 *_who(stage.machine.name, stage.machine.chip, wide),
@@ -168,7 +203,8 @@ class _Planned:
                 format_bytes(stage.kv_bytes),
                 format_bytes(stage.free_bytes),
                 _Bar(_memory(stage)),
-                _ms(stage.seconds_per_token),
+                _ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
+                *[_ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
             )
         return table
 
@@ -180,22 +216,26 @@ class _Planned:
         facts.add_column()
         facts.add_row("memory", _Legend())
         facts.add_row("head", Text(f"{head} of embedding and lm_head"))
-        if plan.hops_s:
-            hops = f"{len(plan.stages)}, together {_ms(plan.hops_s)} ms a token, assumed"
-            facts.add_row("hops", hops)
         facts.add_row("binds", Text(plan.binds))
         for i, (machine, reason) in enumerate(plan.left_out):
             facts.add_row("" if i else "left out", Text(f"{machine.name}: {reason}"))
+        if plan.gap:
+            gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
+            facts.add_row("search", Text(gap))
         facts.add_row("predicted", Text(self._speed(), style="bold"))
+        if any(not (s.measured and (s.hop_measured or not s.hop_s)) for s in plan.stages):
+            facts.add_row("*", "assumed; the rest was measured on these machines")
         return facts
 
     def _speed(self) -> str:
         plan = self.plan
-        single = f"{plan.tokens_per_s_single:.3g} tokens/s"
-        if plan.users == 1:
-            return single
-        together = f"{plan.tokens_per_s_aggregate:.3g} for {plan.users} users together"
-        return f"{single} for one user, {together}"
+        speed = f"{plan.tokens_per_s_single:.3g} tokens/s"
+        if plan.users > 1:
+            together = f"{plan.tokens_per_s_aggregate:.3g} for {plan.users} users together"
+            speed = f"{speed} for one user, {together}"
+        if plan.prefill_tokens_per_s is not None:
+            speed = f"{speed}; prompts at {plan.prefill_tokens_per_s:.3g}"
+        return f"{speed}; {_ms(plan.seconds_per_token)} ms a token"
 
 
 _STATE_STYLES = {

@@ -13,6 +13,7 @@ from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
 from coordinator.serving import Serving
+from coordinator.shortfall import scaled
 from coordinator.sourcing import assign, whole_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
@@ -144,7 +145,13 @@ class Service:
             names = [machine.name for machine in machines if machine.name in names]
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
-            plan, self.layout, machines, self._objective, model=self.display, nodes=names
+            plan,
+            self.layout,
+            machines,
+            self._objective,
+            model=self.display,
+            nodes=names,
+            alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
         listener = self._on_plan(placed)
         files = await self._files(placed, [machine.address for machine in machines])

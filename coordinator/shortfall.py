@@ -1,66 +1,116 @@
 """Why a model does not fit, by how many bytes, and the smallest changes that would do."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from coordinator import hardware
 from coordinator.placement import Layout
 from coordinator.pool import Pool
+from unicluster.errors import DoesNotFitError
 from unicluster.units import format_bytes
 
 # Bits a weight takes; q: with the scale and bias of its group of 64 (affine quantization).
 BITS = {"q2": 2.5, "q3": 3.5, "q4": 4.5, "q6": 6.5, "q8": 8.5}
 BITS |= {"bfloat16": 16.0, "float16": 16.0, "float32": 32.0}
+# So many machines of a kind are suggested at most.
+MOST_BOUGHT = 8
 
 
-def refusal(layout: Layout, pool: Pool, model: str) -> str:
+class NoPlanError(DoesNotFitError):
+    """No placement fits: by how many bytes on one machine, and changes that would do."""
+
+    def __init__(self, message: str, missing: int, suggestions: Sequence[str]) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.suggestions = tuple(suggestions)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A flag that asks for less, and what the model then weighs."""
+
+    flag: str
+    layout: Layout
+
+
+# Of each flag in turn, the smallest change first.
+Alternatives = Callable[[Layout], Sequence[Sequence[Alternative]]]
+
+
+def refusal(layout: Layout, pool: Pool, model: str, alternatives: Alternatives) -> NoPlanError:
     """Says by how many bytes a model misses, and the smallest changes that would do."""
-    advice = _advice(layout, pool)
+    missing, machine = pool.shortfall()
+    suggestions = _suggestions(layout, pool, alternatives)
     users = f"{layout.users} user{'s' if layout.users > 1 else ''}"
     asked = f"{model} with context {layout.context} for {users}"
+    advice = f"{_either(suggestions)} would do" if suggestions else _NOTHING
+    advice = advice[0].upper() + advice[1:]
+    if machine is None:
+        text = f"{asked} has no machine to run on: none with MLX is here. {advice}"
+        return NoPlanError(text, missing, suggestions)
     machines = pool.machines
-    if not machines:
-        return f"{asked} has no machine to run on: none with MLX is here. {advice}"
     held = layout.weight_bytes + layout.kv_bytes
-    capacity = sum(layout.capacity(m.usable) for m in machines)
     offered = sum(m.usable for m in machines)
-    needed = held + offered - capacity
+    needed = held + offered - sum(layout.capacity(m.usable) for m in machines)
     there = "the machine offers" if len(machines) == 1 else f"the {len(machines)} machines offer"
     sizes = f"{asked} needs {format_bytes(needed)} and {there} {format_bytes(offered)}"
-    if held > capacity:
-        return f"{sizes}: {format_bytes(held - capacity)} are missing. {advice}"
-    nearest = pool.stages(pool.cut(np.add, pool.overflow()) or [])
-    short = {s.machine.name: -s.free_bytes for s in nearest if s.free_bytes < 0}
-    where = _and(list(short)) if len(short) <= 3 else f"{len(short)} machines"
-    missed = f"{format_bytes(sum(short.values()))} on {where}"
-    return f"{sizes}, but no cut between layers fits: the nearest misses {missed}. {advice}"
+    if needed > offered:
+        reason = f"{sizes}: {format_bytes(missing)} are missing, in whole layers"
+    else:
+        more = f"{machine.name} would need {format_bytes(missing)} more"
+        reason = f"{sizes}, but no cut between layers fits: {more}"
+    return NoPlanError(f"{reason}. {advice}", missing, suggestions)
 
 
-def _advice(layout: Layout, pool: Pool) -> str:
-    """The smallest changes that would do, each one tried."""
-    changes = []
+_NOTHING = "no single change would do: add machines or choose a smaller model"
+
+
+def _suggestions(layout: Layout, pool: Pool, alternatives: Alternatives) -> list[str]:
     held = pool.missing_machine()
-    if held is not None:
-        usable = _round_up(held + layout.reserve(held))
-        changes.append(f"one more machine with {format_bytes(usable)} usable")
-    for flag, values in (
-        ("--quant", _smaller_quants(layout)),
-        ("--context", _smaller_contexts(layout)),
-        ("--users", _fewer_users(layout)),
-    ):
-        for value, smaller in values:
-            if Pool(smaller, pool.machines).fits():
-                changes.append(f"{flag} {value}")
+    usable = _round_up(layout.needed(held))
+    found = [f"one more machine with {format_bytes(usable)} usable"]
+    if bought := _cheapest(pool):
+        found.append(bought)
+    for options in alternatives(layout):
+        for option in options:
+            if Pool(option.layout, pool.machines, pool.network).fits():
+                found.append(option.flag)
                 break
-    if not changes:
-        return "No single change would do: add machines or choose a smaller model"
-    text = f"{_and(changes, 'or')} would do"
-    return text[0].upper() + text[1:]
+    return found
 
 
-def _smaller_quants(layout: Layout) -> list[tuple[str, Layout]]:
+def _cheapest(pool: Pool) -> str:
+    """The machines of the catalogue, all of one kind, that cost least and would do."""
+    best: tuple[int, int, str] | None = None
+    for box in hardware.boxes().values():
+        machine = box.machine()
+        for count in range(1, MOST_BOUGHT + 1):
+            cost = (box.price * count, count, box.name)
+            if not box.price or (best is not None and cost >= best):
+                break
+            if pool.helped_by(machine, count):
+                best = cost
+    if best is None:
+        return ""
+    price, count, name = best
+    return f"{f'{count}x ' if count > 1 else 'a '}{name} (${price})"
+
+
+def scaled(*, quants: bool) -> Alternatives:
+    """What is known without looking at the model again: sizes in proportion.
+
+    `quants`: whether the weights could be quantized further.
+    """
+
+    def options(layout: Layout) -> list[list[Alternative]]:
+        fewer = [_smaller_contexts(layout), _fewer_users(layout)]
+        return [_smaller_quants(layout), *fewer] if quants else fewer
+
+    return options
+
+
+def _smaller_quants(layout: Layout) -> list[Alternative]:
     now = BITS.get(layout.quant, 0.0)
     tried = []
     for quant in ("q8", "q6", "q4", "q3", "q2"):
@@ -68,33 +118,46 @@ def _smaller_quants(layout: Layout) -> list[tuple[str, Layout]]:
         if scale < 1:
             layers = tuple(math.ceil(b * scale) for b in layout.layer_bytes)
             head = math.ceil(layout.head_bytes * scale)
-            tried.append((quant, replace(layout, layer_bytes=layers, head_bytes=head)))
+            smaller = replace(layout, layer_bytes=layers, head_bytes=head)
+            tried.append(Alternative(f"--quant {quant}", smaller))
     return tried
 
 
-def _smaller_contexts(layout: Layout) -> list[tuple[int, Layout]]:
-    """Halves, down to 1024. A layer with less KV than the fullest has a window: it stays."""
+def _smaller_contexts(layout: Layout) -> list[Alternative]:
+    """A layer with less KV than the fullest has a window: it stays."""
     fullest = max(layout.kv_bytes_per_layer)
-    tried = []
-    context = layout.context // 2
-    while context >= 1024:
-        kv = tuple(
-            math.ceil(b * context / layout.context) if b == fullest else b
-            for b in layout.kv_bytes_per_layer
+    return [
+        Alternative(
+            f"--context {context}",
+            replace(
+                layout,
+                context=context,
+                kv_bytes_per_layer=tuple(
+                    math.ceil(b * context / layout.context) if b == fullest else b
+                    for b in layout.kv_bytes_per_layer
+                ),
+            ),
         )
-        tried.append((context, replace(layout, context=context, kv_bytes_per_layer=kv)))
-        context //= 2
-    return tried
+        for context in halves(layout.context, 1024)
+    ]
 
 
-def _fewer_users(layout: Layout) -> list[tuple[int, Layout]]:
-    tried = []
-    users = layout.users // 2
-    while users >= 1:
-        kv = tuple(math.ceil(b * users / layout.users) for b in layout.kv_bytes_per_layer)
-        tried.append((users, replace(layout, users=users, kv_bytes_per_layer=kv)))
-        users //= 2
-    return tried
+def _fewer_users(layout: Layout) -> list[Alternative]:
+    return [Alternative(f"--users {n}", for_users(layout, n)) for n in halves(layout.users, 1)]
+
+
+def for_users(layout: Layout, users: int) -> Layout:
+    """The same model for another number of users: each has a KV cache of the same size."""
+    kv = tuple(b // layout.users * users for b in layout.kv_bytes_per_layer)
+    return replace(layout, users=users, kv_bytes_per_layer=kv)
+
+
+def halves(number: int, least: int) -> list[int]:
+    """8192, 4096, ... without `number` itself, down to `least`."""
+    found = []
+    while (number := number // 2) >= least:
+        found.append(number)
+    return found
 
 
 def _round_up(size: int) -> int:
@@ -103,6 +166,6 @@ def _round_up(size: int) -> int:
     return math.ceil(size / unit) * unit
 
 
-def _and(parts: Sequence[str], word: str = "and") -> str:
+def _either(parts: Sequence[str]) -> str:
     *most, last = parts
-    return f"{', '.join(most)} {word} {last}" if most else last
+    return f"{', '.join(most)} or {last}" if most else last

@@ -6,17 +6,19 @@ standard output, so that an agent never holds MLX itself.
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from node import cache
 from node.crossing import forbidden_cuts, token_bytes
 from node.survey import Survey, survey
-from node.trace import Trace
-from node.weights import LazyModel, nbytes
+from node.trace import Trace, watched
+from node.weights import nbytes
 from unicluster.checkpoint import Checkpoint
 from unicluster.errors import InputError, UniclusterError
 from unicluster.safetensors import read_header
@@ -34,29 +36,49 @@ def inspect(
     an impossible context.
     """
     surveyed = survey(checkpoint.root, quant)
-    lazy, found = surveyed.lazy, surveyed.found
-    limit = context_limit(lazy.config)
+    lazy, manifest = surveyed.lazy, checkpoint.manifest
+    layout = layout_of(
+        lazy.model, surveyed.found, lazy.config, lazy.quant, manifest.model, context, users
+    )
+    layout.revision = manifest.revision
+    layout.files.extend(_file(checkpoint, name, surveyed) for name in manifest.weights)
+    return layout
+
+
+def layout_of(
+    model: nn.Module,
+    found: Trace,
+    config: dict[str, Any],
+    quant: str,
+    name: str,
+    context: int,
+    users: int,
+) -> ModelLayout:
+    """The same for a lazy model that is built already; `name` is how messages call it."""
+    limit = context_limit(config)
     if context and limit and context > limit:
-        raise InputError(
-            f"context: {context} tokens, and {checkpoint.manifest.model} is made for at most "
-            f"{limit}"
-        )
+        raise InputError(f"context: {context} tokens, and {name} is made for at most {limit}")
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    model_type = str(config["model_type"])
+    step = _decode_step(model, found, context)
     layer_bytes = [nbytes(layer) for layer in found.layers]
+    head_bytes = nbytes(model) - sum(layer_bytes)
     return ModelLayout(
-        model_type=lazy.model_type,
+        model_type=model_type,
         layer_bytes=layer_bytes,
-        layer_active_bytes=[_active_bytes(layer, lazy.config) for layer in found.layers],
-        head_bytes=nbytes(lazy.model) - sum(layer_bytes),
-        kv_bytes_per_layer=[users * size for size in _kv_bytes(lazy, found, context)],
+        layer_active_bytes=[_active(layer, nbytes, step) for layer in found.layers],
+        head_bytes=head_bytes,
+        kv_bytes_per_layer=[users * size for size in step.kv_bytes],
         context=context,
         users=users,
         hidden_bytes=token_bytes(found),
-        quant=lazy.quant,
+        quant=quant,
         max_context=limit,
         forbidden_cuts=sorted(forbidden_cuts(found)),
-        revision=checkpoint.manifest.revision,
-        files=[_file(checkpoint, name, surveyed) for name in checkpoint.manifest.weights],
+        embed_bytes=sum(nbytes(embedding.module) for embedding in found.embeddings),
+        head_active_bytes=head_bytes - _unread(model, found, step.vocabulary),
+        parameters=parameters(model),
+        layer_active_parameters=[_active(layer, parameters, step) for layer in found.layers],
     )
 
 
@@ -78,39 +100,114 @@ def context_limit(config: dict[str, Any]) -> int:
     return int(limit or 0)
 
 
-def _active_bytes(layer: nn.Module, config: dict[str, Any]) -> int:
-    """Bytes read for one token: of a mixture of experts, only those chosen."""
-    text = config.get("text_config") or config
-    chosen = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1
-    total = nbytes(layer)
-    for module in layer.modules():
-        if hasattr(module, "num_experts") and "weight" in module:
-            experts = module.weight.shape[0]
-            total -= nbytes(module) * (experts - min(chosen, experts)) // experts
+def parameters(module: nn.Module) -> int:
+    """How many numbers a module has learnt, however few bits each takes."""
+    count = 0
+    for part in module.modules():
+        packed = 32 // part.bits if "scales" in part else 1
+        for name, value in part.items():
+            learnt = isinstance(value, mx.array) and not name.startswith("_")
+            if learnt and name not in ("scales", "biases"):
+                count += value.size * packed if name == "weight" else value.size
+    return count
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One token at the full context: KV bytes by layer, logits, and experts chosen by module."""
+
+    kv_bytes: list[int]
+    vocabulary: int
+    chosen: dict[int, int]
+
+
+def _decode_step(model: nn.Module, found: Trace, context: int) -> _Step:
+    """Fills the caches lazily with a prompt and then one token; only shapes are computed.
+
+    The one token makes windowed caches shrink to their window. A recurrent layer's graph is as
+    deep as its prompt is long, and its state as big after one token: there the prompt is short,
+    and what attention layers keep of the rest is written to their caches directly.
+    """
+    chosen: dict[int, int] = {}
+
+    def watch(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        chosen[id(module)] = args[1].size if len(args) > 1 else module.num_experts
+        return call(*args, **kwargs)
+
+    cache = make_prompt_cache(model)
+    recurrent = any(isinstance(entry, ArraysCache) for entry in _members(cache))
+    prompt = min(context - 1, 1) if recurrent else context - 1
+    if prompt:
+        model(mx.zeros((1, prompt), mx.int32), cache=cache)
+    if 0 < prompt < context - 1:
+        for entry in _members(cache):
+            if getattr(entry, "keys", None) is not None:
+                _extend(entry, context - 1 - prompt)
+    with watched([part for layer in found.layers for part in _experts(layer)], watch):
+        logits = model(mx.zeros((1, 1), mx.int32), cache=cache)
+    kv_bytes = [sum(cache[index].nbytes for index in entries) for entries in found.cache_entries]
+    return _Step(kv_bytes, logits.shape[-1], chosen)
+
+
+def _members(cache: Sequence[Any]) -> Iterator[Any]:
+    for entry in cache:
+        yield from _members(entry.caches) if isinstance(entry, CacheList) else (entry,)
+
+
+def _extend(entry: Any, tokens: int) -> None:
+    """As if so many tokens more had gone through an attention layer."""
+    like = entry.keys, entry.values
+    entry.update_and_fetch(*(mx.zeros((*a.shape[:2], tokens, *a.shape[3:]), a.dtype) for a in like))
+
+
+def _active(layer: nn.Module, measure: Callable[[nn.Module], int], step: _Step) -> int:
+    """What of a layer one token needs: of a mixture of experts, only those chosen."""
+    total = measure(layer)
+    for module in _experts(layer):
+        experts = module.weight.shape[0]
+        idle = experts - min(step.chosen.get(id(module), experts), experts)
+        total -= measure(module) * idle // experts
     return total
 
 
-def _kv_bytes(lazy: LazyModel, found: Trace, context: int) -> list[int]:
-    """Cache bytes of each layer for one sequence of `context` tokens.
+def _experts(layer: nn.Module) -> list[nn.Module]:
+    return [m for m in layer.modules() if hasattr(m, "num_experts") and "weight" in m]
 
-    The caches are filled lazily, a prompt and then one token, which makes windowed caches
-    shrink to their window; only shapes are computed.
+
+def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
+    """Bytes of embeddings of which one token reads a single row.
+
+    The first embedding is read as a whole where it also is the lm_head: where nothing else
+    outside the layers has as many rows as there are logits.
     """
-    cache = make_prompt_cache(lazy.model)
-    for tokens in (context - 1, 1):
-        if tokens:
-            lazy.model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return [sum(cache[index].nbytes for index in entries) for entries in found.cache_entries]
+    embeddings = [embedding.module for embedding in found.embeddings]
+    known = {id(m) for layer in found.layers for m in layer.modules()} | set(map(id, embeddings))
+    tied = not any(
+        isinstance(array, mx.array) and vocabulary in array.shape
+        for module in model.modules()
+        if id(module) not in known
+        for array in module.values()
+    )
+    rows = [(nbytes(m), m.weight.shape[0]) for m in embeddings[1 if tied else 0 :]]
+    return sum(size - size // count for size, count in rows)
+
+
+def _answer(request: InspectRequest) -> ModelLayout:
+    if request.config_json:
+        from node.blueprint import inspect_config  # which needs this module
+
+        return inspect_config(request)
+    checkpoint = cache.find(request.model, request.revision)
+    if checkpoint is None:
+        raise InputError(f"{request.model}: no longer on this machine")
+    return inspect(checkpoint, request.quant, request.context, request.users or 1)
 
 
 def main() -> None:
     request = InspectRequest.FromString(sys.stdin.buffer.read())
     try:
-        checkpoint = cache.find(request.model, request.revision)
-        if checkpoint is None:
-            raise InputError(f"{request.model}: no longer on this machine")
         with contextlib.redirect_stdout(sys.stderr):  # libraries print
-            layout = inspect(checkpoint, request.quant, request.context, request.users or 1)
+            layout = _answer(request)
     except UniclusterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

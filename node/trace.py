@@ -128,8 +128,8 @@ def trace(model: nn.Module, model_type: str) -> Trace:
     recorder = _Recorder(make_prompt_cache(model))
     with (
         _marked_weights(model, {id(m) for m in outside}, recorder.weight),
-        _watched(layers, recorder.layer),
-        _watched([m for m in outside if hasattr(m, "as_linear")], recorder.embedding),
+        watched(layers, recorder.layer),
+        watched([m for m in outside if hasattr(m, "as_linear")], recorder.embedding),
     ):
         logits = model(mx.zeros((BATCH, TOKENS), mx.int32), cache=recorder.cache)
     if [id(layer) for layer in recorder.ran] != [id(layer) for layer in layers]:
@@ -280,7 +280,7 @@ def _describe(tree: Any, outputs: dict[Path, tuple[int, int]]) -> Result:
 
 
 @contextmanager
-def _watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+def watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
     """Puts `watch(call, module, args, kwargs)` in the place of each module's call."""
     classes = [(module, module.__class__) for module in modules]
     try:

@@ -124,6 +124,7 @@ class InspectRequest(_message.Message):
     QUANT_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -133,6 +134,8 @@ class InspectRequest(_message.Message):
     context: _builtins.int
     """tokens per sequence; 0: the model's own limit, at most 8192"""
     users: _builtins.int
+    config_json: _builtins.str
+    """plan from this config.json alone; `model` is then only a name"""
     revision: _builtins.str
     """a directory's fingerprint, a commit; empty: the hub's newest"""
     @_builtins.property
@@ -146,12 +149,13 @@ class InspectRequest(_message.Message):
         quant: _builtins.str = ...,
         context: _builtins.int = ...,
         users: _builtins.int = ...,
+        config_json: _builtins.str = ...,
         revision: _builtins.str = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "context", b"context", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -172,6 +176,10 @@ class ModelLayout(_message.Message):
     QUANT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     FORBIDDEN_CUTS_FIELD_NUMBER: _builtins.int
+    EMBED_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_ACTIVE_BYTES_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    LAYER_ACTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
@@ -185,6 +193,12 @@ class ModelLayout(_message.Message):
     """what the weights are: bf16, q4, ..."""
     max_context: _builtins.int
     """the model's own limit; 0: not stated"""
+    embed_bytes: _builtins.int
+    """the part of head_bytes that is embeddings"""
+    head_active_bytes: _builtins.int
+    """the part of head_bytes read for one token"""
+    parameters: _builtins.int
+    """of the whole model"""
     revision: _builtins.str
     """of the files looked at"""
     @_builtins.property
@@ -202,6 +216,10 @@ class ModelLayout(_message.Message):
         """layers before which the model can't be cut"""
 
     @_builtins.property
+    def layer_active_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """used for one token"""
+
+    @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFile]: ...
     def __init__(
         self,
@@ -217,12 +235,16 @@ class ModelLayout(_message.Message):
         quant: _builtins.str = ...,
         max_context: _builtins.int = ...,
         forbidden_cuts: _abc.Iterable[_builtins.int] | None = ...,
+        embed_bytes: _builtins.int = ...,
+        head_active_bytes: _builtins.int = ...,
+        parameters: _builtins.int = ...,
+        layer_active_parameters: _abc.Iterable[_builtins.int] | None = ...,
         revision: _builtins.str = ...,
         files: _abc.Iterable[Global___WeightFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

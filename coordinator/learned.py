@@ -1,0 +1,114 @@
+"""What was measured on this cluster, and what plans make of it.
+
+One JSON file in unicluster's folder: for each machine and model the seconds its stage took for a
+token, and for each pair of machines the seconds of a hop.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coordinator.links import Link
+from coordinator.placement import Layout, Machine
+from unicluster.trust import default_folder
+
+log = logging.getLogger(__name__)
+
+FILE = "measured.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds that a machine took for one token through layers [first, end) of a model."""
+
+    first: int
+    end: int
+    seconds_per_token: float
+
+    @property
+    def seconds_per_layer(self) -> float:
+        return self.seconds_per_token / (self.end - self.first)
+
+
+class Learned:
+    """Measurements by machine and model, and hops by pairs of machines."""
+
+    def __init__(self, path: Path, stages: dict[str, dict[str, Measurement]]) -> None:
+        self.path = path
+        self.stages = stages
+        self.hops: dict[str, float] = {}
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> "Learned":
+        """What is stored; nothing if the file is not there or damaged, which is logged."""
+        path = (folder or default_folder()) / FILE
+        found = cls(path, {})
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            for machine, models in content["stages"].items():
+                found.stages[machine] = {m: Measurement(**row) for m, row in models.items()}
+            found.hops = {pair: float(seconds) for pair, seconds in content["hops"].items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged, so nothing in it counts: %s", path, error)
+            return cls(path, {})
+        return found
+
+    def record(self, machine: str, model: str, measured: Measurement) -> None:
+        """Keeps what a stage took: it replaces what was known of that machine and model."""
+        self.stages.setdefault(machine, {})[model] = measured
+        self._save()
+
+    def record_hop(self, one: str, other: str, seconds: float) -> None:
+        """Keeps what a hop between two machines took, one way."""
+        self.hops[_pair(one, other)] = seconds
+        self._save()
+
+    def paced(self, machines: Sequence[Machine], model: str, layout: Layout) -> list[Machine]:
+        """The machines, those that were measured with this model at their measured pace."""
+        return [replace(m, pace=self._pace(m, model, layout)) for m in machines]
+
+    def links(self, machines: Sequence[Machine]) -> dict[frozenset[str], Link]:
+        """What was measured between these machines."""
+        names = [m.name for m in machines]
+        return {
+            frozenset((one, other)): Link("measured", seconds, float("inf"), measured=True)
+            for i, one in enumerate(names)
+            for other in names[i + 1 :]
+            if (seconds := self.hops.get(_pair(one, other))) is not None
+        }
+
+    def _pace(self, machine: Machine, model: str, layout: Layout) -> float | None:
+        """Measured seconds over assumed ones, for the layers that were measured."""
+        measured = self.stages.get(machine.name, {}).get(model)
+        if measured is None or not 0 <= measured.first < measured.end <= layout.layers:
+            return None
+        read = sum(layout.read_bytes[measured.first : measured.end])
+        read += layout.head_read_bytes if measured.first == 0 else 0
+        assumed = replace(machine, pace=None).seconds(read, measured.end - measured.first)
+        return measured.seconds_per_token / assumed
+
+    def _save(self) -> None:
+        content: dict[str, Any] = {
+            "stages": {
+                machine: {model: vars(row) for model, row in models.items()}
+                for machine, models in self.stages.items()
+            },
+            "hops": self.hops,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Readers see the old file or the new one, never half of either.
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=FILE)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        Path(temporary).replace(self.path)
+
+
+def _pair(one: str, other: str) -> str:
+    return " ".join(sorted((one, other)))

@@ -1,0 +1,220 @@
+"""`unicluster plan MODEL`: does it fit, where does each layer go, and how fast will it be."""
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.text import Text
+
+from coordinator import blueprints, fleet, learned
+from coordinator.asking import Asked, alternatives, ask, layout_of
+from coordinator.catalog import QUANTS
+from coordinator.compare import compare
+from coordinator.fleet import Fleet
+from coordinator.hardware import known_compute
+from coordinator.links import Network
+from coordinator.members import Members
+from coordinator.placement import Layout, Objective, Plan
+from coordinator.planner import plan
+from coordinator.render import fleet_table, plan_table, rivals_table
+from coordinator.rivals import rivals
+from coordinator.shortfall import Alternatives, NoPlanError, scaled
+from unicluster.errors import InputError
+from unicluster.trust import Store, default_name
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned, over what."""
+
+    asked: Asked
+    layout: Layout
+    fleet: Fleet
+    alternatives: Alternatives
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a known name (`unicluster models`), a config.json, a directory, owner/name, or demo",
+    )
+    parser.add_argument("--quant", choices=QUANTS, help="quantize (default: q4 of a known name)")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="TOKENS", help="of each user (default: 8192)"
+    )
+    parser.add_argument("--users", type=int, default=1, help="answers at the same time")
+    parser.add_argument("--objective", choices=get_args(Objective), default="latency")
+    parser.add_argument(
+        "--fleet",
+        metavar="LIST|FILE",
+        help="machines one thinks of, such as '2x mac-studio-m3-ultra-512, dgx-spark-128', or a "
+        "YAML file (default: the machines of the cluster)",
+    )
+    parser.add_argument(
+        "--link",
+        action="append",
+        default=[],
+        metavar="[A:B=]KIND",
+        help="1gbe, 2.5gbe, 5gbe, 10gbe, tb4 or tb5, between all machines or those two",
+    )
+    parser.add_argument(
+        "--memory",
+        action="append",
+        default=[],
+        metavar="[NAME=]SIZE",
+        help="usable memory of each machine, or of that one",
+    )
+    parser.add_argument("--nodes", metavar="A,B", help="only these machines")
+    parser.add_argument("--peer", action="append", default=[], metavar="HOST:PORT")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--compare", action="store_true", help="predicted against measured, of the model served"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return compare(args.peer, Console())
+    if args.model is None:
+        raise InputError("no model named: `unicluster models` lists those known")
+    if args.context < 0 or args.context == 1:
+        raise InputError(f"--context {args.context}: at least 2 tokens")
+    if args.users < 1:
+        raise InputError(f"--users {args.users}: at least 1")
+    asked = ask(args.model, args.quant, args.context, args.users)
+    if args.fleet is not None:
+        thought_of = fleet.parse(args.fleet)
+        layout = layout_of(asked, _inspect_here)
+        question = Question(asked, layout, thought_of, alternatives(asked, _inspect_here))
+    else:
+        question = asyncio.run(_question_to_cluster(asked, args.peer))
+    machines = fleet.with_memory(fleet.with_links(question.fleet, args.link), args.memory)
+    question = replace(question, fleet=machines)
+    nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
+    try:
+        best = plan(
+            question.layout,
+            machines.machines,
+            args.objective,
+            model=asked.display,
+            nodes=nodes,
+            network=machines.network,
+            alternatives=question.alternatives,
+        )
+    except NoPlanError as error:
+        if not args.json:
+            raise
+        print(json.dumps(refused(question, args.objective, error), indent=1))
+        return error.exit_code
+    if args.json:
+        print(json.dumps(planned(question, best), indent=1))
+        return 0
+    _show(question, best, nodes)
+    return 0
+
+
+def planned(question: Question, best: Plan) -> dict[str, Any]:
+    """A plan for programs. Bytes, tokens per second, and milliseconds."""
+    stages = [
+        {
+            "node": stage.machine.name,
+            "layers": [stage.first, stage.end],
+            "weight_bytes": stage.weight_bytes,
+            "kv_bytes": stage.kv_bytes,
+            "reserve_bytes": stage.reserve_bytes,
+            "usable_bytes": stage.machine.usable,
+            "head": stage.head,
+            "ms_per_token": stage.seconds_per_token * 1e3,
+        }
+        for stage in best.stages
+    ]
+    predicted = {
+        "tokens_per_s_single": best.tokens_per_s_single,
+        "tokens_per_s_throughput": best.tokens_per_s_aggregate,
+        "prefill_tokens_per_s": best.prefill_tokens_per_s,
+    }
+    return _facts(question, best.objective, stages, predicted, 0, ())
+
+
+def refused(question: Question, objective: Objective, error: NoPlanError) -> dict[str, Any]:
+    """The same of a model that does not fit."""
+    speeds = ("tokens_per_s_single", "tokens_per_s_throughput", "prefill_tokens_per_s")
+    nothing = dict.fromkeys(speeds)
+    return _facts(question, objective, [], nothing, error.missing, error.suggestions)
+
+
+def _facts(
+    question: Question,
+    objective: Objective,
+    stages: list[dict[str, Any]],
+    predicted: dict[str, Any],
+    shortfall: int,
+    suggestions: Sequence[str],
+) -> dict[str, Any]:
+    layout = question.layout
+    return {
+        "model": question.asked.display.split(" ")[0],
+        "quant": layout.quant,
+        "context": layout.context,
+        "users": layout.users,
+        "objective": objective,
+        "fits": bool(stages),
+        "stages": stages,
+        "total_weight_bytes": layout.weight_bytes,
+        "layer_bytes": list(layout.layer_bytes),
+        "embed_bytes": layout.embed_bytes,
+        "head_bytes": layout.head_bytes - layout.embed_bytes,
+        "kv_bytes_per_layer": list(layout.kv_bytes_per_layer),
+        "predicted": predicted,
+        "shortfall_bytes": shortfall,
+        "suggestions": list(suggestions),
+    }
+
+
+def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
+    console, machines = Console(), question.fleet.machines
+    allowed = [m for m in machines if nodes is None or m.name in nodes]
+    console.print(fleet_table(machines))
+    console.print(plan_table(best, question.layout, question.asked.display))
+    others = rivals(question.layout, allowed, best, question.fleet.network)
+    if others:
+        console.print()
+        console.print(rivals_table(others))
+    for name, reason in best.left_out:
+        console.print(Text(f"left out: {name.name}: {reason}", style="dim"))
+
+
+def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:
+    if not blueprints.possible_here():
+        raise InputError(
+            "a model's sizes come from its mlx-lm class, and there is no MLX here: "
+            "pip install 'unicluster[cpu]', or plan without --fleet where a machine has it"
+        )
+    return blueprints.layouts(requests)
+
+
+async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
+    """The machines that are there, with what was measured on them."""
+    cluster = Store().require()
+    async with Members(cluster, cluster.issue(default_name()), peers) as members:
+        await members.search()
+        machines = await members.machines()
+        if asked.request.config_json and blueprints.possible_here():
+            layout = layout_of(asked, _inspect_here)
+            options = alternatives(asked, _inspect_here)
+        else:
+            found = await members.inspect(asked.request)
+            layout = layout_of(asked, lambda _: [found])
+            options = scaled(quants=bool(asked.quant) or not layout.quantized)
+    machines = [replace(m, compute=known_compute(m.chip)) for m in machines]
+    known = learned.Learned.load()
+    paced = known.paced(machines, asked.display, layout)
+    network = Network(pairs=known.links(paced))
+    return Question(asked, layout, Fleet(tuple(paced), network), options)

@@ -1,0 +1,83 @@
+"""Plans that a person might have expected instead, and why they are not the one."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from coordinator.links import Network
+from coordinator.placement import Layout, Machine, Objective, Plan
+from coordinator.planner import plan
+from coordinator.shortfall import NoPlanError
+
+MOST = 3
+NO_ALTERNATIVES: tuple[()] = ()
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another plan that fits, and the reason that it lost."""
+
+    plan: Plan
+    reason: str
+
+
+def rivals(
+    layout: Layout, machines: Sequence[Machine], best: Plan, network: Network
+) -> list[Rival]:
+    """The nearest of: the other objective's plan, one machine alone, and each machine left out."""
+    found: dict[tuple[object, ...], Plan] = {}
+    for names, objective in _ideas(machines, best):
+        try:
+            other = plan(
+                layout,
+                machines,
+                objective,
+                nodes=names,
+                network=network,
+                alternatives=lambda _: NO_ALTERNATIVES,
+            )
+        except NoPlanError:
+            continue
+        if _shape(other) != _shape(best):
+            found.setdefault(_shape(other), other)
+    ranked = sorted(found.values(), key=lambda other: _score(other, best.objective))
+    return [Rival(other, _reason(other, best)) for other in ranked[:MOST]]
+
+
+def _ideas(machines: Sequence[Machine], best: Plan) -> Iterator[tuple[list[str], Objective]]:
+    able = [m for m in machines if m.backend != "none"]
+    yield [m.name for m in able], "throughput" if best.objective == "latency" else "latency"
+    used = {_kind(stage.machine): stage.machine for stage in best.stages}
+    for machine in {_kind(m): m for m in able}.values():
+        yield [machine.name], best.objective
+    for machine in used.values():
+        if others := [m.name for m in able if _kind(m) != _kind(machine)]:
+            yield others, best.objective
+
+
+def _kind(machine: Machine) -> tuple[object, ...]:
+    return machine.usable, machine.bandwidth, machine.pace, machine.link
+
+
+def _shape(found: Plan) -> tuple[object, ...]:
+    """What tells plans apart: alike machines don't."""
+    return tuple((_kind(stage.machine), stage.first) for stage in found.stages)
+
+
+def _score(found: Plan, objective: Objective) -> float:
+    return found.seconds_per_token if objective == "latency" else found.slowest.seconds_per_token
+
+
+def _reason(other: Plan, best: Plan) -> str:
+    """What it loses, and by what."""
+    more = _score(other, best.objective) - _score(best, best.objective)
+    if best.objective == "throughput":
+        slowest = other.slowest
+        return (
+            f"its slowest stage, {slowest.machine.name}, takes {more * 1e3:.3g} ms a token longer"
+        )
+    hops = other.hops_s - best.hops_s
+    if hops >= more / 2:
+        stages = len(other.stages) - len(best.stages)
+        count = f"{stages} hop{'s' if stages > 1 else ''} more" if stages > 0 else "slower hops"
+        return f"{more * 1e3:.3g} ms a token longer: {count}"
+    return f"{more * 1e3:.3g} ms a token longer: more layers on slower memory"

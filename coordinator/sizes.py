@@ -1,0 +1,44 @@
+"""What the catalogue's models weigh: `python -m coordinator.sizes` computes and stores it anew."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from coordinator.asking import ask
+from coordinator.blueprints import layouts
+from coordinator.catalog import QUANTS, Entry, entries
+from coordinator.placement import Layout
+
+FILE = "sizes.json"
+
+
+@cache
+def stored() -> dict[str, Any]:
+    """By model: its parameters, and bytes of weights by quantization."""
+    text = resources.files("coordinator").joinpath(FILE).read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def computed(models: Sequence[Entry]) -> dict[str, Any]:
+    """The same, from the configurations of these models. Takes a second for each."""
+    asked = [(e, q, ask(e.id, q, 0, 1).request) for e in models for q in QUANTS if q in e.quants]
+    found: dict[str, Any] = {e.id: {"parameters": 0, "bytes": {}} for e in models}
+    for (entry, quant, _), answer in zip(asked, layouts([r for _, _, r in asked]), strict=True):
+        layout = Layout.from_proto(answer)
+        found[entry.id]["parameters"] = layout.parameters
+        found[entry.id]["bytes"][quant] = layout.weight_bytes
+    return found
+
+
+def main() -> None:
+    rows = [f'"{model}": {json.dumps(sizes)}' for model, sizes in computed(entries()).items()]
+    text = "{\n" + ",\n".join(rows) + "\n}\n"
+    (Path(__file__).parent / FILE).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

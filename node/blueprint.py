@@ -1,0 +1,197 @@
+"""A model from its config.json alone: the mlx-lm class it will be, lazy and without weights.
+
+Run as a program it reads InspectRequests with a `config_json` from standard input, each with its
+length before it, and answers each with a ModelLayout in the same form. A request without one
+names where it is: the demo, a directory, or a hub repository.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import _get_classes, quantize_model
+
+from node.layout import layout_of
+from node.trace import trace
+from node.weights import BITS, DEMO, GROUP_SIZE, stored_quant
+from unicluster.errors import InputError, NotFoundError, UniclusterError
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+# Experts in the float format they were trained in, all else in 8 bits: how mlx-community
+# converts gpt-oss and some others.
+EXPERTS_MXFP4 = "mxfp4-q8"
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+Predicate = Callable[[str, nn.Module], Any]
+
+
+def inspect_config(request: InspectRequest) -> ModelLayout:
+    """The layout of a checkpoint with that config, as it is stored, or quantized on load.
+
+    Raises InputError for a config of no model that mlx-lm knows, or a context too long.
+    """
+    try:
+        config = json.loads(request.config_json or _config_of(request.model))
+    except ValueError as error:
+        raise InputError(f"{request.model}: its config is no JSON: {error}") from error
+    model, quant = build(config, request.quant, request.model)
+    found = trace(model, str(config["model_type"]))
+    return layout_of(
+        model, found, config, quant, request.model, request.context, request.users or 1
+    )
+
+
+def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.Module, str]:
+    """The lazy model, and what its weights are.
+
+    `quant` is as in InspectRequest, or EXPERTS_MXFP4. Arrays have the shapes and dtypes of the
+    checkpoint's; nothing may be evaluated.
+    """
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{name}: its config has no model_type")
+    # Random weights take their keys from a lazy chain, which would grow from model to model.
+    mx.random.seed(0)
+    try:
+        model_class, args_class = _get_classes(config)
+        model: nn.Module = model_class(args_class.from_dict(config))
+    except Exception as error:  # a class may stumble over its config in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: mlx-lm can't build this config: {reason}") from error
+    _sanitize(model, config)
+    _cast(model, config)
+    own = _own_quantization(config, name)
+    if own is not None and quant != EXPERTS_MXFP4:
+        _quantize_as_stored(model, own)
+        stored = stored_quant({"quantization": own}, model)
+        if quant not in ("", "none", stored):
+            raise InputError(f"{name}: its weights are already {stored}, not {quant}")
+        return model, stored
+    if quant in ("", "none"):
+        return model, stored_quant({}, model)
+    _quantize(model, config, quant)
+    return model, quant
+
+
+def _config_of(model: str) -> str:
+    """The config.json of the demo, a directory here, or a hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = DEMO if model == "demo" else Path(model).expanduser()
+    try:
+        if not path.is_absolute():
+            path = Path(hf_hub_download(model, "config.json")).parent
+        return (path / "config.json").read_text("utf-8")
+    except LocalEntryNotFoundError as error:
+        reason = "the hub can't be reached; give its config.json, or a directory"
+        raise NotFoundError(f"{model}: {reason}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise NotFoundError(f"{model}: no such repository on the hub, or it is gated") from error
+    except OSError as error:
+        raise InputError(f"{path / 'config.json'}: {error.strerror or error}") from error
+
+
+def _sanitize(model: nn.Module, config: dict[str, Any]) -> None:
+    """Lets the class drop what the checkpoint won't have: some build a lm_head to drop it."""
+    if not hasattr(model, "sanitize"):
+        return
+    # Transformers ties them unless a config says otherwise.
+    tied = config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings", True))
+    weights = dict(tree_flatten(model.parameters()))
+    if tied:
+        weights = {k: v for k, v in weights.items() if not k.endswith("lm_head.weight")}
+    model.sanitize(weights)
+
+
+def _cast(model: nn.Module, config: dict[str, Any]) -> None:
+    """mlx-lm's classes are born float32; checkpoints are not."""
+    text = _text(config)
+    names = (config.get("torch_dtype"), config.get("dtype"), text.get("torch_dtype"))
+    name = next((n for n in (*names, text.get("dtype")) if n), "bfloat16")
+    dtype = getattr(mx, str(name).removeprefix("torch."))
+    castable = getattr(model, "cast_predicate", lambda _path: True)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(dtype) if floating and castable(path) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _own_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What the config says of its weights, in mlx-lm's terms; None for plain floats."""
+    if isinstance(own := config.get("quantization"), dict):
+        return own
+    given = config.get("quantization_config") or _text(config).get("quantization_config")
+    if not given:
+        return None
+    method = given.get("quant_method")
+    if method == "fp8":
+        return None  # most classes turn it into plain floats when they load it
+    if method == "mxfp4":
+        return {**MXFP4, "experts_only": True}
+    raise InputError(f"{name}: sizes of {method} weights can't be told from config.json alone")
+
+
+def _quantize_as_stored(model: nn.Module, own: dict[str, Any]) -> None:
+    predicate: Predicate | None = getattr(model, "quant_predicate", None)
+
+    def wanted(path: str, module: nn.Module) -> Any:
+        if path in own:
+            return own[path]
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % own["group_size"]:
+            return False
+        if own.get("experts_only"):
+            return isinstance(module, SwitchLinear)
+        return predicate is None or bool(predicate(path, module))
+
+    nn.quantize(
+        model,
+        own["group_size"],
+        own["bits"],
+        mode=own.get("mode", "affine"),
+        class_predicate=wanted,
+    )
+
+
+def _quantize(model: nn.Module, config: dict[str, Any], quant: str) -> None:
+    own: Predicate | None = getattr(model, "quant_predicate", None)
+
+    def mixed(path: str, module: nn.Module) -> Any:
+        if isinstance(module, SwitchLinear):
+            return MXFP4
+        return True if own is None else own(path, module)
+
+    if quant != EXPERTS_MXFP4 and quant not in BITS:
+        raise InputError(f"no quantization {quant!r}: it is one of {', '.join(BITS)}")
+    bits = BITS.get(quant, 8)
+    predicate = mixed if quant == EXPERTS_MXFP4 else own
+    with contextlib.redirect_stdout(None):
+        quantize_model(model, config, GROUP_SIZE, bits, quant_predicate=predicate)
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("text_config") or {}
+
+
+def main() -> None:
+    try:
+        while (request := parse_length_prefixed(InspectRequest, sys.stdin.buffer)) is not None:
+            with contextlib.redirect_stdout(sys.stderr):  # libraries print
+                layout = inspect_config(request)
+            serialize_length_prefixed(layout, sys.stdout.buffer)
+    except UniclusterError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
