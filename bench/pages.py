@@ -28,9 +28,9 @@ FLEETS = {
     "M3 Ultra 192": "mac-studio-m3-ultra-192",
     "M3 Ultra 256": "mac-studio-m3-ultra-256",
     "M3 Ultra 512": "mac-studio-m3-ultra-512",
-    "2 × M3 Ultra 512": "2x mac-studio-m3-ultra-512",
-    "4 × M3 Ultra 512": "4x mac-studio-m3-ultra-512",
-    "4 × Framework Desktop": "4x framework-desktop-128",
+    "2x M3 Ultra 512": "2x mac-studio-m3-ultra-512",
+    "4x M3 Ultra 512": "4x mac-studio-m3-ultra-512",
+    "4x Framework Desktop": "4x framework-desktop-128",
 }
 QUANTS = ("q8", "q4", "q2")
 
@@ -62,8 +62,8 @@ def memory() -> str:
         lines.append(f"| {model} | {ours:,} | {count:,} | {_percent(ours, count)} | {why} |")
     lines += [
         "",
-        "Where nothing is said, the two are the same to within 0.001 %: the rest is buffers such as",
-        "rotary frequencies, which some checkpoints store.",
+        "Where nothing is said, the two are the same to within 0.001 %: the rest is buffers such",
+        "as rotary frequencies, which some checkpoints store.",
         "",
         "## Memory",
         "",
@@ -85,12 +85,12 @@ def memory() -> str:
 
 _DIFFERENCES = (
     "Why they differ. A weight of MLX's q4 takes 4.5 bits: 4, and a 16-bit scale and bias for each",
-    "64. The q4 that is quoted is mostly a GGUF's Q4_K_M, 4.8 bits a weight on average, and is",
-    "rounded. Where the quoted figure is below ours, it allows fewer bits than either takes: the",
-    "last column says how many (Llama 4 Scout's 58 GB, Maverick's 220 and the q2 of DeepSeek-R1",
-    "and GLM-5 among them, whose 2.1 to 2.6 bits are those of dynamic quantizations that keep only",
-    "some layers above 2 bits). For small models the quoted figure leaves room for a context. MLX's",
-    "q2 is 2.5 bits, and answers get visibly worse: it says what would fit, not what is wise.",
+    "64 weights; of its q2, 2.5. The last column is what the quoted figure allows a weight. Those",
+    "between 4.5 and 4.9 fit GGUF's Q4_K_M (DeepSeek-R1's is 404 GB, 4.82 bits) and rounding;",
+    "those above are of small models and leave room for a context; those below (Llama 4, Qwen3",
+    "235B) are less than any plain 4-bit format with scales takes, so some layers must have fewer",
+    "bits, or the figure is a guess. DeepSeek-R1's 176 GB at q2 is a mix of formats of about 2.1",
+    "bits. MLX's q2 says what would fit, not what is wise: answers get visibly worse.",
 )
 
 
@@ -113,7 +113,7 @@ def machines(models: Sequence[Entry] | None = None) -> str:
     lines = [
         "# What runs on which machine",
         "",
-        "Written by `python -m bench.pages machines`: `unicluster plan MODEL --quant Q --fleet ...`",
+        "Written by `python -m bench.pages machines`: `unicluster plan MODEL --quant Q --fleet F`,",
         "for one user and a context of 8192, objective latency. A number is predicted tokens a",
         "second, and in brackets the machines used, if more than one; a negative amount is what",
         "is missing on one machine. Speeds assume what `coordinator/placement.py` says, and are",
@@ -139,7 +139,7 @@ def _cell(layout: Layout, thought_of: fleet.Fleet) -> str:
     try:
         found = plan(layout, thought_of.machines, network=thought_of.network, alternatives=_none)
     except NoPlanError as error:
-        return f"−{format_bytes(error.missing)}"
+        return f"-{format_bytes(error.missing)}"
     used = f" ({len(found.stages)})" if len(found.stages) > 1 else ""
     return f"{found.tokens_per_s_single:.3g}{used}"
 
@@ -152,9 +152,10 @@ def published_page() -> str:
         "",
         "Written by `python -m bench.pages published`. Tokens a second, one user, decode.",
         "The assumptions (80 % of the memory's bandwidth, 0.1 ms a layer, 0.3 ms a hop; see",
-        "`coordinator/placement.py`) are round figures for such machines in general. They were",
-        "chosen before this table was made and not fitted to it; `bandwidth` is the most that the",
-        "memory would allow without any of them. The error is against the nearer end of a range.",
+        "`coordinator/placement.py`) are round figures, the same for all machines and models. They",
+        "were settled before this table was made and not changed after, but with the published",
+        "figures known: this is no blind test. `bandwidth` is the most that the memory would allow",
+        "without them. The error is against the nearer end of a range.",
         "",
         "| what | fleet | published | predicted | error | bandwidth | source |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -176,10 +177,12 @@ def published_page() -> str:
             f"| {_percent(speed, near)} | {most:.1f} | {row['source']} |"
         )
         if high > most and not row["fleet"].startswith(("2x", "4x")):
-            impossible.append(f"{row['what']} on {row['fleet']}: {told}, and {most:.1f} is the most")
+            impossible.append(
+                f"{row['what']} on {row['fleet']}: {told}, and {most:.1f} is the most"
+            )
     lines += [
         "",
-        "Above what bandwidth allows, so hardly measured with the weights as stated:",
+        "Partly or wholly above what bandwidth allows, so not measured with the weights as stated:",
         "",
         *(f"- {line}" for line in impossible),
         "",
@@ -193,8 +196,13 @@ _PUBLISHED_REMARKS = (
     "On two and four machines the plan stays on one: a single machine holds these models, and a",
     "pipeline's further stages add hops, never speed, for one user. llama.cpp's RPC figures show",
     "the same. Tensor parallelism over RDMA, which splits each layer, does get faster with more",
-    "machines; unicluster has none. DeepSeek's and GLM's experts are where the prediction is too",
-    "high: many small matrices reach a smaller part of the bandwidth than few large ones.",
+    "machines; unicluster has none. The prediction is furthest above what was measured for",
+    "DeepSeek, whose experts are many small matrices: they seem to reach a smaller part of the",
+    "bandwidth than few large ones. After a model was served, what was measured is used instead.",
+    "",
+    "Four Framework Desktops, predicted before looking for figures (none was found to compare):",
+    "Llama 3.1 405B q4 0.87 tokens a second on two of them, DeepSeek-R1 q4 9.0 on all four,",
+    "Qwen3-235B-A22B q4 13 on two.",
 )
 
 

@@ -208,11 +208,10 @@ class Pool:
         return key and all(self._hop(one, m) == self._hop(other, m) for m in others)
 
     def _seconds(self, machine: Machine) -> _Row:
-        rate, layer_s = BANDWIDTH_SHARE * machine.bandwidth, LAYER_S
-        pace = 1.0 if machine.pace is None else machine.pace
+        rate = BANDWIDTH_SHARE * machine.bandwidth
         return _Row(
-            (self._read.head / rate + layer_s * self._layers.head) * pace,
-            (self._read.rest / rate + layer_s * self._layers.rest) * pace,
+            (self._read.head / rate + LAYER_S * self._layers.head) * machine.pace,
+            (self._read.rest / rate + LAYER_S * self._layers.rest) * machine.pace,
         )
 
     def _row(self, values: Sequence[float], head: float) -> _Row:

@@ -227,9 +227,9 @@ class _Planned:
             gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
             facts.add_row("search", Text(gap))
         facts.add_row("predicted", Text(self._speed(), style="bold"))
-        known = [s.measured for s in plan.stages] + [s.hop_measured for s in plan.stages if s.hop_s]
-        if not all(known):
-            rest = "the rest was measured here" if any(known) else "nothing was measured yet"
+        told = [s.measured for s in plan.stages] + [s.hop_measured for s in plan.stages if s.hop_s]
+        if not all(told):
+            rest = "the rest was measured here" if any(told) else "nothing was measured yet"
             facts.add_row("*", f"assumed: {rest}")
         return facts
 

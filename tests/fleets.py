@@ -56,7 +56,7 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
         for _ in range(dice.choice([2, 3, 8]))
     ]
     machines = [
-        Machine(f"m{i}", "", *dice.choice(kinds), pace=dice.choice([None, None, 1.5]))
+        Machine(f"m{i}", "", *dice.choice(kinds), pace=dice.choice([1.0, 1.0, 1.5]))
         for i in range(dice.randint(2, most_machines))
     ]
     pairs = {}
@@ -113,4 +113,4 @@ def _seconds(layout: Layout, machine: Machine, first: int, end: int) -> float:
     read += sum(layout.kv_bytes_per_layer[first:end]) / layout.users
     read += layout.head_bytes if first == 0 else 0
     seconds = read / (BANDWIDTH_SHARE * machine.bandwidth) + LAYER_S * (end - first)
-    return seconds * (machine.pace or 1.0)
+    return seconds * machine.pace

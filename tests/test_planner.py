@@ -24,7 +24,7 @@ def ranges(found: Plan) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_stages_cover_all_layers_once_and_fit(objective: Objective) -> None:
-    dice = random.Random(99)  # noqa: S311
+    dice = random.Random(99)
     layout = a_layout([dice.randint(1, 30) * GB // 10 for _ in range(60)], head=2 * GB)
     fleet = [Machine(f"m{i}", "", 15 * GB, (100 + i) * 1e9) for i in range(9)]
     found = plan(layout, fleet, objective)
@@ -151,7 +151,7 @@ def test_more_unlike_machines_than_are_searched_exactly_still_fit(objective: Obj
 
 
 def test_an_even_split_has_the_smallest_largest_stage() -> None:
-    dice = random.Random(5)  # noqa: S311
+    dice = random.Random(5)
     for _ in range(60):
         layout = a_layout([dice.randint(1, 9) for _ in range(7)], head=dice.randint(0, 9))
         count = dice.randint(1, 7)
