@@ -15,7 +15,7 @@ from coordinator.placement import Machine
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 
-_COUNTED = re.compile(r"(?:(\d+)\s*[x×]\s*)?(.+)")
+_COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?(.+)")
 _MACHINE_KEYS = {"name", "hardware", "count", "memory", "usable", "bandwidth", "compute", "link"}
 _LINK_KEYS = {"between", "link", "latency", "bandwidth"}
 _SECONDS = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)")
@@ -42,7 +42,7 @@ def parse(text: str) -> Fleet:
         match = _COUNTED.fullmatch(part.strip())
         if match is None:
             raise InputError(
-                f"--fleet {text!r}: write it like 2x mac-studio-m3-ultra-512, dgx-spark-128"
+                f"--fleet {text!r}: write it like 2x dgx-spark-128, framework-desktop-128"
             )
         machines += [hardware.find(match[2]).machine()] * int(match[1] or 1)
     return Fleet(_numbered(machines), Network())

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from coordinator.links import Link
@@ -71,8 +72,16 @@ class Learned:
         self._save()
 
     def paced(self, machines: Sequence[Machine], model: str, layout: Layout) -> list[Machine]:
-        """The machines, those that were measured with this model at their measured pace."""
-        return [replace(m, pace=self._pace(m, model, layout)) for m in machines]
+        """The machines, those that were measured with this model at their measured pace.
+
+        The others are taken to be off by as much as these: a machine must not look faster for
+        not having been tried.
+        """
+        known = {m.name: pace for m in machines if (pace := self._pace(m, model, layout))}
+        usual = median(known.values()) if known else 1.0
+        return [
+            replace(m, pace=known.get(m.name, usual), measured=m.name in known) for m in machines
+        ]
 
     def links(self, machines: Sequence[Machine]) -> dict[frozenset[str], Link]:
         """What was measured between these machines."""
@@ -91,7 +100,7 @@ class Learned:
             return None
         read = sum(layout.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
-        assumed = replace(machine, pace=None).seconds(read, measured.end - measured.first)
+        assumed = replace(machine, pace=1.0).seconds(read, measured.end - measured.first)
         return measured.seconds_per_token / assumed
 
     def _save(self) -> None:

@@ -152,8 +152,8 @@ class Layout:
 class Machine:
     """A machine that may take a stage: bytes, bytes per second, and operations per second.
 
-    compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: measured
-    seconds over assumed ones for the model that is planned; None while all is assumed.
+    compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: seconds it
+    takes over those assumed, for the model that is planned; `measured` or itself assumed.
     """
 
     name: str
@@ -164,7 +164,8 @@ class Machine:
     backend: str = ""
     compute: float = 0.0
     link: str = ""
-    pace: float | None = None
+    pace: float = 1.0
+    measured: bool = False
 
     @classmethod
     def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
@@ -179,8 +180,7 @@ class Machine:
 
     def seconds(self, read_bytes: float, layers: int) -> float:
         """To decode one token through so many layers, of which so many bytes are read."""
-        assumed = read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers
-        return assumed * (1.0 if self.pace is None else self.pace)
+        return self.pace * (read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Stage:
 
     @property
     def measured(self) -> bool:
-        return self.machine.pace is not None
+        return self.machine.measured
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.text import Text
 
 from coordinator import blueprints, fleet, learned
 from coordinator.asking import Asked, alternatives, ask, layout_of
@@ -187,8 +186,6 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     if others:
         console.print()
         console.print(rivals_table(others))
-    for name, reason in best.left_out:
-        console.print(Text(f"left out: {name.name}: {reason}", style="dim"))
 
 
 def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:
@@ -208,7 +205,7 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
         machines = await members.machines()
         if asked.request.config_json and blueprints.possible_here():
             layout = layout_of(asked, _inspect_here)
-            options = alternatives(asked, _inspect_here)
+            options: Alternatives = alternatives(asked, _inspect_here)
         else:
             found = await members.inspect(asked.request)
             layout = layout_of(asked, lambda _: [found])

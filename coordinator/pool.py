@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -58,7 +59,8 @@ class Pool:
 
     def problem(self, slowest: float = np.inf) -> Problem:
         """In seconds a token. No stage may take longer than `slowest`."""
-        heads, rests = [], []
+        heads: list[Matrix] = []
+        rests: list[Matrix] = []
         for group, capacity in zip(self.groups, self.capacities, strict=True):
             seconds = self._seconds(group[0])
             for costs, held, found in (
@@ -111,7 +113,7 @@ class Pool:
         """The least bytes of weights and KV that one more machine would have to hold."""
         values = self.held.values()
         more = [*self.counts, 1]
-        at = _first(values, lambda held: self._holds(more, [*self.capacities, held]))
+        at = _first(values, partial(self._holds_with, more))
         return int(values[at])
 
     def helped_by(self, machine: Machine, count: int) -> bool:
@@ -126,7 +128,7 @@ class Pool:
         for i, group in enumerate(self.groups):
             counts = [*self.counts, 1]
             counts[i] -= 1
-            at = _first(values, lambda held, c=counts: self._holds(c, [*self.capacities, held]))
+            at = _first(values, partial(self._holds_with, counts))
             more = self.layout.needed(int(values[at])) - group[0].usable
             if best[1] is None or more < best[0]:
                 best = (more, group[0])
@@ -206,11 +208,10 @@ class Pool:
         return key and all(self._hop(one, m) == self._hop(other, m) for m in others)
 
     def _seconds(self, machine: Machine) -> _Row:
-        rate, layer_s = BANDWIDTH_SHARE * machine.bandwidth, LAYER_S
-        pace = 1.0 if machine.pace is None else machine.pace
+        rate = BANDWIDTH_SHARE * machine.bandwidth
         return _Row(
-            (self._read.head / rate + layer_s * self._layers.head) * pace,
-            (self._read.rest / rate + layer_s * self._layers.rest) * pace,
+            (self._read.head / rate + LAYER_S * self._layers.head) * machine.pace,
+            (self._read.rest / rate + LAYER_S * self._layers.rest) * machine.pace,
         )
 
     def _row(self, values: Sequence[float], head: float) -> _Row:
@@ -218,6 +219,10 @@ class Pool:
         edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))
         first = np.where(np.arange(len(edges)) == 0, np.inf, edges + head)
         return _Row(*cuts.without(first, cuts.range_sums(edges), self.layout.forbidden_cuts))
+
+    def _holds_with(self, counts: Sequence[int], held: float) -> bool:
+        """Whether everything fits where one more kind can hold so much."""
+        return self._holds(counts, [*self.capacities, held])
 
     def _holds(self, counts: Sequence[int], capacities: Sequence[float]) -> bool:
         there = [i for i, count in enumerate(counts) if count]

@@ -189,7 +189,7 @@ class _Planned:
 
     def _stages(self, wide: bool) -> Table:
         layout, users = self.layout, _count(self.layout.users, "user")
-        hops = len(self.plan.stages) > 1
+        hops = wide and len(self.plan.stages) > 1
         table = _table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
         _names(table, "machine", *["chip"] * wide)
         _numbers(table, "layers", "weights", "KV", "free")
@@ -216,6 +216,10 @@ class _Planned:
         facts.add_column()
         facts.add_row("memory", _Legend())
         facts.add_row("head", Text(f"{head} of embedding and lm_head"))
+        if plan.hops_s:
+            known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
+            hops = f"{len(plan.stages)}, together {_ms(plan.hops_s)} ms a token, {known}"
+            facts.add_row("hops", hops)
         facts.add_row("binds", Text(plan.binds))
         for i, (machine, reason) in enumerate(plan.left_out):
             facts.add_row("" if i else "left out", Text(f"{machine.name}: {reason}"))
@@ -223,8 +227,10 @@ class _Planned:
             gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
             facts.add_row("search", Text(gap))
         facts.add_row("predicted", Text(self._speed(), style="bold"))
-        if any(not (s.measured and (s.hop_measured or not s.hop_s)) for s in plan.stages):
-            facts.add_row("*", "assumed; the rest was measured on these machines")
+        told = [s.measured for s in plan.stages] + [s.hop_measured for s in plan.stages if s.hop_s]
+        if not all(told):
+            rest = "the rest was measured here" if any(told) else "nothing was measured yet"
+            facts.add_row("*", f"assumed: {rest}")
         return facts
 
     def _speed(self) -> str:

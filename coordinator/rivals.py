@@ -9,7 +9,6 @@ from coordinator.planner import plan
 from coordinator.shortfall import NoPlanError
 
 MOST = 3
-NO_ALTERNATIVES: tuple[()] = ()
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def rivals(
                 objective,
                 nodes=names,
                 network=network,
-                alternatives=lambda _: NO_ALTERNATIVES,
+                alternatives=lambda _: (),
             )
         except NoPlanError:
             continue

@@ -12,7 +12,7 @@ bound says so.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def layers(self) -> int:
-        return self.first.shape[1] - 1
+        return len(self.first[0]) - 1
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _along(problem: Problem, order: Sequence[int]) -> Found | None:
 def _cost(problem: Problem, pieces: Sequence[Piece]) -> float:
     head = pieces[0]
     cost = float(problem.first[head.kind, head.end])
-    for before, piece in zip(pieces, pieces[1:], strict=False):
+    for before, piece in pairwise(pieces):
         cost += float(problem.hops[before.kind, piece.kind])
         cost += float(problem.step[piece.kind, piece.first, piece.end])
     return cost + (float(problem.hops[pieces[-1].kind, head.kind]) if len(pieces) > 1 else 0.0)

@@ -6,6 +6,7 @@ names where it is: the demo, a directory, or a hub repository.
 """
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -183,14 +184,16 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    asked, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
     try:
-        while (request := parse_length_prefixed(InspectRequest, sys.stdin.buffer)) is not None:
+        while (request := parse_length_prefixed(InspectRequest, asked)) is not None:
             with contextlib.redirect_stdout(sys.stderr):  # libraries print
                 layout = inspect_config(request)
-            serialize_length_prefixed(layout, sys.stdout.buffer)
+            serialize_length_prefixed(layout, answers)
     except UniclusterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    sys.stdout.buffer.write(answers.getvalue())
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     """The config.json of a model of one of ARCHITECTURES: 6 layers, hidden size 64."""
     if model_type == "gemma3":
         text = tiny_config("gemma3_text")
+        text["tie_word_embeddings"] = True
         return {"model_type": "gemma3", "vocab_size": VOCAB, "eos_token_id": EOS} | {
             "text_config": text
         }

@@ -1,0 +1,116 @@
+"""Random small models and fleets, and every placement of one on the other, by brute force."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coordinator.links import Link, Network
+from coordinator.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: Layout
+    machines: list[Machine]
+    network: Network
+
+
+def a_layout(
+    layers: list[int],
+    *,
+    active: list[int] | None = None,
+    head: int = 0,
+    kv: list[int] | None = None,
+    users: int = 1,
+    quant: str = "",
+) -> Layout:
+    return Layout(
+        model_type="llama",
+        layer_bytes=tuple(layers),
+        layer_active_bytes=tuple(active or layers),
+        head_bytes=head,
+        kv_bytes_per_layer=tuple(kv or [0] * len(layers)),
+        context=8192,
+        users=users,
+        hidden_bytes=8192,
+        quant=quant,
+        max_context=0,
+    )
+
+
+def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
+    """Unequal layers; machines of which some are alike; links of which some are slow."""
+    sizes = [dice.randint(1, 30) * GB // 10 for _ in range(dice.randint(1, most_layers))]
+    layout = a_layout(
+        sizes,
+        active=[size // dice.randint(1, 8) for size in sizes],
+        head=dice.randint(0, 20) * GB // 10,
+        kv=[dice.randint(0, 5) * GB // 10 for _ in sizes],
+        users=dice.randint(1, 4),
+    )
+    whole = sum(layout.held_bytes) + layout.head_bytes
+    kinds = [
+        (whole * dice.randint(20, 80) // 100, dice.choice([50, 200, 800]) * GB)
+        for _ in range(dice.choice([2, 3, 8]))
+    ]
+    machines = [
+        Machine(f"m{i}", "", *dice.choice(kinds), pace=dice.choice([1.0, 1.0, 1.5]))
+        for i in range(dice.randint(2, most_machines))
+    ]
+    pairs = {}
+    for _ in range(dice.choice([0, 0, 1, 4]) if len(machines) > 1 else 0):
+        two = frozenset(m.name for m in dice.sample(machines, 2))
+        pairs[two] = Link("odd", dice.choice([0.05e-3, 8e-3, 60e-3]), 1e9)
+    default = Link("lan", dice.choice([0.3e-3, 5e-3]), 1e9)
+    return Case(layout, machines, Network(default, pairs))
+
+
+def every_placement(case: Case) -> Iterator[tuple[float, float]]:
+    """(latency, slowest stage) in seconds a token of each placement that fits."""
+    layout, n = case.layout, case.layout.layers
+    seconds = {
+        (m.name, a, b): _seconds(layout, m, a, b)
+        for m in case.machines
+        for a in range(n)
+        for b in range(a + 1, n + 1)
+        if _needs(layout, a, b) <= m.usable
+    }
+    names = [m.name for m in case.machines]
+    hop = {
+        (one, other): case.network.between(one, other).seconds(layout.hidden_bytes)
+        for one in names
+        for other in names
+    }
+
+    def onward(
+        row: tuple[str, ...], first: int, total: float, slowest: float
+    ) -> Iterator[tuple[float, float]]:
+        if first == n:
+            yield total + (hop[row[-1], row[0]] if len(row) > 1 else 0.0), slowest
+            return
+        for name in names:
+            if name in row:
+                continue
+            way = hop[row[-1], name] if row else 0.0
+            for end in range(first + 1, n + 1):
+                if (name, first, end) in seconds:
+                    taken = seconds[name, first, end]
+                    yield from onward((*row, name), end, total + way + taken, max(slowest, taken))
+
+    yield from onward((), 0, 0.0, 0.0)
+
+
+def _needs(layout: Layout, first: int, end: int) -> int:
+    held = sum(layout.layer_bytes[first:end]) + sum(layout.kv_bytes_per_layer[first:end])
+    held += layout.head_bytes if first == 0 else 0
+    return held + layout.reserve(held)
+
+
+def _seconds(layout: Layout, machine: Machine, first: int, end: int) -> float:
+    read = sum(layout.layer_active_bytes[first:end])
+    read += sum(layout.kv_bytes_per_layer[first:end]) / layout.users
+    read += layout.head_bytes if first == 0 else 0
+    seconds = read / (BANDWIDTH_SHARE * machine.bandwidth) + LAYER_S * (end - first)
+    return seconds * machine.pace

@@ -1,0 +1,123 @@
+"""`unicluster plan`, `models` and `hardware` as a person runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_config
+
+
+def run(*words: str, home: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    env = {**os.environ, "COLUMNS": "120"} | ({"UNICLUSTER_HOME": str(home)} if home else {})
+    return subprocess.run(
+        [sys.executable, "-m", "unicluster", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+    )
+
+
+def planned(*words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("plan", *words, "--json").stdout)
+    return found
+
+
+KEYS = [
+    *("model", "quant", "context", "users", "objective", "fits", "stages", "total_weight_bytes"),
+    *("layer_bytes", "embed_bytes", "head_bytes", "kv_bytes_per_layer", "predicted"),
+    *("shortfall_bytes", "suggestions"),
+]
+
+
+def test_deepseek_fits_one_large_mac_and_stays_there() -> None:
+    found = planned("deepseek-r1", "--fleet", "2x mac-studio-m3-ultra-512")
+
+    assert list(found) == KEYS
+    assert (found["model"], found["quant"], found["fits"]) == ("deepseek-r1", "q4", True)
+    assert [stage["layers"] for stage in found["stages"]] == [[0, 61]]
+    total = sum(found["layer_bytes"]) + found["embed_bytes"] + found["head_bytes"]
+    assert total == found["total_weight_bytes"] == found["stages"][0]["weight_bytes"]
+
+
+def test_what_does_not_fit_exits_with_3_and_says_what_would_do() -> None:
+    words = ("deepseek-r1", "--quant", "q8", "--fleet", "4x framework-desktop-128")
+    done = run("plan", *words, "--json")
+    found = json.loads(done.stdout)
+
+    assert done.returncode == 3
+    assert list(found) == KEYS
+    assert not found["fits"]
+    assert found["shortfall_bytes"] > 0
+    assert "--quant q4" in found["suggestions"]
+    again = run("plan", "deepseek-r1", "--quant", "q4", "--fleet", "4x framework-desktop-128")
+    assert again.returncode == 0
+
+
+def test_the_machines_suggested_are_enough() -> None:
+    done = run("plan", "glm-5", "--fleet", "framework-desktop-128")
+    assert done.returncode == 3
+    assert "3x bosgame-m5-128 ($5100)" in done.stderr
+
+    with_them = run("plan", "glm-5", "--fleet", "framework-desktop-128, 3x bosgame-m5-128")
+    assert with_them.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nonsuch-model", "--fleet", "dgx-spark"),
+        ("deepseek-r1", "--fleet", "nonsuch-machine"),
+        ("deepseek-r1", "--fleet", "dgx-spark", "--link", "carrier-pigeon"),
+        ("gpt-oss-120b", "--quant", "q2", "--fleet", "dgx-spark"),
+        ("gemma-3-4b", "--context", "1000000", "--fleet", "dgx-spark"),
+    ],
+)
+def test_bad_input_exits_with_2_in_one_line(words: tuple[str, ...]) -> None:
+    done = run("plan", *words)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("unicluster: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_person_sees_who_holds_what_and_why_not_otherwise() -> None:
+    fleet = "mac-studio-m3-ultra-96, mac-studio-m4-max-128, framework-desktop-128"
+
+    shown = run("plan", "qwen3-235b-a22b", "--fleet", fleet).stdout
+
+    for part in ("layers", "hop ms", "binds", "predicted", "Other plans", "longer", "█"):
+        assert part in shown
+    assert "* " in shown
+    assert "assumed: nothing was measured yet" in shown
+
+
+def test_a_config_file_of_ones_own_is_planned(tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(tiny_config("llama")))
+
+    found = planned(str(path), "--fleet", "dgx-spark", "--context", "512")
+
+    assert (found["model"], found["quant"], found["context"]) == ("mine", "float32", 512)
+
+
+def test_without_a_cluster_a_fleet_is_asked_for(tmp_path: Path) -> None:
+    done = run("plan", "demo", home=tmp_path)
+
+    assert done.returncode != 0
+    assert "this machine is in no cluster" in done.stderr
+
+
+def test_the_catalogues_are_listed() -> None:
+    models, hardware = run("models").stdout, run("hardware", "--sources").stdout
+
+    assert "deepseek-r1" in models
+    assert "377.6 GB" in models
+    assert "mac-studio-m3-ultra-512" in hardware
+    assert "Apple, Mac Studio" in hardware

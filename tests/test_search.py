@@ -1,0 +1,109 @@
+"""The plan against every placement there is, and against its bound where there are too many."""
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from coordinator.links import Link, Network
+from coordinator.placement import Machine, Objective
+from coordinator.planner import plan
+from tests.fleets import GB, Case, a_case, a_layout, every_placement
+from unicluster.errors import DoesNotFitError
+
+
+def check(case: Case) -> None:
+    possible = list(every_placement(case))
+    if not possible:
+        with pytest.raises(DoesNotFitError):
+            plan(case.layout, case.machines, network=case.network)
+        return
+    fastest = plan(case.layout, case.machines, "latency", network=case.network)
+    assert fastest.seconds_per_token == pytest.approx(min(possible)[0], rel=1e-9)
+    steady = plan(case.layout, case.machines, "throughput", network=case.network)
+    slowest, latency = min((round(slow, 12), latency) for latency, slow in possible)
+    assert steady.slowest.seconds_per_token == pytest.approx(slowest, rel=1e-9)
+    assert steady.seconds_per_token == pytest.approx(latency, rel=1e-9)
+    assert fastest.gap == steady.gap == 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_placement_on_a_few_machines_is_better(seed: int) -> None:
+    """2000 fleets, in ten seconds as a whole."""
+    dice = random.Random(seed)
+    for _ in range(100):
+        check(a_case(dice, most_machines=5, most_layers=6))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_placement_on_up_to_eight_machines_is_better(seed: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(20):
+        check(a_case(dice, most_machines=8, most_layers=5))
+
+
+def unequal(dice: random.Random, layers: int) -> list[int]:
+    return [dice.randint(50, 150) * GB // 100 for _ in range(layers)]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_32_machines_of_four_kinds_take_less_than_a_second(objective: Objective) -> None:
+    layout = a_layout(unequal(random.Random(3), 128), head=2 * GB)
+    kinds = [(3 * GB, 100e9), (5 * GB, 270e9), (6 * GB, 400e9), (9 * GB, 800e9)]
+    fleet = [Machine(f"m{i}", "", *kinds[i % 4]) for i in range(32)]
+    plan(layout, fleet, objective)  # the first call also pays for imports
+
+    started = time.process_time()
+    found = plan(layout, fleet, objective)
+
+    assert time.process_time() - started < 1.0
+    assert found.gap <= 0.01
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_twelve_unlike_machines_are_planned_within_one_percent_of_the_bound(seed: int) -> None:
+    dice = random.Random(seed)
+    layout = a_layout(unequal(dice, 60), head=GB)
+    fleet = [
+        Machine(f"m{i}", "", dice.randint(40, 140) * GB // 10, dice.randint(100, 800) * 1e9)
+        for i in range(12)
+    ]
+
+    assert plan(layout, fleet).gap <= 0.01
+
+
+def test_a_machine_that_is_far_away_stays_out() -> None:
+    layout = a_layout([GB] * 10)
+    fleet = [Machine("a", "", 6 * GB, 100e9), Machine("b", "", 6 * GB, 90e9)]
+    fleet.append(Machine("far", "", 6 * GB, 100e9))
+    slow = Link("wifi", 20e-3, 1e8)
+    network = Network(pairs={frozenset(("far", near)): slow for near in ("a", "b")})
+
+    found = plan(layout, fleet, network=network)
+
+    assert {stage.machine.name for stage in found.stages} == {"a", "b"}
+
+
+def test_the_order_of_the_ring_avoids_a_slow_link() -> None:
+    layout = a_layout([GB] * 16)
+    fleet = [Machine(name, "", 5 * GB, 100e9) for name in "abcd"]
+    slow = Link("wifi", 20e-3, 1e8)
+
+    found = plan(layout, fleet, network=Network(pairs={frozenset("ab"): slow}))
+
+    assert max(stage.hop_s for stage in found.stages) < 1e-3
+    order = "".join(stage.machine.name for stage in found.stages)
+    assert "ab" not in order * 2
+    assert "ba" not in order * 2
+
+
+def test_refusing_eleven_unlike_machines_takes_no_longer_than_planning() -> None:
+    layout = a_layout([3 * GB] * 80)
+    fleet = [Machine(f"m{i}", "", (10 + i) * GB, (100 + i) * 1e9) for i in range(11)]
+
+    started = time.process_time()
+    with pytest.raises(DoesNotFitError):
+        plan(replace(layout, head_bytes=GB), fleet)
+
+    assert time.process_time() - started < 3.0
