@@ -20,9 +20,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, quantize_model
 
+from node.cache import DEMO
 from node.layout import layout_of
 from node.trace import trace
-from node.weights import BITS, DEMO, GROUP_SIZE, stored_quant
+from node.weights import BITS, GROUP_SIZE, stored_quant
 from unicluster.errors import InputError, NotFoundError, UniclusterError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 

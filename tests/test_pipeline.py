@@ -228,7 +228,7 @@ def test_caches_know_their_size(pair: Pair) -> None:
 
 def test_after_many_requests_no_cache_is_left_on_any_stage(pair: Pair) -> None:
     """200 of them, of any length, a third taken away before their end."""
-    dice = random.Random(5)  # noqa: S311
+    dice = random.Random(5)
     batch = BatchGenerator(pair.split, prefill_step_size=8, completion_batch_size=12)
     waiting = [PROMPT[: dice.randint(1, 24)] for _ in range(200)]
     running: set[int] = set()
