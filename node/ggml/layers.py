@@ -1,0 +1,194 @@
+"""Some layers of a GGUF in llama.cpp: hidden states in, hidden states or logits out."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from node.ggml.library import F16, F32, MULTIPLE_POSITIONS, Floats, llama
+from node.ggml.tap import Tap
+from unicluster.errors import StageError
+
+# Tokens that llama.cpp computes at once.
+BATCH = 512
+# Rows of logits at once: enough for decoding and for checking a speculation.
+OUTPUTS = 64
+# Sequences that llama.cpp can tell apart.
+MOST_SEQUENCES = 256
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
+
+    vocabulary: 0 for a stage that hands on hidden states. states: how many sequences a model
+    with recurrent layers may have. exact: keep the KV cache in float32. entry: see Architecture.
+    """
+
+    layers: int
+    hidden: int
+    cells: int
+    vocabulary: int = 0
+    states: int = 4
+    threads: int = 0
+    entry: str = ""
+    exact: bool = False
+
+
+class Layers:
+    """A cut file loaded. For one thread. Raises StageError when llama.cpp can't load it."""
+
+    def __init__(self, file: Path, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._lib = lib = llama()
+        given = lib.llama_model_default_params()
+        given.n_gpu_layers = sizes.layers + 1
+        given.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
+        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
+        if not self._model:
+            raise StageError(f"llama.cpp can't load {file}: its log says why")
+        self.recurrent = bool(
+            lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        )
+        rope = int(lib.llama_model_rope_type(self._model))
+        self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
+        leave = "" if sizes.vocabulary else f"l_out-{sizes.layers - 1}"
+        self._tap = Tap(sizes.entry, leave, sizes.hidden) if sizes.entry or leave else None
+        self._context = lib.llama_init_from_model(self._model, self._parameters())
+        if not self._context:
+            lib.llama_model_free(self._model)
+            raise StageError(f"llama.cpp has no room for the KV cache of {sizes.cells} tokens")
+        self._memory = lib.llama_get_memory(self._context)
+        self._positions = np.zeros(BATCH * self._position_copies, np.int32)
+        self._sequences = np.zeros(BATCH, np.int32)
+        self._tokens = np.zeros(BATCH, np.int32)
+        self._counts = np.ones(BATCH, np.int32)
+        self._wanted = np.zeros(BATCH, np.int8)
+        self._pointers = self._sequences.ctypes.data + 4 * np.arange(BATCH, dtype=np.uint64)
+        self._batch = lib.llama_batch()
+        self._batch.pos = _pointer(self._positions, ctypes.c_int32)
+        self._batch.n_seq_id = _pointer(self._counts, ctypes.c_int32)
+        self._batch.seq_id = ctypes.cast(
+            self._pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+        )
+        if sizes.entry:
+            self._batch.token = _pointer(self._tokens, ctypes.c_int32)
+            self._position_copies = 1
+        self._batch.logits = _pointer(self._wanted, ctypes.c_int8)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there may be at once."""
+        return self.sizes.states if self.recurrent else MOST_SEQUENCES
+
+    def forward(
+        self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
+    ) -> Floats:
+        """Computes tokens, given row by row: hidden states (tokens, hidden), where they are.
+
+        A sequence's tokens follow one another. Returns (tokens, hidden), or logits (tokens,
+        vocabulary) of a stage that finishes; nothing of it, if not `wanted`.
+        Raises StageError when the KV cache is full.
+        """
+        width = self.sizes.vocabulary or self.sizes.hidden
+        step = OUTPUTS if self.sizes.vocabulary and wanted else BATCH
+        found = np.empty((len(hidden) if wanted else 0, width), np.float32)
+        for start in range(0, len(hidden), step):
+            piece = slice(start, min(start + step, len(hidden)))
+            self._compute(hidden[piece], positions[piece], sequences[piece], wanted, found[piece])
+        return found
+
+    def copy(self, source: int, to: int, tokens: int) -> None:
+        """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""
+        end = -1 if self.recurrent else tokens
+        self._lib.llama_memory_seq_cp(self._memory, source, to, 0 if end >= 0 else -1, end)
+
+    def cut_back(self, sequence: int, tokens: int) -> None:
+        """Leaves a sequence its first `tokens`. Raises StageError if it can't be done."""
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
+            raise StageError("a recurrent layer's state can't be taken back by some tokens")
+
+    def state(self, sequence: int) -> bytes:
+        """All that is kept of a sequence."""
+        size = self._lib.llama_state_seq_get_size(self._context, sequence)
+        data = (ctypes.c_uint8 * size)()
+        written = self._lib.llama_state_seq_get_data(self._context, data, size, sequence)
+        return bytes(data[:written])
+
+    def restore(self, sequence: int, state: bytes) -> None:
+        """Raises StageError if it is the state of another model, or there is no room for it."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if not self._lib.llama_state_seq_set_data(self._context, data, len(state), sequence):
+            raise StageError("this saved cache does not fit the stage")
+
+    def state_bytes(self) -> int:
+        """Bytes of weights, caches and buffers cannot be told apart here: of the weights alone."""
+        return int(self._lib.llama_model_size(self._model))
+
+    def close(self) -> None:
+        """Frees everything. It is of no use afterwards."""
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def _compute(
+        self,
+        hidden: Floats,
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: bool,
+        into: Floats,
+    ) -> None:
+        count = len(hidden)
+        hidden = np.ascontiguousarray(hidden, np.float32)
+        for copy in range(min(self._position_copies, 3)):
+            self._positions[copy * count : (copy + 1) * count] = positions
+        if self._position_copies > 3:
+            self._positions[3 * count : 4 * count] = 0
+        self._sequences[:count] = sequences
+        # Of what is handed on, llama.cpp must compute the last layer for all tokens.
+        self._wanted[:count] = wanted or not self.sizes.vocabulary
+        batch = self._batch
+        batch.n_tokens = count
+        if not self.sizes.entry:
+            batch.embd = _pointer(hidden, ctypes.c_float)
+        if self._tap is not None:
+            self._tap.open(hidden, into)
+        status = self._lib.llama_decode(self._context, batch)
+        if status == 1:
+            raise StageError(
+                f"the KV cache of {self.sizes.cells} tokens is full: serve with a larger "
+                "--context, or more --users"
+            )
+        if status:
+            raise StageError(f"llama.cpp failed to compute {count} tokens (status {status})")
+        if self._tap is not None:
+            self._tap.check()
+        if wanted and self.sizes.vocabulary:
+            logits = self._lib.llama_get_logits(self._context)
+            into[:] = np.ctypeslib.as_array(logits, into.shape)
+
+    def _parameters(self) -> Any:
+        lib, sizes = self._lib, self.sizes
+        given = lib.llama_context_default_params()
+        given.n_ctx = sizes.cells
+        given.n_batch = given.n_ubatch = BATCH
+        given.n_seq_max = sizes.states if self.recurrent else 1
+        given.n_outputs_max = OUTPUTS if sizes.vocabulary else BATCH
+        given.kv_unified = True
+        given.swa_full = True  # or nothing could be taken back once the window is full
+        given.no_perf = True
+        given.type_k = given.type_v = F32 if sizes.exact else F16
+        if sizes.threads:
+            given.n_threads = given.n_threads_batch = sizes.threads
+        if self._tap is not None:
+            given.cb_eval = self._tap.callback
+        return given
+
+
+def _pointer(array: "np.ndarray[Any, Any]", kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
