@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unicluster.checkpoint import is_gguf
 from unicluster.errors import InputError, NotFoundError
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
@@ -104,7 +105,7 @@ def resolve(name: str, quant: str | None = None) -> Source:
     if entry := _by_name().get(_key(name)):
         return _catalogued(entry, quant or DEFAULT_QUANT)
     path = Path(os.path.expanduser(name))
-    if _looks_like_path(name) or os.path.isdir(path):
+    if _looks_like_path(name) or os.path.isdir(path) or is_gguf(name):
         return Source(_checked(path), applied, _display(Path(os.path.abspath(path)).name, applied))
     if _REPO.fullmatch(name):
         return Source(name, applied, _display(name, applied))
@@ -138,12 +139,15 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _checked(path: Path) -> str:
-    """The absolute path of a model's directory that can be read."""
+    """The absolute path of a model's directory, or of a GGUF, that can be read."""
     try:
         if not path.exists():
             raise InputError(f"no directory {path}")
+        if is_gguf(path.name) and path.is_file():
+            path.open("rb").close()
+            return os.path.abspath(path)
         if not path.is_dir():
-            raise InputError(f"{path} is a file: give the model's directory")
+            raise InputError(f"{path} is a file: give the model's directory, or a .gguf")
         config = path / "config.json"
         if not config.is_file():
             raise InputError(f"{path} has no config.json: it is not a model's directory")

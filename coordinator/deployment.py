@@ -157,6 +157,8 @@ class Deployment:
                 hub_files=hub_files,
                 lanes=serving.lanes,
                 kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
+                engine=layout.engine,
+                finishes=layout.engine == "ggml" and stage.end == layout.layers,
             )
             for stage, hub_files in zip(plan.stages, files.from_hub, strict=True)
         ]

@@ -7,7 +7,7 @@ bandwidth, and LAYER_S a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from unicluster.errors import InputError
@@ -59,6 +59,7 @@ class Layout:
     head_active_bytes: int | None = None
     parameters: int = 0
     layer_active_parameters: tuple[int, ...] | None = None
+    engine: str = "mlx"
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -87,6 +88,7 @@ class Layout:
             head_active_bytes=layout.head_active_bytes or None,
             parameters=layout.parameters,
             layer_active_parameters=tuple(layout.layer_active_parameters) or None,
+            engine=layout.engine or "mlx",
         )
 
     @property
@@ -95,7 +97,7 @@ class Layout:
 
     @property
     def quantized(self) -> bool:
-        return self.quant.startswith(("q", "mxfp"))
+        return self.quant.startswith(("q", "mxfp", "iq", "tq"))
 
     @property
     def weight_bytes(self) -> int:
@@ -153,7 +155,8 @@ class Machine:
     """A machine that may take a stage: bytes, bytes per second, and operations per second.
 
     compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: seconds it
-    takes over those assumed, for the model that is planned; `measured` or itself assumed.
+    takes over those assumed, for the model that is planned; `measured` or itself assumed. engines:
+    those installed. ggml_bandwidth: as ggml gets at the memory; 0: as `bandwidth`.
     """
 
     name: str
@@ -166,6 +169,9 @@ class Machine:
     link: str = ""
     pace: float = 1.0
     measured: bool = False
+    engines: tuple[str, ...] = ("mlx", "ggml")
+    ggml_backend: str = ""
+    ggml_bandwidth: float = 0.0
 
     @classmethod
     def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
@@ -176,6 +182,19 @@ class Machine:
             bandwidth=info.bandwidth,
             chip=info.chip,
             backend=info.backend,
+            engines=tuple(info.engines) or ("mlx",),
+            ggml_backend=info.ggml_backend,
+            ggml_bandwidth=info.ggml_bandwidth,
+        )
+
+    def using(self, engine: str) -> Machine:
+        """The same as that engine finds it."""
+        if engine != "ggml":
+            return self
+        return replace(
+            self,
+            backend=self.ggml_backend or self.backend,
+            bandwidth=self.ggml_bandwidth or self.bandwidth,
         )
 
     def seconds(self, read_bytes: float, layers: int) -> float:

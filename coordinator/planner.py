@@ -42,7 +42,9 @@ def plan(
     if objective not in get_args(Objective):
         raise InputError(f"no objective {objective!r}: it is latency or throughput")
     asked = machines if nodes is None else _named(nodes, machines)
-    able = [m for m in asked if m.backend != "none"]
+    machines = [machine.using(layout.engine) for machine in machines]
+    asked = [machine.using(layout.engine) for machine in asked]
+    able = [m for m in asked if m.backend != "none" and layout.engine in m.engines]
     for machine in able:
         if machine.bandwidth <= 0:
             raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
@@ -97,6 +99,8 @@ def _why_out(machine: Machine, layout: Layout, objective: Objective) -> str:
     smallest = min(layout.held_bytes)
     if machine.backend == "none":
         return "has no MLX installed"
+    if layout.engine not in machine.engines:
+        return "has no llama.cpp: on it, pip install 'unicluster[ggml]', then join again"
     if layout.capacity(machine.usable) < smallest:
         needed = format_bytes(layout.needed(smallest))
         return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"

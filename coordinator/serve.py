@@ -27,7 +27,7 @@ from unicluster.channels import bind, join_address, make_server
 from unicluster.checkpoint import Checkpoint
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
+from unicluster.fingerprint import whole
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 from unicluster.v1.node_pb2 import InspectRequest
@@ -223,7 +223,7 @@ def _offer(model: str, port: int, server: grpc.aio.Server) -> tuple[str, list[st
     """
     if not os.path.isabs(model):
         return "", []
-    files = whole_directory(Path(model))
+    files = whole(Path(model))
 
     def find(model: str, revision: str) -> Checkpoint | None:
         asked = model, revision

@@ -96,6 +96,9 @@ class Agent(NodeServicer):
             platform=hardware.platform,
             stages=self._stages.values(),
             peers=self.peers.known(),
+            engines=hardware.engines,
+            ggml_backend=hardware.ggml_backend,
+            ggml_bandwidth=hardware.ggml_bandwidth,
         )
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
@@ -204,6 +207,8 @@ class Agent(NodeServicer):
             hub_files=tuple(spec.hub_files),
             lanes=spec.lanes,
             kv_bytes=spec.kv_bytes,
+            engine=spec.engine or "mlx",
+            finishes=spec.finishes,
         )
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted, is_weights
-from unicluster.fingerprint import whole_directory
+from unicluster.fingerprint import whole
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -31,10 +31,10 @@ def find(model: str, revision: str) -> Checkpoint | None:
     path = DEMO if model == "demo" else Path(model)
     if not path.is_absolute():
         return _of_repository(model, revision or _newest(model))
-    if path.is_dir():
-        directory = whole_directory(path)
-        if revision in ("", directory.manifest.revision):
-            return directory
+    if path.exists():
+        here = whole(path)
+        if revision in ("", here.manifest.revision):
+            return here
     return Checkpoint.open(folder(model) / OURS / revision) if revision else None
 
 

@@ -22,3 +22,5 @@ class WorkerConfig:
     hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
     lanes: int = 0
     kv_bytes: int = 0
+    engine: str = "mlx"
+    finishes: bool = False  # a stage of ggml that gives logits

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
 from node.config import WorkerConfig
 from node.engine import Engine
-from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
 from node.pipeline import PipelineModel
 from node.ring import Ring
-from node.weights import LazyModel
 from unicluster.channels import peer_name
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.status import abort
@@ -35,28 +32,31 @@ PREFILL_BYTES = 8 * 2**20
 
 
 def make_engine(
-    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, config: WorkerConfig
+    path: Path, tokenizer: Any, hidden_bytes: int, thread: MLXThread, config: WorkerConfig
 ) -> Engine:
-    """The engine for a loaded model; it answers once it is given the pipeline model."""
+    """The engine for a model in `path`; it answers once it is given the pipeline model."""
     return Engine(
         thread,
-        load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id")),
-        model_name=lazy.path.name,
+        tokenizer,
+        model_name=path.name,
         context=config.context,
         users=config.users,
         lanes=config.lanes or None,
         kv_bytes=config.kv_bytes,
         prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
-        defaults=_generation_defaults(lazy.path),
+        defaults=_generation_defaults(path),
     )
 
 
 class Head(HeadServicer):
-    """Opens the ring when the coordinator says so, and gives the engine its model."""
+    """Opens the ring when the coordinator says so, and gives the engine its model.
+
+    `hollow`: stage 0, a HollowModel or what stands for one; see PipelineModel.
+    """
 
     def __init__(
         self,
-        hollow: HollowModel,
+        hollow: Any,
         info: StageInfo,
         engine: Engine,
         thread: MLXThread,

@@ -19,7 +19,7 @@ from node.crossing import forbidden_cuts, token_bytes
 from node.survey import Survey, survey
 from node.trace import Trace, watched
 from node.weights import nbytes
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoint import Checkpoint, is_gguf
 from unicluster.errors import InputError, UniclusterError
 from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
@@ -200,6 +200,10 @@ def _answer(request: InspectRequest) -> ModelLayout:
     checkpoint = cache.find(request.model, request.revision)
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
+    if any(map(is_gguf, checkpoint.manifest.weights)):
+        from node.ggml.layout import inspect as inspect_gguf  # without MLX
+
+        return inspect_gguf(checkpoint, request.context, request.users or 1)
     return inspect(checkpoint, request.quant, request.context, request.users or 1)
 
 

@@ -10,18 +10,9 @@ from mlx_lm.models import cache as mlx_cache
 from node.buffers import give_back
 from node.cacheview import Caches
 from node.hollow import HollowModel
+from node.session import Session
 from node.tensors import decode_tree, encode_tree
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
-
-
-class Session:
-    """What one head has on this stage: its caches, and results kept until claimed."""
-
-    def __init__(self, stage: int, last: bool) -> None:
-        self.stage = stage
-        self.last = last
-        self.caches: dict[int, Caches] = {}
-        self.held: dict[int, Any] = {}
 
 
 class Stage:
@@ -58,6 +49,11 @@ class Stage:
         elif frame.hold:
             give_back()
         report.compute_s = time.perf_counter() - started
+
+    def end(self, session: Session) -> None:
+        """Frees all that the session has."""
+        session.caches.clear()
+        session.held.clear()
 
     def _forward(
         self, session: Session, part: StagePart, frame: Frame, report: StageReport

@@ -13,17 +13,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvloop
-from mlx_lm.utils import maybe_set_recommended_wired_limit
+from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
+from node.engine import Engine
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
 from node.obtain import describe, fetch, is_whole
+from node.session import StageEngine
 from node.sources import Sources
 from node.stage import Stage
 from node.stage_service import StageService
@@ -45,14 +49,23 @@ SWITCH_INTERVAL = 1e-4
 TELL_SECONDS = 0.2
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """stage: of one that is not the first. front, engine: of the head; see PipelineModel."""
+
+    weight_bytes: int
+    stage: StageEngine | None = None
+    front: Any = None
+    engine: Engine | None = None
+
+
 def emit(event: str, **values: Any) -> None:
     """Tells whoever started this worker something."""
     print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
-async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Path:
-    """Gets the files of the stage onto this machine; returns their directory."""
-
+def teller() -> Callable[[int, int], None]:
+    """Tells how far a download is, now and then."""
     told = 0.0
 
     def tell(fetched: int, total: int) -> None:
@@ -61,6 +74,11 @@ async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThr
             told = now
             emit("fetching", fetched=fetched, to_fetch=total)
 
+    return tell
+
+
+async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Path:
+    """Gets the files of the stage onto this machine; returns their directory."""
     async with Sources(config.sources, identity) as sources:
         checkpoint = await describe(config.model, config.revision, sources)
         if not is_whole(checkpoint):
@@ -68,7 +86,7 @@ async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThr
             tensors = await thread.run(
                 lambda: survey(checkpoint.root, config.quant).of_stage(first, end)
             )
-            await fetch(checkpoint, tensors, config.hub_files, sources, tell)
+            await fetch(checkpoint, tensors, config.hub_files, sources, teller())
     return checkpoint.root
 
 
@@ -95,27 +113,58 @@ def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel
     return lazy, hollow, total
 
 
+async def load_mlx(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
+    """A stage of MLX."""
+    path = await fetch_weights(config, identity, thread)
+    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
+    if hollow.start > 0:
+        return Loaded(weight_bytes, Stage(hollow))
+    tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
+    engine = make_engine(lazy.path, tokenizer, hollow.hidden_bytes, thread, config)
+    return Loaded(weight_bytes, front=hollow, engine=engine)
+
+
+async def load_ggml(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
+    """A stage of ggml."""
+    from node.ggml import worker as ggml  # an extra, not there on every machine
+
+    async with Sources(config.sources, identity) as sources:
+        checkpoint = await ggml.obtain(config, sources, teller())
+    count = config.end_layer - config.first_layer
+    emit("progress", layers=0, layers_total=count, bytes=0, bytes_total=0)
+    _, loaded = await thread.run(lambda: ggml.load_stage(checkpoint, config))
+    size = loaded.weight_bytes
+    emit("progress", layers=count, layers_total=count, bytes=size, bytes_total=size)
+    if loaded.front is None:
+        return Loaded(size, loaded.stage)
+    tokenizer = await thread.run(lambda: ggml.load_tokens(checkpoint))
+    hidden_bytes = loaded.front.hidden_bytes
+    engine = make_engine(checkpoint.root, tokenizer, hidden_bytes, thread, config)
+    return Loaded(size, front=loaded.front, engine=engine)
+
+
 async def serve(config: WorkerConfig) -> None:
     """Loads and serves until told to end."""
     identity = Identity.from_dict(config.identity)
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    path = await fetch_weights(config, identity, thread)
-    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
+    load = load_ggml if config.engine == "ggml" else load_mlx
+    loaded = await load(config, identity, thread)
+    weight_bytes = loaded.weight_bytes
     info = StageInfo(
         node=config.node,
         first_layer=config.first_layer,
         end_layer=config.end_layer,
         weight_bytes=weight_bytes,
     )
-    if hollow.start == 0:
-        engine = make_engine(lazy, hollow.hidden_bytes, thread, config)
-        head = Head(hollow, info, engine, thread, identity)
+    if loaded.engine is not None:
+        engine = loaded.engine
+        head = Head(loaded.front, info, engine, thread, identity)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
-    else:
-        add_StageServicer_to_server(StageService(Stage(hollow), info, thread, identity), server)
+    elif loaded.stage is not None:
+        add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=weight_bytes)
     ended = asyncio.Event()

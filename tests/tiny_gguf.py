@@ -211,9 +211,7 @@ def write_gguf(
     return save(file, architecture, own | {"block_count": layers}, weights)
 
 
-def save(
-    file: Path, architecture: str, own: dict[str, Any], weights: dict[str, Any]
-) -> Path:
+def save(file: Path, architecture: str, own: dict[str, Any], weights: dict[str, Any]) -> Path:
     """Writes weights with the metadata of a tiny model; `own` is added to or replaces it."""
     writer = gguf.GGUFWriter(str(file), architecture)
     common: dict[str, Any] = {

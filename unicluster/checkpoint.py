@@ -18,6 +18,7 @@ from unicluster.errors import InputError
 from unicluster.ranges import Range, Ranges, merged, without
 
 WEIGHTS = "model*.safetensors"
+GGUF = ".gguf"
 # What mlx-lm looks for beside the weights: never *.py, which is other people's code.
 SMALL_FILES = ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
@@ -54,13 +55,21 @@ class Manifest:
 
 
 def is_weights(name: str) -> bool:
-    return fnmatch.fnmatch(name, WEIGHTS)
+    return fnmatch.fnmatch(name, WEIGHTS) or is_gguf(name)
+
+
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(GGUF)
+
+
+def is_small(name: str) -> bool:
+    """Whether a file is of those beside the weights."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file of a repository or directory belongs to the model."""
-    patterns = (WEIGHTS, *SMALL_FILES)
-    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    """Whether a file of a repository or directory belongs to the model; GGUFs are apart."""
+    return is_small(name) or ("/" not in name and fnmatch.fnmatch(name, WEIGHTS))
 
 
 class Checkpoint:

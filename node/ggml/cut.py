@@ -3,7 +3,7 @@
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from node.ggml.architectures import (
     layer_count,
     layer_kinds,
 )
-from node.ggml.header import ALIGNMENT, MAGIC, PLAIN, Header, TensorInfo, Value, nbytes
 from unicluster.errors import InputError, StageError
+from unicluster.gguf import ALIGNMENT, MAGIC, PLAIN, Header, TensorInfo, Value, nbytes
 from unicluster.ranges import Range
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -77,6 +77,11 @@ class Gguf:
     def output_name(self) -> str:
         """The tensor of the lm_head: the embedding, where the two are tied."""
         return OUTPUT if OUTPUT in self.tensors else EMBEDDING
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the matrices are in full precision: then so should be all else."""
+        return all(t.type == F32 for _, t in self.tensors.values() if len(t.shape) > 1)
 
     def of_layer(self, layer: int) -> list[str]:
         """The names of its tensors."""
@@ -256,7 +261,7 @@ def _kind(array: Value) -> int:
     return int(struct.unpack_from("<I", array.raw)[0])
 
 
-def _array(kind: int, values: list[object]) -> Value:
+def _array(kind: int, values: Sequence[object]) -> Value:
     head = struct.pack("<IQ", kind, len(values))
     if kind == STRING_TYPE:
         return Value(ARRAY_TYPE, head + b"".join(_string(str(value)) for value in values))

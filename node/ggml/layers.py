@@ -16,7 +16,8 @@ from unicluster.errors import StageError
 BATCH = 512
 # Rows of logits at once: enough for decoding and for checking a speculation.
 OUTPUTS = 64
-# Sequences that llama.cpp can tell apart.
+# Sequences that llama.cpp can tell apart at most; with each step it looks at all pairs of those
+# that it is to tell apart.
 MOST_SEQUENCES = 256
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -26,14 +27,15 @@ Ints = np.ndarray[Any, np.dtype[np.int32]]
 class Sizes:
     """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
 
-    vocabulary: 0 for a stage that hands on hidden states. states: how many sequences a model
-    with recurrent layers may have. exact: keep the KV cache in float32. entry: see Architecture.
+    vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
+    once. states: the same of a model with recurrent layers, each of which takes memory. exact: keep the KV cache in float32. entry: see Architecture.
     """
 
     layers: int
     hidden: int
     cells: int
     vocabulary: int = 0
+    sequences: int = 32
     states: int = 4
     threads: int = 0
     entry: str = ""
@@ -84,7 +86,8 @@ class Layers:
     @property
     def sequences(self) -> int:
         """How many sequences there may be at once."""
-        return self.sizes.states if self.recurrent else MOST_SEQUENCES
+        wanted = self.sizes.states if self.recurrent else self.sizes.sequences
+        return min(wanted, MOST_SEQUENCES)
 
     def forward(
         self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
@@ -113,9 +116,13 @@ class Layers:
         if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
             raise StageError("a recurrent layer's state can't be taken back by some tokens")
 
+    def state_size(self, sequence: int) -> int:
+        """Bytes of all that is kept of a sequence."""
+        return int(self._lib.llama_state_seq_get_size(self._context, sequence))
+
     def state(self, sequence: int) -> bytes:
         """All that is kept of a sequence."""
-        size = self._lib.llama_state_seq_get_size(self._context, sequence)
+        size = self.state_size(sequence)
         data = (ctypes.c_uint8 * size)()
         written = self._lib.llama_state_seq_get_data(self._context, data, size, sequence)
         return bytes(data[:written])
@@ -126,8 +133,8 @@ class Layers:
         if not self._lib.llama_state_seq_set_data(self._context, data, len(state), sequence):
             raise StageError("this saved cache does not fit the stage")
 
-    def state_bytes(self) -> int:
-        """Bytes of weights, caches and buffers cannot be told apart here: of the weights alone."""
+    @property
+    def weight_bytes(self) -> int:
         return int(self._lib.llama_model_size(self._model))
 
     def close(self) -> None:
@@ -177,7 +184,7 @@ class Layers:
         given = lib.llama_context_default_params()
         given.n_ctx = sizes.cells
         given.n_batch = given.n_ubatch = BATCH
-        given.n_seq_max = sizes.states if self.recurrent else 1
+        given.n_seq_max = self.sequences
         given.n_outputs_max = OUTPUTS if sizes.vocabulary else BATCH
         given.kv_unified = True
         given.swa_full = True  # or nothing could be taken back once the window is full

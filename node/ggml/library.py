@@ -81,13 +81,12 @@ def llama() -> Any:
 
 @functools.cache
 def _log_callback() -> Any:
-    @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     def note(level: int, text: bytes, _data: Any) -> None:
         line = text.decode(errors="replace").strip()
         if line and level in _LEVELS:
             log.log(_LEVELS[level], "%s", line)
 
-    return note
+    return ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(note)
 
 
 _on_log = _log_callback()
@@ -101,14 +100,11 @@ def _ggml() -> Any:
     library = ctypes.CDLL(str(file))
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    library.ggml_backend_tensor_get.restype = None
-    library.ggml_backend_tensor_set.restype = None
-    library.ggml_backend_tensor_set.argtypes = library.ggml_backend_tensor_get.argtypes
+    for copy in (library.ggml_backend_tensor_get, library.ggml_backend_tensor_set):
+        copy.restype = None
+        copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     library.ggml_backend_dev_name.restype = ctypes.c_char_p
     library.ggml_backend_dev_description.restype = ctypes.c_char_p
-    library.ggml_backend_tensor_get.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-    ]
     return library
 
 
@@ -121,7 +117,7 @@ def _registry() -> Any:
     for name, result in (
         ("ggml_backend_dev_count", ctypes.c_size_t),
         ("ggml_backend_dev_get", ctypes.c_void_p),
-            ):
+    ):
         getattr(library, name).restype = result
     return library
 

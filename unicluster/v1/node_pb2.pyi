@@ -73,6 +73,9 @@ class NodeInfo(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
+    GGML_BACKEND_FIELD_NUMBER: _builtins.int
+    GGML_BANDWIDTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -86,11 +89,19 @@ class NodeInfo(_message.Message):
     bandwidth_measured: _builtins.bool
     """else from the table of known chips"""
     platform: _builtins.str
+    ggml_backend: _builtins.str
+    """what ggml computes on: cpu, vulkan, rocm, cuda, metal"""
+    ggml_bandwidth: _builtins.float
+    """of the memory as ggml gets at it; 0: as `bandwidth`"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSpec]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """host:port of the other agents that this one knows"""
+
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """mlx, ggml: what it can compute stages with; empty: mlx"""
 
     def __init__(
         self,
@@ -107,10 +118,13 @@ class NodeInfo(_message.Message):
         platform: _builtins.str = ...,
         stages: _abc.Iterable[Global___StageSpec] | None = ...,
         peers: _abc.Iterable[_builtins.str] | None = ...,
+        engines: _abc.Iterable[_builtins.str] | None = ...,
+        ggml_backend: _builtins.str = ...,
+        ggml_bandwidth: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "name", b"name", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,6 +196,7 @@ class ModelLayout(_message.Message):
     LAYER_ACTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
     """embedding, final norm, lm_head and the rest outside the layers"""
@@ -201,6 +216,8 @@ class ModelLayout(_message.Message):
     """of the whole model"""
     revision: _builtins.str
     """of the files looked at"""
+    engine: _builtins.str
+    """what computes it: mlx (or empty), ggml"""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -241,10 +258,11 @@ class ModelLayout(_message.Message):
         layer_active_parameters: _abc.Iterable[_builtins.int] | None = ...,
         revision: _builtins.str = ...,
         files: _abc.Iterable[Global___WeightFile] | None = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -299,6 +317,8 @@ class StageSpec(_message.Message):
     HUB_FILES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    FINISHES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -315,6 +335,10 @@ class StageSpec(_message.Message):
     """batches that take turns; 0: one a stage"""
     kv_bytes: _builtins.int
     """for caches of all users, on all stages together"""
+    engine: _builtins.str
+    """mlx (or empty), ggml"""
+    finishes: _builtins.bool
+    """it computes norm and lm_head too, and gives logits"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -341,10 +365,12 @@ class StageSpec(_message.Message):
         hub_files: _abc.Iterable[_builtins.str] | None = ...,
         lanes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
+        engine: _builtins.str = ...,
+        finishes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

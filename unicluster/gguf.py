@@ -11,17 +11,55 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from unicluster.errors import InputError
 from unicluster.ranges import Range
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
+# A tokenizer makes a header of some megabytes.
+FIRST_BYTES = 1 << 20
 STRING, ARRAY = 8, 9
 # struct's letters for the types of plain values, by their number.
 PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+# Name, numbers in a block and bytes of a block, by ggml's number of the type: ggml.h.
+TYPES = {
+    0: ("f32", 1, 4),
+    1: ("f16", 1, 2),
+    2: ("q4_0", 32, 18),
+    3: ("q4_1", 32, 20),
+    6: ("q5_0", 32, 22),
+    7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34),
+    9: ("q8_1", 32, 40),
+    10: ("q2_k", 256, 84),
+    11: ("q3_k", 256, 110),
+    12: ("q4_k", 256, 144),
+    13: ("q5_k", 256, 176),
+    14: ("q6_k", 256, 210),
+    15: ("q8_k", 256, 292),
+    16: ("iq2_xxs", 256, 66),
+    17: ("iq2_xs", 256, 74),
+    18: ("iq3_xxs", 256, 98),
+    19: ("iq1_s", 256, 50),
+    20: ("iq4_nl", 32, 18),
+    21: ("iq3_s", 256, 110),
+    22: ("iq2_s", 256, 82),
+    23: ("iq4_xs", 256, 136),
+    24: ("i8", 1, 1),
+    25: ("i16", 1, 2),
+    26: ("i32", 1, 4),
+    27: ("i64", 1, 8),
+    28: ("f64", 1, 8),
+    29: ("iq1_m", 256, 56),
+    30: ("bf16", 1, 2),
+    34: ("tq1_0", 256, 54),
+    35: ("tq2_0", 256, 66),
+    39: ("mxfp4", 32, 17),
+    40: ("nvfp4", 64, 36),
+    41: ("q1_0", 128, 18),
+}
 
 
 class CutOffError(Exception):
@@ -59,7 +97,7 @@ class TensorInfo:
 
     @property
     def type_name(self) -> str:
-        return GGMLQuantizationType(self.type).name.lower()
+        return TYPES[self.type][0]
 
 
 @dataclass(frozen=True)
@@ -137,9 +175,24 @@ def read_header(file: Path) -> Header:
     return header
 
 
+def gguf_header_end(start: bytes) -> int:
+    """The first bytes of a file: where its header ends, or how many to look at to know.
+
+    Raises InputError for what is no GGUF.
+    """
+    try:
+        return parse(start).end
+    except CutOffError:
+        return max(FIRST_BYTES, 4 * len(start))
+    except (struct.error, ValueError, KeyError) as error:
+        raise InputError(f"damaged GGUF: {' '.join(str(error).split())}") from error
+
+
 def nbytes(shape: tuple[int, ...], kind: int) -> int:
     """Bytes of a tensor. Raises ValueError for a type that is not known."""
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    if kind not in TYPES:
+        raise ValueError(f"tensors of type {kind} are not known here")
+    _, block, block_bytes = TYPES[kind]
     return prod(shape) // block * block_bytes
 
 

@@ -1,0 +1,29 @@
+"""What the two sides of a stage agree on: the engine's two verbs, and a head's book with it."""
+
+from typing import Any, Protocol
+
+from unicluster.v1.stage_pb2 import Frame
+
+
+class Session:
+    """What one head has on this stage: its caches, and results kept until claimed."""
+
+    def __init__(self, stage: int, last: bool) -> None:
+        self.stage = stage
+        self.last = last
+        self.caches: dict[int, Any] = {}
+        self.held: dict[int, Any] = {}
+
+
+class StageEngine(Protocol):
+    """Computes a stage's layers. All calls come from one thread."""
+
+    def serve(self, session: Session, frame: Frame, arrived: float) -> None:
+        """Does this stage's part of a frame, which becomes the frame for the next hop.
+
+        `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
+        Raises whatever a forward or a cache raises; the session is then of no more use.
+        """
+
+    def end(self, session: Session) -> None:
+        """Frees all that the session has."""
