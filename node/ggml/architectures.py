@@ -83,6 +83,6 @@ def layer_kinds(header: Header) -> dict[str, list[bool]]:
 
 
 def forbidden_cuts(header: Header) -> list[int]:
-    """Layers before which there should be no cut: each stage needs a layer with attention."""
+    """Layers before which there should be no cut: each stage needs layers of both kinds."""
     recurrent = layer_kinds(header).get(RECURRENT_KEY, [])
     return [cut for cut in range(1, len(recurrent)) if recurrent[cut - 1]]

@@ -115,10 +115,11 @@ class Gguf:
                 "can't be cut: run it on one machine"
             )
         recurrent = layer_kinds(self.header).get(RECURRENT_KEY, [])[first:end]
-        if recurrent and all(recurrent):
+        if len(set(recurrent)) == 1:
+            missing = "attention" if recurrent[0] else "a recurrent state"
             raise StageError(
-                f"{name}: llama.cpp needs a layer with attention in each stage, and layers "
-                f"{first} to {end - 1} have none"
+                f"{name}: llama.cpp needs layers of both kinds in each stage, and of {first} to "
+                f"{end - 1} none has {missing}"
             )
         if end - first in rule.whole:
             raise StageError(

@@ -185,7 +185,7 @@ class Layers:
         given.n_ctx = sizes.cells
         given.n_batch = given.n_ubatch = BATCH
         given.n_seq_max = self.sequences
-        given.n_outputs_max = OUTPUTS if sizes.vocabulary else BATCH
+        given.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
         given.kv_unified = True
         given.swa_full = True  # or nothing could be taken back once the window is full
         given.no_perf = True
