@@ -22,3 +22,4 @@ class WorkerConfig:
     hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
     lanes: int = 0
     kv_bytes: int = 0
+    foresee: bool = True  # decode steps are built before their input is there; see node.foreseen

@@ -61,6 +61,8 @@ class Head(HeadServicer):
         engine: Engine,
         thread: MLXThread,
         identity: Identity,
+        *,
+        foresee: bool = True,
     ) -> None:
         self.model: PipelineModel | None = None
         self._hollow = hollow
@@ -68,6 +70,7 @@ class Head(HeadServicer):
         self._engine = engine
         self._thread = thread
         self._identity = identity
+        self._foresee = foresee
         self._one_ring = asyncio.Lock()
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -87,7 +90,7 @@ class Head(HeadServicer):
                 if request.route:
                     ring = await Ring.open(list(request.route), self._identity, on_failure)
                     stages.extend(ring.stages.stages)
-                self.model = PipelineModel(self._hollow, ring)
+                self.model = PipelineModel(self._hollow, ring, foresee=self._foresee)
                 await self._engine.set_model(self.model)
                 await context.write(Opened(stages=stages))
                 await abort(context, await broken)

@@ -3,17 +3,19 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
+from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
 from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring, Window
-from node.tensors import decode_tree, encode_tree
+from node.tensors import Outgoing, decode_tree
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
@@ -23,17 +25,33 @@ PUSHED_TOKENS = 16
 PUSHED_FRAMES = 64
 
 
+@dataclass
+class _Expected:
+    """What a call over some caches was like, and what the next may find done."""
+
+    local: list[Any]
+    tokens: Kind
+    returned: Kind = ()
+    step: Step | None = None
+
+    def is_met(self, local: list[Any], tokens: Kind) -> bool:
+        same = all(cache is other for cache, other in zip(self.local, local, strict=True))
+        return same and self.tokens == tokens
+
+
 class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
-    Use it from one thread, like any MLX model. `ring` is None when all layers are here.
+    Use it from one thread, like any MLX model. `ring` is None when all layers are here;
+    `foresee`: decode steps are built before their input is there.
     """
 
-    def __init__(self, hollow: HollowModel, ring: Ring | None) -> None:
+    def __init__(self, hollow: HollowModel, ring: Ring | None, *, foresee: bool = True) -> None:
         super().__init__()
         self.model = hollow.model
         self._hollow = hollow
         self._ring = ring
+        self._foresight = Foresight(foresee)
         self._lock = threading.Lock()
         self._dropped: deque[int] = deque()
         self._flush_due = False
@@ -84,27 +102,83 @@ class PipelineModel(nn.Module):
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
-        hold = inputs.shape[1] > PUSHED_TOKENS
-        window = self.prefill_window if hold else self._steps
-        window.enter()
-        message = HopMessage()
-        message.frame.hold = hold
+        handles = cache[here:]
+        if inputs.shape[1] > PUSHED_TOKENS:
+            return self._prefill(inputs, local, handles)
+        return self._step(inputs, local, handles)
+
+    def _prefill(
+        self, inputs: mx.array, local: list[Any], handles: list[RemoteCache]
+    ) -> PendingLogits:
+        """The last stage keeps the result: it rarely is asked for."""
+        handles[0].expected = None
+        self.prefill_window.enter()
+        message = HopMessage(frame=Frame(hold=True))
         try:
             hidden, extra = self._hollow.front(inputs, local)
-            encode_tree(hidden, message.frame.hidden, extra)
+            outgoing = Outgoing(hidden)
+            mx.eval(outgoing.arrays, extra)
+            outgoing.write(message.frame.hidden)
         except BaseException:
-            window.leave()
+            self.prefill_window.leave()
             raise
-        reply = self._forward(message, cache[here:], window)
+        reply = self._forward(message, handles, self.prefill_window)
         number = reply.number
 
         def resolve() -> mx.array:
-            frame = reply.wait()
-            if hold:
-                frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
+            reply.wait()
+            frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
             return self._hollow.tail(inputs, decode_tree(frame.hidden), local)
 
-        return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
+        return PendingLogits(resolve, lambda: self._dropped.append(number))
+
+    def _step(
+        self, inputs: mx.array, local: list[Any], handles: list[RemoteCache]
+    ) -> PendingLogits:
+        """Decode, or a verification of guesses: as much as can be is built while others compute."""
+        self._steps.enter()
+        message = HopMessage(frame=Frame())
+        try:
+            before, handles[0].expected = handles[0].expected, None
+            expected = _Expected(local, kind_of_array(inputs))
+            tail = None
+            if before is not None and not before.is_met(local, expected.tokens):
+                before = None  # its step holds on to the caches' arrays, and MLX would copy them
+            if before is not None and before.step is not None:
+                before.step.blank.fill_one(inputs)
+                take_place(local, before.step.after)
+                hidden, extra = before.step.result, before.step.extra
+            else:
+                hidden, extra = self._hollow.front(inputs, local)
+            outgoing = Outgoing(hidden)
+            mx.async_eval(outgoing.arrays, extra)
+            if before is not None:
+                expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
+                tail = self._foreseen_tail(inputs, before.returned, local)
+            mx.eval(outgoing.arrays, extra)
+            outgoing.write(message.frame.hidden)
+        except BaseException:
+            self._steps.leave()
+            raise
+        reply = self._forward(message, handles, self._steps)
+        handles[0].expected = expected
+
+        def resolve() -> mx.array:
+            frame = reply.wait()
+            expected.returned = kind_of_leaves(frame.hidden)
+            if tail is None or tail.kind != expected.returned:
+                return self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            tail.blank.fill(frame.hidden)
+            logits: mx.array = tail.result
+            return logits
+
+        return PendingLogits(resolve)
+
+    def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
+        def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
+            return self._hollow.tail(inputs, received, local), []
+
+        return self._foresight.step(returned, [], build) if returned else None
 
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""
