@@ -9,6 +9,7 @@ import grpc
 
 from coordinator.catalog import Source
 from coordinator.deployment import Deployment, Files, Listener
+from coordinator.learned import Learned
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
@@ -143,14 +144,16 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
+        fleet = Learned.load().fleet(machines, self.display, self.layout)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
             self.layout,
-            machines,
+            fleet.machines,
             self._objective,
             model=self.display,
             nodes=names,
+            network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
         listener = self._on_plan(placed)
@@ -161,6 +164,7 @@ class Service:
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
+        keeping = asyncio.create_task(deployment.timing.keep())
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
@@ -168,9 +172,10 @@ class Service:
                 self._ready.set()
             await running
         finally:
-            for task in (running, first):
+            tasks = running, first, keeping
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(running, first, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
         model, revision = self.source.model, self._inspected.revision
