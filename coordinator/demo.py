@@ -2,9 +2,7 @@
 
 import argparse
 import asyncio
-import os
 import signal
-import tempfile
 
 from rich.console import Console
 
@@ -13,7 +11,7 @@ from coordinator.catalog import resolve
 from coordinator.placement import Layout
 from coordinator.serve import ServeOptions, served
 from unicluster.chat_ui import chat
-from unicluster.trust import Cluster, Store
+from unicluster.trust import Cluster
 from unicluster.v1.node_pb2 import InspectRequest
 
 MACHINES = ("north", "east", "south")
@@ -28,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = " ".join(args.prompt).strip() or None
-    with tempfile.TemporaryDirectory(prefix="unicluster-demo-") as home:
-        # A cluster of its own: the demo touches nothing of the machine's real one.
-        os.environ["UNICLUSTER_HOME"] = home
-        try:
-            return asyncio.run(_demo(Store().create(), prompt))
-        finally:
-            del os.environ["UNICLUSTER_HOME"]
+    with local.own_cluster() as cluster:
+        return asyncio.run(_demo(cluster, prompt))
 
 
 async def _demo(cluster: Cluster, prompt: str | None) -> int:

@@ -2,14 +2,32 @@
 
 import asyncio
 import contextlib
+import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust import Cluster, Store
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
+HOME = "UNICLUSTER_HOME"
 HOST = "127.0.0.1"
 STOP_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster for as long as the block runs: nothing of the machine's real one is touched."""
+    before = os.environ.get(HOME)
+    with tempfile.TemporaryDirectory(prefix="unicluster-") as home:
+        os.environ[HOME] = home
+        try:
+            yield Store().create()
+        finally:
+            del os.environ[HOME]
+            if before is not None:
+                os.environ[HOME] = before
 
 
 async def inspect(request: InspectRequest) -> ModelLayout:
@@ -50,7 +68,7 @@ async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
 async def start(
     *arguments: str, pipes: bool = False, env: dict[str, str] | None = None
 ) -> asyncio.subprocess.Process:
-    """A child of this Python; its errors are shown, unless `pipes` asks for them."""
+    """A child of this Python; its errors are shown, unless `pipes` asks for all of its streams."""
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
         sys.executable,
