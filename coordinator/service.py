@@ -119,6 +119,7 @@ class Service:
                 info.lanes = head.lanes
                 info.kept_caches = head.kept_caches
                 info.kept_bytes = head.kept_bytes
+                info.ring_s = head.ring_s
         return info
 
     async def run(self) -> None:

@@ -23,7 +23,7 @@ class Answer:
         self.cached_tokens = 0
         self._job = job
         self._text = TextStream(tokenizer, job.stop, job.state)
-        self._end_tokens: set[int] = tokenizer.eos_token_ids
+        self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
         self._count = self._steps = 0
         self._asked = asked
         self._begun = time.perf_counter()

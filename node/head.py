@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,11 @@ class HeadChat(ChatService):
         info = await super().Describe(request, context)
         model = self._head.model
         if model is not None:
+            asked = time.perf_counter()
             try:
                 live = await self._thread.run(model.live_caches)
+                if model.stages > 1:  # a frame for each of the others
+                    info.ring_s = (time.perf_counter() - asked) / (model.stages - 1)
                 info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)

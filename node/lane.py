@@ -99,7 +99,7 @@ class Lane:
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._keep is not None and sequence.answer.finished:
+        if self._keep is not None and sequence.answer.finished and not sequence.job.no_reuse:
             self._keep(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)

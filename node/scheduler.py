@@ -117,7 +117,7 @@ class Scheduler:
             ticket = self.waiting.popleft()
             sequence = Sequence(ticket, Answer(ticket.job, self._tokenizer, ticket.asked))
             lane.sequences.add(sequence)
-            sequence.kept = self.kept.find(sequence.prompt)
+            sequence.kept = None if ticket.job.no_reuse else self.kept.find(sequence.prompt)
             self.kept.shrink(self.memory.total - self.promised)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
