@@ -1,6 +1,7 @@
 """The cluster as one mlx-lm model."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring, Window
-from node.tensors import decode_tree, encode_tree
+from node.tensors import decode_tree, encode_tree, leaf_bytes
+from node.timeline import Timeline, recording
+from node.trips import Trip, Trips
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
@@ -26,11 +29,13 @@ PUSHED_FRAMES = 64
 class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
-    Use it from one thread, like any MLX model. `ring` is None when all layers are here.
+    Use it from one thread, like any MLX model. `ring` is None when all layers are here. `trips`
+    says how busy the other stages are; `machine` is this one's name.
     """
 
-    def __init__(self, hollow: HollowModel, ring: Ring | None) -> None:
+    def __init__(self, hollow: HollowModel, ring: Ring | None, machine: str = "head") -> None:
         super().__init__()
+        self.trips = Trips([machine, *(stop.node for stop in ring.route)] if ring else [machine])
         self.model = hollow.model
         self._hollow = hollow
         self._ring = ring
@@ -79,14 +84,22 @@ class PipelineModel(nn.Module):
             cache = self.make_cache()
         here = len(self._hollow.cache_view)
         local = cache[:here]
+        timelines = recording()
         if self._ring is None:
-            return self.model(inputs, cache=self._hollow.cache_view.full(local))
+            began = time.perf_counter()
+            self.trips.head.frames += 1
+            logits = self.model(inputs, cache=self._hollow.cache_view.full(local))
+            if timelines:
+                mx.eval(logits)
+                _add(timelines, "layers", began)
+            return logits
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
         hold = inputs.shape[1] > PUSHED_TOKENS
         window = self.prefill_window if hold else self._steps
         window.enter()
+        began = time.perf_counter()
         message = HopMessage()
         message.frame.hold = hold
         try:
@@ -95,14 +108,23 @@ class PipelineModel(nn.Module):
         except BaseException:
             window.leave()
             raise
-        reply = self._forward(message, cache[here:], window)
+        single = inputs.shape == (1, 1)
+        reply = self._forward(message, cache[here:], window, single, timelines)
         number = reply.number
+        _add(timelines, "layers", began, number)
 
         def resolve() -> mx.array:
             frame = reply.wait()
+            woke = time.perf_counter() if timelines else 0.0
+            for timeline in timelines:
+                timeline.woke(number, woke)
             if hold:
                 frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
-            return self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            logits: mx.array = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            if timelines:
+                mx.eval(logits)
+                _add(timelines, "head", woke, number)
+            return logits
 
         return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
 
@@ -112,16 +134,34 @@ class PipelineModel(nn.Module):
         return sum(remote.ask(query).answer.live for remote in self._remotes)
 
     def _forward(
-        self, message: HopMessage, handles: Sequence[RemoteCache], window: Window
+        self,
+        message: HopMessage,
+        handles: Sequence[RemoteCache],
+        window: Window,
+        single: bool,
+        timelines: Sequence[Timeline],
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
+        sent_bytes = leaf_bytes(message.frame.hidden)
+        sent = time.perf_counter()
+        returned = 0.0
+
+        def trip(frame: Frame) -> Trip:
+            return Trip(sent, returned, sent_bytes, single, frame.reports)
 
         def on_reply(frame: Frame) -> None:
+            nonlocal returned
+            returned = time.perf_counter()
             for handle, version, report in zip(handles, versions, frame.reports, strict=True):
                 handle.after_forward(version, report)
+            for timeline in timelines:
+                timeline.note(frame.id, trip(frame), self.trips)
+
+        def after(frame: Frame) -> None:
+            self.trips.note(trip(frame))
 
         numbers = {handle.stage.index: handle.number for handle in handles}
-        return self._send(message, caches=numbers, window=window, on_reply=on_reply)
+        return self._send(message, caches=numbers, window=window, on_reply=on_reply, after=after)
 
     def _send(
         self,
@@ -130,6 +170,7 @@ class PipelineModel(nn.Module):
         caches: dict[int, int] | None = None,
         window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
+        after: Callable[[Frame], None] | None = None,
     ) -> Reply:
         """Sends a frame with all operations recorded until now."""
         ring = self._ring
@@ -142,7 +183,7 @@ class PipelineModel(nn.Module):
                 if operations or number:
                     frame.parts.add(stage=remote.index, ops=operations, cache=number)
             frame.dropped.extend(_drained(self._dropped))
-            return ring.send(message, window=window, on_reply=on_reply)
+            return ring.send(message, window=window, on_reply=on_reply, after=after)
 
     def _ask(self, remote: RemoteStage) -> StageReport:
         frame = self._send(HopMessage()).wait()
@@ -158,6 +199,11 @@ class PipelineModel(nn.Module):
         self._flush_due = False
         if any(remote.operations for remote in self._remotes):
             self._send(HopMessage())
+
+
+def _add(timelines: Sequence[Timeline], name: str, began: float, trip: int = 0) -> None:
+    for timeline in timelines:
+        timeline.add(name, began, time.perf_counter(), trip)
 
 
 def _drained(items: deque[Any]) -> Any:

@@ -22,6 +22,7 @@ class Job:
     stop: tuple[str, ...]
     logprobs: int | None
     state: str
+    trace: bool = False
 
 
 def check_request(
@@ -46,6 +47,7 @@ def check_request(
         stop=tuple(request.stop),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         state=_initial_state(tokens, tokenizer),
+        trace=request.trace,
     )
 
 

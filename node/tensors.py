@@ -1,6 +1,7 @@
 """Trees of MLX arrays to and from their wire form: raw bytes with dtype and shape."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,15 @@ def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]", also
 def decode_tree(leaves: Iterable[Leaf]) -> Any:
     """The tree again; tuples come back as lists."""
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
+
+
+def leaf_bytes(leaves: Iterable[Leaf]) -> int:
+    """The bytes of their arrays, told from shapes: looking at the data would copy it."""
+    return sum(
+        math.prod(leaf.tensor.shape) * np.dtype(_NUMPY[leaf.tensor.dtype]).itemsize
+        for leaf in leaves
+        if leaf.HasField("tensor")
+    )
 
 
 def _bits(array: mx.array) -> Any:
