@@ -109,9 +109,8 @@ class PipelineModel(nn.Module):
             window.leave()
             raise
         single = inputs.shape == (1, 1)
-        reply = self._forward(message, cache[here:], window, single, timelines)
+        reply = self._forward(message, cache[here:], window, single, began, timelines)
         number = reply.number
-        _add(timelines, "layers", began, number)
 
         def resolve() -> mx.array:
             frame = reply.wait()
@@ -139,6 +138,7 @@ class PipelineModel(nn.Module):
         handles: Sequence[RemoteCache],
         window: Window,
         single: bool,
+        began: float,
         timelines: Sequence[Timeline],
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
@@ -161,7 +161,10 @@ class PipelineModel(nn.Module):
             self.trips.note(trip(frame))
 
         numbers = {handle.stage.index: handle.number for handle in handles}
-        return self._send(message, caches=numbers, window=window, on_reply=on_reply, after=after)
+        reply = self._send(message, caches=numbers, window=window, on_reply=on_reply, after=after)
+        for timeline in timelines:
+            timeline.add("layers", began, sent, reply.number)
+        return reply
 
     def _send(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict, cast
 
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trace import Trace, from_wire
 from unicluster.v1 import chat_pb2 as wire
 
 Messages = str | Iterable[Mapping[str, str]]
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     stop: str | Iterable[str] | None
     logprobs: int | None  # 0: of the chosen tokens; n: also of the n most likely
     deadline: float | None  # seconds until the whole answer must be there
+    trace: bool | None  # whether the Finish says where the time went
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every answer that came through. `reason` is "stop" or "length"."""
+    """The last event of every answer that came through. `reason` is "stop" or "length".
+
+    `trace` is there if it was asked for.
+    """
 
     reason: str
     usage: Usage
     timings: Timings
+    trace: Trace | None = None
 
 
 Event = Delta | Finish
@@ -91,6 +97,7 @@ class Answer:
     timings: Timings
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
                 timings.decode_s,
                 timings.tokens_per_s,
             ),
+            trace=from_wire(event.finish.trace) if event.finish.HasField("trace") else None,
         )
     raise UnavailableError(
         "the server sent an event that this client does not know: update unicluster here"
@@ -246,4 +254,5 @@ def collect(events: Iterable[Event]) -> Answer:
         timings=finish.timings,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        trace=finish.trace,
     )
