@@ -71,6 +71,10 @@ class Front(ChatServicer):
         return await self.service.describe()
 
     async def Measure(self, request: MeasureRequest, context: Context) -> Measured:  # noqa: N802
+        return await self.measure()
+
+    async def measure(self) -> Measured:
+        """What was counted and measured; the state alone while there is nothing else."""
         if self.service is None:
-            await abort(context, UnavailableError(f"{self._display} is being looked into"))
+            return Measured(info=ChatInfo(model=self._display, state="loading"))
         return await self.service.measure()

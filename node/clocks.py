@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ASK_SECONDS = 5.0
 QUESTIONS = 5
+# Least differences are those of the last one or two of these.
+WINDOW_SECONDS = 1.0
 # Quartz clocks drift apart by less, in seconds a second.
 DRIFT = 50e-6
 
@@ -46,7 +48,7 @@ class Clocks:
         self._told += [None] * (machines - 1)
         self._least = self._least_before = [math.inf] * machines
         self._shifts: list[float] | None = None
-        self._since = time.perf_counter()
+        self._since = -math.inf
 
     @property
     def offsets(self) -> list[float | None]:
@@ -65,9 +67,11 @@ class Clocks:
 
         `differences`: arrival less departure, each by the clock of its machine.
         """
-        if now - self._since > ASK_SECONDS:  # so that clocks that drift are followed
-            self._since, self._shifts = now, None
-            self._least_before, self._least = self._least, [math.inf] * len(differences)
+        age = now - self._since
+        if age > WINDOW_SECONDS:  # what was found long ago no longer holds: clocks drift
+            unknown = [math.inf] * len(differences)
+            self._least_before = self._least if age < 2 * WINDOW_SECONDS else unknown
+            self._least, self._since, self._shifts = unknown, now, None
         if self._shifts is None or any(map(float.__lt__, differences, self._least)):
             self._least = [min(pair) for pair in zip(self._least, differences, strict=True)]
             known = [min(p) for p in zip(self._least, self._least_before, strict=True)]

@@ -30,6 +30,7 @@ _NUMPY: dict[str, Any] = {
     "bfloat16": np.uint16,
     "complex64": np.complex64,
 }
+_SIZES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()}
 _NAMES: dict[mx.Dtype, str] = {
     getattr(mx, "bool_" if name == "bool" else name): name for name in _NUMPY
 }
@@ -71,7 +72,7 @@ def decode_tree(leaves: Iterable[Leaf]) -> Any:
 def leaf_bytes(leaves: Iterable[Leaf]) -> int:
     """The bytes of their arrays, told from shapes: looking at the data would copy it."""
     return sum(
-        math.prod(leaf.tensor.shape) * np.dtype(_NUMPY[leaf.tensor.dtype]).itemsize
+        math.prod(leaf.tensor.shape) * _SIZES[leaf.tensor.dtype]
         for leaf in leaves
         if leaf.HasField("tensor")
     )

@@ -16,11 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from itertools import groupby
 
 from node.clocks import shifts
 from node.trips import Trip, Trips
 from unicluster.v1.meters_pb2 import Span, Trace
 from unicluster.v1.stage_pb2 import StageReport
+
+# For so long clocks are taken not to drift apart.
+DRIFT_SECONDS = 10.0
 
 # Of the fiber that runs: the timelines of the requests that it computes for.
 _RECORDING: ContextVar[tuple["Timeline", ...]] = ContextVar("recording", default=())
@@ -100,22 +104,29 @@ class Timeline:
         """What trips say of the other stages and of the wire, by the head's clock."""
         if self._ring is None:
             return
-        differences = [trip.differences() for trip in self._trips.values()]
-        least = [min(hop) for hop in zip(*differences, strict=True)]
-        ahead = shifts(least, self._ring.clocks.offsets)
-        for number, trip in self._trips.items():
-            left, offset, carried = trip.sent_s, 0.0, trip.sent_bytes
-            for stage, (report, shift) in enumerate(
-                zip(trip.reports, ahead, strict=False), start=1
-            ):
-                offset += shift
-                arrived = report.arrived_s - offset
-                started = arrived + report.queue_s
-                yield self._span("wire", stage, left, arrived, number, carried)
-                yield self._span("queue", stage, arrived, started, number)
-                left, carried = started + report.compute_s, report.sent_bytes
-                yield self._span("layers", stage, started, left, number)
-            yield self._span("wire", 0, left, trip.returned_s, number, carried)
+        trips = sorted(self._trips.items())
+        first = trips[0][1].sent_s
+        for _, group in groupby(trips, lambda item: (item[1].sent_s - first) // DRIFT_SECONDS):
+            together = list(group)
+            differences = [trip.differences() for _, trip in together]
+            least = [min(hop) for hop in zip(*differences, strict=True)]
+            ahead = shifts(least, self._ring.clocks.offsets)
+            for number, trip in together:
+                yield from self._of_trip(number, trip, ahead)
+
+    def _of_trip(self, number: int, trip: Trip, ahead: Sequence[float]) -> Iterator[Span]:
+        """`ahead`: for each hop, how far the clock at its end is ahead of the one before."""
+        left, offset, carried = trip.sent_s, 0.0, trip.sent_bytes
+        stops = zip(trip.reports, ahead, strict=False)
+        for stage, (report, shift) in enumerate(stops, start=1):
+            offset += shift
+            arrived = report.arrived_s - offset
+            started = arrived + report.queue_s
+            yield self._span("wire", stage, left, arrived, number, carried)
+            yield self._span("queue", stage, arrived, started, number)
+            left, carried = started + report.compute_s, report.sent_bytes
+            yield self._span("layers", stage, started, left, number)
+        yield self._span("wire", 0, left, trip.returned_s, number, carried)
 
     def _span(
         self, name: str, stage: int, start: float, end: float, trip: int = 0, nbytes: int = 0

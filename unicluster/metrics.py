@@ -30,7 +30,8 @@ class StageMetrics:
     """One machine's work in the ring. Seconds and bytes (of hidden state) add up.
 
     `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
-    `busy` is the share of the time in which it worked: see Metrics.since.
+    `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
+    average: see Metrics.since.
     """
 
     machine: str
@@ -41,6 +42,7 @@ class StageMetrics:
     sent_bytes: int
     decode_s: float
     busy: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Metrics:
     tokens_per_s: float = 0.0
 
     def since(self, before: "Metrics") -> "Metrics":
-        """The same with what follows from an earlier reading: `busy` and `tokens_per_s`.
+        """The same with what follows from an earlier reading: rates and shares of the time.
 
         They stay 0 if the head was started anew in between.
         """
@@ -95,13 +97,14 @@ class Metrics:
         stages = self.stages
         if [s.machine for s in stages] == [s.machine for s in before.stages]:
             pairs = zip(stages, before.stages, strict=True)
-            stages = tuple(replace(now, busy=_busy(now, old, seconds)) for now, old in pairs)
+            stages = tuple(_since(now, old, seconds) for now, old in pairs)
         return replace(self, stages=stages, tokens_per_s=tokens / seconds)
 
 
-def _busy(now: StageMetrics, old: StageMetrics, seconds: float) -> float:
+def _since(now: StageMetrics, old: StageMetrics, seconds: float) -> StageMetrics:
     # Work is counted when it is done, and may have begun before the first reading.
-    return min(max(now.busy_s - old.busy_s, 0.0) / seconds, 1.0)
+    busy = min(max(now.busy_s - old.busy_s, 0.0) / seconds, 1.0)
+    return replace(now, busy=busy, waiting=max(now.queue_s - old.queue_s, 0.0) / seconds)
 
 
 def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
