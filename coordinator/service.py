@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import grpc
 
@@ -19,17 +19,18 @@ from coordinator.sourcing import hub_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import ModelLayout
-
-if TYPE_CHECKING:
-    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
 
 log = logging.getLogger(__name__)
 
 # Between attempts to serve again after a loss; doubled each time it fails, up to the last.
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
+# For the head to say how it is.
+HEAD_SECONDS = 5.0
+
+T = TypeVar("T")
 
 
 class Service:
@@ -103,6 +104,26 @@ class Service:
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
+        info = self._info()
+        if self.deployment is not None and self.deployment.chat is not None:
+            asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
+            head = await _told_by_head(asked) or ChatInfo()
+            info.live_caches = head.live_caches
+            info.ring_s = head.ring_s
+            _copy_counts(head, info)
+        return info
+
+    async def measure(self) -> Measured:
+        """What the head has counted and measured; without meters when there is no head."""
+        measured = Measured(info=self._info())
+        if self.deployment is not None and self.deployment.chat is not None:
+            asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
+            if (head := await _told_by_head(asked)) is not None:
+                _copy_counts(head.info, measured.info)
+                measured.meters.CopyFrom(head.meters)
+        return measured
+
+    def _info(self) -> ChatInfo:
         info = ChatInfo(
             model=self.display,
             quant=self.layout.quant,
@@ -113,13 +134,6 @@ class Service:
         )
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
-            if self.deployment.chat is not None:
-                head = await _told_by_head(self.deployment.chat)
-                info.live_caches = head.live_caches
-                info.lanes = head.lanes
-                info.kept_caches = head.kept_caches
-                info.kept_bytes = head.kept_bytes
-                info.ring_s = head.ring_s
         return info
 
     async def run(self) -> None:
@@ -192,13 +206,19 @@ class Service:
         return Files(revision, [*self._own_sources, *addresses], from_hub)
 
 
-async def _told_by_head(chat: "ChatAsyncStub") -> ChatInfo:
-    """What the head counts; nothing when it is gone: the state says so then."""
+def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:
+    info.lanes = head.lanes
+    info.kept_caches = head.kept_caches
+    info.kept_bytes = head.kept_bytes
+
+
+async def _told_by_head(call: Awaitable[T]) -> T | None:
+    """The head's answer; None when it is gone: the state says so then."""
     try:
-        return await chat.Describe(DescribeChatRequest(), timeout=5)
+        return await call
     except grpc.aio.AioRpcError:
-        return ChatInfo()
+        return None
     except asyncio.CancelledError:
         if not channel_was_closed():
             raise
-        return ChatInfo()
+        return None

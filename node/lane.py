@@ -7,6 +7,7 @@ from typing import Any
 
 from node.batch import Batch, Solo
 from node.sequence import Sequence
+from node.timeline import Timeline
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.lane")
@@ -50,6 +51,12 @@ class Lane:
     def decoding(self) -> int:
         """Answers that get a token in each step."""
         return len(self._decoding)
+
+    @property
+    def timelines(self) -> list[Timeline]:
+        """Of the answers that the next step is for, those that are traced."""
+        answers = (sequence.answer for sequence in (*self._decoding, *self._joining))
+        return [answer.timeline for answer in answers if answer.timeline is not None]
 
     def join(self, sequence: Sequence) -> None:
         """Decodes a prefilled sequence from the next step on."""

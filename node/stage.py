@@ -12,7 +12,7 @@ from node.buffers import give_back
 from node.cacheview import Caches
 from node.foreseen import Foresight, Kind, Step, kind_of_leaves
 from node.hollow import HollowModel
-from node.tensors import Outgoing, decode_tree, encode_tree
+from node.tensors import Outgoing, decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
@@ -54,7 +54,12 @@ class Stage:
         Raises whatever the model or a cache raises; the session is then of no more use.
         """
         started = time.perf_counter()
-        report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
+        report = frame.reports.add(
+            stage=session.stage,
+            arrived_s=arrived,
+            queue_s=started - arrived,
+            received_bytes=leaf_bytes(frame.hidden),
+        )
         freed = False
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
@@ -76,6 +81,7 @@ class Stage:
             mx.clear_cache()
         elif frame.hold:
             give_back()
+        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def _forward(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict, cast
 
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trace import Trace, from_wire
 from unicluster.v1 import chat_pb2 as wire
 
 Messages = str | Iterable[Mapping[str, str]] | Sequence[int]
@@ -32,6 +33,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool | None  # an end token does not end the answer: it gets max_tokens
     no_reuse: bool | None  # compute the whole prompt, and keep nothing of it afterwards
     deadline: float | None  # seconds until the whole answer must be there
+    trace: bool | None  # whether the Finish says where the time went
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every answer that came through. `reason` is "stop" or "length"."""
+    """The last event of every answer that came through. `reason` is "stop" or "length".
+
+    `trace` is there if it was asked for.
+    """
 
     reason: str
     usage: Usage
     timings: Timings
+    trace: Trace | None = None
 
 
 Event = Delta | Finish
@@ -93,6 +99,7 @@ class Answer:
     timings: Timings
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +215,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
                 timings.decode_s,
                 timings.tokens_per_s,
             ),
+            trace=from_wire(event.finish.trace) if event.finish.HasField("trace") else None,
         )
     raise UnavailableError(
         "the server sent an event that this client does not know: update unicluster here"
@@ -261,4 +269,5 @@ def collect(events: Iterable[Event]) -> Answer:
         timings=finish.timings,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        trace=finish.trace,
     )
