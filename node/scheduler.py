@@ -16,14 +16,17 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
-from node.batch import Batch, Solo, can_batch
+from node.batch import Batch, can_batch
 from node.buffers import give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
 from node.memory import Memory
 from node.mlx_thread import MLXThread, give_way
 from node.pace import Pace
+from node.quantize import quantize
 from node.sequence import Sequence
+from node.solo import Solo
+from node.speculate import Speculation
 from node.ticket import Ticket
 
 
@@ -32,7 +35,8 @@ class Scheduler:
 
     `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
     fill it: that much is promised before an answer begins, and what is left keeps caches of
-    finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
+    finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
+    lane holds one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
     `prefilled` counts prompt tokens computed, in `chunks`.
     """
@@ -48,16 +52,31 @@ class Scheduler:
         lanes: int,
         kv_bytes: int,
         prefill_step: int,
+        kv_bits: int = 0,
+        speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         kinds = _kinds(model)
-        batches = can_batch(kinds)
+        batches = can_batch(kinds) and not kv_bits and speculation is None
+
+        def decoder() -> Batch | Solo:
+            if batches:
+                return Batch(model)
+            return Solo(
+                model,
+                kinds,
+                kv_bits=kv_bits,
+                drafter=speculation.drafter() if speculation is not None else None,
+                most=speculation.most if speculation is not None else 0,
+                ends=tokenizer.eos_token_ids,
+            )
+
         lanes = min(lanes, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         self.lanes = [
             Lane(
-                Batch(model) if batches else Solo(model),
+                decoder(),
                 places=users // lanes + (index < users % lanes) if batches else 1,
                 keep=self._keep if kv_bytes else None,
             )
@@ -70,6 +89,7 @@ class Scheduler:
         self._thread = thread
         self._model = model
         self._tokenizer = tokenizer
+        self._kv_bits = kv_bits
         self._on_end = on_end
         self._on_error = on_error
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
@@ -160,6 +180,7 @@ class Scheduler:
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
         self._model(chunk[None], cache=sequence.cache)
+        quantize(sequence.cache, self._kv_bits)
         mx.eval([cache.state for cache in sequence.cache])
         give_back()
         self.prefilled += end - sequence.cached
