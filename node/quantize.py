@@ -3,17 +3,19 @@
 Only caches of attention over everything can be; states and the like stay as they are.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, RotatingKVCache
 
-from unicluster.errors import InputError
-
-BITS = (4, 8)
-# mlx-lm's own. Where a head's size is no multiple of it, the next smaller that MLX has.
+# mlx-lm's own, and what is taken where a head's size is no multiple of it.
 GROUP_SIZE = 64
-GROUP_SIZES = (64, 32)
+SMALLER_GROUP_SIZE = 32
+
+
+class UnquantizableError(Exception):
+    """Says why the caches of a model can't be quantized; the model's name goes before it."""
 
 
 def quantize(cache: list[Any], bits: int) -> None:
@@ -22,8 +24,8 @@ def quantize(cache: list[Any], bits: int) -> None:
         cache[:] = quantized(cache, bits)
 
 
-def quantized(cache: list[Any], bits: int, group_size: int = GROUP_SIZE) -> list[Any]:
-    """The same caches, those that can be quantized so."""
+def quantized(cache: Sequence[Any], bits: int, group_size: int = GROUP_SIZE) -> list[Any]:
+    """The same caches, those quantized that can be."""
     return [
         entry.to_quantized(group_size=_group_size(entry, group_size), bits=bits)
         if hasattr(entry, "to_quantized")
@@ -32,24 +34,20 @@ def quantized(cache: list[Any], bits: int, group_size: int = GROUP_SIZE) -> list
     ]
 
 
-def check_kinds(kinds: list[Any], model_type: str) -> None:
-    """Raises InputError for caches that mlx-lm can't quantize."""
-    members = list(_members(kinds))
-    if any(isinstance(kind, RotatingKVCache) for kind in members):
-        raise InputError(f"kv-bits: {model_type} has sliding windows, which can't be quantized")
-    if not any(hasattr(kind, "to_quantized") for kind in kinds):
-        raise InputError(f"kv-bits: {model_type} has no KV cache that can be quantized")
+def check_quantizable(cache: Sequence[Any]) -> None:
+    """Raises UnquantizableError for caches that mlx-lm can't quantize."""
+    if any(isinstance(member, RotatingKVCache) for member in _members(cache)):
+        raise UnquantizableError("has sliding windows, which mlx-lm can't quantize")
+    if not any(hasattr(entry, "to_quantized") for entry in cache):
+        raise UnquantizableError("has no KV caches that mlx-lm can quantize")
 
 
-def _members(kinds: Any) -> Any:
-    for kind in kinds:
-        yield from _members(kind.caches) if isinstance(kind, CacheList) else (kind,)
+def _members(cache: Sequence[Any]) -> Iterator[Any]:
+    for entry in cache:
+        yield from _members(entry.caches) if isinstance(entry, CacheList) else (entry,)
 
 
 def _group_size(entry: Any, most: int) -> int:
-    sizes = [
-        array.shape[-1]
-        for array in (getattr(entry, "keys", None), getattr(entry, "values", None))
-        if isinstance(array, mx.array)
-    ]
-    return next((g for g in GROUP_SIZES if g <= most and not any(s % g for s in sizes)), most)
+    arrays = [getattr(entry, name, None) for name in ("keys", "values")]
+    odd = any(isinstance(array, mx.array) and array.shape[-1] % most for array in arrays)
+    return SMALLER_GROUP_SIZE if odd else most
