@@ -72,7 +72,11 @@ async def _predicted(
         spec = held[0][3]
         found = await members.inspect(
             InspectRequest(
-                model=spec.model, quant=spec.quant, context=spec.context, users=spec.users
+                model=spec.model,
+                quant=spec.quant,
+                context=spec.context,
+                users=spec.users,
+                kv_bits=spec.kv_bits,
             )
         )
     layout, known = Layout.from_proto(found), Learned.load()

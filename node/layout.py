@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from node import cache
 from node.crossing import forbidden_cuts, token_bytes
+from node.draft import check_tokens
 from node.quantize import UnquantizableError, check_quantizable, quantize
 from node.survey import Survey, survey
 from node.trace import Trace, watched
@@ -223,7 +224,7 @@ def _answer(request: InspectRequest) -> ModelLayout:
     asked = request.quant, request.context, request.users or 1, request.kv_bits
     layout = inspect(checkpoint, *asked)
     if request.drafts_for:
-        check_draft(checkpoint, request)
+        check_tokens(request, checkpoint.root)
     return layout
 
 
