@@ -63,6 +63,7 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
                 users=spec.users,
                 revision=spec.revision,
                 sources=[machine.address for machine in machines.values()],
+                kv_bits=spec.kv_bits,
             )
         )
     layout = Layout.from_proto(found)

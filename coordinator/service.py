@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
@@ -20,7 +21,7 @@ from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
-from unicluster.v1.node_pb2 import ModelLayout
+from unicluster.v1.node_pb2 import Draft, ModelLayout
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,22 @@ HEAD_SECONDS = 5.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What a model weighs, and the draft model that guesses ahead for it, if there is one."""
+
+    model: ModelLayout
+    draft: ModelLayout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        layout = Layout.from_proto(self.model)
+        if self.draft is None:
+            return layout
+        draft = Layout.from_proto(self.draft)
+        return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
+
+
 class Service:
     """Plans, deploys, and when a machine is lost plans again over those that remain.
 
@@ -43,7 +60,7 @@ class Service:
     def __init__(
         self,
         source: Source,
-        inspected: ModelLayout,
+        inspected: Inspected,
         own_sources: list[str],
         members: Members,
         identity: Identity,
@@ -53,7 +70,7 @@ class Service:
         serving: Serving,
     ) -> None:
         self.source = source
-        self.layout = Layout.from_proto(inspected)
+        self.layout = inspected.layout
         self._inspected = inspected
         self._own_sources = own_sources  # where this process itself offers the files
         self.deployment: Deployment | None = None
@@ -193,17 +210,34 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
-        model, revision = self.source.model, self._inspected.revision
+        inspected, draft = self._inspected.model, self._inspected.draft
+        agents = [stage.machine.address for stage in placed.stages]
         from_hub = await hub_files(
-            model,
-            revision,
-            self._inspected.files,
+            self.source.model,
+            inspected.revision,
+            inspected.files,
             [(stage.first, stage.end) for stage in placed.stages],
-            [stage.machine.address for stage in placed.stages],
+            agents,
             addresses,
             self._identity,
         )
-        return Files(revision, [*self._own_sources, *addresses], from_hub)
+        sources = [*self._own_sources, *addresses]
+        if draft is None or self._serving.draft is None:
+            return Files(inspected.revision, sources, from_hub)
+        source = self._serving.draft
+        (of_draft,) = await hub_files(
+            source.model,
+            draft.revision,
+            draft.files,
+            [(0, len(draft.layer_bytes))],
+            agents[:1],
+            addresses,
+            self._identity,
+        )
+        drafting = Draft(
+            model=source.model, quant=source.quant, revision=draft.revision, hub_files=of_draft
+        )
+        return Files(inspected.revision, sources, from_hub, drafting)
 
 
 def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
 from node.clocks import follow
 from node.config import WorkerConfig
+from node.draft import speculation
 from node.engine import Engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
@@ -44,17 +46,24 @@ PREFILL_BYTES = 8 * 2**20
 
 
 def make_engine(
-    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, config: WorkerConfig
+    lazy: LazyModel,
+    hidden_bytes: int,
+    thread: MLXThread,
+    config: WorkerConfig,
+    draft: nn.Module | None = None,
 ) -> Engine:
     """The engine for a loaded model; it answers once it is given the pipeline model."""
+    tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
     return Engine(
         thread,
-        load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id")),
+        tokenizer,
         model_name=lazy.path.name,
         context=config.context,
         users=config.users,
         lanes=config.lanes or None,
         kv_bytes=config.kv_bytes,
+        kv_bits=config.kv_bits,
+        speculation=speculation(config, draft, len(tokenizer)),
         prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
         defaults=_generation_defaults(lazy.path),
     )

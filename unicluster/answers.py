@@ -45,11 +45,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`cached_tokens` of the prompt were kept from before, so that they took no time."""
+    """`cached_tokens` of the prompt were kept from before, so that they took no time.
+
+    `drafted_tokens` were guessed ahead, and `accepted_tokens` of them were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,13 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
         usage, timings = event.finish.usage, event.finish.timings
         return Finish(
             reason=event.finish.reason,
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+                usage.drafted_tokens,
+                usage.accepted_tokens,
+            ),
             timings=Timings(
                 timings.queue_s,
                 timings.time_to_first_token_s,
