@@ -13,6 +13,19 @@ class Session:
         self.last = last
         self.caches: dict[int, Any] = {}
         self.held: dict[int, Any] = {}
+        # By cache: the kind of what it was last stepped with, and the next step if it is such.
+        self.kinds: dict[int, Any] = {}
+        self.foreseen: dict[int, Any] = {}
+
+    def forget_steps(self, cache: int) -> None:
+        """The next step over a cache can't be foreseen any more."""
+        self.kinds.pop(cache, None)
+        self.foreseen.pop(cache, None)
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        for kept in (self.caches, self.held, self.kinds, self.foreseen):
+            kept.clear()
 
 
 class StageEngine(Protocol):

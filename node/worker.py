@@ -15,13 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import uvloop
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
+from node.draft import fetch_draft, load_draft
 from node.engine import Engine
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
@@ -77,8 +80,14 @@ def teller() -> Callable[[int, int], None]:
     return tell
 
 
-async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Path:
-    """Gets the files of the stage onto this machine; returns their directory."""
+async def fetch_weights(
+    config: WorkerConfig, identity: Identity, thread: MLXThread
+) -> tuple[Path, Path | None]:
+    """Gets the files of the stage onto this machine; returns their directory.
+
+    Also that of the draft model, if there is one.
+    """
+    tell = teller()
     async with Sources(config.sources, identity) as sources:
         checkpoint = await describe(config.model, config.revision, sources)
         if not is_whole(checkpoint):
@@ -86,8 +95,9 @@ async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThr
             tensors = await thread.run(
                 lambda: survey(checkpoint.root, config.quant).of_stage(first, end)
             )
-            await fetch(checkpoint, tensors, config.hub_files, sources, teller())
-    return checkpoint.root
+            await fetch(checkpoint, tensors, config.hub_files, sources, tell)
+        draft = await fetch_draft(config, sources, tell) if config.draft else None
+    return checkpoint.root, draft
 
 
 def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
@@ -115,12 +125,13 @@ def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel
 
 async def load_mlx(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
     """A stage of MLX."""
-    path = await fetch_weights(config, identity, thread)
+    path, draft_path = await fetch_weights(config, identity, thread)
     lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
     if hollow.start > 0:
-        return Loaded(weight_bytes, Stage(hollow))
+        return Loaded(weight_bytes, Stage(hollow, foresee=config.foresee))
+    draft = await _draft(draft_path, config, thread)
     tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
-    engine = make_engine(lazy.path, tokenizer, hollow.hidden_bytes, thread, config)
+    engine = make_engine(lazy.path, tokenizer, hollow.hidden_bytes, thread, config, draft)
     return Loaded(weight_bytes, front=hollow, engine=engine)
 
 
@@ -129,18 +140,27 @@ async def load_ggml(config: WorkerConfig, identity: Identity, thread: MLXThread)
     from node.ggml import worker as ggml  # an extra, not there on every machine
 
     async with Sources(config.sources, identity) as sources:
-        checkpoint = await ggml.obtain(config, sources, teller())
+        tell = teller()
+        checkpoint = await ggml.obtain(config, sources, tell)
+        draft_path = await fetch_draft(config, sources, tell) if config.draft else None
     count = config.end_layer - config.first_layer
     emit("progress", layers=0, layers_total=count, bytes=0, bytes_total=0)
-    _, loaded = await thread.run(lambda: ggml.load_stage(checkpoint, config))
+    loaded = await thread.run(lambda: ggml.load_stage(checkpoint, config))
     size = loaded.weight_bytes
     emit("progress", layers=count, layers_total=count, bytes=size, bytes_total=size)
     if loaded.front is None:
         return Loaded(size, loaded.stage)
+    draft = await _draft(draft_path, config, thread)
     tokenizer = await thread.run(lambda: ggml.load_tokens(checkpoint))
     hidden_bytes = loaded.front.hidden_bytes
-    engine = make_engine(checkpoint.root, tokenizer, hidden_bytes, thread, config)
+    engine = make_engine(checkpoint.root, tokenizer, hidden_bytes, thread, config, draft)
     return Loaded(size, front=loaded.front, engine=engine)
+
+
+async def _draft(path: Path | None, config: WorkerConfig, thread: MLXThread) -> nn.Module | None:
+    if path is None:
+        return None
+    return await thread.run(partial(load_draft, path, config.draft_quant))
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -151,22 +171,23 @@ async def serve(config: WorkerConfig) -> None:
     port = bind(server, config.host, config.port, identity)
     load = load_ggml if config.engine == "ggml" else load_mlx
     loaded = await load(config, identity, thread)
-    weight_bytes = loaded.weight_bytes
     info = StageInfo(
         node=config.node,
         first_layer=config.first_layer,
         end_layer=config.end_layer,
-        weight_bytes=weight_bytes,
+        weight_bytes=loaded.weight_bytes,
     )
     if loaded.engine is not None:
         engine = loaded.engine
-        head = Head(loaded.front, info, engine, thread, identity)
+        # The other engine computes at once: there is nothing to build before.
+        foresee = config.foresee and config.engine == "mlx"
+        head = Head(loaded.front, info, engine, thread, identity, foresee=foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
     elif loaded.stage is not None:
         add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
     await server.start()
-    emit("ready", port=port, weight_bytes=weight_bytes)
+    emit("ready", port=port, weight_bytes=loaded.weight_bytes)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -28,7 +28,8 @@ class Sizes:
     """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
 
     vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
-    once. states: the same of a model with recurrent layers, each of which takes memory. exact: keep the KV cache in float32. entry: see Architecture.
+    once. states: the same of a model with recurrent layers, each of which takes memory. entry:
+    see Architecture. exact: keep the KV cache in float32.
     """
 
     layers: int

@@ -11,6 +11,7 @@ from node.ggml.library import Floats
 from node.ggml.rows import Cache, Row, Sequences
 from node.ggml.wire import decode, encode
 from node.session import Session
+from node.tensors import leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 # What a saved cache is called: mlx-lm has to know the name to load it.
@@ -39,7 +40,12 @@ class GgmlStage:
     def serve(self, session: Session, frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame; see StageEngine."""
         started = time.perf_counter()
-        report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
+        report = frame.reports.add(
+            stage=session.stage,
+            arrived_s=arrived,
+            queue_s=started - arrived,
+            received_bytes=leaf_bytes(frame.hidden),
+        )
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
                 for op in part.ops:
@@ -53,6 +59,7 @@ class GgmlStage:
                 self._drop(session, dropped)
             if frame.claim:
                 self._claim(session, frame)
+        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def end(self, session: Session) -> None:
@@ -171,8 +178,13 @@ class GgmlStage:
         elif kind == "store":
             caches[op.cache].free()
             caches[op.cache] = self._restored(op.store)
+        elif kind == "snapshot":
+            caches[op.cache] = caches[op.snapshot.source].copy()
+        elif kind == "restore":
+            caches[op.cache].free()
+            caches[op.cache] = caches.pop(op.restore.snapshot)
         else:
-            raise ValueError(f"unknown cache operation {kind}")
+            raise ValueError(f"ggml has no cache operation {kind}")
 
     def _answer(self, cache: Cache | None, live: int) -> CacheAnswer:
         if cache is None:

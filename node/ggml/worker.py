@@ -8,7 +8,6 @@ from mlx_lm.utils import load_tokenizer
 
 from node import cache
 from node.config import WorkerConfig
-from node.ggml.cut import Gguf
 from node.ggml.load import Loaded, Part, load, open_gguf, stage_file
 from node.ggml.tokenizer import tokenizer_of
 from node.obtain import describe, fetch_ranges, is_whole
@@ -32,7 +31,7 @@ async def obtain(config: WorkerConfig, sources: Sources, tell: OnFetched) -> Che
     return checkpoint
 
 
-def load_stage(checkpoint: Checkpoint, config: WorkerConfig) -> tuple[Gguf, Loaded]:
+def load_stage(checkpoint: Checkpoint, config: WorkerConfig) -> Loaded:
     """Loads it; on the thread that is to compute it."""
     gguf = open_gguf(checkpoint)
     part = Part(config.first_layer, config.end_layer, config.finishes, config.context, config.users)
@@ -42,7 +41,7 @@ def load_stage(checkpoint: Checkpoint, config: WorkerConfig) -> tuple[Gguf, Load
     else:
         folder = cache.folder(config.model) / cache.OURS / "stages"
         file = stage_file(gguf, checkpoint, folder, part)
-    return gguf, load(gguf, checkpoint.root, file, part)
+    return load(gguf, checkpoint.root, file, part)
 
 
 def load_tokens(checkpoint: Checkpoint) -> Any:
