@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
-EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)$(if $(GGML),$(comma)ggml)
 
 .PHONY: install demo test lint proto proto-check bench soak clean
 

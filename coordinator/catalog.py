@@ -14,6 +14,7 @@ from unicluster.checkpoint import is_gguf
 from unicluster.errors import InputError, NotFoundError
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
+ENGINES = ("mlx", "ggml")
 # What a catalogue name means when no quantization is asked for: what most machines can hold.
 DEFAULT_QUANT = "q4"
 
@@ -105,11 +106,22 @@ def resolve(name: str, quant: str | None = None) -> Source:
     if entry := _by_name().get(_key(name)):
         return _catalogued(entry, quant or DEFAULT_QUANT)
     path = Path(os.path.expanduser(name))
+    if is_gguf(name) and applied:
+        raise InputError(f"--quant {applied}: {name} is a GGUF, whose weights stay as they are")
     if _looks_like_path(name) or os.path.isdir(path) or is_gguf(name):
         return Source(_checked(path), applied, _display(Path(os.path.abspath(path)).name, applied))
     if _REPO.fullmatch(name):
         return Source(name, applied, _display(name, applied))
     raise NotFoundError(_unknown(name))
+
+
+def checked_engine(source: Source, engine: str) -> Source:
+    """The source itself. Raises InputError unless that engine, or auto, can compute it."""
+    wanted = "ggml" if is_gguf(source.model) else "mlx"
+    if engine not in ("auto", wanted):
+        kind = "a GGUF" if wanted == "ggml" else "no GGUF"
+        raise InputError(f"--engine {engine}: {source.display} is {kind}, which {wanted} computes")
+    return source
 
 
 def _catalogued(entry: Entry, quant: str) -> Source:

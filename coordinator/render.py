@@ -188,7 +188,12 @@ class _Planned:
         plan = self.plan
         drafts = self.layout.draft_bytes
         own = format_bytes(self.layout.head_bytes - drafts)
-        head = f"{plan.stages[0].machine.name}, with {own} of embedding and lm_head"
+        first, last = plan.stages[0].machine.name, plan.stages[-1].machine.name
+        head = f"{first}, with {own} of embedding and lm_head"
+        if self.layout.engine == "ggml":
+            head = (
+                f"{first}, with {own} of embedding; the lm_head is with the last layer, on {last}"
+            )
         if drafts:
             head += f", and {format_bytes(drafts)} of draft model"
         facts = Table.grid(padding=(0, 2))
@@ -196,6 +201,8 @@ class _Planned:
         facts.add_column()
         facts.add_row("memory", _Legend())
         facts.add_row("head", Text(head))
+        if self.layout.engine == "ggml":
+            facts.add_row("engine", "ggml (llama.cpp), because the model is a GGUF")
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
             hops = f"{len(plan.stages)}, together {ms(plan.hops_s)} ms a token, {known}"

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import grpc
 from rich.console import Console
 
-from coordinator.catalog import QUANTS, Source, resolve
+from coordinator.catalog import ENGINES, QUANTS, Source, checked_engine, resolve
 from coordinator.deployment import Listener
 from coordinator.front import Front
 from coordinator.members import Members
@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_arguments(parser)
     parser.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="mlx, or ggml for a GGUF (default: whichever the model is for)",
+    )
+    parser.add_argument(
         "--objective",
         choices=get_args(Objective),
         default="latency",
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if nodes is not None and not all(nodes):
         raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
     options = ServeOptions(
-        source=resolve(args.model, args.quant),
+        source=checked_engine(resolve(args.model, args.quant), args.engine),
         context=args.context,
         users=args.users,
         objective=args.objective,

@@ -146,6 +146,8 @@ def _greet_the_user(
         f"{format_bytes(usable)} of {format_bytes(hardware.total_memory)} to offer, "
         f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
     )
+    if hardware.ggml_backend:
+        print(f"It also has ggml (llama.cpp, {hardware.ggml_backend}), for GGUFs.")
     if hardware.backend == "none":
         print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:

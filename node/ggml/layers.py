@@ -29,7 +29,7 @@ class Sizes:
 
     vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
     once. states: the same of a model with recurrent layers, each of which takes memory. entry:
-    see Architecture. exact: keep the KV cache in float32.
+    see Architecture. exact: attention in float32 throughout.
     """
 
     layers: int
@@ -191,6 +191,8 @@ class Layers:
         given.swa_full = True  # or nothing could be taken back once the window is full
         given.no_perf = True
         given.type_k = given.type_v = F32 if sizes.exact else F16
+        if sizes.exact:  # flash attention sums up in float16
+            given.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if sizes.threads:
             given.n_threads = given.n_threads_batch = sizes.threads
         if self._tap is not None:

@@ -1,0 +1,47 @@
+"""`serve FILE.gguf`: a cluster of ggml stages answers as the whole model does."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+
+from tests.cluster import LocalCluster
+from tests.tiny_gguf import write_gguf
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> LocalCluster:
+    return LocalCluster(tmp_path / "cluster", HF_HOME=str(tmp_path / "hf"))
+
+
+def test_two_machines_answer_as_one_does(tmp_path: Path, cluster: LocalCluster) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    options = {"temperature": 0, "max_tokens": 12}
+    with cluster:
+        cluster.start_agents("ann", "bob", memory="1.2MB")
+        context = ("--context", "256", "--users", "2")
+        with cluster.serve(file, *context) as server, server.client() as client:
+            stages = [(s.first_layer, s.end_layer) for s in client.describe().stages]
+            cut = client.chat("hello", **options)
+            again = client.chat("hello", **options)
+        with (
+            cluster.serve(file, "--context", "128", "--nodes", "ann") as server,
+            server.client() as client,
+        ):
+            whole = client.chat("hello", **options)
+            assert len(client.describe().stages) == 1
+
+    assert stages == [(0, 3), (3, 6)]
+    assert cut.text == again.text == whole.text
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cluster: LocalCluster) -> None:
+    file = tmp_path / "odd.gguf"
+    file.write_bytes(b"nothing of use")
+    with cluster:
+        cluster.start_agents("ann")
+        result = cluster.serve(file).result()
+
+    assert result.code == 2
+    assert "odd.gguf: damaged GGUF: it is no GGUF file" in result.err
