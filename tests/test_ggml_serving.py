@@ -10,6 +10,10 @@ from tests.cluster import LocalCluster
 from tests.tiny_gguf import write_gguf
 
 
+# Three processes start, each of which imports much.
+START_DEADLINE = 300.0
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> LocalCluster:
     return LocalCluster(tmp_path / "cluster", HF_HOME=str(tmp_path / "hf"))
@@ -21,14 +25,15 @@ def test_two_machines_answer_as_one_does(tmp_path: Path, cluster: LocalCluster) 
     with cluster:
         cluster.start_agents("ann", "bob", memory="1.2MB")
         context = ("--context", "256", "--users", "2")
-        with cluster.serve(file, *context) as server, server.client() as client:
+        server = cluster.serve(file, *context)
+        server.wait_for("Ctrl-C unloads", START_DEADLINE)
+        with server, server.client() as client:
             stages = [(s.first_layer, s.end_layer) for s in client.describe().stages]
             cut = client.chat("hello", **options)
             again = client.chat("hello", **options)
-        with (
-            cluster.serve(file, "--context", "128", "--nodes", "ann") as server,
-            server.client() as client,
-        ):
+        server = cluster.serve(file, "--context", "128", "--nodes", "ann")
+        server.wait_for("Ctrl-C unloads", START_DEADLINE)
+        with server, server.client() as client:
             whole = client.chat("hello", **options)
             assert len(client.describe().stages) == 1
 
@@ -41,7 +46,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cluster: LocalCluster
     file.write_bytes(b"nothing of use")
     with cluster:
         cluster.start_agents("ann")
-        result = cluster.serve(file).result()
+        result = cluster.serve(file).result(START_DEADLINE)
 
     assert result.code == 2
     assert "odd.gguf: damaged GGUF: it is no GGUF file" in result.err

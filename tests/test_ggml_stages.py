@@ -102,7 +102,7 @@ def through(hops: list[Hop], tokens: list[list[int]], cache: int = 1, *ops: Cach
 
 
 def close(got: Any, wanted: Any) -> bool:
-    """The same, but for the order in which llama.cpp sums up other batches."""
+    """The same, but for the order in which llama.cpp sums up other batches, or places."""
     return bool(np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max())
 
 
@@ -235,8 +235,8 @@ def test_a_copy_goes_its_own_way(tmp_path: Path) -> None:
     extract = CacheOp(cache=3, extract=CacheOp.Extract(source=2, row=0))
     second = through(hops, [[6]], 3, extract)
 
-    assert np.array_equal(first[0], alone[1])
-    assert np.array_equal(second[0], alone[2])
+    assert close(first[0], alone[1])
+    assert close(second[0], alone[2])
 
 
 def test_rows_leave_and_join(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_logits_of_a_prefill_chunk_come_only_when_claimed(tmp_path: Path) -> Non
     after = _array(last.serve(_array(first.serve(np.array([[5]], np.uint32), 1, id=8)), 1, id=8))
     claimed = _array(last.serve(id=9, claim=7))
 
-    assert np.array_equal(after[0], alone[1])
+    assert close(after[0], alone[1])
     assert close(claimed[0], alone[0])
 
 
@@ -295,7 +295,7 @@ def test_a_saved_cache_comes_back(tmp_path: Path) -> None:
         store = CacheOp.Store(entry=0, kind=saved.kind, state=saved.state)
         hop.serve(None, 0, make(2), CacheOp(cache=2, store=store))
 
-    assert np.array_equal(through(hops, [[5]], 2)[0], alone[1])
+    assert close(through(hops, [[5]], 2)[0], alone[1])
 
 
 def test_a_full_cache_says_so(tmp_path: Path) -> None:
