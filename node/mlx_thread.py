@@ -76,7 +76,7 @@ class _Fiber(greenlet):
 
 
 class Signal:
-    """Set once, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
+    """Set for good, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # for the two below
@@ -87,6 +87,8 @@ class Signal:
 
     def set(self) -> None:
         with self._lock:
+            if self._is_set:
+                return
             self._is_set = True
         if self._fiber is not None:
             self._fiber.wake()
@@ -96,6 +98,7 @@ class Signal:
         fiber = getcurrent()
         if not isinstance(fiber, _Fiber):
             self._gate.acquire()
+            self._gate.release()  # for the next time
             return
         with self._lock:
             if self._is_set:

@@ -181,6 +181,7 @@ class Head:
         encode_tree(mx.random.normal((batch, tokens, HIDDEN), key=key), frame.hidden)
         self.used += self._is_foreseen(cache, frame, ops)
         self.stage.serve(self.session, frame, 0.0)
+        self.stage.look_ahead(self.session)
         self.replies += [leaf.SerializeToString() for leaf in frame.hidden]
         self.replies.append(b"%d %d" % (frame.reports[0].trimmable, frame.reports[0].size))
         return frame
