@@ -76,7 +76,7 @@ class _Fiber(greenlet):
 
 
 class Signal:
-    """Set for good, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
+    """Set for good, from any thread. One fiber may wait for it, or any other thread, blocking."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # for the two below

@@ -280,6 +280,15 @@ def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + size / 100
 
 
+def test_an_array_that_is_a_view_of_another_is_filled_in() -> None:
+    tokens = mx.arange(12, dtype=mx.uint32).reshape(3, 4)[:, 1:2]
+    blank = Blank(kind_of_array(tokens))
+
+    blank.fill_one(tokens)
+
+    assert blank.tree.tolist() == [[1], [5], [9]]
+
+
 def test_decoding_the_wire_and_filling_it_in_agree() -> None:
     leaves = on_the_wire(mx.random.normal((2, 1, 8)).astype(mx.bfloat16))
     blank = Blank(kind_of_leaves(leaves))
