@@ -8,12 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from node.buffers import give_back
 from node.cacheview import Caches
 from node.foreseen import Foresight, Kind, Step, kind_of_leaves
 from node.hollow import HollowModel
-from node.tensors import decode_tree, encode_tree
+from node.quantize import quantized
+from node.rewind import restore, snapshot
+from node.tensors import decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
@@ -56,7 +59,12 @@ class Stage:
         Raises whatever the model or a cache raises; the session is then of no more use.
         """
         started = time.perf_counter()
-        report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
+        report = frame.reports.add(
+            stage=session.stage,
+            arrived_s=arrived,
+            queue_s=started - arrived,
+            received_bytes=leaf_bytes(frame.hidden),
+        )
         freed = False
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
@@ -78,6 +86,7 @@ class Stage:
             mx.clear_cache()
         elif frame.hold:
             give_back()
+        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session) -> None:
@@ -160,6 +169,16 @@ class Stage:
             encode_tree(entry.state, report.state.state)
         elif kind == "store":
             caches[op.cache][op.store.entry] = _stored(op.store)
+        elif kind == "quantize":
+            source, asked = caches[op.quantize.source], op.quantize
+            made = quantized(copy.deepcopy(source), asked.bits, asked.group_size)
+            mx.eval([cache.state for cache in made])
+            caches[op.cache] = made
+        elif kind == "snapshot":
+            caches[op.cache] = snapshot(caches[op.snapshot.source])
+        elif kind == "restore":
+            saved = caches.pop(op.restore.snapshot)
+            restore(caches[op.cache], saved, op.restore.tokens)
         else:
             raise ValueError(f"unknown cache operation {kind}")
 
@@ -169,6 +188,7 @@ def _touched(op: CacheOp) -> Iterator[int]:
     yield op.cache
     yield from op.merge.sources
     yield from (op.extend.other, op.extract.source, op.copy.source)
+    yield from (op.quantize.source, op.snapshot.source, op.restore.snapshot)
 
 
 def _answer(caches: Caches | None, live: int) -> CacheAnswer:
@@ -186,7 +206,12 @@ def _answer(caches: Caches | None, live: int) -> CacheAnswer:
 
 def _size(caches: Caches) -> int:
     """Tokens in it, as far as its members count them: state-space caches don't."""
-    return max((cache.size() for cache in caches if hasattr(cache, "size")), default=0)
+    return max((_tokens(cache) for cache in caches), default=0)
+
+
+def _tokens(cache: Any) -> int:
+    # mlx-lm's quantized caches say 0.
+    return int(cache.offset if isinstance(cache, QuantizedKVCache) else cache.size())
 
 
 def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:
