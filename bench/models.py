@@ -1,6 +1,7 @@
 """Models to measure with: random weights, since only time counts."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import tiny_config, write_model
 
@@ -12,13 +13,17 @@ _SIZES: dict[str, dict[str, int]] = {
 
 def write_llama(path: Path, size: str = "10M") -> Path:
     """A float32 llama of 12 layers and 10 or 125 million parameters."""
+    return write_model(path, tiny_config("llama") | llama_config(size))
+
+
+def llama_config(size: str) -> dict[str, Any]:
+    """What of its config differs from a tiny one's."""
     sizes = _SIZES[size]
     heads = sizes["num_attention_heads"]
-    rest = {
+    return sizes | {
         "num_hidden_layers": 12,
         "num_key_value_heads": heads,
         "head_dim": sizes["hidden_size"] // heads,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     }
-    return write_model(path, tiny_config("llama") | sizes | rest)
