@@ -26,7 +26,7 @@ from bench.models import llama_config
 from tests.cluster import LocalCluster, endless_model, until
 
 TOKENS = 64
-CONTEXT = 128
+CONTEXT = 256
 FAST, SLOW = 0, 1
 
 
@@ -39,8 +39,8 @@ class Node:
     share: float
 
 
-FLEET = (Node("ann", FAST, 0.55), Node("bob", SLOW, 0.40), Node("cid", SLOW, 0.40))
-CHANGED = (Node("ann", FAST, 0.40), Node("bob", SLOW, 0.75), Node("cid", SLOW, 0.25))
+FLEET = (Node("ann", FAST, 0.65), Node("bob", SLOW, 0.45), Node("cid", SLOW, 0.45))
+CHANGED = (Node("ann", FAST, 0.45), Node("bob", SLOW, 0.75), Node("cid", SLOW, 0.35))
 RUNS = {"nothing known": FLEET, "after one run": FLEET, "other memory": CHANGED}
 
 
@@ -94,7 +94,7 @@ def run(fleet: tuple[Node, ...], model: Path, home: Path, answers: int) -> Run:
         cluster.wait_for_agents()
         done = cluster.run("plan", *asked, "--json")
         if done.code:
-            sys.exit(done.err)
+            sys.exit(done.err or done.out)
         plan = json.loads(done.out)
         kept = home / "measured.json"
         before = kept.read_text() if kept.exists() else ""
