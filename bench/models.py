@@ -1,5 +1,9 @@
-"""Models to measure with: random weights, since only time counts."""
+"""Models to measure with: random weights, since only time counts.
 
+python -m bench.models DIRECTORY [--size 10M|125M] [--kind llama|qwen2]
+"""
+
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,12 @@ _SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def write_llama(path: Path, size: str = "10M") -> Path:
-    """A float32 llama of 12 layers and 10 or 125 million parameters."""
-    return write_model(path, tiny_config("llama") | llama_config(size))
+def write_llama(path: Path, size: str = "10M", kind: str = "llama") -> Path:
+    """A float32 model of 12 layers and 10 or 125 million parameters.
+
+    A qwen2 is much the same as a llama, and has mlx-lm's own pipeline, which llamas have not.
+    """
+    return write_model(path, tiny_config("llama") | llama_config(size) | {"model_type": kind})
 
 
 def llama_config(size: str) -> dict[str, Any]:
@@ -27,3 +34,16 @@ def llama_config(size: str) -> dict[str, Any]:
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes a model of random weights.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size", choices=_SIZES, default="10M")
+    parser.add_argument("--kind", choices=("llama", "qwen2"), default="llama")
+    options = parser.parse_args()
+    write_llama(options.directory, options.size, options.kind)
+
+
+if __name__ == "__main__":
+    main()
