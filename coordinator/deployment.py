@@ -13,6 +13,7 @@ import grpc
 from coordinator.catalog import Source
 from coordinator.placement import Layout, Plan, Stage
 from coordinator.serving import Serving
+from coordinator.timing import Timing
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
@@ -136,6 +137,7 @@ class Deployment:
         serving: Serving,
     ) -> None:
         self.plan = plan
+        self.timing = Timing(source.display, plan.stages)
         self.state = "loading"
         self.detail = f"loading {source.display}"
         self.stages: list[StageInfo] = []

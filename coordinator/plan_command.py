@@ -9,13 +9,12 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from coordinator import blueprints, fleet, learned
+from coordinator import blueprints, fleet
 from coordinator.asking import Asked, alternatives, ask, layout_of
 from coordinator.catalog import QUANTS
 from coordinator.compare import compare
 from coordinator.fleet import Fleet
-from coordinator.hardware import known_compute
-from coordinator.links import Network
+from coordinator.learned import Learned
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
@@ -212,8 +211,4 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
             found = await members.inspect(asked.request)
             layout = layout_of(asked, lambda _: [found])
             options = scaled(quants=bool(asked.quant) or not layout.quantized)
-    machines = [replace(m, compute=known_compute(m.chip)) for m in machines]
-    known = learned.Learned.load()
-    paced = known.paced(machines, asked.display, layout)
-    network = Network(pairs=known.links(paced))
-    return Question(asked, layout, Fleet(tuple(paced), network), options)
+    return Question(asked, layout, Learned.load().fleet(machines, asked.display, layout), options)

@@ -45,6 +45,7 @@ class ServeOptions:
     peers: Sequence[str] = field(default=())
     host: str = ""
     port: int = DEFAULT_PORT
+    metrics_port: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help=f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
     )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="port for Prometheus, with a certificate of `unicluster token cert` (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--users {args.users}: at least 1")
     if not 0 <= args.grpc_port <= 65535:
         raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
+    if args.metrics_port is not None and not 0 <= args.metrics_port <= 65535:
+        raise InputError(f"--metrics-port {args.metrics_port}: between 0 and 65535")
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     if nodes is not None and not all(nodes):
         raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
@@ -107,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         peers=args.peer,
         host=args.host,
         port=args.grpc_port,
+        metrics_port=args.metrics_port,
     )
     return asyncio.run(_serve(options))
 
@@ -126,7 +136,7 @@ async def _serve(options: ServeOptions) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         running = starting.result()
-        _say_where(console, options, running.address)
+        _say_where(console, options, running)
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
@@ -137,11 +147,14 @@ async def _serve(options: ServeOptions) -> int:
 
 
 class Running:
-    """A model that is being served, at `address`."""
+    """A model that is being served, at `address`. `metrics` is the address of those, if asked."""
 
-    def __init__(self, service: Service, address: str, task: asyncio.Task[None]) -> None:
+    def __init__(
+        self, service: Service, address: str, metrics: str | None, task: asyncio.Task[None]
+    ) -> None:
         self.service = service
         self.address = address
+        self.metrics = metrics
         self._task = task
 
     async def wait(self) -> None:
@@ -167,6 +180,7 @@ async def served(
     offered = await asyncio.to_thread(offer, [model.model for model in models], port, server)
     async with (
         _started(server),
+        _measured(options, cluster, front) as metrics,
         Members(cluster, identity, options.peers, options.host) as members,
     ):
         service = await _planned(options, members, identity, console, offered)
@@ -189,7 +203,8 @@ async def served(
                 protocol=str(PROTOCOL),
             )
             async with advertisement:
-                yield Running(service, join_address(options.host or "127.0.0.1", port), task)
+                address = join_address(options.host or "127.0.0.1", port)
+                yield Running(service, address, metrics, task)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -202,6 +217,21 @@ async def _started(server: grpc.aio.Server) -> AsyncIterator[None]:
         yield
     finally:
         await server.stop(grace=0.5)
+
+
+@contextlib.asynccontextmanager
+async def _measured(
+    options: ServeOptions, cluster: Cluster, front: Front
+) -> AsyncIterator[str | None]:
+    """Metrics for Prometheus while the block runs, if asked for: at which address."""
+    if options.metrics_port is None:
+        yield None
+        return
+    # Here, because most don't ask for them.
+    from coordinator.metrics_port import PATH, metrics_port
+
+    async with metrics_port(cluster, options.host, options.metrics_port, front.measure) as port:
+        yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 
 async def _planned(
@@ -277,8 +307,10 @@ async def _planned(
     )
 
 
-def _say_where(console: Console, options: ServeOptions, address: str) -> None:
+def _say_where(console: Console, options: ServeOptions, running: Running) -> None:
     console.print(f"\n[bold]{options.source.display}[/bold] is ready.")
     console.print("  unicluster chat            on any machine of the cluster")
-    console.print(f"  gRPC {address}    with a certificate of the cluster")
+    console.print(f"  gRPC {running.address}    with a certificate of the cluster")
+    if running.metrics is not None:
+        console.print(f"  {running.metrics}    with one of `unicluster token cert DIR`")
     console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")

@@ -120,6 +120,8 @@ class Agent(NodeServicer):
             reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
             await abort(context, UnavailableError(reason))
         try:
+            if request.config_json:
+                return await inspect_in_child(request)
             async with Sources(_dialled(request.sources, context), self._identity) as sources:
                 found = await describe(request.model, request.revision, sources)
                 if request.drafts_for:

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.request import check_request
 from node.sampling import Sampling
@@ -30,6 +31,7 @@ from unicluster.errors import (
     UniclusterError,
 )
 from unicluster.v1.chat_pb2 import ChatInfo, GenerateRequest
+from unicluster.v1.meters_pb2 import Meters
 
 log = logging.getLogger("unicluster.engine")
 
@@ -82,6 +84,7 @@ class Engine:
         self._state = "loading"
         self._failure: UniclusterError | None = UnavailableError(f"{model_name} is still loading")
 
+        self.meter = AnswerMeter()
         # Only for the MLX thread, but for its counters:
         self.scheduler: Scheduler | None = None
 
@@ -140,6 +143,18 @@ class Engine:
                 kept_bytes=scheduler.kept.nbytes if scheduler is not None else 0,
             )
 
+    def measure(self) -> Meters:
+        """What the engine has counted, and how much there is to do now."""
+        meters, scheduler = self.meter.to_wire(), self.scheduler
+        meters.now_s = time.perf_counter()
+        if scheduler is not None:
+            meters.running = sum(len(lane.sequences) for lane in list(scheduler.lanes))
+            meters.waiting = len(scheduler.waiting)
+            meters.kept_bytes = scheduler.kept.nbytes
+            meters.promised_bytes = scheduler.promised
+            meters.cache_bytes = scheduler.memory.total
+        return meters
+
     def _check_room(self) -> None:
         if self._failure is not None:
             raise UnavailableError(str(self._failure))
@@ -152,6 +167,7 @@ class Engine:
     def _end_all(self, error: UniclusterError) -> None:
         with self._lock:
             tickets, self._open = self._open, set()
+            self.meter.ended["failed"] += len(tickets)
         for ticket in tickets:
             ticket.end(type(error)(*error.args))  # one each: raising writes into an exception
 
@@ -174,6 +190,7 @@ class Engine:
             speculation=self._speculation,
             lanes=self._lanes or int(getattr(model, "stages", 1)),
             prefill_step=self._prefill_step,
+            meter=self.meter,
             on_end=self._on_end,
             on_error=self._on_error,
         )
@@ -201,6 +218,8 @@ class Engine:
 
     def _on_end(self, ticket: Ticket) -> None:
         with self._lock:
+            if ticket in self._open and ticket.broken:
+                self.meter.ended[ticket.broken] += 1
             self._open.discard(ticket)
 
     def _on_error(self, error: Exception) -> None:

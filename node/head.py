@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
+from node.clocks import follow
 from node.config import WorkerConfig
 from node.draft import speculation
 from node.engine import Engine
@@ -23,7 +26,13 @@ from unicluster.channels import peer_name
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, HoldRingRequest
+from unicluster.v1.chat_pb2 import (
+    ChatInfo,
+    DescribeChatRequest,
+    HoldRingRequest,
+    Measured,
+    MeasureRequest,
+)
 from unicluster.v1.chat_pb2_grpc import HeadServicer
 from unicluster.v1.stage_pb2 import Opened, StageInfo
 
@@ -70,6 +79,8 @@ class Head(HeadServicer):
         engine: Engine,
         thread: MLXThread,
         identity: Identity,
+        *,
+        foresee: bool = True,
     ) -> None:
         self.model: PipelineModel | None = None
         self._hollow = hollow
@@ -77,6 +88,7 @@ class Head(HeadServicer):
         self._engine = engine
         self._thread = thread
         self._identity = identity
+        self._foresee = foresee
         self._one_ring = asyncio.Lock()
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -91,12 +103,18 @@ class Head(HeadServicer):
                     broken.set_result(error)
 
             ring: Ring | None = None
+            following: asyncio.Task[None] | None = None
             try:
                 stages = [self._info]
                 if request.route:
                     ring = await Ring.open(list(request.route), self._identity, on_failure)
                     stages.extend(ring.stages.stages)
-                self.model = PipelineModel(self._hollow, ring)
+                self.model = PipelineModel(
+                    self._hollow, ring, self._info.node, foresee=self._foresee
+                )
+                if ring is not None:
+                    clocks = follow(self.model.trips.clocks, ring.route, self._identity)
+                    following = asyncio.create_task(clocks)
                 await self._engine.set_model(self.model)
                 await context.write(Opened(stages=stages))
                 await abort(context, await broken)
@@ -105,6 +123,9 @@ class Head(HeadServicer):
             finally:
                 self.model = None
                 self._engine.fail(UnavailableError("the model is being unloaded"))
+                if following is not None:
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
                 if ring is not None:
                     await ring.close()
 
@@ -123,12 +144,33 @@ class HeadChat(ChatService):
         info = await super().Describe(request, context)
         model = self._head.model
         if model is not None:
+            asked = time.perf_counter()
             try:
                 live = await self._thread.run(model.live_caches)
+                if model.stages > 1:  # a frame for each of the others
+                    info.ring_s = (time.perf_counter() - asked) / (model.stages - 1)
                 info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)
         return info
+
+    async def Measure(  # noqa: N802
+        self, request: MeasureRequest, context: Context
+    ) -> Measured:
+        measured = await super().Measure(request, context)
+        if self._head.model is not None:
+            trips = self._head.model.trips
+            head = replace(
+                trips.head,
+                busy_s=self._thread.busy_s,
+                queue_s=self._thread.queue_s,
+                decode=self._engine.meter.step,
+            )
+            meters = zip([head, *trips.stages], trips.machines, strict=True)
+            measured.meters.stages.extend(meter.to_wire(machine) for meter, machine in meters)
+            if trips.stages:
+                measured.meters.hops.extend(hop.to_wire() for hop in trips.hops)
+        return measured
 
 
 def _generation_defaults(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from node.batch import Batch
 from node.sequence import Sequence
 from node.solo import Solo
+from node.timeline import Timeline
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.lane")
@@ -62,6 +63,12 @@ class Lane:
         """Answers that get a token in each step."""
         return len(self._decoding)
 
+    @property
+    def timelines(self) -> list[Timeline]:
+        """Of the answers that the next step is for, those that are traced."""
+        answers = (sequence.answer for sequence in (*self._decoding, *self._joining))
+        return [answer.timeline for answer in answers if answer.timeline is not None]
+
     def join(self, sequence: Sequence) -> None:
         """Decodes a prefilled sequence from the next step on."""
         self._joining.append(sequence)
@@ -112,7 +119,7 @@ class Lane:
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._keep is not None and sequence.answer.finished:
+        if self._keep is not None and sequence.answer.finished and not sequence.job.no_reuse:
             self._keep(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)

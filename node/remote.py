@@ -76,6 +76,8 @@ class RemoteCache:
         # Counts what changed the cache, to tell whether a report still holds.
         self._version = 0
         self._seen: tuple[int, StageReport] | None = None
+        # What the pipeline expects of its next call; of no use once the cache is changed.
+        self.expected: Any = None
 
     def before_forward(self) -> int:
         """Notes that a forward goes out; returns the version its report will describe."""
@@ -185,6 +187,7 @@ class RemoteCache:
 
     def _change(self, **operation: Any) -> None:
         self._version += 1
+        self.expected = None
         self.stage.operations.append(CacheOp(cache=self.number, **operation))
 
     def _current(self) -> StageReport | None:

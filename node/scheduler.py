@@ -21,13 +21,15 @@ from node.buffers import give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
 from node.memory import Memory
-from node.mlx_thread import MLXThread, give_way
+from node.meters import AnswerMeter
+from node.mlx_thread import MLXThread, give_way, rested
 from node.pace import Pace
 from node.quantize import quantize
 from node.sequence import Sequence
 from node.solo import Solo
 from node.speculate import Speculation
 from node.ticket import Ticket
+from node.timeline import Timeline, recorded
 
 
 class Scheduler:
@@ -38,7 +40,7 @@ class Scheduler:
     finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
     lane holds one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
-    `prefilled` counts prompt tokens computed, in `chunks`.
+    `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scheduler:
         lanes: int,
         kv_bytes: int,
         prefill_step: int,
+        meter: AnswerMeter,
         kv_bits: int = 0,
         speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
@@ -84,6 +87,7 @@ class Scheduler:
         ]
         self.memory = Memory(kv_bytes, users, context, kinds)
         self.kept = KeptCaches()
+        self.meter = meter
         self.prefilled = 0
         self.chunks = 0
         self._thread = thread
@@ -124,8 +128,9 @@ class Scheduler:
         places in the lanes.
         """
         return sum(
-            self.memory.need_together(sequence.most for sequence in lane.sequences)
-            for lane in self.lanes
+            # Copies, because other threads ask too.
+            self.memory.need_together(sequence.most for sequence in list(lane.sequences))
+            for lane in list(self.lanes)
         )
 
     @property
@@ -145,9 +150,10 @@ class Scheduler:
             if not lane.free:
                 return
             ticket = self.waiting.popleft()
-            sequence = Sequence(ticket, Answer(ticket.job, self._tokenizer, ticket.asked))
+            answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
+            sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
-            sequence.kept = self.kept.find(sequence.prompt)
+            sequence.kept = None if ticket.job.no_reuse else self.kept.find(sequence.prompt)
             self.kept.shrink(self.memory.total - self.promised)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
@@ -184,14 +190,18 @@ class Scheduler:
             kept, sequence.cached = sequence.kept
             sequence.cache, sequence.kept = kept.copied(sequence.cached), None
             sequence.answer.cached_tokens = sequence.cached
+        self.meter.prompt_tokens += len(sequence.prompt)
+        self.meter.reused_tokens += sequence.cached
 
     def _compute(self, sequence: Sequence, most: int) -> None:
         """One chunk of a prompt; on other machines it goes on after this returns."""
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
-        self._model(chunk[None], cache=sequence.cache)
-        quantize(sequence.cache, self._kv_bits)
-        mx.eval([cache.state for cache in sequence.cache])
+        timeline = sequence.answer.timeline
+        with recorded("chunk", [timeline] if timeline is not None else []):
+            self._model(chunk[None], cache=sequence.cache)
+            quantize(sequence.cache, self._kv_bits)
+            mx.eval([cache.state for cache in sequence.cache])
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
@@ -201,7 +211,7 @@ class Scheduler:
         while lane.busy and not self._closed:
             began = time.perf_counter()
             prefilling = self._prefilling
-            ended = lane.step()
+            ended = self._step(lane)
             if self._stages == 1:  # else others ran while the step was on its way
                 give_way()
             if lane.decoding:
@@ -210,6 +220,22 @@ class Scheduler:
                 self._finish(sequence, lane)
         lane.awake = False
         self._rest()
+
+    def _step(self, lane: Lane) -> list[Sequence]:
+        """A lane's step, which takes the head its time less that in which others ran."""
+        began, away = time.perf_counter(), rested()
+        alone, tokens = lane.decoding == 1, lane.tokens
+        traced = lane.timelines
+        ended = self._traced_step(lane, traced) if traced else lane.step()
+        if alone and lane.tokens == tokens + 1:
+            self.meter.step.note(time.perf_counter() - began - (rested() - away))
+        return ended
+
+    def _traced_step(self, lane: Lane, timelines: list[Timeline]) -> list[Sequence]:
+        with recorded("step", timelines):
+            ended = lane.step()
+            mx.synchronize()  # else the sampling would show in the next step
+        return ended
 
     def _keep(self, tokens: list[int], cache: list[Any]) -> None:
         mx.eval([entry.state for entry in cache])  # else it would hold on to the whole batch

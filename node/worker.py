@@ -122,11 +122,12 @@ async def serve(config: WorkerConfig) -> None:
         if draft_path is not None:
             draft = await thread.run(partial(load_draft, draft_path, config.draft_quant))
         engine = make_engine(lazy, hollow.hidden_bytes, thread, config, draft)
-        head = Head(hollow, info, engine, thread, identity)
+        head = Head(hollow, info, engine, thread, identity, foresee=config.foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
     else:
-        add_StageServicer_to_server(StageService(Stage(hollow), info, thread, identity), server)
+        stage = Stage(hollow, foresee=config.foresee)
+        add_StageServicer_to_server(StageService(stage, info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=weight_bytes)
     ended = asyncio.Event()

@@ -82,6 +82,19 @@ async def test_what_can_be_trimmed_is_reused_in_part(split: Split) -> None:
     assert told.finish.usage.cached_tokens == (80 if trimmable else 0)
 
 
+async def test_without_reuse_nothing_is_used_and_nothing_is_kept(split: Split) -> None:
+    engine = await split.engine(kv_bytes=KV_BYTES)
+    await ask(engine, PROMPTS[5])
+    turn = of_tokens([*PROMPTS[5], *PROMPTS[1]], no_reuse=True)
+
+    told = await listen(await engine.submit(turn))
+
+    kept = engine.describe().kept_caches
+    engine.close()
+    assert told.finish is not None
+    assert (told.finish.usage.cached_tokens, kept) == (0, 1)
+
+
 async def test_what_is_kept_is_freed_when_running_answers_may_need_it(split: Split) -> None:
     engine = await split.engine(users=1, kv_bytes=KV_BYTES)
     await ask(engine, PROMPTS[3])

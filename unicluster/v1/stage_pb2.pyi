@@ -629,6 +629,9 @@ class StageReport(_message.Message):
     QUEUE_S_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    ARRIVED_S_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -636,6 +639,11 @@ class StageReport(_message.Message):
     """tokens in it"""
     compute_s: _builtins.float
     queue_s: _builtins.float
+    arrived_s: _builtins.float
+    """when the frame came, by the machine's own clock"""
+    received_bytes: _builtins.int
+    """of hidden state"""
+    sent_bytes: _builtins.int
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -650,10 +658,13 @@ class StageReport(_message.Message):
         queue_s: _builtins.float = ...,
         answer: Global___CacheAnswer | None = ...,
         state: Global___CacheState | None = ...,
+        arrived_s: _builtins.float = ...,
+        received_bytes: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "compute_s", b"compute_s", "queue_s", b"queue_s", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -743,3 +754,39 @@ class Fault(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fault: _TypeAlias = Fault  # noqa: Y015
+
+@_typing.final
+class ClockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
+
+@_typing.final
+class ClockReading(_message.Message):
+    """Monotonic, from an arbitrary beginning. The same clock as that of StageReport.arrived_s."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOW_S_FIELD_NUMBER: _builtins.int
+    now_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        now_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockReading: _TypeAlias = ClockReading  # noqa: Y015
