@@ -12,11 +12,11 @@ from coordinator.cuts import Matrix
 from coordinator.links import Link, Network
 from coordinator.placement import (
     BANDWIDTH_SHARE,
-    COMPUTE_SHARE,
     LAYER_S,
     Layout,
     Machine,
     Stage,
+    prefill_seconds,
 )
 from coordinator.reach import Reach
 from coordinator.search import Piece, Problem
@@ -154,14 +154,7 @@ class Pool:
         # A further user reads its own KV cache, and experts that nobody has read yet.
         idle = weights - outside - active
         further = kv / layout.users + idle * active / max(weights - outside, 1)
-        chunk = None
-        if machine.compute and layout.layer_active_parameters is not None:
-            used = sum(layout.layer_active_parameters[layers])
-            operations = 2 * used * layout.chunk_tokens
-            chunk = max(
-                operations / (COMPUTE_SHARE * machine.compute),
-                (weights - outside) / (BANDWIDTH_SHARE * machine.bandwidth),
-            )
+        chunk = prefill_seconds(layout, machine, piece.first, piece.end, layout.chunk_tokens)
         return Stage(
             machine=machine,
             first=piece.first,

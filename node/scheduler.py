@@ -34,6 +34,7 @@ class Scheduler:
     fill it: that much is promised before an answer begins, and what is left keeps caches of
     finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
+    `clock` gives seconds: simulations have their own.
     `prefilled` counts prompt tokens computed, in `chunks`.
     """
 
@@ -50,6 +51,7 @@ class Scheduler:
         prefill_step: int,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         kinds = _kinds(model)
         batches = can_batch(kinds)
@@ -72,6 +74,7 @@ class Scheduler:
         self._tokenizer = tokenizer
         self._on_end = on_end
         self._on_error = on_error
+        self._clock = clock
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
         self._stages = int(getattr(model, "stages", 1))
@@ -168,13 +171,13 @@ class Scheduler:
 
     def _decode(self, lane: Lane) -> None:
         while lane.busy and not self._closed:
-            began = time.perf_counter()
+            began = self._clock()
             prefilling = self._prefilling
             ended = lane.step()
             if self._stages == 1:  # else others ran while the step was on its way
                 give_way()
             if lane.decoding:
-                self._pace.note(time.perf_counter() - began, prefilling)
+                self._pace.note(self._clock() - began, prefilling)
             for sequence in ended:
                 self._finish(sequence, lane)
         lane.awake = False
