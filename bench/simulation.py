@@ -193,7 +193,7 @@ class Pipeline:
         """links: from each stage to the next, and from the last back to the head."""
         self.stages = len(costs)
         self.layers = [object()]
-        self.prefill_window = Window(self.stages)
+        self.prefill_window = Window(self.stages, lambda: world.now)
         self._world = world
         self._head = costs[0]
         self._hidden = hidden_bytes

@@ -138,7 +138,8 @@ class Scheduler:
                 continue
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
-                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
+                first = not sequence.began
+                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding, first))
                 self._prompts.append((sequence, lane))
             else:
                 lane.join(sequence)
@@ -162,12 +163,22 @@ class Scheduler:
         """One chunk of a prompt; on other machines it goes on after this returns."""
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
+        before = self._spent()
         self._model(chunk[None], cache=sequence.cache)
         mx.eval([cache.state for cache in sequence.cache])
+        if len(sequence.began) < 2:
+            sequence.began.append((len(chunk), self._spent() - before))
+            if len(sequence.began) == 2:
+                self._pace.compare(*sequence.began[0], *sequence.began[1])
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
+
+    def _spent(self) -> float:
+        """Seconds by the clock, but for those that prefill has waited for other machines."""
+        window = getattr(self._model, "prefill_window", None)
+        return self._clock() - (window.waited if window is not None else 0.0)
 
     def _decode(self, lane: Lane) -> None:
         while lane.busy and not self._closed:
