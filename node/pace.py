@@ -15,7 +15,7 @@ LEAST_TOKENS = 24
 KNEE = 16.0
 MOST_KNEE = 4096.0
 # One measurement, which may be off by much, moves it by no more than this factor.
-TRUST = 4.0
+TRUST = 16.0
 
 
 class Pace:
