@@ -1,6 +1,7 @@
 """What the simulation foretells of real stages on this machine, beside what they do."""
 
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -26,10 +27,12 @@ from node.ring import Window
 from unicluster import measure
 from unicluster.v1.stage_pb2 import StageReport
 
-TOKENS = 48
-PROMPT = 512
+TOKENS = 32
+PROMPT = 256
 CONTEXT = 2048
 FRAMES = 30
+ONE_CHUNK = f"prefill of {PROMPT}, one chunk at a time, s"
+PIPELINED = f"prefill of {PROMPT}, pipelined, s"
 
 Shape = tuple[int, int]  # answers, tokens of each
 
@@ -147,18 +150,17 @@ async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
     watched = Watched(real.model)
     alone, hops = [], []
     found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
+    for number in range(rounds):
+        print(f"{stages} stages, round {number + 1} of {rounds}", file=sys.stderr)
         with watched.reports():
             alone.append(1 / await real.speed(1, 1, watched))
             await real.speed(2, 1, watched)
             with real.window(1):
-                found["prefill of 512, one chunk at a time, s"].append(
-                    await real.first_token(watched)
-                )
+                found[ONE_CHUNK].append(await real.first_token(watched))
         hops.append(await real.hop())
         for users in (1, 2, 4):
             found[f"{users} users, tokens/s"].append(await real.speed(users, stages))
-        found["prefill of 512, pipelined, s"].append(await real.first_token())
+        found[PIPELINED].append(await real.first_token())
     links = [Link("here", median(hops), float("inf"))] * stages
     costs = _costs(watched, median(alone) - stages * median(hops))
 
@@ -173,8 +175,8 @@ async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
     one.model.prefill_window = Window(1, lambda: one.world.now)
     for each in (one, many):
         simulation.first_token(each, PROMPT)
-    foretold["prefill of 512, one chunk at a time, s"] = simulation.first_token(one, PROMPT)
-    foretold["prefill of 512, pipelined, s"] = simulation.first_token(many, PROMPT)
+    foretold[ONE_CHUNK] = simulation.first_token(one, PROMPT)
+    foretold[PIPELINED] = simulation.first_token(many, PROMPT)
     return [
         {"stages": stages, "what": what, "measured": median(values), "simulated": foretold[what]}
         for what, values in found.items()

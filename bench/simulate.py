@@ -11,6 +11,8 @@ which must then foretell what several users and pipelined prompts get.
 import argparse
 import asyncio
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from coordinator.links import Network
 from coordinator.placement import Layout, Plan, Stage, prefill_seconds
 from coordinator.planner import plan
 from node.head import PREFILL_BYTES, PREFILL_TOKENS
+from node.worker import SWITCH_INTERVAL
 
 DOCS = Path(__file__).parent.parent / "docs"
 MEASURED = DOCS / "simulated.json"
@@ -163,15 +166,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true", help="compare with this machine first")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of --measure")
     options = parser.parse_args()
     if options.measure:
-        from bench.compared import compared  # it loads MLX and starts workers
+        from bench.compared import compared  # it starts workers
 
+        sys.setswitchinterval(SWITCH_INTERVAL)
         found = asyncio.run(compared(options.rounds))
         MEASURED.write_text(json.dumps(found, indent=1) + "\n")
         print("\n".join(_comparison(found)))
     (DOCS / "simulated.md").write_text(page(), "utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # MLX aborts a process that ends while another thread has streams
 
 
 if __name__ == "__main__":
