@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
 from coordinator.links import Link
+from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread, Signal
 from node.pending import PendingLogits
 from node.pipeline import PUSHED_TOKENS
@@ -238,6 +239,7 @@ class Asked(Ticket):
         self.job = job
         self.asked = world.now
         self.ended = False
+        self.broken = ""
         self.at: list[float] = []
         self._world = world
 
@@ -278,6 +280,7 @@ class Cluster:
             lanes=self.lanes or self.model.stages,
             kv_bytes=0,
             prefill_step=self.prefill_step,
+            meter=AnswerMeter(),
             on_end=lambda ticket: None,
             on_error=_raise,
             clock=lambda: self.world.now,

@@ -24,6 +24,7 @@ class Job:
     state: str
     ignore_eos: bool = False
     no_reuse: bool = False
+    trace: bool = False
 
 
 def check_request(
@@ -50,6 +51,7 @@ def check_request(
         state=_initial_state(tokens, tokenizer),
         ignore_eos=request.ignore_eos,
         no_reuse=request.no_reuse,
+        trace=request.trace,
     )
 
 

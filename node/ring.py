@@ -83,6 +83,7 @@ class _Sent:
     reply: Reply
     window: Window | None
     on_reply: Callable[[Frame], None] | None
+    after: Callable[[Frame], None] | None
 
 
 class Ring:
@@ -127,18 +128,19 @@ class Ring:
         *,
         window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
+        after: Callable[[Frame], None] | None = None,
     ) -> Reply:
         """Numbers the frame of `message` and sends it; frames leave in the order of these calls.
 
         `window`: the caller entered it, and the frame leaves it on its return. `on_reply` is
-        called on the event loop before the reply can be waited for. A broken ring shows in the
-        reply.
+        called on the event loop before the reply can be waited for, `after` when nobody waits any
+        more. A broken ring shows in the reply.
         """
         with self._lock:
             number = message.frame.id = next(self._ids)
             reply = Reply(number)
             if self.failure is None:
-                self._sent[number] = _Sent(reply, window, on_reply)
+                self._sent[number] = _Sent(reply, window, on_reply, after)
                 self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
                 return reply
         reply.put(self.failure)
@@ -213,6 +215,8 @@ class Ring:
         sent.reply.put(frame)
         if sent.window is not None:
             sent.window.leave()
+        if sent.after is not None:
+            sent.after(frame)
 
     def _fail(self, error: UniclusterError) -> None:
         with self._lock:

@@ -14,7 +14,15 @@ from node.stage import Session, Stage
 from unicluster.channels import connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
-from unicluster.v1.stage_pb2 import HopMessage, Open, Opened, RouteStop, StageInfo
+from unicluster.v1.stage_pb2 import (
+    ClockReading,
+    ClockRequest,
+    HopMessage,
+    Open,
+    Opened,
+    RouteStop,
+    StageInfo,
+)
 from unicluster.v1.stage_pb2_grpc import StageServicer, StageStub
 
 log = logging.getLogger(__name__)
@@ -59,6 +67,11 @@ class StageService(StageServicer):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "session: is open already")
         else:
             await self._serve_session(opening, context)
+
+    async def Clock(  # noqa: N802
+        self, request: ClockRequest, context: "grpc.aio.ServicerContext[ClockRequest, ClockReading]"
+    ) -> ClockReading:
+        return ClockReading(now_s=time.perf_counter())
 
     async def _return_results(self, opening: Open, context: Context) -> None:
         live = self._sessions.get(opening.session)
@@ -145,8 +158,7 @@ class StageService(StageServicer):
 
         def release() -> None:
             live.closed = True
-            live.session.caches.clear()
-            live.session.held.clear()
+            live.session.clear()
 
         self._thread.post(release)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict, cast
 
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trace import Trace, from_wire
 from unicluster.v1 import chat_pb2 as wire
 
 Messages = str | Iterable[Mapping[str, str]] | Sequence[int]
@@ -32,6 +33,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool | None  # an end token does not end the answer: it gets max_tokens
     no_reuse: bool | None  # compute the whole prompt, and keep nothing of it afterwards
     deadline: float | None  # seconds until the whole answer must be there
+    trace: bool | None  # whether the Finish says where the time went
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`cached_tokens` of the prompt were kept from before, so that they took no time."""
+    """`cached_tokens` of the prompt were kept from before, so that they took no time.
+
+    `drafted_tokens` were guessed ahead, and `accepted_tokens` of them were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +80,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every answer that came through. `reason` is "stop" or "length"."""
+    """The last event of every answer that came through. `reason` is "stop" or "length".
+
+    `trace` is there if it was asked for.
+    """
 
     reason: str
     usage: Usage
     timings: Timings
+    trace: Trace | None = None
 
 
 Event = Delta | Finish
@@ -93,6 +104,7 @@ class Answer:
     timings: Timings
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +213,20 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
         usage, timings = event.finish.usage, event.finish.timings
         return Finish(
             reason=event.finish.reason,
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+                usage.drafted_tokens,
+                usage.accepted_tokens,
+            ),
             timings=Timings(
                 timings.queue_s,
                 timings.time_to_first_token_s,
                 timings.decode_s,
                 timings.tokens_per_s,
             ),
+            trace=from_wire(event.finish.trace) if event.finish.HasField("trace") else None,
         )
     raise UnavailableError(
         "the server sent an event that this client does not know: update unicluster here"
@@ -261,4 +280,5 @@ def collect(events: Iterable[Event]) -> Answer:
         timings=finish.timings,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        trace=finish.trace,
     )
