@@ -14,7 +14,7 @@ from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
 from coordinator.serving import Serving
 from coordinator.shortfall import scaled
-from coordinator.sourcing import assign, whole_files
+from coordinator.sourcing import hub_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
@@ -188,9 +188,15 @@ class Service:
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
         model, revision = self.source.model, self._inspected.revision
-        held = await whole_files(model, revision, addresses, self._identity)
-        ranges = [(stage.first, stage.end) for stage in placed.stages]
-        from_hub = assign(model, self._inspected.files, ranges, held)
+        from_hub = await hub_files(
+            model,
+            revision,
+            self._inspected.files,
+            [(stage.first, stage.end) for stage in placed.stages],
+            [stage.machine.address for stage in placed.stages],
+            addresses,
+            self._identity,
+        )
         return Files(revision, [*self._own_sources, *addresses], from_hub)
 
 

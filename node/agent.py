@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from node import hub
 from node.config import WorkerConfig
 from node.obtain import describe
 from node.peers import Peers
@@ -37,6 +38,8 @@ from unicluster.v1.node_pb2 import (
     StageExit,
     StageReady,
     StageSpec,
+    TryHubReply,
+    TryHubRequest,
 )
 from unicluster.v1.node_pb2_grpc import NodeServicer
 
@@ -122,6 +125,13 @@ class Agent(NodeServicer):
             return await inspect_in_child(_of(request, found.manifest))
         except UniclusterError as error:
             return await abort(context, error)
+
+    async def TryHub(self, request: TryHubRequest, context: Context) -> TryHubReply:  # noqa: N802
+        try:
+            await asyncio.to_thread(hub.check, request.model, request.revision)
+        except UniclusterError as error:
+            await abort(context, error)
+        return TryHubReply()
 
     # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
     async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
