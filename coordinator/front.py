@@ -49,8 +49,11 @@ class Front(ChatServicer):
         forwarded.model = ""
         call = deployment.chat.Generate(forwarded, timeout=context.time_remaining())
         try:
-            async for event in call:
-                await context.write(event)
+            with deployment.timing.answer() as finished:
+                async for event in call:
+                    if event.HasField("finish"):
+                        finished(event.finish)
+                    await context.write(event)
         except grpc.aio.AioRpcError as broken:
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
             log.info("answer for %s ended: %s", peer_name(context), ended)

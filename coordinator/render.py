@@ -186,12 +186,16 @@ class _Planned:
 
     def _facts(self) -> Table:
         plan = self.plan
-        head = f"{plan.stages[0].machine.name}, with {format_bytes(self.layout.head_bytes)}"
+        drafts = self.layout.draft_bytes
+        own = format_bytes(self.layout.head_bytes - drafts)
+        head = f"{plan.stages[0].machine.name}, with {own} of embedding and lm_head"
+        if drafts:
+            head += f", and {format_bytes(drafts)} of draft model"
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column()
         facts.add_row("memory", _Legend())
-        facts.add_row("head", Text(f"{head} of embedding and lm_head"))
+        facts.add_row("head", Text(head))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
             hops = f"{len(plan.stages)}, together {ms(plan.hops_s)} ms a token, {known}"

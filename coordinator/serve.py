@@ -3,13 +3,11 @@
 import argparse
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import grpc
 from rich.console import Console
@@ -18,21 +16,18 @@ from coordinator.catalog import QUANTS, Source, resolve
 from coordinator.deployment import Listener
 from coordinator.front import Front
 from coordinator.members import Members
-from coordinator.placement import Layout, Objective, Plan
+from coordinator.offer import Offered, offer
+from coordinator.placement import Objective, Plan
 from coordinator.render import LoadProgress, fleet_table, plan_table
-from coordinator.service import Service
-from coordinator.serving import Serving
+from coordinator.service import Inspected, Service
+from coordinator.serving import Serving, add_serving_arguments, serving_of
 from unicluster import PROTOCOL, __version__
 from unicluster.channels import bind, join_address, make_server
-from unicluster.checkpoint import Checkpoint
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 from unicluster.v1.node_pb2 import InspectRequest
-from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
-from unicluster.weights_service import WeightsService
 
 DEFAULT_PORT = 47700
 
@@ -68,13 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--users", type=int, default=1, help="answers at the same time (default: 1)"
     )
-    parser.add_argument(
-        "--lanes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="batches of answers that take turns on the machines (default: one a machine)",
-    )
+    add_serving_arguments(parser)
     parser.add_argument(
         "--objective",
         choices=get_args(Objective),
@@ -110,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    if args.lanes < 0:
-        raise InputError(f"--lanes {args.lanes}: at least 1, or 0 for one a machine")
     if not 0 <= args.grpc_port <= 65535:
         raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
     if args.metrics_port is not None and not 0 <= args.metrics_port <= 65535:
@@ -124,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         users=args.users,
         objective=args.objective,
-        serving=Serving(lanes=args.lanes),
+        serving=serving_of(args),
         nodes=nodes,
         peers=args.peer,
         host=args.host,
@@ -189,13 +176,14 @@ async def served(
     port = bind(server, options.host, options.port, identity, flag="--grpc-port")
     front = Front(options.source.display)
     add_ChatServicer_to_server(front, server)
-    revision, sources = await asyncio.to_thread(_offer, options.source.model, port, server)
+    models = [model for model in (options.source, options.serving.draft) if model is not None]
+    offered = await asyncio.to_thread(offer, [model.model for model in models], port, server)
     async with (
         _started(server),
         _measured(options, cluster, front) as metrics,
         Members(cluster, identity, options.peers, options.host) as members,
     ):
-        service = await _planned(options, members, identity, console, revision, sources)
+        service = await _planned(options, members, identity, console, offered)
         front.service = service
         task = asyncio.create_task(service.run())
         try:
@@ -246,49 +234,46 @@ async def _measured(
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 
-def _offer(model: str, port: int, server: grpc.aio.Server) -> tuple[str, list[str]]:
-    """Gives the machines the directory that is served; returns its fingerprint and where.
-
-    Raises InputError when it can't be read.
-    """
-    if not os.path.isabs(model):
-        return "", []
-    files = whole_directory(Path(model))
-
-    def find(model: str, revision: str) -> Checkpoint | None:
-        asked = model, revision
-        return files if asked == (files.manifest.model, files.manifest.revision) else None
-
-    add_WeightsServicer_to_server(WeightsService(find), server)
-    return files.manifest.revision, [f":{port}"]
-
-
 async def _planned(
     options: ServeOptions,
     members: Members,
     identity: Identity,
     console: Console,
-    revision: str,
-    sources: list[str],
+    offered: Offered,
 ) -> Service:
     with console.status("Looking for machines"):
         await members.search(options.nodes)
         machines = await members.machines()
     console.print(fleet_table(machines))
-    source = options.source
+    source, draft = options.source, options.serving.draft
+    sources = [*offered.sources, *(machine.address for machine in machines)]
+
+    def request(model: Source, **fields: Any) -> InspectRequest:
+        return InspectRequest(
+            model=model.model,
+            quant=model.quant,
+            users=options.users,
+            revision=offered.revisions.get(model.model, ""),
+            sources=sources,
+            **fields,
+        )
+
     with console.status(f"Looking into {source.display}"):
         inspected = await members.inspect(
-            InspectRequest(
-                model=source.model,
-                quant=source.quant,
-                context=options.context,
-                users=options.users,
-                revision=revision,
-                sources=[*sources, *(machine.address for machine in machines)],
-            ),
+            request(source, context=options.context, kv_bits=options.serving.kv_bits),
             options.nodes,
         )
-    layout = Layout.from_proto(inspected)
+        drafting = None
+        if draft is not None:
+            asked = request(
+                draft,
+                context=inspected.context,
+                drafts_for=source.model,
+                drafts_for_revision=inspected.revision,
+            )
+            drafting = await members.inspect(asked, options.nodes)
+    found = Inspected(inspected, drafting)
+    layout = found.layout
     bars = contextlib.ExitStack()
 
     def on_plan(placed: Plan) -> Listener:
@@ -311,8 +296,8 @@ async def _planned(
 
     return Service(
         source,
-        inspected,
-        sources,
+        found,
+        offered.sources,
         members,
         identity,
         options.objective,

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
 
 from coordinator.catalog import Source
 from coordinator.deployment import Deployment, Files, Listener
+from coordinator.learned import Learned
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
@@ -19,7 +21,7 @@ from unicluster.channels import channel_was_closed
 from unicluster.errors import UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
-from unicluster.v1.node_pb2 import ModelLayout
+from unicluster.v1.node_pb2 import Draft, ModelLayout
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,22 @@ HEAD_SECONDS = 5.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What a model weighs, and the draft model that guesses ahead for it, if there is one."""
+
+    model: ModelLayout
+    draft: ModelLayout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        layout = Layout.from_proto(self.model)
+        if self.draft is None:
+            return layout
+        draft = Layout.from_proto(self.draft)
+        return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
+
+
 class Service:
     """Plans, deploys, and when a machine is lost plans again over those that remain.
 
@@ -42,7 +60,7 @@ class Service:
     def __init__(
         self,
         source: Source,
-        inspected: ModelLayout,
+        inspected: Inspected,
         own_sources: list[str],
         members: Members,
         identity: Identity,
@@ -52,7 +70,7 @@ class Service:
         serving: Serving,
     ) -> None:
         self.source = source
-        self.layout = Layout.from_proto(inspected)
+        self.layout = inspected.layout
         self._inspected = inspected
         self._own_sources = own_sources  # where this process itself offers the files
         self.deployment: Deployment | None = None
@@ -108,6 +126,7 @@ class Service:
             asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
             head = await _told_by_head(asked) or ChatInfo()
             info.live_caches = head.live_caches
+            info.ring_s = head.ring_s
             _copy_counts(head, info)
         return info
 
@@ -157,14 +176,16 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
+        fleet = Learned.load().fleet(machines, self.display, self.layout)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
             self.layout,
-            machines,
+            fleet.machines,
             self._objective,
             model=self.display,
             nodes=names,
+            network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
         listener = self._on_plan(placed)
@@ -175,6 +196,7 @@ class Service:
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
+        keeping = asyncio.create_task(deployment.timing.keep())
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
@@ -182,22 +204,40 @@ class Service:
                 self._ready.set()
             await running
         finally:
-            for task in (running, first):
+            tasks = running, first, keeping
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(running, first, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
-        model, revision = self.source.model, self._inspected.revision
+        inspected, draft = self._inspected.model, self._inspected.draft
+        agents = [stage.machine.address for stage in placed.stages]
         from_hub = await hub_files(
-            model,
-            revision,
-            self._inspected.files,
+            self.source.model,
+            inspected.revision,
+            inspected.files,
             [(stage.first, stage.end) for stage in placed.stages],
-            [stage.machine.address for stage in placed.stages],
+            agents,
             addresses,
             self._identity,
         )
-        return Files(revision, [*self._own_sources, *addresses], from_hub)
+        sources = [*self._own_sources, *addresses]
+        if draft is None or self._serving.draft is None:
+            return Files(inspected.revision, sources, from_hub)
+        source = self._serving.draft
+        (of_draft,) = await hub_files(
+            source.model,
+            draft.revision,
+            draft.files,
+            [(0, len(draft.layer_bytes))],
+            agents[:1],
+            addresses,
+            self._identity,
+        )
+        drafting = Draft(
+            model=source.model, quant=source.quant, revision=draft.revision, hub_files=of_draft
+        )
+        return Files(inspected.revision, sources, from_hub, drafting)
 
 
 def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:

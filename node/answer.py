@@ -17,16 +17,17 @@ _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
 class Answer:
     """The events of one request. `asked` is when it came, by time.perf_counter.
 
-    `cached_tokens` is to be set to how many of the prompt needed no prefill. `timeline` is there
-    if the request asks for a trace.
+    To be set: `cached_tokens`, how many of the prompt needed no prefill, and of the tokens
+    guessed ahead `drafted_tokens` and, those that were right, `accepted_tokens`. `timeline`
+    is there if the request asks for a trace.
     """
 
     def __init__(self, job: Job, tokenizer: Any, asked: float, meter: AnswerMeter) -> None:
         self.finished = False
-        self.cached_tokens = 0
+        self.cached_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self._job = job
         self._text = TextStream(tokenizer, job.stop, job.state)
-        self._end_tokens: set[int] = tokenizer.eos_token_ids
+        self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
         self._count = self._steps = 0
         self._asked = asked
         self._meter = meter
@@ -74,6 +75,8 @@ class Answer:
             prompt_tokens=len(self._job.tokens),
             completion_tokens=self._count,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
         timings = Timings(
             queue_s=self._begun - self._asked,

@@ -21,6 +21,7 @@ from node.mlx_thread import MLXThread
 from node.request import check_request
 from node.sampling import Sampling
 from node.scheduler import Scheduler
+from node.speculate import Speculation
 from node.ticket import Ticket
 from unicluster.errors import (
     BusyError,
@@ -41,7 +42,8 @@ class Engine:
     `context` is in tokens, prompt and answer together; `lanes` is how many batches take turns,
     by default one a stage; `prefill_step` is how many tokens of a prompt are computed at a time,
     or fewer while answers run; `kv_bytes` is what there is for caches of all users on all stages
-    together: with it, caches of finished answers are kept for prompts that begin alike;
+    together: with it, caches of finished answers are kept for prompts that begin alike; with
+    `kv_bits` (4 or 8) KV caches are quantized; with `speculation` tokens are guessed ahead;
     `defaults` is the model's generation_config.json. The model comes by `set_model`, and is one
     made on `thread`.
     """
@@ -56,6 +58,8 @@ class Engine:
         users: int,
         lanes: int | None = None,
         kv_bytes: int = 0,
+        kv_bits: int = 0,
+        speculation: Speculation | None = None,
         queue_limit: int | None = None,
         prefill_step: int = 512,
         defaults: Mapping[str, Any] | None = None,
@@ -67,6 +71,8 @@ class Engine:
         self._users = users
         self._lanes = lanes
         self._kv_bytes = kv_bytes
+        self._kv_bits = kv_bits
+        self._speculation = speculation
         self._queue_limit = 4 * users if queue_limit is None else queue_limit
         self._prefill_step = prefill_step
         self._defaults = Sampling.of_model(defaults or {})
@@ -180,6 +186,8 @@ class Engine:
             context=self._context,
             users=self._users,
             kv_bytes=self._kv_bytes,
+            kv_bits=self._kv_bits,
+            speculation=self._speculation,
             lanes=self._lanes or int(getattr(model, "stages", 1)),
             prefill_step=self._prefill_step,
             meter=self.meter,

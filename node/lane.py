@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from node.batch import Batch, Solo
+from node.batch import Batch
 from node.sequence import Sequence
+from node.solo import Solo
 from node.timeline import Timeline
 from unicluster.errors import StageError
 
@@ -36,6 +37,16 @@ class Lane:
         self._keep = keep
         self._joining: deque[Sequence] = deque()
         self._decoding: set[Sequence] = set()
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were guessed ahead."""
+        return self._decoder.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Of these, those that were right."""
+        return self._decoder.accepted
 
     @property
     def free(self) -> int:
@@ -81,8 +92,10 @@ class Lane:
                 self._decoding.add(sequence)
         if not self._decoding:
             return gone
-        ended = []
+        ended: list[Sequence] = []
         for sequence, token, logprobs in self._decoder.step():
+            if sequence in ended:
+                continue  # what was guessed right beyond its end
             ticket, answer = sequence.ticket, sequence.answer
             self.tokens += 1
             try:
@@ -106,7 +119,7 @@ class Lane:
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._keep is not None and sequence.answer.finished:
+        if self._keep is not None and sequence.answer.finished and not sequence.job.no_reuse:
             self._keep(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)

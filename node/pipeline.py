@@ -4,17 +4,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
+from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
 from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring, Window
-from node.tensors import decode_tree, encode_tree, leaf_bytes
+from node.tensors import Outgoing, decode_tree, leaf_bytes
 from node.timeline import Timeline, recording
 from node.trips import Trip, Trips
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
@@ -26,19 +28,42 @@ PUSHED_TOKENS = 16
 PUSHED_FRAMES = 64
 
 
+@dataclass
+class _Expected:
+    """What a call over some caches was like, and what the next may find done."""
+
+    local: list[Any]
+    tokens: Kind
+    returned: Kind = ()
+    step: Step | None = None
+
+    def is_met(self, local: list[Any], tokens: Kind) -> bool:
+        same = all(cache is other for cache, other in zip(self.local, local, strict=True))
+        return same and self.tokens == tokens
+
+
 class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
     Use it from one thread, like any MLX model. `ring` is None when all layers are here. `trips`
-    says how busy the other stages are; `machine` is this one's name.
+    says how busy the other stages are; `machine` is this one's name. `foresee`: decode steps are
+    built before their input is there.
     """
 
-    def __init__(self, hollow: HollowModel, ring: Ring | None, machine: str = "head") -> None:
+    def __init__(
+        self,
+        hollow: HollowModel,
+        ring: Ring | None,
+        machine: str = "head",
+        *,
+        foresee: bool = True,
+    ) -> None:
         super().__init__()
         self.trips = Trips([machine, *(stop.node for stop in ring.route)] if ring else [machine])
         self.model = hollow.model
         self._hollow = hollow
         self._ring = ring
+        self._foresight = Foresight(foresee)
         self._lock = threading.Lock()
         self._dropped: deque[int] = deque()
         self._flush_due = False
@@ -96,36 +121,98 @@ class PipelineModel(nn.Module):
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
-        hold = inputs.shape[1] > PUSHED_TOKENS
-        window = self.prefill_window if hold else self._steps
-        window.enter()
+        handles = cache[here:]
+        if inputs.shape[1] > PUSHED_TOKENS:
+            return self._prefill(inputs, local, handles, timelines)
+        return self._step(inputs, local, handles, timelines)
+
+    def _prefill(
+        self,
+        inputs: mx.array,
+        local: list[Any],
+        handles: list[RemoteCache],
+        timelines: Sequence[Timeline],
+    ) -> PendingLogits:
+        """The last stage keeps the result: it rarely is asked for."""
+        handles[0].expected = None
+        self.prefill_window.enter()
         began = time.perf_counter()
-        message = HopMessage()
-        message.frame.hold = hold
+        message = HopMessage(frame=Frame(hold=True))
         try:
             hidden, extra = self._hollow.front(inputs, local)
-            encode_tree(hidden, message.frame.hidden, extra)
+            outgoing = Outgoing(hidden)
+            mx.eval(outgoing.arrays, extra)
+            outgoing.write(message.frame.hidden)
         except BaseException:
-            window.leave()
+            self.prefill_window.leave()
             raise
-        single = inputs.shape == (1, 1)
-        reply = self._forward(message, cache[here:], window, single, began, timelines)
+        reply = self._forward(message, handles, self.prefill_window, False, began, timelines)
         number = reply.number
 
         def resolve() -> mx.array:
-            frame = reply.wait()
-            woke = time.perf_counter() if timelines else 0.0
-            for timeline in timelines:
-                timeline.woke(number, woke)
-            if hold:
-                frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
-            logits: mx.array = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
-            if timelines:
-                mx.eval(logits)
-                _add(timelines, "head", woke, number)
-            return logits
+            reply.wait()
+            woke = _woke(timelines, number)
+            frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
+            logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            return _finished(logits, timelines, woke, number)
 
-        return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
+        return PendingLogits(resolve, lambda: self._dropped.append(number))
+
+    def _step(
+        self,
+        inputs: mx.array,
+        local: list[Any],
+        handles: list[RemoteCache],
+        timelines: Sequence[Timeline],
+    ) -> PendingLogits:
+        """Decode, or a verification of guesses: as much as can be is built while others compute."""
+        self._steps.enter()
+        began = time.perf_counter()
+        message = HopMessage(frame=Frame())
+        try:
+            before, handles[0].expected = handles[0].expected, None
+            expected = _Expected(local, kind_of_array(inputs))
+            tail = None
+            if before is not None and not before.is_met(local, expected.tokens):
+                before = None  # its step holds on to the caches' arrays, and MLX would copy them
+            if before is not None and before.step is not None:
+                before.step.blank.fill_one(inputs)
+                take_place(local, before.step.after)
+                hidden, extra = before.step.result, before.step.extra
+            else:
+                hidden, extra = self._hollow.front(inputs, local)
+            outgoing = Outgoing(hidden)
+            mx.async_eval(outgoing.arrays, extra)
+            if before is not None:
+                expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
+                tail = self._foreseen_tail(inputs, before.returned, local)
+            mx.eval(outgoing.arrays, extra)
+            outgoing.write(message.frame.hidden)
+        except BaseException:
+            self._steps.leave()
+            raise
+        single = inputs.shape == (1, 1)
+        reply = self._forward(message, handles, self._steps, single, began, timelines)
+        handles[0].expected = expected
+
+        def resolve() -> mx.array:
+            frame = reply.wait()
+            woke = _woke(timelines, reply.number)
+            expected.returned = kind_of_leaves(frame.hidden)
+            if tail is not None and tail.kind == expected.returned:
+                tail.blank.fill(frame.hidden)
+                logits = tail.result
+            else:
+                logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            return _finished(logits, timelines, woke, reply.number)
+
+        return PendingLogits(resolve)
+
+    def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
+        def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
+            return self._hollow.tail(inputs, received, local), []
+
+        return self._foresight.step(returned, [], build) if returned else None
 
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""
@@ -201,6 +288,24 @@ class PipelineModel(nn.Module):
         self._flush_due = False
         if any(remote.operations for remote in self._remotes):
             self._send(HopMessage())
+
+
+def _woke(timelines: Sequence[Timeline], number: int) -> float:
+    """Notes that the head goes on with a frame that came back; returns when."""
+    now = time.perf_counter() if timelines else 0.0
+    for timeline in timelines:
+        timeline.woke(number, now)
+    return now
+
+
+def _finished(
+    logits: mx.array, timelines: Sequence[Timeline], woke: float, number: int
+) -> mx.array:
+    """The logits; if anybody wants to know how long they took, evaluated."""
+    if timelines:
+        mx.eval(logits)
+        _add(timelines, "head", woke, number)
+    return logits
 
 
 def _add(timelines: Sequence[Timeline], name: str, began: float, trip: int = 0) -> None:

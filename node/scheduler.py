@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
-from node.batch import Batch, Solo, can_batch
+from node.batch import Batch, can_batch
 from node.buffers import give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
@@ -24,7 +24,10 @@ from node.memory import Memory
 from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread, give_way, rested
 from node.pace import Pace
+from node.quantize import quantize
 from node.sequence import Sequence
+from node.solo import Solo
+from node.speculate import Speculation
 from node.ticket import Ticket
 from node.timeline import Timeline, recorded
 
@@ -34,7 +37,8 @@ class Scheduler:
 
     `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
     fill it: that much is promised before an answer begins, and what is left keeps caches of
-    finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
+    finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
+    lane holds one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
     `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
     """
@@ -51,16 +55,31 @@ class Scheduler:
         kv_bytes: int,
         prefill_step: int,
         meter: AnswerMeter,
+        kv_bits: int = 0,
+        speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         kinds = _kinds(model)
-        batches = can_batch(kinds)
+        batches = can_batch(kinds) and not kv_bits and speculation is None
+
+        def decoder() -> Batch | Solo:
+            if batches:
+                return Batch(model)
+            return Solo(
+                model,
+                kinds,
+                kv_bits=kv_bits,
+                drafter=speculation.drafter() if speculation is not None else None,
+                most=speculation.most if speculation is not None else 0,
+                ends=tokenizer.eos_token_ids,
+            )
+
         lanes = min(lanes, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         self.lanes = [
             Lane(
-                Batch(model) if batches else Solo(model),
+                decoder(),
                 places=users // lanes + (index < users % lanes) if batches else 1,
                 keep=self._keep if kv_bytes else None,
             )
@@ -74,6 +93,7 @@ class Scheduler:
         self._thread = thread
         self._model = model
         self._tokenizer = tokenizer
+        self._kv_bits = kv_bits
         self._on_end = on_end
         self._on_error = on_error
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
@@ -113,6 +133,16 @@ class Scheduler:
             for lane in list(self.lanes)
         )
 
+    @property
+    def drafted(self) -> int:
+        """Tokens guessed ahead."""
+        return sum(lane.drafted for lane in self.lanes)
+
+    @property
+    def accepted(self) -> int:
+        """Of these, those that were right."""
+        return sum(lane.accepted for lane in self.lanes)
+
     def _schedule(self) -> None:
         """Begins with the requests that came first, each in the lane with the fewest others."""
         while self.waiting:
@@ -123,7 +153,7 @@ class Scheduler:
             answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
             sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
-            sequence.kept = self.kept.find(sequence.prompt)
+            sequence.kept = None if ticket.job.no_reuse else self.kept.find(sequence.prompt)
             self.kept.shrink(self.memory.total - self.promised)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
@@ -170,6 +200,7 @@ class Scheduler:
         timeline = sequence.answer.timeline
         with recorded("chunk", [timeline] if timeline is not None else []):
             self._model(chunk[None], cache=sequence.cache)
+            quantize(sequence.cache, self._kv_bits)
             mx.eval([cache.state for cache in sequence.cache])
         give_back()
         self.prefilled += end - sequence.cached

@@ -158,8 +158,7 @@ class StageService(StageServicer):
 
         def release() -> None:
             live.closed = True
-            live.session.caches.clear()
-            live.session.held.clear()
+            live.session.clear()
 
         self._thread.post(release)
 

@@ -111,6 +111,17 @@ def test_every_option_reaches_the_server(client: Client) -> None:
     }
 
 
+def test_a_prompt_may_be_token_ids(client: Client) -> None:
+    answer = client.chat([5, 6, 7], max_tokens=4, ignore_eos=True, no_reuse=True)
+
+    assert json.loads(answer.text) == {
+        "token_ids": [5, 6, 7],
+        "max_tokens": 4,
+        "ignore_eos": True,
+        "no_reuse": True,
+    }
+
+
 def test_options_left_out_or_none_are_not_sent(client: Client) -> None:
     sent = json.loads(client.chat("request", temperature=None, stop=None).text)
 

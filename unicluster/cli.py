@@ -22,11 +22,12 @@ COMMANDS = {
     "hardware": ("coordinator.hardware_command", "list the machines known, for plan --fleet"),
     "serve": ("coordinator.serve", "spread a model over the machines and serve it"),
     "chat": ("unicluster.chat_ui", "talk to the model that is served"),
+    "bench": ("coordinator.bench_command", "measure what is served, or a model cut up here"),
     "status": ("coordinator.status_command", "say what is served, and how busy the machines are"),
     "demo": ("coordinator.demo", "three machines in miniature on this one, and a chat"),
 }
 # These have ports, and log who is refused at them.
-SERVERS = {"join", "serve", "demo"}
+SERVERS = {"join", "serve", "bench", "demo"}
 INTERRUPTED = 130
 
 

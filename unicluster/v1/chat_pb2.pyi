@@ -149,6 +149,8 @@ class GenerateRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    NO_REUSE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: whatever is served"""
@@ -156,6 +158,12 @@ class GenerateRequest(_message.Message):
     """unset: up to the context"""
     logprobs: _builtins.int
     """0: of the chosen tokens; n: also of the n most likely"""
+    ignore_eos: _builtins.bool
+    """To measure with, and for answers of an exact length:
+    an end token is a token like others: only max_tokens ends
+    """
+    no_reuse: _builtins.bool
+    """compute the whole prompt, and keep nothing of it afterwards"""
     trace: _builtins.bool
     """the Finish says where the time went"""
     @_builtins.property
@@ -178,11 +186,13 @@ class GenerateRequest(_message.Message):
         max_tokens: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         logprobs: _builtins.int | None = ...,
+        ignore_eos: _builtins.bool = ...,
+        no_reuse: _builtins.bool = ...,
         trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "sampling", b"sampling", "stop", b"stop", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "no_reuse", b"no_reuse", "sampling", b"sampling", "stop", b"stop", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -322,20 +332,28 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
     """of the prompt: kept from before, so not prefilled"""
+    drafted_tokens: _builtins.int
+    """guessed ahead, and checked by the model"""
+    accepted_tokens: _builtins.int
+    """of these: right, and part of the answer"""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "drafted_tokens", b"drafted_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,6 +421,7 @@ class ChatInfo(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     KEPT_CACHES_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    RING_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     quant: _builtins.str
     context: _builtins.int
@@ -419,6 +438,8 @@ class ChatInfo(_message.Message):
     """caches of finished answers, kept for prompts that begin alike"""
     kept_bytes: _builtins.int
     """of these, on all stages together"""
+    ring_s: _builtins.float
+    """of a frame that asks for no computing, once round, just now"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageInfo]: ...
     def __init__(
@@ -435,10 +456,11 @@ class ChatInfo(_message.Message):
         lanes: _builtins.int = ...,
         kept_caches: _builtins.int = ...,
         kept_bytes: _builtins.int = ...,
+        ring_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
