@@ -92,7 +92,7 @@ class Blank:
         """Takes the values of an array of the same kind; evaluates it."""
         (view,) = self._views
         assert view is not None  # noqa: S101
-        view[:] = memoryview(array).cast("B")
+        view[:] = memoryview(array).tobytes()
 
 
 class Step:
