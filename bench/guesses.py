@@ -81,7 +81,8 @@ async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> 
         guessing, found = await timed(engine, prompt)
         assert engine.scheduler is not None
         lane = engine.scheduler.lanes[0]
-        right = lane.accepted / max(lane.drafted, 1)
+        meter = engine.scheduler.meter
+        right = meter.accepted_tokens / max(meter.drafted_tokens, 1)
         each = lane.tokens / lane.steps
     if found != expected:
         raise RuntimeError("guessing ahead gave another answer")

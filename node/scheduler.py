@@ -136,16 +136,6 @@ class Scheduler:
             for lane in list(self.lanes)
         )
 
-    @property
-    def drafted(self) -> int:
-        """Tokens guessed ahead."""
-        return sum(lane.drafted for lane in self.lanes)
-
-    @property
-    def accepted(self) -> int:
-        """Of these, those that were right."""
-        return sum(lane.accepted for lane in self.lanes)
-
     def _schedule(self) -> None:
         """Begins with the requests that came first, each in the lane with the fewest others."""
         while self.waiting:
