@@ -148,8 +148,6 @@ class Engine:
         meters, scheduler = self.meter.to_wire(), self.scheduler
         meters.now_s = time.perf_counter()
         if scheduler is not None:
-            meters.drafted_tokens = scheduler.drafted
-            meters.accepted_tokens = scheduler.accepted
             meters.running = sum(len(lane.sequences) for lane in list(scheduler.lanes))
             meters.waiting = len(scheduler.waiting)
             meters.kept_bytes = scheduler.kept.nbytes

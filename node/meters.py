@@ -114,6 +114,8 @@ class AnswerMeter:
     generated_tokens: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def to_wire(self) -> wire.Meters:
         return wire.Meters(
@@ -123,4 +125,6 @@ class AnswerMeter:
             generated_tokens=self.generated_tokens,
             prompt_tokens=self.prompt_tokens,
             reused_tokens=self.reused_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )

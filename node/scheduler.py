@@ -228,10 +228,11 @@ class Scheduler:
     def _step(self, lane: Lane) -> list[Sequence]:
         """A lane's step, which takes the head its time less that in which others ran."""
         began, away = time.perf_counter(), rested()
-        alone, tokens, drafted = lane.decoding == 1, lane.tokens, lane.drafted
+        alone, tokens = lane.decoding == 1, lane.tokens
+        guessed = self.meter.drafted_tokens
         traced = lane.timelines
         ended = self._traced_step(lane, traced) if traced else lane.step()
-        if alone and (lane.tokens, lane.drafted) == (tokens + 1, drafted):
+        if alone and lane.tokens == tokens + 1 and self.meter.drafted_tokens == guessed:
             self.meter.step.note(time.perf_counter() - began - (rested() - away))
         return ended
 
