@@ -228,12 +228,11 @@ class PipelineModel(nn.Module):
         timelines: Sequence[Timeline],
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
-        sent_bytes = leaf_bytes(message.frame.hidden)
         sent = time.perf_counter()
         returned = 0.0
 
         def trip(frame: Frame) -> Trip:
-            return Trip(sent, returned, sent_bytes, single, frame.reports)
+            return Trip(sent, returned, leaf_bytes(frame.hidden), single, frame.reports)
 
         def on_reply(frame: Frame) -> None:
             nonlocal returned

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -54,9 +55,14 @@ class Reply:
 
 
 class Window:
-    """Places for frames on their way, so that a slow machine pushes back."""
+    """Places for frames on their way, so that a slow machine pushes back.
 
-    def __init__(self, places: int) -> None:
+    `waited`: seconds by `clock` that there was no place.
+    """
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.waited = 0.0
+        self._clock = clock
         self._lock = threading.Lock()
         self._free = places
         self._waiting: deque[Signal] = deque()
@@ -69,7 +75,9 @@ class Window:
                 return
             signal = Signal()
             self._waiting.append(signal)
+        begun = self._clock()
         signal.wait()
+        self.waited += self._clock() - begun
 
     def leave(self) -> None:
         with self._lock:

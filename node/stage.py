@@ -86,7 +86,6 @@ class Stage:
             mx.clear_cache()
         elif frame.hold:
             give_back()
-        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session) -> None:

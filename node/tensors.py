@@ -73,11 +73,8 @@ def decode_tree(leaves: Iterable[Leaf]) -> Any:
 
 def leaf_bytes(leaves: Iterable[Leaf]) -> int:
     """The bytes of their arrays, told from shapes: looking at the data would copy it."""
-    return sum(
-        math.prod(leaf.tensor.shape) * _SIZES[leaf.tensor.dtype]
-        for leaf in leaves
-        if leaf.HasField("tensor")
-    )
+    tensors = [leaf.tensor for leaf in leaves]
+    return sum([math.prod(tensor.shape) * _SIZES.get(tensor.dtype, 0) for tensor in tensors])
 
 
 def _bits(array: mx.array) -> Any:
