@@ -28,11 +28,21 @@ class Reply:
     def __init__(self, number: int) -> None:
         self.number = number
         self._result: Frame | UniclusterError | None = None
+        self._left = Signal()
         self._there = Signal()
+
+    def leave(self) -> None:
+        """The frame is on its way."""
+        self._left.set()
 
     def put(self, result: Frame | UniclusterError) -> None:
         self._result = result
+        self._left.set()
         self._there.set()
+
+    def wait_until_sent(self) -> None:
+        """Returns when the frame has left, or never will."""
+        self._left.wait()
 
     def wait(self) -> Frame:
         """The frame as the last stage sent it; raises what broke the ring."""
@@ -189,6 +199,10 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
+            with self._lock:
+                sent = self._sent.get(message.frame.id)
+            if sent is not None:
+                sent.reply.leave()
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""
