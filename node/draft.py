@@ -34,8 +34,8 @@ def check_tokens(request: InspectRequest, draft: Path) -> None:
     fewer, more = sorted((ours, theirs), key=len)
     if not fewer.items() <= more.items():
         raise InputError(
-            f"--draft {Path(request.model).name}: its tokens are not those of "
-            f"{Path(request.drafts_for).name}; a draft must be of the same family"
+            f"--draft: its tokens are not those of {Path(request.drafts_for).name}; "
+            "a draft must be of the same family"
         )
 
 

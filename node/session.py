@@ -1,5 +1,6 @@
 """What the two sides of a stage agree on: the engine's two verbs, and a head's book with it."""
 
+from collections import deque
 from typing import Any, Protocol
 
 from unicluster.v1.stage_pb2 import Frame
@@ -16,6 +17,7 @@ class Session:
         # By cache: the kind of what it was last stepped with, and the next step if it is such.
         self.kinds: dict[int, Any] = {}
         self.foreseen: dict[int, Any] = {}
+        self.due: deque[int] = deque()  # caches of which a step may be foreseen
 
     def forget_steps(self, cache: int) -> None:
         """The next step over a cache can't be foreseen any more."""
@@ -24,7 +26,7 @@ class Session:
 
     def clear(self) -> None:
         """Lets go of everything."""
-        for kept in (self.caches, self.held, self.kinds, self.foreseen):
+        for kept in (self.caches, self.held, self.kinds, self.foreseen, self.due):
             kept.clear()
 
 
@@ -37,6 +39,9 @@ class StageEngine(Protocol):
         `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
         Raises whatever a forward or a cache raises; the session is then of no more use.
         """
+
+    def look_ahead(self, session: Session) -> None:
+        """Prepares what is likely to come: called when a frame has left."""
 
     def end(self, session: Session) -> None:
         """Frees all that the session has."""

@@ -11,12 +11,12 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from node.buffers import give_back
 from node.cacheview import Caches
-from node.foreseen import Foresight, Kind, kind_of_leaves
+from node.foreseen import Foresight, kind_of_leaves
 from node.hollow import HollowModel
 from node.quantize import quantized
 from node.rewind import restore, snapshot
 from node.session import Session
-from node.tensors import Outgoing, decode_tree, encode_tree, leaf_bytes
+from node.tensors import decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
@@ -62,12 +62,21 @@ class Stage:
             mx.clear_cache()
         elif frame.hold:
             give_back()
-        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def end(self, session: Session) -> None:
         """Frees all that the session has."""
         session.clear()
+
+    def look_ahead(self, session: Session) -> None:
+        """Builds the steps that are likely to come: to be called when a frame has left."""
+        while session.due:
+            number = session.due.popleft()
+            kind = session.kinds.get(number)
+            if kind and number not in session.foreseen:
+                step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
+                if step is not None:
+                    session.foreseen[number] = step
 
     def _forward(
         self, session: Session, part: StagePart, frame: Frame, report: StageReport
@@ -90,21 +99,12 @@ class Stage:
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)
         else:
-            outgoing = Outgoing(result)
-            mx.async_eval(outgoing.arrays, extra)
-            if kind and session.kinds.get(number) == kind:
-                self._foresee(session, number, kind)
-            mx.eval(outgoing.arrays, extra)
-            outgoing.write(frame.hidden)
+            encode_tree(result, frame.hidden, extra)
+        if kind and session.kinds.get(number) == kind:
+            session.due.append(number)
         session.kinds[number] = kind
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = _size(caches)
-
-    def _foresee(self, session: Session, number: int, kind: Kind) -> None:
-        """Builds the step after the one that is being computed."""
-        step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
-        if step is not None:
-            session.foreseen[number] = step
 
     def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
         caches = session.caches

@@ -9,7 +9,6 @@ pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 from tests.cluster import LocalCluster
 from tests.tiny_gguf import write_gguf
 
-
 # Three processes start, each of which imports much.
 START_DEADLINE = 300.0
 

@@ -62,6 +62,9 @@ class GgmlStage:
         report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
+    def look_ahead(self, session: Session) -> None:
+        """Nothing can be prepared: llama.cpp computes at once."""
+
     def end(self, session: Session) -> None:
         """Frees all that the session has."""
         for number in list(session.held):
