@@ -59,7 +59,6 @@ class GgmlStage:
                 self._drop(session, dropped)
             if frame.claim:
                 self._claim(session, frame)
-        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session) -> None:
