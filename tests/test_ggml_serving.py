@@ -23,14 +23,15 @@ def test_two_machines_answer_as_one_does(tmp_path: Path, cluster: LocalCluster) 
     options = {"temperature": 0, "max_tokens": 12}
     with cluster:
         cluster.start_agents("ann", "bob", memory="1.2MB")
-        context = ("--context", "256", "--users", "2")
+        cluster.start_agents("big", memory="4MB")
+        context = ("--context", "256", "--users", "2", "--nodes", "ann,bob")
         server = cluster.serve(file, *context)
         server.wait_for("Ctrl-C unloads", START_DEADLINE)
         with server, server.client() as client:
             stages = [(s.first_layer, s.end_layer) for s in client.describe().stages]
             cut = client.chat("hello", **options)
             again = client.chat("hello", **options)
-        server = cluster.serve(file, "--context", "128", "--nodes", "ann")
+        server = cluster.serve(file, "--context", "256", "--nodes", "big")
         server.wait_for("Ctrl-C unloads", START_DEADLINE)
         with server, server.client() as client:
             whole = client.chat("hello", **options)
