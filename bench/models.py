@@ -5,6 +5,7 @@ python -m bench.models DIRECTORY [--size 10M|125M] [--kind llama|qwen2]
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import tiny_config, write_model
 
@@ -19,16 +20,20 @@ def write_llama(path: Path, size: str = "10M", kind: str = "llama") -> Path:
 
     A qwen2 is much the same as a llama, and has mlx-lm's own pipeline, which llamas have not.
     """
+    return write_model(path, tiny_config("llama") | llama_config(size) | {"model_type": kind})
+
+
+def llama_config(size: str) -> dict[str, Any]:
+    """What of its config differs from a tiny one's."""
     sizes = _SIZES[size]
     heads = sizes["num_attention_heads"]
-    rest = {
+    return sizes | {
         "num_hidden_layers": 12,
         "num_key_value_heads": heads,
         "head_dim": sizes["hidden_size"] // heads,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     }
-    return write_model(path, tiny_config("llama") | sizes | rest | {"model_type": kind})
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from coordinator.learned import Learned, shared_out
+from coordinator.learned import Learned, taken
 from coordinator.members import Members
 from coordinator.placement import Layout, Stage
 from coordinator.render import comparison_table
@@ -32,9 +32,16 @@ def compare(peers: Sequence[str], console: Console) -> int:
             raise UnavailableError(f"{served.model} is {served.state}: {served.detail}")
         predicted = asyncio.run(_predicted(cluster, peers, served))
         with console.status("Asking for an answer, twice"):
-            measured = [_seconds_per_token(client) for _ in range(2)][-1]
+            seconds = [_seconds_per_token(client) for _ in range(2)][-1]
+        told = client.measure()
+    measured = taken(
+        predicted,
+        [stage.decode_s for stage in told.stages],
+        [hop.decode_s for hop in told.hops],
+        seconds,
+    )
     console.print(comparison_table(served.model, predicted, measured))
-    known = Learned.record(served.model, predicted, shared_out(predicted, measured))
+    known = Learned.record(served.model, predicted, measured)
     console.print(f"Kept in {known.path}: plans of {served.model} on these machines now go by it.")
     return 0
 

@@ -108,10 +108,6 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
     queue = CounterMetricFamily(
         "unicluster_stage_queue_seconds", "Time that frames have waited.", labels=STAGE
     )
-    received = CounterMetricFamily(
-        "unicluster_stage_received_bytes", "Hidden state received.", labels=STAGE
-    )
-    sent = CounterMetricFamily("unicluster_stage_sent_bytes", "Hidden state sent.", labels=STAGE)
     decode = GaugeMetricFamily(
         "unicluster_stage_decode_seconds",
         "What one token of one answer takes: the median of the last ones.",
@@ -122,16 +118,17 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
         frames.add_metric(labels, stage.frames)
         busy.add_metric(labels, stage.busy_s)
         queue.add_metric(labels, stage.queue_s)
-        received.add_metric(labels, stage.received_bytes)
-        sent.add_metric(labels, stage.sent_bytes)
         if stage.decode_s:
             decode.add_metric(labels, stage.decode_s)
-    yield from (frames, busy, queue, received, sent, decode)
+    yield from (frames, busy, queue, decode)
 
 
 def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:
     taken = SummaryMetricFamily(
         "unicluster_hop_seconds", "Frames on their way to the next machine.", labels=HOP
+    )
+    carried = CounterMetricFamily(
+        "unicluster_hop_bytes", "Hidden state that frames carried.", labels=HOP
     )
     decode = GaugeMetricFamily(
         "unicluster_hop_decode_seconds",
@@ -140,9 +137,10 @@ def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:
     )
     for hop in hops:
         taken.add_metric((hop.source, hop.target), hop.frames, hop.seconds)
+        carried.add_metric((hop.source, hop.target), hop.bytes)
         if hop.decode_s:
             decode.add_metric((hop.source, hop.target), hop.decode_s)
-    yield from (taken, decode)
+    yield from (taken, carried, decode)
 
 
 def _gauge(name: str, told: str, value: float) -> Metric:

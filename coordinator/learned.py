@@ -52,19 +52,45 @@ class Taken:
     hops: tuple[float, ...] | None = None
 
 
-def shared_out(stages: Sequence[Stage], seconds: float) -> Taken:
+def taken(
+    predicted: Sequence[Stage], stages: Sequence[float], hops: Sequence[float], seconds: float
+) -> Taken:
+    """What a token of so many seconds took by stage and hop, from what they report themselves.
+
+    Numbers are in the order of the ring; 0 is not known. Unless all are known the time is shared
+    out as was predicted.
+    """
+    if len(predicted) == 1:
+        return Taken((seconds,))
+    known = len(stages) == len(predicted) == len(hops) and all(stages) and all(hops)
+    return _added_up(stages, hops, seconds) if known else shared_out(predicted, seconds)
+
+
+def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) -> Taken:
+    """Made to add up to the whole token.
+
+    What nobody tells of is the head's: sampling, text, and what lies between steps. Where they
+    say more than the whole took, several tokens went round at once, and shared it.
+    """
+    rest = seconds - sum(stages) - sum(hops)
+    if rest >= 0:
+        return Taken((stages[0] + rest, *stages[1:]), tuple(hops))
+    share = seconds / (seconds - rest)
+    return Taken(tuple(s * share for s in stages), tuple(h * share for h in hops))
+
+
+def shared_out(predicted: Sequence[Stage], seconds: float) -> Taken:
     """What each stage took if only the whole token was timed: a share as was predicted.
 
     Hops are taken as they were known, but for no more than half of the time.
     """
-    hops = [stage.hop_s for stage in stages]
+    hops = [stage.hop_s for stage in predicted]
     known = min(sum(hops), seconds / 2)
-    predicted = sum(stage.seconds_per_token for stage in stages)
-    shares = [stage.seconds_per_token / predicted for stage in stages]
-    computing = tuple((seconds - known) * share for share in shares)
+    computing = sum(stage.seconds_per_token for stage in predicted)
+    stages = tuple((seconds - known) * s.seconds_per_token / computing for s in predicted)
     if known == sum(hops):
-        return Taken(computing)
-    return Taken(computing, tuple(hop / sum(hops) * known for hop in hops))
+        return Taken(stages)
+    return Taken(stages, tuple(hop / sum(hops) * known for hop in hops))
 
 
 class Learned:

@@ -194,6 +194,23 @@ class Machine:
         return self.pace * (read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers)
 
 
+def prefill_seconds(
+    layout: Layout, machine: Machine, first: int, end: int, tokens: int
+) -> float | None:
+    """To compute a chunk of so many tokens through layers [first, end); None if not known.
+
+    The operations take their time, or reading the weights once does, if that is longer.
+    """
+    if not machine.compute or layout.layer_active_parameters is None:
+        return None
+    operations = 2 * sum(layout.layer_active_parameters[first:end]) * tokens
+    weights = sum(layout.layer_bytes[first:end])
+    return max(
+        operations / (COMPUTE_SHARE * machine.compute),
+        weights / (BANDWIDTH_SHARE * machine.bandwidth),
+    )
+
+
 @dataclass(frozen=True)
 class Stage:
     """Layers [first, end) on a machine. Stage 0 is the head, and holds its bytes too.

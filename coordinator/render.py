@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.learned import Taken
 from coordinator.placement import Layout, Machine, Plan, Stage
 from coordinator.rivals import Rival
 from coordinator.tables import (
@@ -75,24 +76,28 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
     return table
 
 
-def comparison_table(model: str, stages: Sequence[Stage], measured: float) -> RenderableType:
-    """What was predicted for each stage and hop of a token, and what the whole took."""
+def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> RenderableType:
+    """What was predicted for each stage and hop of a token, and what they took."""
     table = new_table(f"{model}: predicted and measured, ms a token")
     add_names(table, "")
     add_numbers(table, "layers", "predicted", "measured", "error")
-    for stage in stages:
-        table.add_row(
-            cut(stage.machine.name),
-            layer_range(stage.first, stage.end),
-            ms(stage.seconds_per_token),
-        )
+    for stage, seconds in zip(stages, taken.stages, strict=True):
+        layers = layer_range(stage.first, stage.end)
+        table.add_row(cut(stage.machine.name), layers, *_compared(stage.seconds_per_token, seconds))
     hops = sum(stage.hop_s for stage in stages)
-    if hops:
-        table.add_row(f"{counted(len(stages), 'hop')}", "", ms(hops))
+    hops_taken = hops if taken.hops is None else sum(taken.hops)
+    if taken.hops is not None:
+        table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_taken))
+    elif hops:
+        table.add_row(counted(len(stages), "hop"), "", ms(hops), "not known")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
-    error = f"{(predicted / measured - 1) * 100:+.0f} %"
-    table.add_row(Text("together", "bold"), "", ms(predicted), ms(measured), error)
+    whole = _compared(predicted, hops_taken + sum(taken.stages))
+    table.add_row(Text("together", "bold"), "", *whole)
     return table
+
+
+def _compared(predicted: float, measured: float) -> tuple[str, str, str]:
+    return ms(predicted), ms(measured), f"{(predicted / measured - 1) * 100:+.0f} %"
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class Service:
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
-        keeping = asyncio.create_task(deployment.timing.keep())
+        keeping = asyncio.create_task(deployment.timing.keep(self.measure))
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.links import Network
-from coordinator.placement import BANDWIDTH_SHARE, COMPUTE_SHARE, Layout, Machine, Stage
+from coordinator.placement import Layout, Machine, Stage, prefill_seconds
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,7 @@ def _stage(layout: Layout, span: Span, onward: tuple[float, bool]) -> Stage:
         head=head,
         seconds_per_token=machine.seconds(read, span.end - span.first),
         batch_seconds=machine.seconds(further, 0),
-        chunk_seconds=_chunk_seconds(layout, machine, layers, weights),
+        chunk_seconds=prefill_seconds(layout, machine, span.first, span.end, layout.chunk_tokens),
         hop_s=onward[0],
         hop_measured=onward[1],
-    )
-
-
-def _chunk_seconds(layout: Layout, machine: Machine, layers: slice, weights: int) -> float | None:
-    """Of a prefill chunk: computing, or at least reading all weights once."""
-    if not machine.compute or layout.layer_active_parameters is None:
-        return None
-    operations = 2 * sum(layout.layer_active_parameters[layers]) * layout.chunk_tokens
-    return max(
-        operations / (COMPUTE_SHARE * machine.compute),
-        weights / (BANDWIDTH_SHARE * machine.bandwidth),
     )

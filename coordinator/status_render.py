@@ -81,7 +81,7 @@ class _Status:
                 f"{meter.waiting:.2f}",
                 ms(meter.decode_s) if meter.decode_s else "",
                 ms(hop.decode_s) if hop is not None and hop.decode_s else "",
-                *[format_bytes(meter.sent_bytes), str(meter.frames)] * wide,
+                *[format_bytes(hop.bytes) if hop is not None else "", str(meter.frames)] * wide,
             )
         return table
 

@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from statistics import median
 
-from coordinator.learned import Learned, Taken, shared_out
+from coordinator.learned import Learned, taken
 from coordinator.placement import Stage
-from unicluster.v1.chat_pb2 import Finish
+from unicluster.v1.chat_pb2 import Finish, Measured
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,23 @@ class Timing:
         finally:
             self._running -= 1
 
-    async def keep(self) -> None:
-        """Stores what was learnt whenever there is news, until cancelled."""
+    async def keep(self, measure: Callable[[], Awaitable[Measured]]) -> None:
+        """Stores what was learnt whenever there is news, until cancelled.
+
+        `measure` asks the head what its stages and hops took.
+        """
         while True:
             await self._news.wait()
             self._news.clear()
-            taken = self._taken(median(self._seconds))
+            meters = (await measure()).meters
+            known = taken(
+                self._stages,
+                [stage.decode_s for stage in meters.stages],
+                [hop.decode_s for hop in meters.hops],
+                median(self._seconds),
+            )
             try:
-                await asyncio.to_thread(Learned.record, self._model, self._stages, taken)
+                await asyncio.to_thread(Learned.record, self._model, self._stages, known)
             except OSError as error:
                 log.warning("what was measured can't be kept: %s", error)
 
@@ -63,7 +72,3 @@ class Timing:
     def seconds_per_token(self) -> float | None:
         """The median of recent answers that count; None before the first."""
         return median(self._seconds) if self._seconds else None
-
-    def _taken(self, seconds: float) -> Taken:
-        """What that is by stage and hop, as far as it can be told from whole answers."""
-        return shared_out(self._stages, seconds)

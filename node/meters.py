@@ -62,8 +62,6 @@ class StageMeter:
     frames: int = 0
     busy_s: float = 0.0
     queue_s: float = 0.0
-    received_bytes: int = 0
-    sent_bytes: int = 0
     decode: Recent = field(default_factory=Recent)
 
     @property
@@ -77,22 +75,26 @@ class StageMeter:
             frames=self.frames,
             busy_s=self.busy_s,
             queue_s=self.queue_s,
-            received_bytes=self.received_bytes,
-            sent_bytes=self.sent_bytes,
             decode_s=self.decode_seconds_per_token,
         )
 
 
 @dataclass
 class HopMeter:
-    """The way of frames from one machine to the next; `seconds` of all together."""
+    """The way of frames from one machine to the next: `seconds` and `bytes` of all together."""
 
     frames: int = 0
     seconds: float = 0.0
+    bytes: int = 0
     decode: Recent = field(default_factory=Recent)
 
     def to_wire(self) -> wire.HopMeter:
-        return wire.HopMeter(frames=self.frames, seconds=self.seconds, decode_s=self.decode.median)
+        return wire.HopMeter(
+            frames=self.frames,
+            seconds=self.seconds,
+            bytes=self.bytes,
+            decode_s=self.decode.median,
+        )
 
 
 @dataclass

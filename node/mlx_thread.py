@@ -89,7 +89,7 @@ class _Fiber(greenlet):
 
 
 class Signal:
-    """Set once, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
+    """Set for good, from any thread. One fiber may wait for it, or any other thread, blocking."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # for the two below
@@ -100,6 +100,8 @@ class Signal:
 
     def set(self) -> None:
         with self._lock:
+            if self._is_set:
+                return
             self._is_set = True
         if self._fiber is not None:
             self._fiber.wake()
@@ -109,6 +111,7 @@ class Signal:
         fiber = getcurrent()
         if not isinstance(fiber, _Fiber):
             self._gate.acquire()
+            self._gate.release()  # for the next time
             return
         with self._lock:
             if self._is_set:

@@ -16,7 +16,7 @@ from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring, Window
-from node.tensors import Outgoing, decode_tree, leaf_bytes
+from node.tensors import decode_tree, encode_tree, leaf_bytes
 from node.timeline import Timeline, recording
 from node.trips import Trip, Trips
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
@@ -140,9 +140,7 @@ class PipelineModel(nn.Module):
         message = HopMessage(frame=Frame(hold=True))
         try:
             hidden, extra = self._hollow.front(inputs, local)
-            outgoing = Outgoing(hidden)
-            mx.eval(outgoing.arrays, extra)
-            outgoing.write(message.frame.hidden)
+            encode_tree(hidden, message.frame.hidden, extra)
         except BaseException:
             self.prefill_window.leave()
             raise
@@ -172,7 +170,6 @@ class PipelineModel(nn.Module):
         try:
             before, handles[0].expected = handles[0].expected, None
             expected = _Expected(local, kind_of_array(inputs))
-            tail = None
             if before is not None and not before.is_met(local, expected.tokens):
                 before = None  # its step holds on to the caches' arrays, and MLX would copy them
             if before is not None and before.step is not None:
@@ -181,21 +178,23 @@ class PipelineModel(nn.Module):
                 hidden, extra = before.step.result, before.step.extra
             else:
                 hidden, extra = self._hollow.front(inputs, local)
-            outgoing = Outgoing(hidden)
-            mx.async_eval(outgoing.arrays, extra)
-            if before is not None:
-                expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
-                tail = self._foreseen_tail(inputs, before.returned, local)
-            mx.eval(outgoing.arrays, extra)
-            outgoing.write(message.frame.hidden)
+            encode_tree(hidden, message.frame.hidden, extra)
         except BaseException:
             self._steps.leave()
             raise
         single = inputs.shape == (1, 1)
         reply = self._forward(message, handles, self._steps, single, began, timelines)
         handles[0].expected = expected
+        returned = before.returned if before is not None else ()
 
         def resolve() -> mx.array:
+            tail = None
+            if returned:
+                # Not before: building would take the interpreter from the frame's sending.
+                reply.wait_until_sent()
+                tail = self._foreseen_tail(inputs, returned, local)
+                if handles[0].expected is expected:
+                    expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
             frame = reply.wait()
             woke = _woke(timelines, reply.number)
             expected.returned = kind_of_leaves(frame.hidden)
@@ -212,7 +211,7 @@ class PipelineModel(nn.Module):
         def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
             return self._hollow.tail(inputs, received, local), []
 
-        return self._foresight.step(returned, [], build) if returned else None
+        return self._foresight.step(returned, [], build)
 
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""
@@ -229,12 +228,11 @@ class PipelineModel(nn.Module):
         timelines: Sequence[Timeline],
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
-        sent_bytes = leaf_bytes(message.frame.hidden)
         sent = time.perf_counter()
         returned = 0.0
 
         def trip(frame: Frame) -> Trip:
-            return Trip(sent, returned, sent_bytes, single, frame.reports)
+            return Trip(sent, returned, leaf_bytes(frame.hidden), single, frame.reports)
 
         def on_reply(frame: Frame) -> None:
             nonlocal returned

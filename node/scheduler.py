@@ -40,6 +40,7 @@ class Scheduler:
     finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
     lane holds one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
+    `clock` gives seconds: simulations have their own.
     `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
     """
 
@@ -59,6 +60,7 @@ class Scheduler:
         speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         kinds = _kinds(model)
         batches = can_batch(kinds) and not kv_bits and speculation is None
@@ -96,6 +98,7 @@ class Scheduler:
         self._kv_bits = kv_bits
         self._on_end = on_end
         self._on_error = on_error
+        self._clock = clock
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
         self._stages = int(getattr(model, "stages", 1))
@@ -161,7 +164,8 @@ class Scheduler:
                 continue
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
-                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
+                first = not sequence.began
+                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding, first))
                 self._prompts.append((sequence, lane))
             else:
                 lane.join(sequence)
@@ -188,24 +192,34 @@ class Scheduler:
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
         timeline = sequence.answer.timeline
+        before = self._spent()
         with recorded("chunk", [timeline] if timeline is not None else []):
             self._model(chunk[None], cache=sequence.cache)
             quantize(sequence.cache, self._kv_bits)
             mx.eval([cache.state for cache in sequence.cache])
+        if len(sequence.began) < 2:
+            sequence.began.append((len(chunk), self._spent() - before))
+            if len(sequence.began) == 2:
+                self._pace.compare(*sequence.began[0], *sequence.began[1])
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
 
+    def _spent(self) -> float:
+        """Seconds by the clock, but for those that prefill has waited for other machines."""
+        window = getattr(self._model, "prefill_window", None)
+        return self._clock() - (window.waited if window is not None else 0.0)
+
     def _decode(self, lane: Lane) -> None:
         while lane.busy and not self._closed:
-            began = time.perf_counter()
+            began = self._clock()
             prefilling = self._prefilling
             ended = self._step(lane)
             if self._stages == 1:  # else others ran while the step was on its way
                 give_way()
             if lane.decoding:
-                self._pace.note(time.perf_counter() - began, prefilling)
+                self._pace.note(self._clock() - began, prefilling)
             for sequence in ended:
                 self._finish(sequence, lane)
         lane.awake = False
@@ -215,9 +229,10 @@ class Scheduler:
         """A lane's step, which takes the head its time less that in which others ran."""
         began, away = time.perf_counter(), rested()
         alone, tokens = lane.decoding == 1, lane.tokens
+        guessed = self.meter.drafted_tokens
         traced = lane.timelines
         ended = self._traced_step(lane, traced) if traced else lane.step()
-        if alone and lane.tokens == tokens + 1:
+        if alone and lane.tokens == tokens + 1 and self.meter.drafted_tokens == guessed:
             self.meter.step.note(time.perf_counter() - began - (rested() - away))
         return ended
 

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from node.foreseen import Foresight, Kind, Step, kind_of_leaves
 from node.hollow import HollowModel
 from node.quantize import quantized
 from node.rewind import restore, snapshot
-from node.tensors import Outgoing, decode_tree, encode_tree, leaf_bytes
+from node.tensors import decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
@@ -30,6 +31,7 @@ class Session:
         # By cache: the kind of what it was last stepped with, and the next step if it is such.
         self.kinds: dict[int, Kind] = {}
         self.foreseen: dict[int, Step] = {}
+        self.due: deque[int] = deque()  # caches of which a step may be foreseen
 
     def forget_steps(self, cache: int) -> None:
         """The next step over a cache can't be foreseen any more."""
@@ -38,7 +40,7 @@ class Session:
 
     def clear(self) -> None:
         """Lets go of everything."""
-        for kept in (self.caches, self.held, self.kinds, self.foreseen):
+        for kept in (self.caches, self.held, self.kinds, self.foreseen, self.due):
             kept.clear()
 
 
@@ -84,8 +86,17 @@ class Stage:
             mx.clear_cache()
         elif frame.hold:
             give_back()
-        report.sent_bytes = leaf_bytes(frame.hidden)
         report.compute_s = time.perf_counter() - started
+
+    def look_ahead(self, session: Session) -> None:
+        """Builds the steps that are likely to come: to be called when a frame has left."""
+        while session.due:
+            number = session.due.popleft()
+            kind = session.kinds.get(number)
+            if kind and number not in session.foreseen:
+                step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
+                if step is not None:
+                    session.foreseen[number] = step
 
     def _forward(
         self, session: Session, part: StagePart, frame: Frame, report: StageReport
@@ -108,21 +119,12 @@ class Stage:
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)
         else:
-            outgoing = Outgoing(result)
-            mx.async_eval(outgoing.arrays, extra)
-            if kind and session.kinds.get(number) == kind:
-                self._foresee(session, number, kind)
-            mx.eval(outgoing.arrays, extra)
-            outgoing.write(frame.hidden)
+            encode_tree(result, frame.hidden, extra)
+        if kind and session.kinds.get(number) == kind:
+            session.due.append(number)
         session.kinds[number] = kind
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = _size(caches)
-
-    def _foresee(self, session: Session, number: int, kind: Kind) -> None:
-        """Builds the step after the one that is being computed."""
-        step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
-        if step is not None:
-            session.foreseen[number] = step
 
     def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
         caches = session.caches

@@ -47,33 +47,23 @@ def decode_array(tensor: Tensor) -> mx.array:
     return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
 
 
-class Outgoing:
-    """A tree of arrays and plain values (numbers, strings, bools, None) on its way to the wire."""
+def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]", also: Any = ()) -> None:
+    """Adds a tree of arrays and plain values (numbers, strings, bools, None) to `leaves`.
 
-    def __init__(self, tree: Any) -> None:
-        self._flat: list[tuple[str, Any]] = tree_flatten(tree)
-        # To be evaluated before `write`.
-        self.arrays = [
-            _bits(value) if isinstance(value, mx.array) else None for _, value in self._flat
-        ]
-
-    def write(self, leaves: "RepeatedCompositeFieldContainer[Leaf]") -> None:
-        """Adds the tree to `leaves`: in place, because each copy of a prefill frame takes long."""
-        for (key, value), raw in zip(self._flat, self.arrays, strict=True):
-            leaf = leaves.add(key=key)
-            if raw is None:
-                leaf.json = json.dumps(value)
-            else:
-                leaf.tensor.dtype = NAMES[value.dtype]
-                leaf.tensor.shape.extend(value.shape)
-                leaf.tensor.data = bytes(memoryview(raw))
-
-
-def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]") -> None:
-    """Evaluates a tree and adds it to `leaves`."""
-    outgoing = Outgoing(tree)
-    mx.eval(outgoing.arrays)
-    outgoing.write(leaves)
+    In place, because prefill frames are large and each copy of one takes milliseconds.
+    Evaluates its arrays, and the arrays in `also` with them in one go.
+    """
+    flat: list[tuple[str, Any]] = tree_flatten(tree)
+    bits = [_bits(value) if isinstance(value, mx.array) else None for _, value in flat]
+    mx.eval(bits, also)
+    for (key, value), raw in zip(flat, bits, strict=True):
+        leaf = leaves.add(key=key)
+        if raw is None:
+            leaf.json = json.dumps(value)
+        else:
+            leaf.tensor.dtype = NAMES[value.dtype]
+            leaf.tensor.shape.extend(value.shape)
+            leaf.tensor.data = bytes(memoryview(raw))
 
 
 def decode_tree(leaves: Iterable[Leaf]) -> Any:
@@ -83,11 +73,8 @@ def decode_tree(leaves: Iterable[Leaf]) -> Any:
 
 def leaf_bytes(leaves: Iterable[Leaf]) -> int:
     """The bytes of their arrays, told from shapes: looking at the data would copy it."""
-    return sum(
-        math.prod(leaf.tensor.shape) * _SIZES[leaf.tensor.dtype]
-        for leaf in leaves
-        if leaf.HasField("tensor")
-    )
+    tensors = [leaf.tensor for leaf in leaves]
+    return sum([math.prod(tensor.shape) * _SIZES.get(tensor.dtype, 0) for tensor in tensors])
 
 
 def _bits(array: mx.array) -> Any:

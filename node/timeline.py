@@ -116,17 +116,17 @@ class Timeline:
 
     def _of_trip(self, number: int, trip: Trip, ahead: Sequence[float]) -> Iterator[Span]:
         """`ahead`: for each hop, how far the clock at its end is ahead of the one before."""
-        left, offset, carried = trip.sent_s, 0.0, trip.sent_bytes
+        left, offset = trip.sent_s, 0.0
         stops = zip(trip.reports, ahead, strict=False)
         for stage, (report, shift) in enumerate(stops, start=1):
             offset += shift
             arrived = report.arrived_s - offset
             started = arrived + report.queue_s
-            yield self._span("wire", stage, left, arrived, number, carried)
+            yield self._span("wire", stage, left, arrived, number, report.received_bytes)
             yield self._span("queue", stage, arrived, started, number)
-            left, carried = started + report.compute_s, report.sent_bytes
+            left = started + report.compute_s
             yield self._span("layers", stage, started, left, number)
-        yield self._span("wire", 0, left, trip.returned_s, number, carried)
+        yield self._span("wire", 0, left, trip.returned_s, number, trip.returned_bytes)
 
     def _span(
         self, name: str, stage: int, start: float, end: float, trip: int = 0, nbytes: int = 0

@@ -16,23 +16,27 @@ from unicluster.v1.stage_pb2 import StageReport
 class Trip:
     """One frame's way round the ring; `sent_s` and `returned_s` by the head's clock.
 
-    `single`: it carried one token of one answer.
+    `single`: it carried one token of one answer. `returned_bytes` of hidden state came back.
     """
 
     sent_s: float
     returned_s: float
-    sent_bytes: int
+    returned_bytes: int
     single: bool
     reports: Sequence[StageReport]
 
     def differences(self) -> list[float]:
-        """For each hop arrival less departure, each by its own machine's clock."""
+        """For each hop, arrival less departure, each by its own machine's clock."""
         left = self.sent_s
         found = []
         for report in self.reports:
             found.append(report.arrived_s - left)
             left = report.arrived_s + report.queue_s + report.compute_s
         return [*found, self.returned_s - left]
+
+    def carried(self) -> list[int]:
+        """Bytes of hidden state for each hop."""
+        return [*(report.received_bytes for report in self.reports), self.returned_bytes]
 
 
 class Trips:
@@ -50,22 +54,17 @@ class Trips:
 
     def note(self, trip: Trip) -> None:
         """Counts a frame that came back."""
-        received = trip.sent_bytes
         for meter, report in zip(self.stages, trip.reports, strict=True):
             meter.frames += 1
             meter.busy_s += report.compute_s
             meter.queue_s += report.queue_s
-            meter.received_bytes += report.received_bytes
-            meter.sent_bytes += report.sent_bytes
-            received = report.sent_bytes
             if trip.single:
                 meter.decode.note(report.compute_s)
         self.head.frames += 1
-        self.head.sent_bytes += trip.sent_bytes
-        self.head.received_bytes += received
         taken = self.clocks.hops(trip.differences(), trip.returned_s)
-        for hop, seconds in zip(self.hops, taken, strict=True):
+        for hop, seconds, carried in zip(self.hops, taken, trip.carried(), strict=True):
             hop.frames += 1
+            hop.bytes += carried
             hop.seconds += seconds
             if trip.single:
                 hop.decode.note(seconds)

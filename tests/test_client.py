@@ -97,6 +97,7 @@ def test_every_option_reaches_the_server(client: Client) -> None:
         stop=["\n", "END"],
         logprobs=0,
         deadline=30,
+        trace=True,
     )
 
     assert json.loads(answer.text) == {
@@ -106,6 +107,7 @@ def test_every_option_reaches_the_server(client: Client) -> None:
         "max_tokens": 10,
         "stop": ["\n", "END"],
         "logprobs": 0,
+        "trace": True,
     }
 
 

@@ -1,6 +1,7 @@
 """Which answers of a served model count, and what is kept of them."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from coordinator.stages import Span, stages
 from coordinator.timing import RECENT, TOKENS, Timing
 from tests.cluster import until
 from tests.fleets import GB, a_layout
-from unicluster.v1.chat_pb2 import Finish, Timings, Usage
+from unicluster.v1.chat_pb2 import Finish, Measured, Timings, Usage
+from unicluster.v1.meters_pb2 import HopMeter, Meters, StageMeter
 
 ANN = Machine("ann", "", 20 * GB, 100e9)
 
@@ -58,13 +60,37 @@ def test_short_answers_do_not_count(alone: tuple[Stage, ...]) -> None:
     assert timing.seconds_per_token is None
 
 
-async def test_what_counts_is_kept(alone: tuple[Stage, ...]) -> None:
-    timing = Timing("it", alone)
-    keeping = asyncio.create_task(timing.keep())
-    with timing.answer() as finished:
-        finished(an_end(0.5))
+async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: float) -> Learned:
+    """What is kept after an answer with so many seconds a token."""
 
+    async def measure() -> Measured:
+        return measured
+
+    timing = Timing("it", stages)
+    keeping = asyncio.create_task(timing.keep(measure))
+    with timing.answer() as finished:
+        finished(an_end(seconds))
     await asyncio.to_thread(until, lambda: "ann" in Learned.load().stages, "it is kept")
     keeping.cancel()
+    return Learned.load()
 
-    assert Learned.load().stages["ann"]["it"].seconds_per_token == pytest.approx(0.5)
+
+async def test_what_counts_is_kept(alone: tuple[Stage, ...]) -> None:
+    known = await stored_of(alone, Measured(), 0.5)
+
+    assert known.stages["ann"]["it"].seconds_per_token == pytest.approx(0.5)
+
+
+async def test_each_stage_and_hop_is_kept_as_it_reports(alone: tuple[Stage, ...]) -> None:
+    bob = replace(ANN, name="bob")
+    two = stages(a_layout([GB] * 10), Network(), [Span(ANN, 0, 5), Span(bob, 5, 10)])
+    meters = Meters(
+        stages=[StageMeter(decode_s=0.1), StageMeter(decode_s=0.3)],
+        hops=[HopMeter(decode_s=0.01), HopMeter(decode_s=0.03)],
+    )
+
+    known = await stored_of(two, Measured(meters=meters), 0.5)
+
+    assert known.stages["ann"]["it"].seconds_per_token == pytest.approx(0.16)  # with the rest
+    assert known.stages["bob"]["it"].seconds_per_token == pytest.approx(0.3)
+    assert known.hops == {"ann bob": pytest.approx(0.02)}

@@ -27,7 +27,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class StageMetrics:
-    """One machine's work in the ring. Seconds and bytes (of hidden state) add up.
+    """One machine's work in the ring, since it was opened.
 
     `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
     `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
@@ -38,8 +38,6 @@ class StageMetrics:
     frames: int
     busy_s: float
     queue_s: float
-    received_bytes: int
-    sent_bytes: int
     decode_s: float
     busy: float = 0.0
     waiting: float = 0.0
@@ -47,12 +45,16 @@ class StageMetrics:
 
 @dataclass(frozen=True, slots=True)
 class HopMetrics:
-    """The way from one machine to the next: `seconds` of all frames, and of a single token."""
+    """The way from one machine to the next: `seconds` and `bytes` (of hidden state) of all frames.
+
+    `decode_s` is what one token of one answer took, the median of the last ones; 0: none.
+    """
 
     source: str
     target: str
     frames: int
     seconds: float
+    bytes: int
     decode_s: float
 
 
@@ -119,8 +121,6 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
                 frames=stage.frames,
                 busy_s=stage.busy_s,
                 queue_s=stage.queue_s,
-                received_bytes=stage.received_bytes,
-                sent_bytes=stage.sent_bytes,
                 decode_s=stage.decode_s,
             )
             for stage in meters.stages
@@ -145,7 +145,7 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
 def _hops(hops: Sequence[meters_pb2.HopMeter], machines: Sequence[str]) -> tuple[HopMetrics, ...]:
     ring = [*machines, *machines[:1]]
     return tuple(
-        HopMetrics(source, target, hop.frames, hop.seconds, hop.decode_s)
+        HopMetrics(source, target, hop.frames, hop.seconds, hop.bytes, hop.decode_s)
         for hop, source, target in zip(hops, ring, ring[1:], strict=False)
     )
 

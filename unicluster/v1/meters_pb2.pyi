@@ -136,8 +136,6 @@ class StageMeter(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     BUSY_S_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
-    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
-    SENT_BYTES_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     frames: _builtins.int
@@ -145,9 +143,6 @@ class StageMeter(_message.Message):
     """computing, or building what is to be computed"""
     queue_s: _builtins.float
     """frames were there, and waited for others"""
-    received_bytes: _builtins.int
-    """of hidden state"""
-    sent_bytes: _builtins.int
     decode_s: _builtins.float
     """for one token of one answer: the median of the last ones; 0: none"""
     def __init__(
@@ -157,13 +152,11 @@ class StageMeter(_message.Message):
         frames: _builtins.int = ...,
         busy_s: _builtins.float = ...,
         queue_s: _builtins.float = ...,
-        received_bytes: _builtins.int = ...,
-        sent_bytes: _builtins.int = ...,
         decode_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -175,10 +168,13 @@ class HopMeter(_message.Message):
 
     FRAMES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     frames: _builtins.int
     seconds: _builtins.float
     """from the end of computing on one machine to arrival on the next"""
+    bytes: _builtins.int
+    """of hidden state"""
     decode_s: _builtins.float
     """for one token of one answer: the median of the last ones; 0: none"""
     def __init__(
@@ -186,11 +182,12 @@ class HopMeter(_message.Message):
         *,
         frames: _builtins.int = ...,
         seconds: _builtins.float = ...,
+        bytes: _builtins.int = ...,
         decode_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "frames", b"frames", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "decode_s", b"decode_s", "frames", b"frames", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -631,7 +631,6 @@ class StageReport(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     ARRIVED_S_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
-    SENT_BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -643,7 +642,6 @@ class StageReport(_message.Message):
     """when the frame came, by the machine's own clock"""
     received_bytes: _builtins.int
     """of hidden state"""
-    sent_bytes: _builtins.int
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -660,11 +658,10 @@ class StageReport(_message.Message):
         state: Global___CacheState | None = ...,
         arrived_s: _builtins.float = ...,
         received_bytes: _builtins.int = ...,
-        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
