@@ -17,7 +17,8 @@ from unicluster.chat_repl import summary
 # Two machines hold the model and its draft, and one does not.
 MEMORY = 3_300_000
 WIDE = {"head_dim": 64}
-PROMPT = "word " * 4
+PROMPT = "1 2 3 4 5 6 7 8"
+CHUNK = 17  # tokens of the first of its two chunks: mlx-lm quantizes after it
 MAX_TOKENS = 40
 # Until all machines have looked at a model, each in a process of its own.
 REFUSED = 180.0
