@@ -225,10 +225,14 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
-            with self._lock:
-                sent = self._sent.get(message.frame.id)
-            if sent is not None:
-                sent.reply.leave()
+            self._left(message.frame.id)
+
+    def _left(self, number: int) -> None:
+        """Not in `_write`, which would keep alive what was sent last until it sends again."""
+        with self._lock:
+            sent = self._sent.get(number)
+        if sent is not None:
+            sent.reply.leave()
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""
