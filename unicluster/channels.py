@@ -167,10 +167,10 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
 # Sent with the errors that our own servers raise: their messages are passed on as they are.
 OUR_OWN = (("unicluster-error", "1"),)
 
-# What gRPC itself says of a broken connection, and how a person would say it.
 # What gRPC makes of a message that could not be written, if it notices before the connection's end.
 _WRITE_FAILED = "Internal error from Core"
 
+# What gRPC itself says of a broken connection, and how a person would say it.
 _BROKEN = [
     (
         "failed to connect.*(Socket closed|reset by peer)",
