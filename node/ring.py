@@ -50,7 +50,7 @@ class Reply:
             self._there.wait()
         if isinstance(self._result, UniclusterError):
             raise self._result
-        assert self._result is not None  # noqa: S101
+        assert self._result is not None  # noqa: S101  # `put` gives it before it sets the signal
         return self._result
 
 
