@@ -56,6 +56,11 @@ class Members:
     ) -> None:
         await self._browser.__aexit__(kind, error, trace)
 
+    @property
+    def names(self) -> set[str]:
+        """Of the machines that multicast tells of."""
+        return set(self._browser.found)
+
     async def search(self, names: Sequence[str] | None = None) -> None:
         """Waits until all of `names` are found, or, without names, until no more turn up.
 

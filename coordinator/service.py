@@ -1,6 +1,7 @@
 """One model kept served over whatever machines there are."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from coordinator.serving import Serving
 from coordinator.shortfall import scaled
 from coordinator.sourcing import assign, whole_files
 from unicluster.channels import channel_was_closed
-from unicluster.errors import UniclusterError
+from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
 from unicluster.v1.node_pb2 import ModelLayout
@@ -64,6 +65,7 @@ class Service:
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
         self._ready = asyncio.Event()
+        self._turned = asyncio.Event()  # there is another deployment, or none
 
     @property
     def display(self) -> str:
@@ -100,6 +102,16 @@ class Service:
         """Returns when the model answers for the first time."""
         await self._ready.wait()
 
+    async def until_moved(self, timeout: float) -> None:
+        """While a machine is being drained: returns when others have taken over, or can't."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self._stuck and (self.deployment is None or self.deployment.draining):
+                    self._turned.clear()
+                    await self._turned.wait()
+                if self.deployment is not None and not self._stuck:
+                    await self.deployment.until_ready()
+
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
         info = ChatInfo(
@@ -132,6 +144,7 @@ class Service:
                 lost = self.deployment is not None and self.deployment.was_ready
                 self.deployment = None
                 self._problem, self._stuck = str(error), not lost
+                self._turned.set()
                 log.warning("not serving: %s", error)
                 if lost:
                     retry = FIRST_RETRY_SECONDS
@@ -159,18 +172,23 @@ class Service:
             self.source, self.layout, placed, self._identity, listener, files, self._serving
         )
         self.deployment = deployment
+        self._turned.set()
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
+        drained = asyncio.create_task(deployment.until_drained())
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
                 self._problem, self._stuck = "", False
                 self._ready.set()
+            await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                raise UnavailableError(f"machine {deployment.draining} is being drained")
             await running
         finally:
-            for task in (running, first):
+            for task in (running, first, drained):
                 task.cancel()
-            await asyncio.gather(running, first, return_exceptions=True)
+            await asyncio.gather(running, first, drained, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
         model, revision = self.source.model, self._inspected.revision

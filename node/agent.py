@@ -28,6 +28,8 @@ from unicluster.trust import Identity
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
+    Draining,
+    DrainRequest,
     Greeting,
     InspectRequest,
     LoadProgress,
@@ -69,9 +71,29 @@ class Agent(NodeServicer):
         self._stage_port = stage_port
         self._cap = memory_cap
         self._stages: dict[int, StageSpec] = {}
+        self._drain = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    @property
+    def stages(self) -> list[StageSpec]:
+        """Those that it runs now."""
+        return list(self._stages.values())
+
+    @property
+    def draining(self) -> bool:
+        return self._drain.is_set()
+
+    async def changed(self, timeout: float) -> None:
+        """Returns when a stage came or went, or draining began or ended; at the latest after
+        `timeout` seconds."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, timeout))
 
     def usable_memory(self) -> int:
         """Bytes that a new stage may take now, within the cap. May run a command to find out."""
+        if self._drain.is_set():
+            return 0
         available = self.hardware.available()
         if self._cap is None:
             return available
@@ -96,7 +118,17 @@ class Agent(NodeServicer):
             platform=hardware.platform,
             stages=self._stages.values(),
             peers=self.peers.known(),
+            draining=self._drain.is_set(),
         )
+
+    async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
+        if request.off:
+            self._drain.clear()
+        else:
+            self._drain.set()
+        self._changed.set()
+        log.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
+        return await self.Describe(DescribeNodeRequest(), context)
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
         caller = context.auth_context()
@@ -137,14 +169,22 @@ class Agent(NodeServicer):
         # A second model on the same machine takes any free port beside the known one.
         port = 0 if self._stages else self._stage_port
         self._stages[key] = request
+        self._changed.set()
+        telling = asyncio.create_task(self._tell_draining(context))
         config = self._config(request, port, _dialled(request.sources, context))
         try:
             async with contextlib.aclosing(self._run(request, config)) as events:
                 async for event in events:
                     await context.write(event)
         finally:
+            telling.cancel()
             del self._stages[key]
+            self._changed.set()
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
+
+    async def _tell_draining(self, context: Context) -> None:
+        await self._drain.wait()
+        await context.write(StageEvent(draining=Draining()))
 
     async def _run(self, spec: StageSpec, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)

@@ -10,10 +10,14 @@ from node.agent import Agent, how_to_get_mlx
 from node.cache import offered
 from node.peers import Peers
 from node.probe import Hardware, probe
+from node.telemetry import tell
 from unicluster import PROTOCOL, __version__
+from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, check_free, make_server
 from unicluster.discovery import Advertisement, Browser, Kind, one_address
 from unicluster.errors import InputError
+from unicluster.mqtt import Publisher, in_background
+from unicluster.service_manager import notify
 from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an agent that multicast does not reach: makes the two known to each other",
     )
     parser.add_argument("--token", help="join token of an existing cluster; it is kept")
+    add_mqtt_argument(parser)
     parser.add_argument(
         "--quiet", action="store_true", help="log only what goes wrong, not each stage"
     )
@@ -69,16 +74,23 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--replace: only makes sense with --token")
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    broker = chosen_broker(args.mqtt)
     check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
     store = Store()
     if args.token is not None:
         cluster, created = store.join(args.token, replace=args.replace), False
     else:
         cluster, created = store.load_or_create()
-    return asyncio.run(_join(args, cap, cluster, created))
+    return asyncio.run(_join(args, cap, cluster, created, broker))
 
 
-async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, created: bool) -> int:
+async def _join(
+    args: argparse.Namespace,
+    cap: int | None,
+    cluster: Cluster,
+    created: bool,
+    broker: BrokerUrl | None,
+) -> int:
     identity = cluster.issue(args.name)
     hardware = await asyncio.to_thread(probe, cap)
     server = make_server()
@@ -115,9 +127,20 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             version=__version__,
             protocol=str(PROTOCOL),
         )
-        async with peers.greeted(identity, greeting), browser, advertised as advertisement:
+        async with (
+            peers.greeted(identity, greeting),
+            browser,
+            advertised as advertisement,
+            contextlib.AsyncExitStack() as stack,
+        ):
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
+            if broker is not None:
+                publisher = Publisher(broker, cluster, f"node/{args.name}")
+                await stack.enter_async_context(publisher.running())
+                await stack.enter_async_context(in_background(tell(agent, publisher, args.name)))
+            notify(f"READY=1\nSTATUS={args.name} in cluster {cluster.fingerprint}, port {port}")
             await _keep_current(advertisement, agent, usable, stop)
+            notify("STOPPING=1")
     finally:
         await server.stop(grace=0.5)
     print(f"{args.name} has left the cluster.", flush=True)

@@ -20,7 +20,9 @@ COMMANDS = {
     "plan": ("coordinator.plan_command", "say whether a model fits, where it goes, how fast it is"),
     "models": ("coordinator.models_command", "list the models known, and what they weigh"),
     "hardware": ("coordinator.hardware_command", "list the machines known, for plan --fleet"),
+    "drain": ("coordinator.drain_command", "before maintenance: have others take over its stages"),
     "serve": ("coordinator.serve", "spread a model over the machines and serve it"),
+    "broker": ("coordinator.broker_command", "a small MQTT broker, for those who have none"),
     "chat": ("unicluster.chat_ui", "talk to the model that is served"),
     "demo": ("coordinator.demo", "three machines in miniature on this one, and a chat"),
 }
