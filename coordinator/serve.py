@@ -23,7 +23,7 @@ from coordinator.render import LoadProgress, fleet_table, plan_table
 from coordinator.service import Service
 from coordinator.serving import Serving
 from coordinator.telemetry import root_of, tell
-from unicluster import PROTOCOL, __version__
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, join_address, make_server
 from unicluster.checkpoint import Checkpoint
@@ -214,6 +214,7 @@ async def served(
                 model=options.source.display,
                 version=__version__,
                 protocol=str(PROTOCOL),
+                oldest=str(OLDEST_PROTOCOL),
             )
             async with advertisement:
                 yield Running(service, join_address(options.host or "127.0.0.1", port), task)

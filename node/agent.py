@@ -19,7 +19,7 @@ from node.peers import Peers
 from node.probe import Hardware
 from node.process import WorkerProcess
 from node.sources import Sources
-from unicluster import PROTOCOL, __version__
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.channels import host_of, join_address, peer_name
 from unicluster.checkpoint import Manifest
 from unicluster.errors import InputError, UnavailableError, UniclusterError
@@ -41,6 +41,7 @@ from unicluster.v1.node_pb2 import (
     StageSpec,
 )
 from unicluster.v1.node_pb2_grpc import NodeServicer
+from unicluster.versions import mismatch
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class Agent(NodeServicer):
             stages=self._stages.values(),
             peers=self.peers.known(),
             draining=self._drain.is_set(),
+            oldest_protocol=OLDEST_PROTOCOL,
+            clock=time.time(),
         )
 
     async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
@@ -141,8 +144,13 @@ class Agent(NodeServicer):
                 "choose another --name"
             )
             await abort(context, error)
+        who = f"machine {names[0] if names else 'unknown'}"
+        if request.protocol and (
+            wrong := mismatch(who, request.version, request.protocol, request.oldest_protocol)
+        ):
+            log.warning("%s", wrong)
         self.peers.note(request.host or host_of(context), request.port)
-        return Greeting()
+        return Greeting(version=__version__, protocol=PROTOCOL, oldest_protocol=OLDEST_PROTOCOL)
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
         if self.hardware.backend == "none":

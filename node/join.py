@@ -11,7 +11,7 @@ from node.cache import offered
 from node.peers import Peers
 from node.probe import Hardware, probe
 from node.telemetry import tell
-from unicluster import PROTOCOL, __version__
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, check_free, make_server
 from unicluster.discovery import Advertisement, Browser, Kind, one_address
@@ -23,6 +23,7 @@ from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.versions import mismatch
 from unicluster.weights_service import WeightsService
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,13 @@ async def _join(
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    greeting = Greeting(port=port, host=one_address(args.host))
+    greeting = Greeting(
+        port=port,
+        host=one_address(args.host),
+        version=__version__,
+        protocol=PROTOCOL,
+        oldest_protocol=OLDEST_PROTOCOL,
+    )
     try:
         usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisement(
@@ -126,6 +133,7 @@ async def _join(
             backend=hardware.backend,
             version=__version__,
             protocol=str(PROTOCOL),
+            oldest=str(OLDEST_PROTOCOL),
         )
         async with (
             peers.greeted(identity, greeting),
@@ -139,7 +147,7 @@ async def _join(
                 await stack.enter_async_context(publisher.running())
                 await stack.enter_async_context(in_background(tell(agent, publisher, args.name)))
             notify(f"READY=1\nSTATUS={args.name} in cluster {cluster.fingerprint}, port {port}")
-            await _keep_current(advertisement, agent, usable, stop)
+            await _keep_current(advertisement, agent, usable, stop, browser)
             notify("STOPPING=1")
     finally:
         await server.stop(grace=0.5)
@@ -148,10 +156,21 @@ async def _join(
 
 
 async def _keep_current(
-    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event
+    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
 ) -> None:
-    """Tells the network when usable memory has changed, until `stop`."""
+    """Tells the network when usable memory has changed, until `stop`.
+
+    And tells the user once of each machine that is too old or too new.
+    """
+    warned: set[str] = set()
     while not stop.is_set():
+        for machine in browser.found.values():
+            wrong = mismatch(
+                f"machine {machine.name}", machine.version, machine.protocol, machine.oldest
+            )
+            if wrong and wrong not in warned:
+                warned.add(wrong)
+                log.warning("%s", wrong)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
         usable = await asyncio.to_thread(agent.usable_memory)

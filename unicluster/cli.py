@@ -21,6 +21,7 @@ COMMANDS = {
     "models": ("coordinator.models_command", "list the models known, and what they weigh"),
     "hardware": ("coordinator.hardware_command", "list the machines known, for plan --fleet"),
     "drain": ("coordinator.drain_command", "before maintenance: have others take over its stages"),
+    "doctor": ("node.doctor", "what usually goes wrong, and how to mend it"),
     "serve": ("coordinator.serve", "spread a model over the machines and serve it"),
     "broker": ("coordinator.broker_command", "a small MQTT broker, for those who have none"),
     "chat": ("unicluster.chat_ui", "talk to the model that is served"),

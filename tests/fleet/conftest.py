@@ -1,6 +1,7 @@
 """The fleet that the tests of this folder share: it lives through the whole story."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"), ROOT)
 
 
-def build_wheel(folder: Path, source: Path) -> Path:
+def build_wheel(folder: Path, source: Path, version: str = "") -> Path:
+    """`source` as a wheel, with its own version number or another."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
     # Built from a copy: setuptools would leave its folder `build` in the checkout, and reuse it.
     copy = folder / "source"
@@ -47,6 +49,14 @@ def build_wheel(folder: Path, source: Path) -> Path:
             shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
         else:
             shutil.copy(source / name, copy / name)
+    if version:
+        for file, pattern in (
+            ("unicluster/__init__.py", r'__version__ = ".+"'),
+            ("pyproject.toml", r'^version = ".+"'),
+        ):
+            text = (copy / file).read_text()
+            (found,) = re.findall(pattern, text, re.M)
+            (copy / file).write_text(text.replace(found, re.sub('".+"', f'"{version}"', found)))
     subprocess.run([*pip, str(copy)], check=True, timeout=300)
     return next(folder.glob("*.whl"))
 

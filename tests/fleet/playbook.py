@@ -90,6 +90,7 @@ class Playbook:
                 **os.environ,
                 "ANSIBLE_HOME": str(self._folder / "ansible"),
                 "ANSIBLE_PIPELINING": "1",
+                "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=60s",  # without -C
                 # Not the user's own: a later run may have other hosts at these addresses.
                 "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self._folder / "cp"),
                 "ANSIBLE_NOCOLOR": "1",

@@ -24,19 +24,30 @@ class Greeting(_message.Message):
 
     PORT_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     port: _builtins.int
     """the sender's agent port"""
     host: _builtins.str
     """where it listens; empty: at the address it calls from"""
+    version: _builtins.str
+    """Of whoever sends it, the answer's too; see NodeInfo."""
+    protocol: _builtins.int
+    """0: older than this field"""
+    oldest_protocol: _builtins.int
     def __init__(
         self,
         *,
         port: _builtins.int = ...,
         host: _builtins.str = ...,
+        version: _builtins.str = ...,
+        protocol: _builtins.int = ...,
+        oldest_protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "oldest_protocol", b"oldest_protocol", "port", b"port", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,6 +105,8 @@ class NodeInfo(_message.Message):
     STAGES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -109,6 +122,10 @@ class NodeInfo(_message.Message):
     platform: _builtins.str
     draining: _builtins.bool
     """it has nothing to offer until that is taken back"""
+    oldest_protocol: _builtins.int
+    """that it still works with; 0: only its own"""
+    clock: _builtins.float
+    """its time, in seconds since 1970 UTC"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSpec]: ...
     @_builtins.property
@@ -131,10 +148,12 @@ class NodeInfo(_message.Message):
         stages: _abc.Iterable[Global___StageSpec] | None = ...,
         peers: _abc.Iterable[_builtins.str] | None = ...,
         draining: _builtins.bool = ...,
+        oldest_protocol: _builtins.int = ...,
+        clock: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "draining", b"draining", "name", b"name", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "draining", b"draining", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
