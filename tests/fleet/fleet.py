@@ -28,6 +28,7 @@ class Fleet:
         self.options: dict[str, list[str]] = {name: ["--memory", MEMORY] for name in NAMES}
         self.models: list[dict[str, Any]] = []
         self._folder = folder
+        self._disks = folder / "hosts"
         self._network = Network()
         self._began = time.monotonic()
 
@@ -38,10 +39,14 @@ class Fleet:
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=60
         )
+        # In memory: three trees on disk would be most of what the tests wait for.
+        self._disks.mkdir()
+        tmpfs = ("mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", str(self._disks))
+        subprocess.run(tmpfs, check=True, timeout=60)
         self._network.__enter__()
         try:
             for name in NAMES:
-                self.hosts[name] = Host(name, self._network, self._folder, key)
+                self.hosts[name] = Host(name, self._network, self._disks, key)
             with ThreadPoolExecutor() as pool:
                 list(pool.map(Host.boot, self.hosts.values()))
         except BaseException:
@@ -56,6 +61,7 @@ class Fleet:
         for host in self.hosts.values():
             host.remove()
         self._network.__exit__()
+        subprocess.run(["umount", "--lazy", str(self._disks)], check=True, timeout=60)
         self.say("controller", "all hosts are removed")
 
     def __getitem__(self, name: str) -> Host:

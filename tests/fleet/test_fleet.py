@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.cluster import ROOT, until
 from tests.fleet.conftest import build_wheel
-from tests.fleet.fleet import NAMES, Fleet
+from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
 
 QUESTION, ANSWER = "'What is the capital of Spain?'", "The capital of Spain is Madrid."
 LONG = "'Tell me a tiny story about a fox.'"
@@ -33,9 +33,7 @@ def ask(fleet: Fleet, host: str, question: str = QUESTION) -> str:
 
 def ask_until_answered(fleet: Fleet, host: str) -> None:
     def answered() -> bool:
-        command = (
-            f"sudo -u unicluster UNICLUSTER_HOME=/var/lib/unicluster {PROGRAM} chat {QUESTION}"
-        )
+        command = f"{UNICLUSTER} chat {QUESTION}"
         return ANSWER in fleet[host].try_run(command).stdout
 
     until(answered, f"{host} gets an answer", MOVE_SECONDS)
@@ -92,9 +90,7 @@ def test_the_doctor_finds_nothing_that_would_not_work(fleet: Fleet) -> None:
 
 def test_a_host_that_loses_power_mid_answer_is_done_without(fleet: Fleet) -> None:
     victim = next(name for name in ("cid", "bob") if name in stages(fleet))
-    running = fleet["ann"].start(
-        f"sudo -u unicluster UNICLUSTER_HOME=/var/lib/unicluster {PROGRAM} chat {LONG}"
-    )
+    running = fleet["ann"].start(f"{UNICLUSTER} chat {LONG}")
     assert running.stdout is not None
     first = running.stdout.read(20)
     fleet[victim].lose_power()
