@@ -21,7 +21,7 @@ demo: $(STAMP)
 	@$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
 
 test: $(STAMP)
-	$(BIN)/pytest -q tests --ignore tests/fleet
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -q tests --ignore tests/fleet
 
 # Whole hosts, booted on this one: on Linux, as root, with debootstrap and systemd-nspawn.
 test-fleet: $(STAMP)

@@ -50,15 +50,17 @@ async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Fin
     addresses = {machine.address: machine.name for machine in heard.values()}
     answers: dict[str, Answer] = {}
     waiting = {*addresses, *peers}
+    asked: set[str] = set()
     while waiting:
-        asked = await asyncio.gather(*(_ask(a, identity) for a in sorted(waiting)))
-        for address, answer in zip(sorted(waiting), asked, strict=True):
+        asked |= waiting
+        answered = await asyncio.gather(*(_ask(a, identity) for a in sorted(waiting)))
+        for address, answer in zip(sorted(waiting), answered, strict=True):
             if isinstance(answer, Answer):
                 answers[address] = answer
             else:
                 findings.append(_silent(addresses.get(address, address), address, answer))
         known = {peer for a in answers.values() for peer in a.info.peers}
-        waiting = known - set(answers) - waiting
+        waiting = known - asked
     return [multicast(heard, answers), *findings, *(f for a in answers.values() for f in judge(a))]
 
 
