@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
 
-.PHONY: install demo test test-fleet lint proto proto-check bench clean
+.PHONY: install demo test test-fleet lint proto proto-check bench soak clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ proto-check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.hop
+
+# Hundreds of requests of all kinds, in some minutes: does each end rightly, and is nothing left?
+soak: $(STAMP)
+	$(BIN)/python -m bench.soak
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """What a hop costs: decode over stages against one mlx-lm process, in the same run.
 
-    python -m bench.hop [--rounds N] [--tokens N] [--stages 2 3] [--json FILE]
+    python -m bench.hop [--size 10M] [--rounds N] [--tokens N] [--stages 2 3] [--off] [--json FILE]
 
 One user, greedy, mTLS on, all processes on this machine. Each round decodes the same prompt
 with every subject, in an order that turns from round to round, so that drift hits all alike.
@@ -16,6 +16,10 @@ median, tells how much of that is the machine's noise.
 That is all that a cut costs: the hop, and computing in pieces, by processes that here share
 cores and caches. An empty frame, timed after each decode, is the hop alone: gRPC, TLS and all
 threads that a frame passes, but no tensors and no computing.
+
+With --off, each ring is measured once more without building steps before their input is there.
+The least decile is of all tokens together, of all rounds: what a machine that has other work to
+do as well comes to in its quiet moments.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx_lm
@@ -36,8 +40,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-import unicluster
 from bench.models import write_llama
+from coordinator.placement import Layout
+from coordinator.planner import split_evenly
+from node.layout import inspect
+from node.loader import describe_here, load_local
+from unicluster.trust import Cluster
 
 Times = np.ndarray[Any, Any]
 
@@ -51,7 +59,9 @@ class Cost:
     """Times in seconds."""
 
     stages: int
+    foresee: bool  # steps are built before their input is there
     token_median: float
+    token_p10: float
     token_p99: float
     hop_median: float
     hop_p99: float
@@ -66,6 +76,7 @@ class Result:
     rounds: int
     tokens: int
     plain_median: float
+    plain_p10: float
     plain_p99: float
     spread: float  # between the quartiles of the plain model's rounds, relative to their median
     load: float  # processes that wanted a core, on average, over the last minute
@@ -73,14 +84,28 @@ class Result:
     costs: list[Cost]
 
 
+class Subject(NamedTuple):
+    """What decodes: mlx-lm's own model for one stage, or a ring."""
+
+    stages: int
+    foresee: bool
+
+
+PLAIN = Subject(1, True)
+
+
 @contextmanager
-def loaded(path: Path, stages: int) -> Iterator[Any]:
-    """The model over that many stages; for 1, mlx-lm's own."""
-    if stages == 1:
+def loaded(path: Path, subject: Subject) -> Iterator[Any]:
+    """The model of a subject."""
+    if subject == PLAIN:
         yield mlx_lm.load(str(path))[0]
-    else:
-        with unicluster.load(str(path), local_nodes=stages)[0] as model:
-            yield model
+        return
+    identity = Cluster.new().issue("local")
+    checkpoint = describe_here(str(path), identity)
+    layout = Layout.from_proto(inspect(checkpoint))
+    cuts = split_evenly(layout, subject.stages)
+    with load_local(checkpoint, "", cuts, identity, foresee=subject.foresee)[0] as model:
+        yield model
 
 
 def decode(model: Any, tokens: int) -> Times:
@@ -100,46 +125,47 @@ def empty_hops(model: Any, stages: int, count: int) -> Times:
     return np.diff(times)[WARM_UP:] / ((stages - 1) * stages)
 
 
-def measure(path: Path, stages: Sequence[int], rounds: int, tokens: int) -> Result:
+def measure(path: Path, rings: Sequence[Subject], rounds: int, tokens: int) -> Result:
     """Decodes `rounds` times with each subject."""
-    subjects = [1, *stages]
-    found: dict[int, list[Times]] = {count: [] for count in subjects}
-    empty: dict[int, list[Times]] = {count: [] for count in stages}
+    subjects = [PLAIN, *rings]
+    found: dict[Subject, list[Times]] = {subject: [] for subject in subjects}
+    empty: dict[Subject, list[Times]] = {subject: [] for subject in rings}
     for turn in range(rounds):
         first = turn % len(subjects)
-        for count in subjects[first:] + subjects[:first]:
-            with loaded(path, count) as model:
-                found[count].append(decode(model, tokens))
-                if count > 1:
-                    empty[count].append(empty_hops(model, count, tokens))
+        for subject in subjects[first:] + subjects[:first]:
+            with loaded(path, subject) as model:
+                found[subject].append(decode(model, tokens))
+                if subject != PLAIN:
+                    empty[subject].append(empty_hops(model, subject.stages, tokens))
         show_progress(turn + 1, rounds)
-    plain = np.stack(found[1])
+    plain = np.stack(found[PLAIN])
     medians = np.median(plain, axis=1)
     low, high = np.percentile(medians, [25, 75])
     return Result(
         rounds=rounds,
         tokens=tokens,
         plain_median=float(np.median(medians)),
+        plain_p10=float(np.percentile(plain, 10)),
         plain_p99=float(np.median(np.percentile(plain, 99, axis=1))),
         spread=float((high - low) / np.median(medians)),
         load=os.getloadavg()[0],
         cores=os.cpu_count() or 1,
-        costs=[
-            cost(count, np.stack(found[count]), medians, np.stack(empty[count])) for count in stages
-        ],
+        costs=[cost(ring, np.stack(found[ring]), medians, np.stack(empty[ring])) for ring in rings],
     )
 
 
-def cost(stages: int, times: Times, plain: Times, empty: Times) -> Cost:
+def cost(ring: Subject, times: Times, plain: Times, empty: Times) -> Cost:
     """`times` and `empty` have shape (rounds, tokens); `plain` is the median of each round."""
     medians = np.median(times, axis=1)
     tails = np.percentile(times, 99, axis=1)
     return Cost(
-        stages=stages,
+        stages=ring.stages,
+        foresee=ring.foresee,
         token_median=float(np.median(medians)),
+        token_p10=float(np.percentile(times, 10)),
         token_p99=float(np.median(tails)),
-        hop_median=float(np.median((medians - plain) / stages)),
-        hop_p99=float(np.median((tails - plain) / stages)),
+        hop_median=float(np.median((medians - plain) / ring.stages)),
+        hop_p99=float(np.median((tails - plain) / ring.stages)),
         empty_median=float(np.median(empty)),
         empty_p99=float(np.median(np.percentile(empty, 99, axis=1))),
     )
@@ -156,14 +182,15 @@ def table(result: Result, parameters: int) -> str:
         f"{parameters / 1e6:.1f} M parameters, float32, batch 1, mTLS, one machine of "
         f"{result.cores} cores; {result.rounds} rounds of {result.tokens} tokens",
         "",
-        f"{'':14}{'ms a token':>22}{'added ms a hop':>22}{'empty frame, a hop':>22}",
-        f"{'':14}" + f"{'median':>12}{'p99':>10}" * 3,
-        f"{'one process':14}{_ms(result.plain_median, 12)}{_ms(result.plain_p99, 10)}",
+        f"{'':20}{'ms a token':>32}{'added ms a hop':>20}{'empty frame, a hop':>20}",
+        f"{'':20}{'median':>12}{'least 10th':>11}{'p99':>9}" + f"{'median':>11}{'p99':>9}" * 2,
+        f"{'one process':20}{_ms(result.plain_median, 12)}{_ms(result.plain_p10, 11)}"
+        f"{_ms(result.plain_p99, 9)}",
     ]
     lines += [
-        f"{f'{cost.stages} stages':14}{_ms(cost.token_median, 12)}{_ms(cost.token_p99, 10)}"
-        f"{_ms(cost.hop_median, 12)}{_ms(cost.hop_p99, 10)}"
-        f"{_ms(cost.empty_median, 12)}{_ms(cost.empty_p99, 10)}"
+        f"{_name(cost):20}{_ms(cost.token_median, 12)}{_ms(cost.token_p10, 11)}"
+        f"{_ms(cost.token_p99, 9)}{_ms(cost.hop_median, 11)}{_ms(cost.hop_p99, 9)}"
+        f"{_ms(cost.empty_median, 11)}{_ms(cost.empty_p99, 9)}"
         for cost in result.costs
     ]
     lines += [
@@ -176,6 +203,10 @@ def table(result: Result, parameters: int) -> str:
     return "\n".join(lines)
 
 
+def _name(cost: Cost) -> str:
+    return f"{cost.stages} stages" + ("" if cost.foresee else ", off")
+
+
 def _ms(seconds: float, width: int = 0) -> str:
     return f"{seconds * 1e3:{width}.3f}"
 
@@ -184,15 +215,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--size", choices=["10M", "125M"], default="10M")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--off", action="store_true", help="measure without building ahead too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = write_llama(Path(folder))
+        path = write_llama(Path(folder), options.size)
         arrays: Any = tree_flatten(mlx_lm.load(str(path), lazy=True)[0].parameters())
-        result = measure(path, options.stages, options.rounds, options.tokens)
+        ways = (True, False) if options.off else (True,)
+        rings = [Subject(count, way) for count in options.stages for way in ways]
+        result = measure(path, rings, options.rounds, options.tokens)
     print(table(result, sum(array.size for _, array in arrays)))
     if options.json:
         options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")

@@ -3,9 +3,9 @@
     python -m bench.lanes [--size 10M 125M] [--rounds N] [--only NAME ...] [--json FILE]
 
 The engine answers over stages in processes of their own, mTLS on, all on this machine. Greedy,
-prompts of exact lengths, nothing stops at an end token, and no prompt is reused but where reuse is
-measured. What is compared runs in the same process, in turns, round by round, and the figure is
-the median of the rounds' ratios.
+prompts of exact lengths, nothing stops at an end token, and no prompt is reused but where reuse
+is measured (unicluster/measure.py). What is compared runs in the same process, in turns, round
+by round, and the figure is the median of the rounds' ratios.
 
 - users: tokens a second of 2 and 4 users together, against those of 1 user.
 - prefill: seconds to the first token of 512 tokens, one chunk on its way at a time against as
@@ -19,13 +19,10 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,11 +33,13 @@ from node.engine import Engine
 from node.mlx_thread import MLXThread
 from node.ring import Window
 from node.worker import SWITCH_INTERVAL
+from unicluster import measure
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 STAGES = 2
 CONTEXT = 8192
 TOKENS = {"10M": 120, "125M": 40}  # of an answer, while users are counted
+PROMPT = 512
 TURN = 2048
 LONG = 4096
 
@@ -48,14 +47,13 @@ Figures = dict[str, float]
 
 
 class Bench:
-    """A model over two stages, and engines over it."""
+    """A model over stages, and engines over it."""
 
     def __init__(self, size: str, model: Any, tokenizer: Any, thread: MLXThread) -> None:
         self.size = size
         self.model = model
         self.tokenizer = tokenizer
         self.thread = thread
-        self._dice = random.Random(7)
 
     @asynccontextmanager
     async def engine(self, users: int, kv_bytes: int = 0) -> AsyncIterator[Engine]:
@@ -72,77 +70,60 @@ class Bench:
         yield engine
         engine.close()
 
-    def prompt(self, tokens: int) -> list[int]:
-        """One that never was before."""
-        return [self._dice.randrange(1, 256) for _ in range(tokens)]
 
+def of_engine(engine: Engine) -> measure.Ask:
+    """Asks an engine, without any network."""
 
-async def answer(engine: Engine, prompt: list[int], tokens: int) -> tuple[list[float], list[int]]:
-    """When each token came, the asking first; and the tokens."""
-    times, found = [time.perf_counter()], []
-    ticket = await engine.submit(GenerateRequest(token_ids=prompt, max_tokens=tokens))
-    async for event in ticket:
-        if event.delta.token_ids:
-            times.append(time.perf_counter())
-            found += event.delta.token_ids
-    return times, found
+    async def ask(
+        prompt: Sequence[int], tokens: int, *, reuse: bool = False
+    ) -> AsyncGenerator[Sequence[int], None]:
+        request = GenerateRequest(
+            token_ids=prompt, max_tokens=tokens, ignore_eos=True, no_reuse=not reuse
+        )
+        ticket = await engine.submit(request)
+        try:
+            async for event in ticket:
+                if event.delta.token_ids:
+                    yield event.delta.token_ids
+        finally:
+            ticket.cancel()
 
-
-async def speed(engine: Engine, bench: Bench, users: int) -> float:
-    """Tokens a second of all users, while all decode."""
-    count = TOKENS[bench.size]
-    asked = (answer(engine, bench.prompt(16), count) for _ in range(users))
-    told = [times for times, _ in await asyncio.gather(*asked)]
-    begin, end = max(times[1] for times in told), min(times[-1] for times in told)
-    return sum(begin < at <= end for times in told for at in times[1:]) / (end - begin)
+    return ask
 
 
 async def measure_users(bench: Bench) -> Figures:
+    tokens = TOKENS[bench.size]
     async with bench.engine(4) as engine:
-        one, two, four = [await speed(engine, bench, users) for users in (1, 2, 4)]
+        ask = of_engine(engine)
+        one, two, four = [await measure.speed(ask, users, tokens) for users in (1, 2, 4)]
     return {"tokens/s of 1": one, "2 users / 1": two / one, "4 users / 1": four / one}
 
 
 async def measure_prefill(bench: Bench) -> Figures:
-    async def first_token() -> float:
-        times, _ = await answer(engine, bench.prompt(512), 1)
-        return times[1] - times[0]
-
     async with bench.engine(1) as engine:
-        on = await first_token()
+        on = await measure.first_token(of_engine(engine), PROMPT)
         usual, bench.model.prefill_window = bench.model.prefill_window, Window(1)
-        off = await first_token()
+        off = await measure.first_token(of_engine(engine), PROMPT)
         bench.model.prefill_window = usual
     return {"s, pipelined": on, "faster than without": off / on}
 
 
 async def measure_turns(bench: Bench) -> Figures:
     async with bench.engine(1, kv_bytes=2**31) as engine:
-        prompt = bench.prompt(TURN)
-        times, said = await answer(engine, prompt, 16)
-        again, _ = await answer(engine, [*prompt, *said, *bench.prompt(16)], 4)
-    first, second = times[1] - times[0], again[1] - again[0]
+        first, second = await measure.turns(of_engine(engine), TURN)
     return {"s, first turn": first, "second / first": second / first}
 
 
 async def measure_gap(bench: Bench) -> Figures:
     async with bench.engine(2) as engine:
         assert engine.scheduler is not None
-        endless = GenerateRequest(token_ids=bench.prompt(16), max_tokens=CONTEXT - 16)
-        running = await engine.submit(endless)
-        for _ in range(20):
-            await anext(running)
-        before = engine.scheduler.chunks
-        prefill = asyncio.create_task(answer(engine, bench.prompt(LONG), 1))
-        times = [time.perf_counter()]
-        while not prefill.done():
-            await anext(running)
-            times.append(time.perf_counter())
-        running.cancel()
-        begin, end = (await prefill)[0]
-        chunk = (end - begin) / (engine.scheduler.chunks - before)
-    gap = max(later - at for at, later in pairwise(times))
-    return {"s, chunk": chunk, "longest gap / chunk": gap / chunk, "s, prefill": end - begin}
+        found = await measure.gap(of_engine(engine), LONG, CONTEXT - measure.SHORT)
+        chunk = found.prefill_s / engine.scheduler.chunks
+    return {
+        "s, chunk": chunk,
+        "longest gap / chunk": found.longest_s / chunk,
+        "s, prefill": found.prefill_s,
+    }
 
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
@@ -153,7 +134,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
 }
 
 
-async def measure(sizes: list[str], names: list[str], rounds: int) -> dict[str, list[Figures]]:
+async def measure_all(sizes: list[str], names: list[str], rounds: int) -> dict[str, list[Figures]]:
     """The figures of each round, by measure and size."""
     thread = MLXThread()
     found: dict[str, list[Figures]] = {}
@@ -192,7 +173,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    found = asyncio.run(measure(options.size, options.only, options.rounds))
+    found = asyncio.run(measure_all(options.size, options.only, options.rounds))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.flush()

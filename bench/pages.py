@@ -172,9 +172,10 @@ def published_page() -> str:
         low, high = row["low"], row["high"]
         told = f"{low}" if low == high else f"{low} to {high}"
         near = min(max(speed, low), high)
+        error = _percent(speed, near) if speed != near else "within"
         lines.append(
             f"| {row['what']} | {row['fleet']} | {told} | {speed:.1f} "
-            f"| {_percent(speed, near)} | {most:.1f} | {row['source']} |"
+            f"| {error} | {most:.1f} | {row['source']} |"
         )
         if high > most and not row["fleet"].startswith(("2x", "4x")):
             impossible.append(

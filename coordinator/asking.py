@@ -25,12 +25,12 @@ class Asked:
     quants: tuple[str, ...]
 
 
-def ask(name: str, quant: str | None, context: int, users: int) -> Asked:
+def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0) -> Asked:
     """A catalogue name, a config.json, a directory, a hub repository or demo.
 
     Raises InputError or NotFoundError as `catalog.resolve` does.
     """
-    request = InspectRequest(model=name, context=context, users=users)
+    request = InspectRequest(model=name, context=context, users=users, kv_bits=kv_bits)
     entry = catalog.find(name)
     if entry is not None:
         quant = quant or catalog.DEFAULT_QUANT

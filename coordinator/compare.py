@@ -5,17 +5,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from coordinator.learned import Learned, Measurement
-from coordinator.links import Network
+from coordinator.learned import Learned, taken
 from coordinator.members import Members
 from coordinator.placement import Layout, Stage
-from coordinator.pool import Pool
 from coordinator.render import comparison_table
-from coordinator.search import Piece
+from coordinator.stages import Span, stages
+from unicluster.answers import ChatInfo
 from unicluster.client import Client
 from unicluster.errors import UnavailableError
 from unicluster.trust import Cluster, Store, default_name
-from unicluster.v1.node_pb2 import InspectRequest
+from unicluster.v1.node_pb2 import InspectRequest, StageSpec
 
 PROMPT = "Tell me a tiny story about a fox."
 TOKENS = 64
@@ -28,57 +27,66 @@ def compare(peers: Sequence[str], console: Console) -> int:
     """
     cluster = Store().require()
     with Client(cluster=cluster) as client:
-        model = client.describe().model
+        served = client.describe()
+        if not served.stages:
+            raise UnavailableError(f"{served.model} is {served.state}: {served.detail}")
+        predicted = asyncio.run(_predicted(cluster, peers, served))
         with console.status("Asking for an answer, twice"):
-            measured = [_seconds_per_token(client) for _ in range(2)][-1]
-    stages, known = asyncio.run(_predicted(cluster, peers, model))
-    hops = sum(stage.hop_s for stage in stages)
-    computing = sum(stage.seconds_per_token for stage in stages)
-    console.print(comparison_table(model, stages, measured))
-    # One answer tells the sum: what it is off by is shared among the machines in proportion.
-    scale = max(measured - hops, measured / 2) / computing
-    for stage in stages:
-        taken = Measurement(stage.first, stage.end, stage.seconds_per_token * scale)
-        known.record(stage.machine.name, model, taken)
-    console.print(f"Kept in {known.path}: plans of {model} on these machines now go by it.")
+            seconds = [_seconds_per_token(client) for _ in range(2)][-1]
+        told = client.measure()
+    measured = taken(
+        predicted,
+        [stage.decode_s for stage in told.stages],
+        [hop.decode_s for hop in told.hops],
+        seconds,
+    )
+    console.print(comparison_table(served.model, predicted, measured))
+    known = Learned.record(served.model, predicted, measured)
+    console.print(f"Kept in {known.path}: plans of {served.model} on these machines now go by it.")
     return 0
 
 
 def _seconds_per_token(client: Client) -> float:
-    answer = client.chat(PROMPT, temperature=0, max_tokens=TOKENS)
-    if answer.usage.completion_tokens < 2:
+    speed = client.chat(PROMPT, temperature=0, max_tokens=TOKENS).timings.tokens_per_s
+    if not speed:
         raise UnavailableError("the answer was too short to time: ask again")
-    return answer.timings.decode_s / (answer.usage.completion_tokens - 1)
+    return 1 / speed
 
 
-async def _predicted(
-    cluster: Cluster, peers: Sequence[str], model: str
-) -> tuple[tuple[Stage, ...], Learned]:
+async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -> tuple[Stage, ...]:
     """The stages as they are loaded, with the speeds that a plan would predict."""
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
         await members.search()
-        machines = await members.machines()
-        nodes = await members.nodes()
-        held = sorted(
-            (
-                (spec.first_layer, spec.end_layer, info.name, spec)
-                for info, _ in nodes
-                for spec in info.stages
-            ),
-            key=lambda stage: stage[:3],
-        )
-        if not held:
-            raise UnavailableError("no machine of the cluster holds a stage of it")
-        spec = held[0][3]
+        specs = {info.name: list(info.stages) for info, _ in await members.nodes()}
+        machines = {machine.name: machine for machine in await members.machines()}
+        if missing := [stage.node for stage in served.stages if stage.node not in machines]:
+            raise UnavailableError(f"machine {missing[0]}, which holds a stage, does not answer")
+        spec = _spec(specs, served)
         found = await members.inspect(
             InspectRequest(
-                model=spec.model, quant=spec.quant, context=spec.context, users=spec.users
+                model=spec.model,
+                quant=spec.quant,
+                context=spec.context,
+                users=spec.users,
+                revision=spec.revision,
+                sources=[machine.address for machine in machines.values()],
+                kv_bits=spec.kv_bits,
             )
         )
-    layout, known = Layout.from_proto(found), Learned.load()
-    paced = {m.name: m for m in known.paced(machines, model, layout)}
-    used = [paced[name] for _, _, name, _ in held]
-    pool = Pool(layout, used, Network(pairs=known.links(used)))
-    kinds = [next(i for i, g in enumerate(pool.groups) if m in g) for m in used]
-    pieces = [Piece(k, first, end) for k, (first, end, _, _) in zip(kinds, held, strict=True)]
-    return pool.stages(pieces), known
+    layout = Layout.from_proto(found)
+    used = [machines[stage.node] for stage in served.stages]
+    fleet = Learned.load().fleet(used, served.model, layout)
+    ring = [
+        Span(machine, stage.first_layer, stage.end_layer)
+        for machine, stage in zip(fleet.machines, served.stages, strict=True)
+    ]
+    return stages(layout, fleet.network, ring)
+
+
+def _spec(specs: dict[str, list[StageSpec]], served: ChatInfo) -> StageSpec:
+    """What the head was told to load."""
+    head = served.stages[0]
+    for spec in specs[head.node]:
+        if (spec.first_layer, spec.end_layer) == (head.first_layer, head.end_layer):
+            return spec
+    raise UnavailableError(f"machine {head.node} no longer holds its stage")

@@ -13,6 +13,7 @@ import grpc
 from coordinator.catalog import Source
 from coordinator.placement import Layout, Plan, Stage
 from coordinator.serving import Serving
+from coordinator.timing import Timing
 from unicluster.channels import as_error, connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
@@ -20,6 +21,7 @@ from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
+    Draft,
     LoadProgress,
     StageEvent,
     StageExit,
@@ -51,11 +53,15 @@ class Listener:
 
 @dataclass(frozen=True)
 class Files:
-    """Where the stages get a model's files: see StageSpec. from_hub has a list for each stage."""
+    """Where the stages get a model's files: see StageSpec. from_hub has a list for each stage.
+
+    draft: the model that the head loads beside its layers.
+    """
 
     revision: str
     sources: list[str]
     from_hub: list[list[str]]
+    draft: Draft | None = None
 
 
 class _Lease:
@@ -134,6 +140,7 @@ class Deployment:
         serving: Serving,
     ) -> None:
         self.plan = plan
+        self.timing = Timing(source.display, plan.stages)
         self.state = "loading"
         self.detail = f"loading {source.display}"
         self.stages: list[StageInfo] = []
@@ -162,6 +169,10 @@ class Deployment:
                 hub_files=hub_files,
                 lanes=serving.lanes,
                 kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
+                kv_bits=serving.kv_bits,
+                lookup=serving.lookup,
+                draft=files.draft if stage.head else None,
+                draft_tokens=serving.draft_tokens,
             )
             for stage, hub_files in zip(plan.stages, files.from_hub, strict=True)
         ]

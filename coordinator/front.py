@@ -10,7 +10,13 @@ from coordinator.service import Service
 from unicluster.channels import as_error, channel_was_closed, peer_name
 from unicluster.errors import NotFoundError, UnavailableError
 from unicluster.status import abort
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateRequest
+from unicluster.v1.chat_pb2 import (
+    ChatInfo,
+    DescribeChatRequest,
+    GenerateRequest,
+    Measured,
+    MeasureRequest,
+)
 from unicluster.v1.chat_pb2_grpc import ChatServicer
 
 log = logging.getLogger(__name__)
@@ -51,9 +57,11 @@ class Front(ChatServicer):
         call = deployment.chat.Generate(forwarded, timeout=context.time_remaining())
         self.running += 1
         try:
-            with deployment.answering():
+            with deployment.answering(), deployment.timing.answer() as finished:
                 async for event in call:
                     self.tokens += len(event.delta.token_ids)
+                    if event.HasField("finish"):
+                        finished(event.finish)
                     await context.write(event)
         except grpc.aio.AioRpcError as broken:
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
@@ -74,3 +82,12 @@ class Front(ChatServicer):
         if self.service is None:
             await abort(context, UnavailableError(f"{self._display} is being looked into"))
         return await self.service.describe()
+
+    async def Measure(self, request: MeasureRequest, context: Context) -> Measured:  # noqa: N802
+        return await self.measure()
+
+    async def measure(self) -> Measured:
+        """What was counted and measured; the state alone while there is nothing else."""
+        if self.service is None:
+            return Measured(info=ChatInfo(model=self._display, state="loading"))
+        return await self.service.measure()

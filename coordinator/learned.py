@@ -1,7 +1,7 @@
 """What was measured on this cluster, and what plans make of it.
 
 One JSON file in unicluster's folder: for each machine and model the seconds its stage took for a
-token, and for each pair of machines the seconds of a hop.
+token, and for each pair of machines the seconds of a hop. `serve` writes it, `plan` reads it.
 """
 
 import json
@@ -11,11 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from coordinator.links import Link
-from coordinator.placement import Layout, Machine
+from filelock import FileLock
+
+from coordinator.fleet import Fleet
+from coordinator.hardware import known_compute
+from coordinator.links import Link, Network
+from coordinator.placement import Layout, Machine, Stage
 from unicluster.trust import default_folder
 
 log = logging.getLogger(__name__)
@@ -36,19 +40,72 @@ class Measurement:
         return self.seconds_per_token / (self.end - self.first)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a token of one user took, in seconds: on each stage of a ring, and on each hop.
+
+    hops[i] leads from stage i to the next, or from the last back to the head; None where hops
+    were not timed, so that they stay as they were known.
+    """
+
+    stages: tuple[float, ...]
+    hops: tuple[float, ...] | None = None
+
+
+def taken(
+    predicted: Sequence[Stage], stages: Sequence[float], hops: Sequence[float], seconds: float
+) -> Taken:
+    """What a token of so many seconds took by stage and hop, from what they report themselves.
+
+    Numbers are in the order of the ring; 0 is not known. Unless all are known the time is shared
+    out as was predicted.
+    """
+    if len(predicted) == 1:
+        return Taken((seconds,))
+    known = len(stages) == len(predicted) == len(hops) and all(stages) and all(hops)
+    return _added_up(stages, hops, seconds) if known else shared_out(predicted, seconds)
+
+
+def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) -> Taken:
+    """Made to add up to the whole token.
+
+    What nobody tells of is the head's: sampling, text, and what lies between steps. Where they
+    say more than the whole took, several tokens went round at once, and shared it.
+    """
+    rest = seconds - sum(stages) - sum(hops)
+    if rest >= 0:
+        return Taken((stages[0] + rest, *stages[1:]), tuple(hops))
+    share = seconds / (seconds - rest)
+    return Taken(tuple(s * share for s in stages), tuple(h * share for h in hops))
+
+
+def shared_out(predicted: Sequence[Stage], seconds: float) -> Taken:
+    """What each stage took if only the whole token was timed: a share as was predicted.
+
+    Hops are taken as they were known, but for no more than half of the time.
+    """
+    hops = [stage.hop_s for stage in predicted]
+    known = min(sum(hops), seconds / 2)
+    computing = sum(stage.seconds_per_token for stage in predicted)
+    stages = tuple((seconds - known) * s.seconds_per_token / computing for s in predicted)
+    if known == sum(hops):
+        return Taken(stages)
+    return Taken(stages, tuple(hop / sum(hops) * known for hop in hops))
+
+
 class Learned:
     """Measurements by machine and model, and hops by pairs of machines."""
 
-    def __init__(self, path: Path, stages: dict[str, dict[str, Measurement]]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.stages = stages
+        self.stages: dict[str, dict[str, Measurement]] = {}
         self.hops: dict[str, float] = {}
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Learned":
         """What is stored; nothing if the file is not there or damaged, which is logged."""
         path = (folder or default_folder()) / FILE
-        found = cls(path, {})
+        found = cls(path)
         try:
             content = json.loads(path.read_text("utf-8"))
             for machine, models in content["stages"].items():
@@ -58,18 +115,39 @@ class Learned:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged, so nothing in it counts: %s", path, error)
-            return cls(path, {})
+            return cls(path)
         return found
 
-    def record(self, machine: str, model: str, measured: Measurement) -> None:
-        """Keeps what a stage took: it replaces what was known of that machine and model."""
-        self.stages.setdefault(machine, {})[model] = measured
-        self._save()
+    @classmethod
+    def record(
+        cls, model: str, stages: Sequence[Stage], taken: Taken, folder: Path | None = None
+    ) -> "Learned":
+        """Stores what `stages` of a model took, in place of what was known of them.
 
-    def record_hop(self, one: str, other: str, seconds: float) -> None:
-        """Keeps what a hop between two machines took, one way."""
-        self.hops[_pair(one, other)] = seconds
-        self._save()
+        Returns all that is known then. Raises OSError when it can't be written.
+        """
+        path = (folder or default_folder()) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # several models may be served from here
+            known = cls.load(folder)
+            for stage, seconds in zip(stages, taken.stages, strict=True):
+                row = Measurement(stage.first, stage.end, seconds)
+                known.stages.setdefault(stage.machine.name, {})[model] = row
+            if taken.hops is not None and len(stages) > 1:
+                names = [stage.machine.name for stage in stages]
+                pairs = map(_pair, names, [*names[1:], names[0]])
+                both_ways: dict[str, list[float]] = {}
+                for pair, seconds in zip(pairs, taken.hops, strict=True):
+                    both_ways.setdefault(pair, []).append(seconds)
+                known.hops |= {pair: fmean(times) for pair, times in both_ways.items()}
+            known._save()
+        return known
+
+    def fleet(self, machines: Sequence[Machine], model: str, layout: Layout) -> Fleet:
+        """The machines that are there, at the speeds known of them for this model."""
+        known = [replace(m, compute=m.compute or known_compute(m.chip)) for m in machines]
+        paced = self.paced(known, model, layout)
+        return Fleet(tuple(paced), Network(pairs=self.links(paced)))
 
     def paced(self, machines: Sequence[Machine], model: str, layout: Layout) -> list[Machine]:
         """The machines, those that were measured with this model at their measured pace.
@@ -111,7 +189,6 @@ class Learned:
             },
             "hops": self.hops,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Readers see the old file or the new one, never half of either.
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=FILE)
         with os.fdopen(handle, "w", encoding="utf-8") as file:

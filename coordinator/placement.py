@@ -7,7 +7,7 @@ bandwidth, and LAYER_S a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from unicluster.errors import InputError
@@ -42,6 +42,7 @@ class Layout:
     head_bytes: all outside the layers. Of them embed_bytes are embeddings, and
     head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
     forbidden_cuts: layers that must be on the same stage as the layer before them.
+    draft_bytes: the part of head_bytes that is a draft model with its KV caches.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Layout:
     head_active_bytes: int | None = None
     parameters: int = 0
     layer_active_parameters: tuple[int, ...] | None = None
+    draft_bytes: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -87,6 +89,15 @@ class Layout:
             head_active_bytes=layout.head_active_bytes or None,
             parameters=layout.parameters,
             layer_active_parameters=tuple(layout.layer_active_parameters) or None,
+        )
+
+    def with_draft(self, draft_bytes: int) -> Layout:
+        """The same with a draft model where the head is: what it reads is not counted."""
+        return replace(
+            self,
+            head_bytes=self.head_bytes + draft_bytes,
+            head_active_bytes=self.head_read_bytes,
+            draft_bytes=draft_bytes,
         )
 
     @property
@@ -181,6 +192,23 @@ class Machine:
     def seconds(self, read_bytes: float, layers: int) -> float:
         """To decode one token through so many layers, of which so many bytes are read."""
         return self.pace * (read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers)
+
+
+def prefill_seconds(
+    layout: Layout, machine: Machine, first: int, end: int, tokens: int
+) -> float | None:
+    """To compute a chunk of so many tokens through layers [first, end); None if not known.
+
+    The operations take their time, or reading the weights once does, if that is longer.
+    """
+    if not machine.compute or layout.layer_active_parameters is None:
+        return None
+    operations = 2 * sum(layout.layer_active_parameters[first:end]) * tokens
+    weights = sum(layout.layer_bytes[first:end])
+    return max(
+        operations / (COMPUTE_SHARE * machine.compute),
+        weights / (BANDWIDTH_SHARE * machine.bandwidth),
+    )
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from coordinator import blueprints, fleet, learned
+from coordinator import blueprints, fleet
 from coordinator.asking import Asked, alternatives, ask, layout_of
 from coordinator.catalog import QUANTS
 from coordinator.compare import compare
 from coordinator.fleet import Fleet
-from coordinator.hardware import known_compute
-from coordinator.links import Network
+from coordinator.learned import Learned
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
 from coordinator.render import fleet_table, plan_table, rivals_table
 from coordinator.rivals import rivals
+from coordinator.serving import add_kv_bits
 from coordinator.shortfall import Alternatives, NoPlanError, scaled
 from unicluster.errors import InputError
 from unicluster.trust import Store, default_name
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=0, metavar="TOKENS", help="of each user (default: 8192)"
     )
     parser.add_argument("--users", type=int, default=1, help="answers at the same time")
+    add_kv_bits(parser)
     parser.add_argument("--objective", choices=get_args(Objective), default="latency")
     parser.add_argument(
         "--fleet",
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    asked = ask(args.model, args.quant, args.context, args.users)
+    asked = ask(args.model, args.quant, args.context, args.users, args.kv_bits)
     if args.fleet is not None:
         thought_of = fleet.parse(args.fleet)
         layout = layout_of(asked, _inspect_here)
@@ -210,8 +211,4 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
             found = await members.inspect(asked.request)
             layout = layout_of(asked, lambda _: [found])
             options = scaled(quants=bool(asked.quant) or not layout.quantized)
-    machines = [replace(m, compute=known_compute(m.chip)) for m in machines]
-    known = learned.Learned.load()
-    paced = known.paced(machines, asked.display, layout)
-    network = Network(pairs=known.links(paced))
-    return Question(asked, layout, Fleet(tuple(paced), network), options)
+    return Question(asked, layout, Learned.load().fleet(machines, asked.display, layout), options)

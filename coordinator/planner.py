@@ -13,7 +13,16 @@ from coordinator.shortfall import Alternatives, refusal, scaled
 from unicluster.errors import InputError
 from unicluster.units import format_bytes
 
-__all__ = ["Layout", "Machine", "Objective", "Plan", "Stage", "plan", "split_evenly"]
+__all__ = [
+    "Layout",
+    "Machine",
+    "Objective",
+    "Plan",
+    "Stage",
+    "least_memory",
+    "plan",
+    "split_evenly",
+]
 
 AS_STATED = scaled(quants=True)
 ANY = Network()
@@ -82,6 +91,17 @@ def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
             + (f": {layout.model_type} allows at most {most}" if layout.forbidden_cuts else "")
         )
     return cuts.split_evenly(layout.held_bytes, layout.head_bytes, count, layout.forbidden_cuts)
+
+
+def least_memory(layout: Layout, count: int) -> int:
+    """Usable bytes of each of `count` alike machines that hold the model, and fewer don't.
+
+    (Fewer may, where the largest of their ranges is no larger.)
+    """
+    ranges = split_evenly(layout, count)
+    held = [sum(layout.held_bytes[first:end]) for first, end in ranges]
+    held[0] += layout.head_bytes
+    return layout.needed(max(held))
 
 
 def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:

@@ -2,24 +2,18 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from coordinator import cuts
 from coordinator.cuts import Matrix
-from coordinator.links import Link, Network
-from coordinator.placement import (
-    BANDWIDTH_SHARE,
-    COMPUTE_SHARE,
-    LAYER_S,
-    Layout,
-    Machine,
-    Stage,
-)
+from coordinator.links import Network
+from coordinator.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine, Stage
+from coordinator.problem import Piece, Problem
 from coordinator.reach import Reach
-from coordinator.search import Piece, Problem
+from coordinator.stages import Span, hop, stages
 
 
 @dataclass(frozen=True)
@@ -135,56 +129,13 @@ class Pool:
         return best
 
     def stages(self, pieces: Sequence[Piece]) -> tuple[Stage, ...]:
+        """A placement by kinds, given to machines of these kinds."""
         waiting = [iter(group) for group in self.groups]
-        placed = [self._stage(piece, next(waiting[piece.kind])) for piece in pieces]
-        if len(placed) == 1:
-            return tuple(placed)
-        return tuple(
-            self._with_hop(stage, after)
-            for stage, after in zip(placed, [*placed[1:], placed[0]], strict=True)
-        )
-
-    def _stage(self, piece: Piece, machine: Machine) -> Stage:
-        layout, layers, head = self.layout, slice(piece.first, piece.end), piece.first == 0
-        outside = layout.head_bytes if head else 0
-        weights = sum(layout.layer_bytes[layers]) + outside
-        kv = sum(layout.kv_bytes_per_layer[layers])
-        active = sum(layout.layer_active_bytes[layers])
-        read = active + (layout.head_read_bytes if head else 0) + kv / layout.users
-        # A further user reads its own KV cache, and experts that nobody has read yet.
-        idle = weights - outside - active
-        further = kv / layout.users + idle * active / max(weights - outside, 1)
-        chunk = None
-        if machine.compute and layout.layer_active_parameters is not None:
-            used = sum(layout.layer_active_parameters[layers])
-            operations = 2 * used * layout.chunk_tokens
-            chunk = max(
-                operations / (COMPUTE_SHARE * machine.compute),
-                (weights - outside) / (BANDWIDTH_SHARE * machine.bandwidth),
-            )
-        return Stage(
-            machine=machine,
-            first=piece.first,
-            end=piece.end,
-            weight_bytes=weights,
-            kv_bytes=kv,
-            reserve_bytes=layout.reserve(weights + kv),
-            head=head,
-            seconds_per_token=machine.seconds(read, piece.end - piece.first),
-            batch_seconds=machine.seconds(further, 0),
-            chunk_seconds=chunk,
-        )
-
-    def _with_hop(self, stage: Stage, after: Stage) -> Stage:
-        link = self._link(stage.machine, after.machine)
-        seconds = link.seconds(self.layout.hidden_bytes)
-        return replace(stage, hop_s=seconds, hop_measured=link.measured)
-
-    def _link(self, one: Machine, other: Machine) -> Link:
-        return self.network.between(one.name, other.name, (one.link, other.link))
+        spans = [Span(next(waiting[p.kind]), p.first, p.end) for p in pieces]
+        return stages(self.layout, self.network, spans)
 
     def _hop(self, one: Machine, other: Machine) -> float:
-        return self._link(one, other).seconds(self.layout.hidden_bytes)
+        return hop(self.layout, self.network, one, other)[0]
 
     def _hops(self) -> Matrix:
         kinds = len(self.groups)

@@ -6,59 +6,34 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.measure import Measurement
-from rich.segment import Segment
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.learned import Taken
 from coordinator.placement import Layout, Machine, Plan, Stage
 from coordinator.rivals import Rival
+from coordinator.tables import (
+    FREE,
+    KV,
+    RESERVE,
+    WEIGHTS,
+    WIDE,
+    Bar,
+    Ink,
+    add_names,
+    add_numbers,
+    add_words,
+    counted,
+    cut,
+    layer_range,
+    ms,
+    new_table,
+    who,
+)
 from unicluster.units import format_bytes, format_rate
 from unicluster.v1 import node_pb2
-
-# Below this many columns, what people can do without is left out.
-WIDE = 100
-
-
-@dataclass(frozen=True)
-class _Ink:
-    """One part of a bar: told apart by colour, and without colours by its glyph."""
-
-    name: str
-    glyph: str
-    ascii: str
-    style: str
-
-
-_WEIGHTS = _Ink("weights", "█", "#", "cyan")
-_KV = _Ink("KV cache", "▓", "=", "blue")
-_RESERVE = _Ink("reserve", "▒", "-", "bright_black")
-_FREE = _Ink("free", "░", ".", "bright_black")
-
-
-@dataclass(frozen=True)
-class _Bar:
-    """A bar as wide as its column, up to `width`, of parts in proportion to their sizes."""
-
-    parts: Sequence[tuple[int, _Ink]]
-    width: int = 24
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(8, self.width)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = min(options.max_width, self.width)
-        total = sum(max(size, 0) for size, _ in self.parts) or 1
-        done = edge = 0
-        for size, ink in self.parts:
-            done += max(size, 0)
-            start, edge = edge, round(done * width / total)
-            glyph = ink.ascii if options.ascii_only else ink.glyph
-            yield Segment(glyph * (edge - start), Style.parse(ink.style))
 
 
 class _Legend:
@@ -66,7 +41,7 @@ class _Legend:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = Text(no_wrap=True)
-        for ink in (_WEIGHTS, _KV, _RESERVE, _FREE):
+        for ink in (WEIGHTS, KV, RESERVE, FREE):
             text.append(ink.ascii if options.ascii_only else ink.glyph, ink.style)
             text.append(f" {ink.name}   ")
         yield text
@@ -89,34 +64,40 @@ def plan_table(plan: Plan, layout: Layout, title: str) -> RenderableType:
 
 def rivals_table(others: Sequence[Rival]) -> RenderableType:
     """Plans that lost, and why."""
-    table = _table("Other plans")
-    _names(table, "machines and layers")
-    _numbers(table, "ms/token", "tokens/s")
+    table = new_table("Other plans")
+    add_names(table, "machines and layers")
+    add_numbers(table, "ms/token", "tokens/s")
     table.add_column("why not")
     for other in others:
-        spans = [f"{s.machine.name} {_range(s.first, s.end)}" for s in other.plan.stages]
+        spans = [f"{s.machine.name} {layer_range(s.first, s.end)}" for s in other.plan.stages]
         shown = ", ".join(spans[:3]) + (f" and {len(spans) - 3} more" if len(spans) > 3 else "")
         seconds = other.plan.seconds_per_token
-        table.add_row(_cut(shown), _ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
+        table.add_row(cut(shown), ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
     return table
 
 
-def comparison_table(model: str, stages: Sequence[Stage], measured: float) -> RenderableType:
-    """What was predicted for each stage and hop of a token, and what the whole took."""
-    table = _table(f"{model}: predicted and measured, ms a token")
-    _names(table, "")
-    _numbers(table, "layers", "predicted", "measured", "error")
-    for stage in stages:
-        table.add_row(
-            _cut(stage.machine.name), _range(stage.first, stage.end), _ms(stage.seconds_per_token)
-        )
+def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> RenderableType:
+    """What was predicted for each stage and hop of a token, and what they took."""
+    table = new_table(f"{model}: predicted and measured, ms a token")
+    add_names(table, "")
+    add_numbers(table, "layers", "predicted", "measured", "error")
+    for stage, seconds in zip(stages, taken.stages, strict=True):
+        layers = layer_range(stage.first, stage.end)
+        table.add_row(cut(stage.machine.name), layers, *_compared(stage.seconds_per_token, seconds))
     hops = sum(stage.hop_s for stage in stages)
-    if hops:
-        table.add_row(f"{_count(len(stages), 'hop')}", "", _ms(hops))
+    hops_taken = hops if taken.hops is None else sum(taken.hops)
+    if taken.hops is not None:
+        table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_taken))
+    elif hops:
+        table.add_row(counted(len(stages), "hop"), "", ms(hops), "not known")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
-    error = f"{(predicted / measured - 1) * 100:+.0f} %"
-    table.add_row(Text("together", "bold"), "", _ms(predicted), _ms(measured), error)
+    whole = _compared(predicted, hops_taken + sum(taken.stages))
+    table.add_row(Text("together", "bold"), "", *whole)
     return table
+
+
+def _compared(predicted: float, measured: float) -> tuple[str, str, str]:
+    return ms(predicted), ms(measured), f"{(predicted / measured - 1) * 100:+.0f} %"
 
 
 @dataclass(frozen=True)
@@ -127,14 +108,14 @@ class _Fleet:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE
         there = any(m.address for m in self.machines)
-        table = _table(self.title)
-        _names(table, "machine", *["chip"] * wide)
-        _words(table, *["backend"] * there)
-        _numbers(table, "usable", "bandwidth")
-        _words(table, *["address"] * there)
+        table = new_table(self.title)
+        add_names(table, "machine", *["chip"] * wide)
+        add_words(table, *["backend"] * there)
+        add_numbers(table, "usable", "bandwidth")
+        add_words(table, *["address"] * there)
         for m in sorted(self.machines, key=lambda m: (-m.usable, m.name)):
             table.add_row(
-                *_who(m.name, m.chip, wide),
+                *who(m.name, m.chip, wide),
                 *[Text(m.backend)] * there,
                 format_bytes(m.usable),
                 format_rate(m.bandwidth),
@@ -153,16 +134,16 @@ class _Nodes:
         versions = {info.version for info, _ in self.nodes}
         version = wide or len(versions) > 1
         serving = any(info.stages for info, _ in self.nodes)
-        table = _table("")
-        _names(table, "machine", *["chip"] * wide)
-        _words(table, "backend")
-        _numbers(table, "usable", "bandwidth")
-        _words(table, *["layers"] * serving, *["version"] * version, "address")
+        table = new_table("")
+        add_names(table, "machine", *["chip"] * wide)
+        add_words(table, "backend")
+        add_numbers(table, "usable", "bandwidth")
+        add_words(table, *["layers"] * serving, *["version"] * version, "address")
         for info, address in sorted(self.nodes, key=lambda node: node[0].name):
             usable, total = format_bytes(info.usable_memory), format_bytes(info.total_memory)
-            layers = ", ".join(_range(s.first_layer, s.end_layer) for s in info.stages)
+            layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
             table.add_row(
-                *_who(info.name, info.chip, wide),
+                *who(info.name, info.chip, wide),
                 Text("no MLX" if info.backend == "none" else info.backend),
                 Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
                 format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
@@ -188,37 +169,41 @@ class _Planned:
         yield self._facts()
 
     def _stages(self, wide: bool) -> Table:
-        layout, users = self.layout, _count(self.layout.users, "user")
+        layout, users = self.layout, counted(self.layout.users, "user")
         hops = wide and len(self.plan.stages) > 1
-        table = _table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
-        _names(table, "machine", *["chip"] * wide)
-        _numbers(table, "layers", "weights", "KV", "free")
+        table = new_table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
+        add_names(table, "machine", *["chip"] * wide)
+        add_numbers(table, "layers", "weights", "KV", "free")
         table.add_column("memory")
-        _numbers(table, "ms/token", *["hop ms"] * hops)
+        add_numbers(table, "ms/token", *["hop ms"] * hops)
         for stage in self.plan.stages:
             table.add_row(
-                *_who(stage.machine.name, stage.machine.chip, wide),
-                _range(stage.first, stage.end),
+                *who(stage.machine.name, stage.machine.chip, wide),
+                layer_range(stage.first, stage.end),
                 format_bytes(stage.weight_bytes),
                 format_bytes(stage.kv_bytes),
                 format_bytes(stage.free_bytes),
-                _Bar(_memory(stage)),
-                _ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
-                *[_ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
+                Bar(_memory(stage)),
+                ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
+                *[ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
             )
         return table
 
     def _facts(self) -> Table:
         plan = self.plan
-        head = f"{plan.stages[0].machine.name}, with {format_bytes(self.layout.head_bytes)}"
+        drafts = self.layout.draft_bytes
+        own = format_bytes(self.layout.head_bytes - drafts)
+        head = f"{plan.stages[0].machine.name}, with {own} of embedding and lm_head"
+        if drafts:
+            head += f", and {format_bytes(drafts)} of draft model"
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column()
         facts.add_row("memory", _Legend())
-        facts.add_row("head", Text(f"{head} of embedding and lm_head"))
+        facts.add_row("head", Text(head))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
-            hops = f"{len(plan.stages)}, together {_ms(plan.hops_s)} ms a token, {known}"
+            hops = f"{len(plan.stages)}, together {ms(plan.hops_s)} ms a token, {known}"
             facts.add_row("hops", hops)
         facts.add_row("binds", Text(plan.binds))
         for i, (machine, reason) in enumerate(plan.left_out):
@@ -241,7 +226,7 @@ class _Planned:
             speed = f"{speed} for one user, {together}"
         if plan.prefill_tokens_per_s is not None:
             speed = f"{speed}; prompts at {plan.prefill_tokens_per_s:.3g}"
-        return f"{speed}; {_ms(plan.seconds_per_token)} ms a token"
+        return f"{speed}; {ms(plan.seconds_per_token)} ms a token"
 
 
 _STATE_STYLES = {
@@ -310,7 +295,7 @@ class LoadProgress:
                 self._enter(load, "fetching", f"{machine}: fetching {size}")
         elif load.state != "loading":
             load.started = time.monotonic()
-            layers, size = _range(stage.first, stage.end), format_bytes(stage.weight_bytes)
+            layers, size = layer_range(stage.first, stage.end), format_bytes(stage.weight_bytes)
             self._enter(load, "loading", f"{machine}: loading layers {layers}, {size}")
 
     def ready(self, machine: str) -> None:
@@ -333,22 +318,22 @@ class LoadProgress:
             self._console.print(Text(line), soft_wrap=True)
 
     def _render(self) -> RenderableType:
-        table = _table("Loading")
-        _names(table, "machine")
-        _numbers(table, "layers", "here", "of")
+        table = new_table("Loading")
+        add_names(table, "machine")
+        add_numbers(table, "layers", "here", "of")
         table.add_column("")
-        _words(table, "")
+        add_words(table, "")
         for load in self._loads.values():
             stage = load.stage
             done, total = load.bytes_done, stage.weight_bytes
             if load.state == "fetching":
                 done, total = load.fetched, load.to_fetch
             table.add_row(
-                _cut(stage.machine.name),
+                cut(stage.machine.name),
                 f"{load.layers_done}/{stage.end - stage.first}",
                 format_bytes(done),
                 format_bytes(total),
-                _Bar([(done, _WEIGHTS), (total - done, _FREE)]),
+                Bar([(done, WEIGHTS), (total - done, FREE)]),
                 Text(load.state, style=_STATE_STYLES[load.state]),
             )
         failures = [
@@ -359,67 +344,14 @@ class LoadProgress:
         return Group(table, *failures)
 
 
-def _memory(stage: Stage) -> list[tuple[int, _Ink]]:
+def _memory(stage: Stage) -> list[tuple[int, Ink]]:
     return [
-        (stage.weight_bytes, _WEIGHTS),
-        (stage.kv_bytes, _KV),
-        (stage.reserve_bytes, _RESERVE),
-        (stage.free_bytes, _FREE),
+        (stage.weight_bytes, WEIGHTS),
+        (stage.kv_bytes, KV),
+        (stage.reserve_bytes, RESERVE),
+        (stage.free_bytes, FREE),
     ]
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        header_style="dim",
-        pad_edge=False,
-        show_edge=False,
-    )
-
-
-def _names(table: Table, *headers: str) -> None:
-    """Columns that give way first, with _cut cells."""
-    for header in headers:
-        table.add_column(header)
-
-
-def _cut(text: str, style: str = "") -> Text:
-    return Text(text, style, no_wrap=True, overflow="ellipsis")
-
-
-def _who(name: str, chip: str, wide: bool) -> list[RenderableType]:
-    """A machine's name and chip: side by side where there is room, else one above the other."""
-    cells = [_cut(name), _cut(chip, "dim")]
-    return [*cells] if wide else [Group(*cells)]
-
-
-def _words(table: Table, *headers: str) -> None:
-    for header in headers:
-        table.add_column(header, no_wrap=True, overflow="ellipsis")
-
-
-def _numbers(table: Table, *headers: str) -> None:
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-
-
 def _sum_up(machines: int, usable: int) -> Text:
-    return Text(f"{_count(machines, 'machine')}, {format_bytes(usable)} usable", style="dim")
-
-
-def _range(first: int, end: int) -> str:
-    """Layers [first, end) as people count them, both ends named."""
-    return str(first) if end - first == 1 else f"{first}-{end - 1}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _ms(seconds: float) -> str:
-    """Three digits: 0.042, 1.24, 125."""
-    ms = seconds * 1e3
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+    return Text(f"{counted(machines, 'machine')}, {format_bytes(usable)} usable", style="dim")

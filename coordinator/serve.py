@@ -3,13 +3,11 @@
 import argparse
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import grpc
 from rich.console import Console
@@ -18,25 +16,22 @@ from coordinator.catalog import QUANTS, Source, resolve
 from coordinator.deployment import Listener
 from coordinator.front import Front
 from coordinator.members import Members
-from coordinator.placement import Layout, Objective, Plan
+from coordinator.offer import Offered, offer
+from coordinator.placement import Objective, Plan
 from coordinator.render import LoadProgress, fleet_table, plan_table
-from coordinator.service import Service
-from coordinator.serving import Serving
+from coordinator.service import Inspected, Service
+from coordinator.serving import Serving, add_serving_arguments, serving_of
 from coordinator.telemetry import root_of, tell
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, join_address, make_server
-from unicluster.checkpoint import Checkpoint
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
 from unicluster.mqtt import Publisher, in_background
 from unicluster.service_manager import notify
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 from unicluster.v1.node_pb2 import InspectRequest
-from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
-from unicluster.weights_service import WeightsService
 
 DEFAULT_PORT = 47700
 
@@ -55,6 +50,7 @@ class ServeOptions:
     host: str = ""
     port: int = DEFAULT_PORT
     broker: BrokerUrl | None = None
+    metrics_port: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--users", type=int, default=1, help="answers at the same time (default: 1)"
     )
-    parser.add_argument(
-        "--lanes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="batches of answers that take turns on the machines (default: one a machine)",
-    )
+    add_serving_arguments(parser)
     parser.add_argument(
         "--objective",
         choices=get_args(Objective),
@@ -102,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
     )
     add_mqtt_argument(parser)
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="port for Prometheus, with a certificate of `unicluster token cert` (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    if args.lanes < 0:
-        raise InputError(f"--lanes {args.lanes}: at least 1, or 0 for one a machine")
     if not 0 <= args.grpc_port <= 65535:
         raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
+    if args.metrics_port is not None and not 0 <= args.metrics_port <= 65535:
+        raise InputError(f"--metrics-port {args.metrics_port}: between 0 and 65535")
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     if nodes is not None and not all(nodes):
         raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
@@ -121,12 +117,13 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         users=args.users,
         objective=args.objective,
-        serving=Serving(lanes=args.lanes),
+        serving=serving_of(args),
         nodes=nodes,
         peers=args.peer,
         host=args.host,
         port=args.grpc_port,
         broker=chosen_broker(args.mqtt),
+        metrics_port=args.metrics_port,
     )
     return asyncio.run(_serve(options))
 
@@ -147,7 +144,7 @@ async def _serve(options: ServeOptions) -> int:
             return 0
         running = starting.result()
         notify(f"READY=1\nSTATUS={options.source.display} at {running.address}")
-        _say_where(console, options, running.address)
+        _say_where(console, options, running)
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
@@ -159,11 +156,14 @@ async def _serve(options: ServeOptions) -> int:
 
 
 class Running:
-    """A model that is being served, at `address`."""
+    """A model that is being served, at `address`. `metrics` is the address of those, if asked."""
 
-    def __init__(self, service: Service, address: str, task: asyncio.Task[None]) -> None:
+    def __init__(
+        self, service: Service, address: str, metrics: str | None, task: asyncio.Task[None]
+    ) -> None:
         self.service = service
         self.address = address
+        self.metrics = metrics
         self._task = task
 
     async def wait(self) -> None:
@@ -185,13 +185,15 @@ async def served(
     port = bind(server, options.host, options.port, identity, flag="--grpc-port")
     front = Front(options.source.display)
     add_ChatServicer_to_server(front, server)
-    revision, sources = await asyncio.to_thread(_offer, options.source.model, port, server)
+    models = [model for model in (options.source, options.serving.draft) if model is not None]
+    offered = await asyncio.to_thread(offer, [model.model for model in models], port, server)
     async with (
         _started(server),
+        _measured(options, cluster, front) as metrics,
         Members(cluster, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
     ):
-        service = await _planned(options, members, identity, console, revision, sources)
+        service = await _planned(options, members, identity, console, offered)
         front.service = service
         if options.broker is not None:
             publisher = Publisher(options.broker, cluster, root_of(options.source.display))
@@ -217,7 +219,8 @@ async def served(
                 oldest=str(OLDEST_PROTOCOL),
             )
             async with advertisement:
-                yield Running(service, join_address(options.host or "127.0.0.1", port), task)
+                address = join_address(options.host or "127.0.0.1", port)
+                yield Running(service, address, metrics, task)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -232,21 +235,19 @@ async def _started(server: grpc.aio.Server) -> AsyncIterator[None]:
         await server.stop(grace=0.5)
 
 
-def _offer(model: str, port: int, server: grpc.aio.Server) -> tuple[str, list[str]]:
-    """Gives the machines the directory that is served; returns its fingerprint and where.
+@contextlib.asynccontextmanager
+async def _measured(
+    options: ServeOptions, cluster: Cluster, front: Front
+) -> AsyncIterator[str | None]:
+    """Metrics for Prometheus while the block runs, if asked for: at which address."""
+    if options.metrics_port is None:
+        yield None
+        return
+    # Here, because most don't ask for them.
+    from coordinator.metrics_port import PATH, metrics_port
 
-    Raises InputError when it can't be read.
-    """
-    if not os.path.isabs(model):
-        return "", []
-    files = whole_directory(Path(model))
-
-    def find(model: str, revision: str) -> Checkpoint | None:
-        asked = model, revision
-        return files if asked == (files.manifest.model, files.manifest.revision) else None
-
-    add_WeightsServicer_to_server(WeightsService(find), server)
-    return files.manifest.revision, [f":{port}"]
+    async with metrics_port(cluster, options.host, options.metrics_port, front.measure) as port:
+        yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 
 async def _planned(
@@ -254,27 +255,41 @@ async def _planned(
     members: Members,
     identity: Identity,
     console: Console,
-    revision: str,
-    sources: list[str],
+    offered: Offered,
 ) -> Service:
     with console.status("Looking for machines"):
         await members.search(options.nodes)
         machines = await members.machines()
     console.print(fleet_table(machines))
-    source = options.source
+    source, draft = options.source, options.serving.draft
+    sources = [*offered.sources, *(machine.address for machine in machines)]
+
+    def request(model: Source, **fields: Any) -> InspectRequest:
+        return InspectRequest(
+            model=model.model,
+            quant=model.quant,
+            users=options.users,
+            revision=offered.revisions.get(model.model, ""),
+            sources=sources,
+            **fields,
+        )
+
     with console.status(f"Looking into {source.display}"):
         inspected = await members.inspect(
-            InspectRequest(
-                model=source.model,
-                quant=source.quant,
-                context=options.context,
-                users=options.users,
-                revision=revision,
-                sources=[*sources, *(machine.address for machine in machines)],
-            ),
+            request(source, context=options.context, kv_bits=options.serving.kv_bits),
             options.nodes,
         )
-    layout = Layout.from_proto(inspected)
+        drafting = None
+        if draft is not None:
+            asked = request(
+                draft,
+                context=inspected.context,
+                drafts_for=source.model,
+                drafts_for_revision=inspected.revision,
+            )
+            drafting = await members.inspect(asked, options.nodes)
+    found = Inspected(inspected, drafting)
+    layout = found.layout
     bars = contextlib.ExitStack()
 
     def on_plan(placed: Plan) -> Listener:
@@ -297,8 +312,8 @@ async def _planned(
 
     return Service(
         source,
-        inspected,
-        sources,
+        found,
+        offered.sources,
         members,
         identity,
         options.objective,
@@ -308,8 +323,10 @@ async def _planned(
     )
 
 
-def _say_where(console: Console, options: ServeOptions, address: str) -> None:
+def _say_where(console: Console, options: ServeOptions, running: Running) -> None:
     console.print(f"\n[bold]{options.source.display}[/bold] is ready.")
     console.print("  unicluster chat            on any machine of the cluster")
-    console.print(f"  gRPC {address}    with a certificate of the cluster")
+    console.print(f"  gRPC {running.address}    with a certificate of the cluster")
+    if running.metrics is not None:
+        console.print(f"  {running.metrics}    with one of `unicluster token cert DIR`")
     console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")

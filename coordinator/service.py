@@ -3,33 +3,52 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 
 from coordinator.catalog import Source
 from coordinator.deployment import Deployment, Files, Listener
+from coordinator.learned import Learned
 from coordinator.members import Members
 from coordinator.placement import Layout, Objective, Plan
 from coordinator.planner import plan
 from coordinator.serving import Serving
 from coordinator.shortfall import scaled
-from coordinator.sourcing import assign, whole_files
+from coordinator.sourcing import hub_files
 from unicluster.channels import channel_was_closed
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust import Identity
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest
-from unicluster.v1.node_pb2 import ModelLayout
-
-if TYPE_CHECKING:
-    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
+from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
+from unicluster.v1.node_pb2 import Draft, ModelLayout
 
 log = logging.getLogger(__name__)
 
 # Between attempts to serve again after a loss; doubled each time it fails, up to the last.
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
+# For the head to say how it is.
+HEAD_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a model weighs, and the draft model that guesses ahead for it, if there is one."""
+
+    model: ModelLayout
+    draft: ModelLayout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        layout = Layout.from_proto(self.model)
+        if self.draft is None:
+            return layout
+        draft = Layout.from_proto(self.draft)
+        return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
 
 
 class Service:
@@ -42,7 +61,7 @@ class Service:
     def __init__(
         self,
         source: Source,
-        inspected: ModelLayout,
+        inspected: Inspected,
         own_sources: list[str],
         members: Members,
         identity: Identity,
@@ -52,7 +71,7 @@ class Service:
         serving: Serving,
     ) -> None:
         self.source = source
-        self.layout = Layout.from_proto(inspected)
+        self.layout = inspected.layout
         self._inspected = inspected
         self._own_sources = own_sources  # where this process itself offers the files
         self.deployment: Deployment | None = None
@@ -114,6 +133,26 @@ class Service:
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
+        info = self._info()
+        if self.deployment is not None and self.deployment.chat is not None:
+            asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
+            head = await _told_by_head(asked) or ChatInfo()
+            info.live_caches = head.live_caches
+            info.ring_s = head.ring_s
+            _copy_counts(head, info)
+        return info
+
+    async def measure(self) -> Measured:
+        """What the head has counted and measured; without meters when there is no head."""
+        measured = Measured(info=self._info())
+        if self.deployment is not None and self.deployment.chat is not None:
+            asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
+            if (head := await _told_by_head(asked)) is not None:
+                _copy_counts(head.info, measured.info)
+                measured.meters.CopyFrom(head.meters)
+        return measured
+
+    def _info(self) -> ChatInfo:
         info = ChatInfo(
             model=self.display,
             quant=self.layout.quant,
@@ -124,12 +163,6 @@ class Service:
         )
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
-            if self.deployment.chat is not None:
-                head = await _told_by_head(self.deployment.chat)
-                info.live_caches = head.live_caches
-                info.lanes = head.lanes
-                info.kept_caches = head.kept_caches
-                info.kept_bytes = head.kept_bytes
         return info
 
     async def run(self) -> None:
@@ -156,14 +189,16 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
+        fleet = Learned.load().fleet(machines, self.display, self.layout)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
             self.layout,
-            machines,
+            fleet.machines,
             self._objective,
             model=self.display,
             nodes=names,
+            network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
         listener = self._on_plan(placed)
@@ -176,6 +211,7 @@ class Service:
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
         drained = asyncio.create_task(deployment.until_drained())
+        keeping = asyncio.create_task(deployment.timing.keep(self.measure))
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
@@ -186,25 +222,55 @@ class Service:
                 raise UnavailableError(f"machine {deployment.draining} is being drained")
             await running
         finally:
-            for task in (running, first, drained):
+            tasks = running, first, drained, keeping
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(running, first, drained, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
-        model, revision = self.source.model, self._inspected.revision
-        held = await whole_files(model, revision, addresses, self._identity)
-        ranges = [(stage.first, stage.end) for stage in placed.stages]
-        from_hub = assign(model, self._inspected.files, ranges, held)
-        return Files(revision, [*self._own_sources, *addresses], from_hub)
+        inspected, draft = self._inspected.model, self._inspected.draft
+        agents = [stage.machine.address for stage in placed.stages]
+        from_hub = await hub_files(
+            self.source.model,
+            inspected.revision,
+            inspected.files,
+            [(stage.first, stage.end) for stage in placed.stages],
+            agents,
+            addresses,
+            self._identity,
+        )
+        sources = [*self._own_sources, *addresses]
+        if draft is None or self._serving.draft is None:
+            return Files(inspected.revision, sources, from_hub)
+        source = self._serving.draft
+        (of_draft,) = await hub_files(
+            source.model,
+            draft.revision,
+            draft.files,
+            [(0, len(draft.layer_bytes))],
+            agents[:1],
+            addresses,
+            self._identity,
+        )
+        drafting = Draft(
+            model=source.model, quant=source.quant, revision=draft.revision, hub_files=of_draft
+        )
+        return Files(inspected.revision, sources, from_hub, drafting)
 
 
-async def _told_by_head(chat: "ChatAsyncStub") -> ChatInfo:
-    """What the head counts; nothing when it is gone: the state says so then."""
+def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:
+    info.lanes = head.lanes
+    info.kept_caches = head.kept_caches
+    info.kept_bytes = head.kept_bytes
+
+
+async def _told_by_head(call: Awaitable[T]) -> T | None:
+    """The head's answer; None when it is gone: the state says so then."""
     try:
-        return await chat.Describe(DescribeChatRequest(), timeout=5)
+        return await call
     except grpc.aio.AioRpcError:
-        return ChatInfo()
+        return None
     except asyncio.CancelledError:
         if not channel_was_closed():
             raise
-        return ChatInfo()
+        return None

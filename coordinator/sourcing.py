@@ -1,18 +1,50 @@
 """Where the files of a model come from: each leaves the hub at most once for the whole cluster."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
 
 import grpc
 
-from unicluster.channels import connect
+from unicluster.channels import as_error, connect
 from unicluster.trust import Identity
-from unicluster.v1.node_pb2 import WeightFile
+from unicluster.v1.node_pb2 import TryHubRequest, WeightFile
+from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 
+log = logging.getLogger(__name__)
+
 ANSWER_SECONDS = 10.0
+# The hub may be slow to answer, and huggingface_hub tries again.
+HUB_SECONDS = 30.0
+
+
+async def hub_files(
+    model: str,
+    revision: str,
+    files: Sequence[WeightFile],
+    ranges: Sequence[tuple[int, int]],
+    stages: Sequence[str],
+    others: Iterable[str],
+    identity: Identity,
+    held: Collection[str] = (),
+) -> list[list[str]]:
+    """For each stage the files that it is to fetch from the hub.
+
+    Args:
+        ranges: the layers [first, end) of each stage.
+        stages: where the agent of each stage answers; empty: it is this process.
+        others: agents that may have files already.
+        held: files that are known to be somewhere already.
+    """
+    held = await whole_files(model, revision, others, identity) | set(held)
+    assigned = assign(model, files, ranges, held)
+    if not any(assigned):
+        return assigned
+    tried = await asyncio.gather(*(_reaches_hub(model, revision, a, identity) for a in stages))
+    return assign(model, files, ranges, held, tried)
 
 
 async def whole_files(
@@ -34,27 +66,44 @@ def assign(
     files: Iterable[WeightFile],
     ranges: Sequence[tuple[int, int]],
     held: Collection[str] = (),
+    reaching: Sequence[bool] = (),
 ) -> list[list[str]]:
     """For each stage, by its layers [first, end), the files that it fetches from the hub for all.
 
-    Only stages that need something of a file fetch it, and of those the one with the least to
-    fetch so far. Files that are `held` already, and those of a directory, nobody fetches.
+    Of the stages that need something of a file the one with the least to fetch so far fetches
+    it. If `reaching` says that none of those reaches the hub, another stage does that can; if
+    none can, it is tried all the same, for the reason. Files that are `held` already, and those
+    of a directory, nobody fetches.
     """
     fetched: list[list[str]] = [[] for _ in ranges]
     if model == "demo" or os.path.isabs(model):
         return fetched
+    able = {index for index, reaches in enumerate(reaching) if reaches} or set(range(len(ranges)))
     burden = [0] * len(ranges)
     for file in sorted(files, key=lambda file: (-file.size, file.name)):
-        users = [
+        users = {
             index
             for index, (first, end) in enumerate(ranges)
             if (file.outside and first == 0) or any(first <= i < end for i in file.layers)
-        ]
+        }
         if file.name not in held and users:
-            chosen = min(users, key=lambda index: burden[index])
+            chosen = min(users & able or able, key=lambda index: (burden[index], index))
             fetched[chosen].append(file.name)
             burden[chosen] += file.size
     return fetched
+
+
+async def _reaches_hub(model: str, revision: str, address: str, identity: Identity) -> bool:
+    if not address:
+        return True  # this process has had the model's description from there
+    async with connect(address, identity) as channel:
+        try:
+            request = TryHubRequest(model=model, revision=revision)
+            await NodeStub(channel).TryHub(request, timeout=HUB_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            log.info("%s", as_error(error, f"machine at {address}"))
+            return False
+    return True
 
 
 async def _holdings(files: ModelFiles, address: str, identity: Identity) -> Holdings:

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from node import hub
 from node.config import WorkerConfig
 from node.obtain import describe
 from node.peers import Peers
@@ -39,6 +40,8 @@ from unicluster.v1.node_pb2 import (
     StageExit,
     StageReady,
     StageSpec,
+    TryHubReply,
+    TryHubRequest,
 )
 from unicluster.v1.node_pb2_grpc import NodeServicer
 from unicluster.versions import mismatch
@@ -157,11 +160,22 @@ class Agent(NodeServicer):
             reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
             await abort(context, UnavailableError(reason))
         try:
+            if request.config_json:
+                return await inspect_in_child(request)
             async with Sources(_dialled(request.sources, context), self._identity) as sources:
                 found = await describe(request.model, request.revision, sources)
+                if request.drafts_for:
+                    await describe(request.drafts_for, request.drafts_for_revision, sources)
             return await inspect_in_child(_of(request, found.manifest))
         except UniclusterError as error:
             return await abort(context, error)
+
+    async def TryHub(self, request: TryHubRequest, context: Context) -> TryHubReply:  # noqa: N802
+        try:
+            await asyncio.to_thread(hub.check, request.model, request.revision)
+        except UniclusterError as error:
+            await abort(context, error)
+        return TryHubReply()
 
     # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
     async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -232,8 +246,9 @@ class Agent(NodeServicer):
 
     def coming(self, model: str, revision: str) -> set[str]:
         """The files of a model that stages here are fetching from the hub."""
-        specs = [s for s in self._stages.values() if (s.model, s.revision) == (model, revision)]
-        return {name for spec in specs for name in spec.hub_files}
+        fetching = [part for spec in self._stages.values() for part in (spec, spec.draft)]
+        asked = [part for part in fetching if (part.model, part.revision) == (model, revision)]
+        return {name for part in asked for name in part.hub_files}
 
     def _config(self, spec: StageSpec, port: int, sources: Sequence[str]) -> WorkerConfig:
         return WorkerConfig(
@@ -252,6 +267,13 @@ class Agent(NodeServicer):
             hub_files=tuple(spec.hub_files),
             lanes=spec.lanes,
             kv_bytes=spec.kv_bytes,
+            kv_bits=spec.kv_bits,
+            lookup=spec.lookup,
+            draft=spec.draft.model,
+            draft_quant=spec.draft.quant,
+            draft_revision=spec.draft.revision,
+            draft_hub_files=tuple(spec.draft.hub_files),
+            draft_tokens=spec.draft_tokens,
         )
 
 
@@ -298,6 +320,9 @@ def _of(request: InspectRequest, manifest: Manifest) -> InspectRequest:
         quant=request.quant,
         context=request.context,
         users=request.users,
+        kv_bits=request.kv_bits,
+        drafts_for=request.drafts_for,
+        drafts_for_revision=request.drafts_for_revision,
     )
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from node.meters import AnswerMeter
 from node.request import Job
 from node.text import Segment, TextStream
+from node.timeline import Timeline
 from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Timings, TokenLogprob, Usage
 
 _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
@@ -15,28 +17,40 @@ _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
 class Answer:
     """The events of one request. `asked` is when it came, by time.perf_counter.
 
-    `cached_tokens` is to be set to how many of the prompt needed no prefill.
+    To be set: `cached_tokens`, how many of the prompt needed no prefill, and of the tokens
+    guessed ahead `drafted_tokens` and, those that were right, `accepted_tokens`. `timeline`
+    is there if the request asks for a trace.
     """
 
-    def __init__(self, job: Job, tokenizer: Any, asked: float) -> None:
+    def __init__(self, job: Job, tokenizer: Any, asked: float, meter: AnswerMeter) -> None:
         self.finished = False
-        self.cached_tokens = 0
+        self.cached_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self._job = job
         self._text = TextStream(tokenizer, job.stop, job.state)
-        self._end_tokens: set[int] = tokenizer.eos_token_ids
+        self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
         self._count = self._steps = 0
         self._asked = asked
+        self._meter = meter
         self._begun = time.perf_counter()
+        self.timeline: Timeline | None = None
+        if job.trace:
+            self.timeline = Timeline(asked)
+            self.timeline.add("waiting", asked, self._begun)
         self._first = self._last = 0.0
 
     def add(self, token: int, logprobs: mx.array) -> list[GenerateEvent]:
         """The events of one more token; `logprobs` are those of the whole vocabulary."""
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+        before, self._last = self._last, time.perf_counter()
+        if self._steps:
+            self._meter.between_tokens.note(self._last - before)
+        else:
+            self._first = self._last
+            self._meter.time_to_first_token.note(self._first - self._asked)
         self._steps += 1
         if token in self._end_tokens:
             return [*_events(self._text.finish()), self._finish("stop")]
         self._count += 1
+        self._meter.generated_tokens += 1
         segments = self._text.add(token)
         self.finished = self._text.stopped or self._count == self._job.max_tokens
         if self.finished:
@@ -55,11 +69,14 @@ class Answer:
 
     def _finish(self, reason: str) -> GenerateEvent:
         self.finished = True
+        self._meter.ended[reason] += 1
         decode = self._last - self._first
         usage = Usage(
             prompt_tokens=len(self._job.tokens),
             completion_tokens=self._count,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
         timings = Timings(
             queue_s=self._begun - self._asked,
@@ -67,7 +84,10 @@ class Answer:
             decode_s=decode,
             tokens_per_s=(self._steps - 1) / decode if decode else 0.0,
         )
-        return GenerateEvent(finish=Finish(reason=reason, usage=usage, timings=timings))
+        trace = self.timeline.to_wire() if self.timeline is not None else None
+        return GenerateEvent(
+            finish=Finish(reason=reason, usage=usage, timings=timings, trace=trace)
+        )
 
 
 def _events(segments: list[Segment]) -> list[GenerateEvent]:

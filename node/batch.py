@@ -1,7 +1,7 @@
-"""Decoders: how the answers of a lane get their tokens."""
+"""The decoder of answers that are decoded together."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -19,7 +19,9 @@ class Token(NamedTuple):
 
 
 class Batch:
-    """Any number of answers together, by mlx-lm's BatchGenerator."""
+    """Any number of answers together, by mlx-lm's BatchGenerator. It guesses no tokens ahead."""
+
+    drafted = accepted = 0
 
     def __init__(self, model: Any) -> None:
         self._numbers: dict[Sequence, int] = {}
@@ -63,64 +65,9 @@ class Batch:
         self._generator.close()
 
 
-class Solo:
-    """One answer at a time, for caches that can't be batched."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._sequence: Sequence | None = None
-        self._tokens: list[int] = []  # in its cache
-        self._next = mx.array([], mx.uint32)
-        self._context = mx.array([], mx.uint32)
-        self._sampler: Any = None
-        self._processors: list[Any] = []
-
-    def add(self, sequence: Sequence) -> None:
-        """Takes over a prefilled sequence; there must be no other."""
-        self._sequence = sequence
-        self._tokens = sequence.prompt[:-1]
-        self._next = mx.array(sequence.prompt[-1:])
-        self._context = mx.array(sequence.prompt[:-1])
-        self._sampler = sequence.job.sampling.sampler() or _greedy
-        self._processors = sequence.job.sampling.processors()
-
-    def remove(self, sequence: Sequence) -> None:
-        """Frees its cache."""
-        sequence.cache = []
-        self._sequence = None
-
-    def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
-        """Removes it; returns its cache and the tokens in it, those of the answer included."""
-        cache = sequence.cache
-        self.remove(sequence)
-        return self._tokens, cache
-
-    def step(self) -> list[Token]:
-        """One token."""
-        if self._sequence is None:
-            return []
-        self._tokens += cast(list[int], self._next.tolist())
-        logits = self._model(self._next[None], cache=self._sequence.cache)[:, -1, :]
-        if self._processors:
-            self._context = mx.concatenate([self._context, self._next])
-            for processor in self._processors:
-                logits = processor(self._context, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        self._next = self._sampler(logprobs)
-        drawn: Any = self._next.tolist()
-        return [Token(self._sequence, drawn[0], logprobs[0])]
-
-    def close(self) -> None:
-        self._sequence = None
-
-
 def can_batch(caches: Iterable[Any]) -> bool:
     """Whether answers with such caches can be decoded together."""
     return all(
         can_batch(cache.caches) if isinstance(cache, CacheList) else hasattr(cache, "merge")
         for cache in caches
     )
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)

@@ -47,7 +47,14 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
     model, quant = build(config, request.quant, request.model)
     found = trace(model, str(config["model_type"]))
     return layout_of(
-        model, found, config, quant, request.model, request.context, request.users or 1
+        model,
+        found,
+        config,
+        quant,
+        request.model,
+        request.context,
+        request.users or 1,
+        request.kv_bits,
     )
 
 

@@ -54,7 +54,10 @@ class CacheView:
     def make(self) -> Caches:
         """New, empty caches: the stage's own, copies of others, then its ghosts."""
         caches = self.fresh()
-        return [caches[index] for index in self._members]
+        made = [caches[index] for index in self._members]
+        for ghost in made[self._real :]:
+            _leave_unquantized(ghost)
+        return made
 
     def full(self, caches: Caches) -> Caches:
         """The list that the model's forward expects, one entry a layer or so."""
@@ -78,3 +81,11 @@ def _advance(cache: Any, batch: int, tokens: int) -> None:
     else:
         nothing = mx.zeros((batch, 1, tokens, 1), mx.uint8)
         cache.update_and_fetch(nothing, nothing)
+
+
+def _leave_unquantized(ghost: Any) -> None:
+    """Its one zero a token makes no group of numbers, and nobody reads it."""
+    if hasattr(ghost, "to_quantized"):
+        kind = type(ghost)
+        same = {"to_quantized": lambda self, **_options: self}
+        ghost.__class__ = type(kind.__name__, (kind,), same)

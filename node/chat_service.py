@@ -7,7 +7,14 @@ import grpc.aio
 from node.engine import Engine
 from unicluster.errors import UniclusterError
 from unicluster.status import abort
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, GenerateEvent, GenerateRequest
+from unicluster.v1.chat_pb2 import (
+    ChatInfo,
+    DescribeChatRequest,
+    GenerateEvent,
+    GenerateRequest,
+    Measured,
+    MeasureRequest,
+)
 from unicluster.v1.chat_pb2_grpc import ChatServicer
 
 
@@ -39,3 +46,9 @@ class ChatService(ChatServicer):
     ) -> ChatInfo:
         """What is served, and whether it can answer."""
         return self._engine.describe()
+
+    async def Measure(  # noqa: N802
+        self, request: MeasureRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> Measured:
+        """What was counted."""
+        return Measured(info=self._engine.describe(), meters=self._engine.measure())

@@ -22,3 +22,11 @@ class WorkerConfig:
     hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
     lanes: int = 0
     kv_bytes: int = 0
+    foresee: bool = True  # decode steps are built before their input is there; see node.foreseen
+    kv_bits: int = 0
+    lookup: bool = False
+    draft: str = ""  # a model that guesses ahead, if any
+    draft_quant: str = ""
+    draft_revision: str = ""
+    draft_hub_files: tuple[str, ...] = ()
+    draft_tokens: int = 0

@@ -16,10 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.request import check_request
 from node.sampling import Sampling
 from node.scheduler import Scheduler
+from node.speculate import Speculation
 from node.ticket import Ticket
 from unicluster.errors import (
     BusyError,
@@ -29,6 +31,7 @@ from unicluster.errors import (
     UniclusterError,
 )
 from unicluster.v1.chat_pb2 import ChatInfo, GenerateRequest
+from unicluster.v1.meters_pb2 import Meters
 
 log = logging.getLogger("unicluster.engine")
 
@@ -39,7 +42,8 @@ class Engine:
     `context` is in tokens, prompt and answer together; `lanes` is how many batches take turns,
     by default one a stage; `prefill_step` is how many tokens of a prompt are computed at a time,
     or fewer while answers run; `kv_bytes` is what there is for caches of all users on all stages
-    together: with it, caches of finished answers are kept for prompts that begin alike;
+    together: with it, caches of finished answers are kept for prompts that begin alike; with
+    `kv_bits` (4 or 8) KV caches are quantized; with `speculation` tokens are guessed ahead;
     `defaults` is the model's generation_config.json. The model comes by `set_model`, and is one
     made on `thread`.
     """
@@ -54,6 +58,8 @@ class Engine:
         users: int,
         lanes: int | None = None,
         kv_bytes: int = 0,
+        kv_bits: int = 0,
+        speculation: Speculation | None = None,
         queue_limit: int | None = None,
         prefill_step: int = 512,
         defaults: Mapping[str, Any] | None = None,
@@ -65,6 +71,8 @@ class Engine:
         self._users = users
         self._lanes = lanes
         self._kv_bytes = kv_bytes
+        self._kv_bits = kv_bits
+        self._speculation = speculation
         self._queue_limit = 4 * users if queue_limit is None else queue_limit
         self._prefill_step = prefill_step
         self._defaults = Sampling.of_model(defaults or {})
@@ -76,6 +84,7 @@ class Engine:
         self._state = "loading"
         self._failure: UniclusterError | None = UnavailableError(f"{model_name} is still loading")
 
+        self.meter = AnswerMeter()
         # Only for the MLX thread, but for its counters:
         self.scheduler: Scheduler | None = None
 
@@ -134,6 +143,18 @@ class Engine:
                 kept_bytes=scheduler.kept.nbytes if scheduler is not None else 0,
             )
 
+    def measure(self) -> Meters:
+        """What the engine has counted, and how much there is to do now."""
+        meters, scheduler = self.meter.to_wire(), self.scheduler
+        meters.now_s = time.perf_counter()
+        if scheduler is not None:
+            meters.running = sum(len(lane.sequences) for lane in list(scheduler.lanes))
+            meters.waiting = len(scheduler.waiting)
+            meters.kept_bytes = scheduler.kept.nbytes
+            meters.promised_bytes = scheduler.promised
+            meters.cache_bytes = scheduler.memory.total
+        return meters
+
     def _check_room(self) -> None:
         if self._failure is not None:
             raise UnavailableError(str(self._failure))
@@ -146,6 +167,7 @@ class Engine:
     def _end_all(self, error: UniclusterError) -> None:
         with self._lock:
             tickets, self._open = self._open, set()
+            self.meter.ended["failed"] += len(tickets)
         for ticket in tickets:
             ticket.end(type(error)(*error.args))  # one each: raising writes into an exception
 
@@ -164,8 +186,11 @@ class Engine:
             context=self._context,
             users=self._users,
             kv_bytes=self._kv_bytes,
+            kv_bits=self._kv_bits,
+            speculation=self._speculation,
             lanes=self._lanes or int(getattr(model, "stages", 1)),
             prefill_step=self._prefill_step,
+            meter=self.meter,
             on_end=self._on_end,
             on_error=self._on_error,
         )
@@ -193,6 +218,8 @@ class Engine:
 
     def _on_end(self, ticket: Ticket) -> None:
         with self._lock:
+            if ticket in self._open and ticket.broken:
+                self.meter.ended[ticket.broken] += 1
             self._open.discard(ticket)
 
     def _on_error(self, error: Exception) -> None:

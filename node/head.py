@@ -3,14 +3,19 @@
 import asyncio
 import json
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
+from node.clocks import follow
 from node.config import WorkerConfig
+from node.draft import speculation
 from node.engine import Engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
@@ -21,7 +26,13 @@ from unicluster.channels import peer_name
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.status import abort
 from unicluster.trust import Identity
-from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, HoldRingRequest
+from unicluster.v1.chat_pb2 import (
+    ChatInfo,
+    DescribeChatRequest,
+    HoldRingRequest,
+    Measured,
+    MeasureRequest,
+)
 from unicluster.v1.chat_pb2_grpc import HeadServicer
 from unicluster.v1.stage_pb2 import Opened, StageInfo
 
@@ -35,17 +46,24 @@ PREFILL_BYTES = 8 * 2**20
 
 
 def make_engine(
-    lazy: LazyModel, hidden_bytes: int, thread: MLXThread, config: WorkerConfig
+    lazy: LazyModel,
+    hidden_bytes: int,
+    thread: MLXThread,
+    config: WorkerConfig,
+    draft: nn.Module | None = None,
 ) -> Engine:
     """The engine for a loaded model; it answers once it is given the pipeline model."""
+    tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
     return Engine(
         thread,
-        load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id")),
+        tokenizer,
         model_name=lazy.path.name,
         context=config.context,
         users=config.users,
         lanes=config.lanes or None,
         kv_bytes=config.kv_bytes,
+        kv_bits=config.kv_bits,
+        speculation=speculation(config, draft, len(tokenizer)),
         prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
         defaults=_generation_defaults(lazy.path),
     )
@@ -61,6 +79,8 @@ class Head(HeadServicer):
         engine: Engine,
         thread: MLXThread,
         identity: Identity,
+        *,
+        foresee: bool = True,
     ) -> None:
         self.model: PipelineModel | None = None
         self._hollow = hollow
@@ -68,6 +88,7 @@ class Head(HeadServicer):
         self._engine = engine
         self._thread = thread
         self._identity = identity
+        self._foresee = foresee
         self._one_ring = asyncio.Lock()
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -82,12 +103,18 @@ class Head(HeadServicer):
                     broken.set_result(error)
 
             ring: Ring | None = None
+            following: asyncio.Task[None] | None = None
             try:
                 stages = [self._info]
                 if request.route:
                     ring = await Ring.open(list(request.route), self._identity, on_failure)
                     stages.extend(ring.stages.stages)
-                self.model = PipelineModel(self._hollow, ring)
+                self.model = PipelineModel(
+                    self._hollow, ring, self._info.node, foresee=self._foresee
+                )
+                if ring is not None:
+                    clocks = follow(self.model.trips.clocks, ring.route, self._identity)
+                    following = asyncio.create_task(clocks)
                 await self._engine.set_model(self.model)
                 await context.write(Opened(stages=stages))
                 await abort(context, await broken)
@@ -96,6 +123,9 @@ class Head(HeadServicer):
             finally:
                 self.model = None
                 self._engine.fail(UnavailableError("the model is being unloaded"))
+                if following is not None:
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
                 if ring is not None:
                     await ring.close()
 
@@ -114,12 +144,33 @@ class HeadChat(ChatService):
         info = await super().Describe(request, context)
         model = self._head.model
         if model is not None:
+            asked = time.perf_counter()
             try:
                 live = await self._thread.run(model.live_caches)
+                if model.stages > 1:  # a frame for each of the others
+                    info.ring_s = (time.perf_counter() - asked) / (model.stages - 1)
                 info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)
         return info
+
+    async def Measure(  # noqa: N802
+        self, request: MeasureRequest, context: Context
+    ) -> Measured:
+        measured = await super().Measure(request, context)
+        if self._head.model is not None:
+            trips = self._head.model.trips
+            head = replace(
+                trips.head,
+                busy_s=self._thread.busy_s,
+                queue_s=self._thread.queue_s,
+                decode=self._engine.meter.step,
+            )
+            meters = zip([head, *trips.stages], trips.machines, strict=True)
+            measured.meters.stages.extend(meter.to_wire(machine) for meter, machine in meters)
+            if trips.stages:
+                measured.meters.hops.extend(hop.to_wire() for hop in trips.hops)
+        return measured
 
 
 def _generation_defaults(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.file_download import get_hf_file_metadata, http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -64,6 +64,16 @@ def resolve(repo: str, revision: str = "") -> Manifest:
         if is_wanted(file.rfilename)
     }
     return Manifest(repo, info.sha or revision, files)
+
+
+def check(repo: str, revision: str) -> None:
+    """Asks the hub for the size of a small file, which it tells only those who may have the rest.
+
+    Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
+    """
+    with _reasons(repo):
+        url = hf_hub_url(repo, "config.json", revision=revision or None)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def fetch_headers(checkpoint: Checkpoint, names: list[str]) -> None:

@@ -5,8 +5,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from node.batch import Batch, Solo
+from node.batch import Batch
 from node.sequence import Sequence
+from node.solo import Solo
+from node.timeline import Timeline
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.lane")
@@ -37,6 +39,16 @@ class Lane:
         self._decoding: set[Sequence] = set()
 
     @property
+    def drafted(self) -> int:
+        """Tokens that were guessed ahead."""
+        return self._decoder.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Of these, those that were right."""
+        return self._decoder.accepted
+
+    @property
     def free(self) -> int:
         """Places for more sequences."""
         return self.places - len(self.sequences)
@@ -50,6 +62,12 @@ class Lane:
     def decoding(self) -> int:
         """Answers that get a token in each step."""
         return len(self._decoding)
+
+    @property
+    def timelines(self) -> list[Timeline]:
+        """Of the answers that the next step is for, those that are traced."""
+        answers = (sequence.answer for sequence in (*self._decoding, *self._joining))
+        return [answer.timeline for answer in answers if answer.timeline is not None]
 
     def join(self, sequence: Sequence) -> None:
         """Decodes a prefilled sequence from the next step on."""
@@ -74,8 +92,10 @@ class Lane:
                 self._decoding.add(sequence)
         if not self._decoding:
             return gone
-        ended = []
+        ended: list[Sequence] = []
         for sequence, token, logprobs in self._decoder.step():
+            if sequence in ended:
+                continue  # what was guessed right beyond its end
             ticket, answer = sequence.ticket, sequence.answer
             self.tokens += 1
             try:
@@ -99,7 +119,7 @@ class Lane:
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._keep is not None and sequence.answer.finished:
+        if self._keep is not None and sequence.answer.finished and not sequence.job.no_reuse:
             self._keep(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)

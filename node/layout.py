@@ -16,6 +16,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from node import cache
 from node.crossing import forbidden_cuts, token_bytes
+from node.draft import check_tokens
+from node.quantize import UnquantizableError, check_quantizable, quantize
 from node.survey import Survey, survey
 from node.trace import Trace, watched
 from node.weights import nbytes
@@ -28,17 +30,18 @@ DEFAULT_CONTEXT = 8192
 
 
 def inspect(
-    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1
+    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1, kv_bits: int = 0
 ) -> ModelLayout:
     """The exact bytes of a model as this machine would load it; nothing is read or computed.
 
-    Of the checkpoint only the description need be here. Raises InputError for a bad directory or
-    an impossible context.
+    Of the checkpoint only the description need be here. `kv_bits`: 4 or 8 to quantize KV caches.
+    Raises InputError for a bad directory, an impossible context, or caches that can't be
+    quantized.
     """
     surveyed = survey(checkpoint.root, quant)
     lazy, manifest = surveyed.lazy, checkpoint.manifest
     layout = layout_of(
-        lazy.model, surveyed.found, lazy.config, lazy.quant, manifest.model, context, users
+        lazy.model, surveyed.found, lazy.config, lazy.quant, manifest.model, context, users, kv_bits
     )
     layout.revision = manifest.revision
     layout.files.extend(_file(checkpoint, name, surveyed) for name in manifest.weights)
@@ -53,6 +56,7 @@ def layout_of(
     name: str,
     context: int,
     users: int,
+    kv_bits: int = 0,
 ) -> ModelLayout:
     """The same for a lazy model that is built already; `name` is how messages call it."""
     limit = context_limit(config)
@@ -60,7 +64,10 @@ def layout_of(
         raise InputError(f"context: {context} tokens, and {name} is made for at most {limit}")
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     model_type = str(config["model_type"])
-    step = _decode_step(model, found, context)
+    try:
+        step = _decode_step(model, found, context, kv_bits)
+    except UnquantizableError as error:
+        raise InputError(f"--kv-bits {kv_bits}: {name} {error}") from error
     layer_bytes = [nbytes(layer) for layer in found.layers]
     head_bytes = nbytes(model) - sum(layer_bytes)
     return ModelLayout(
@@ -121,7 +128,7 @@ class _Step:
     chosen: dict[int, int]
 
 
-def _decode_step(model: nn.Module, found: Trace, context: int) -> _Step:
+def _decode_step(model: nn.Module, found: Trace, context: int, kv_bits: int) -> _Step:
     """Fills the caches lazily with a prompt and then one token; only shapes are computed.
 
     The one token makes windowed caches shrink to their window. A recurrent layer's graph is as
@@ -143,10 +150,24 @@ def _decode_step(model: nn.Module, found: Trace, context: int) -> _Step:
         for entry in _members(cache):
             if getattr(entry, "keys", None) is not None:
                 _extend(entry, context - 1 - prompt)
+    if kv_bits:
+        check_quantizable(cache)
     with watched([part for layer in found.layers for part in _experts(layer)], watch):
-        logits = model(mx.zeros((1, 1), mx.int32), cache=cache)
+        logits = _one_token(model, cache, kv_bits)
     kv_bytes = [sum(cache[index].nbytes for index in entries) for entries in found.cache_entries]
     return _Step(kv_bytes, logits.shape[-1], chosen)
+
+
+def _one_token(model: nn.Module, cache: list[Any], kv_bits: int) -> mx.array:
+    tokens = mx.zeros((1, 1), mx.int32)
+    if not kv_bits:
+        return model(tokens, cache=cache)  # type: ignore[no-any-return]
+    try:
+        quantize(cache, kv_bits)
+        return model(tokens, cache=cache)  # type: ignore[no-any-return]
+    except Exception as error:  # attention of its own, or heads of odd sizes: it may be anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnquantizableError(f"can't use quantized KV caches: {reason}") from error
 
 
 def _members(cache: Sequence[Any]) -> Iterator[Any]:
@@ -200,7 +221,11 @@ def _answer(request: InspectRequest) -> ModelLayout:
     checkpoint = cache.find(request.model, request.revision)
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
-    return inspect(checkpoint, request.quant, request.context, request.users or 1)
+    asked = request.quant, request.context, request.users or 1, request.kv_bits
+    layout = inspect(checkpoint, *asked)
+    if request.drafts_for:
+        check_tokens(request, checkpoint.root)
+    return layout
 
 
 def main() -> None:

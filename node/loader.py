@@ -64,8 +64,10 @@ class LoadedModel(PipelineModel):
     `close` does so, and so does the end of the process.
     """
 
-    def __init__(self, hollow: HollowModel, ring: Ring | None, closing: Any) -> None:
-        super().__init__(hollow, ring)
+    def __init__(
+        self, hollow: HollowModel, ring: Ring | None, closing: Any, *, foresee: bool = True
+    ) -> None:
+        super().__init__(hollow, ring, foresee=foresee)
         self._closing = closing
 
     def close(self) -> None:
@@ -99,11 +101,17 @@ def describe_here(model: str, identity: Identity, sources: Sequence[str] = ()) -
 
 
 def load_local(
-    checkpoint: Checkpoint, quant: str, cuts: list[Cut], identity: Identity
+    checkpoint: Checkpoint,
+    quant: str,
+    cuts: list[Cut],
+    identity: Identity,
+    *,
+    foresee: bool = True,
 ) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others in worker processes on this machine.
 
-    Raises StageError when a worker can't load, with its reason.
+    `foresee`: decode steps are built before their input is there; off only to measure what it
+    gains. Raises StageError when a worker can't load, with its reason.
     """
     background = Background()
     workers: list[WorkerProcess] = []
@@ -123,6 +131,7 @@ def load_local(
                 identity=identity.to_dict(),
                 revision=checkpoint.manifest.revision,
                 hub_files=None,
+                foresee=foresee,
             )
             for index, (first, end) in enumerate(cuts)
         ]
@@ -134,7 +143,8 @@ def load_local(
         await asyncio.gather(*(worker.stop() for worker in workers))
 
     stage = _Head(checkpoint, quant, cuts[0][1], None, ())
-    return _assemble(stage, identity, background, start if len(cuts) > 1 else None, stop)
+    starting = start if len(cuts) > 1 else None
+    return _assemble(stage, identity, background, starting, stop, foresee=foresee)
 
 
 def load_on_nodes(
@@ -228,6 +238,8 @@ def _assemble(
     background: Background,
     start: Callable[[], Coroutine[Any, Any, list[RouteStop]]] | None,
     stop: Callable[[], Coroutine[Any, Any, None]],
+    *,
+    foresee: bool = True,
 ) -> tuple[LoadedModel, Any]:
     sys.setswitchinterval(SWITCH_INTERVAL)
     ring: Ring | None = None
@@ -247,7 +259,7 @@ def _assemble(
     except BaseException:
         closing()
         raise
-    return LoadedModel(hollow, ring, closing), tokenizer
+    return LoadedModel(hollow, ring, closing, foresee=foresee), tokenizer
 
 
 async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:

@@ -7,6 +7,7 @@ for another machine runs as a fiber: while it waits, whatever else is due runs.
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,15 +17,20 @@ T = TypeVar("T")
 
 
 class MLXThread:
-    """Runs what it is given in order; fibers go on when what they wait for is there."""
+    """Runs what it is given in order; fibers go on when what they wait for is there.
+
+    `busy_s` and `queue_s` are the seconds that it has worked, and that what was due has waited.
+    """
 
     def __init__(self) -> None:
-        self._actions: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.busy_s = 0.0
+        self.queue_s = 0.0
+        self._actions: queue.SimpleQueue[tuple[float, Callable[[], object]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="mlx", daemon=True).start()
 
     def post(self, action: Callable[[], object]) -> None:
         """Queues an action that neither raises nor waits; callable from any thread."""
-        self._actions.put(action)
+        self._actions.put((time.perf_counter(), action))
 
     def start(self, action: Callable[[], object]) -> None:
         """Queues an action that does not raise, as a fiber; callable from any thread."""
@@ -56,7 +62,11 @@ class MLXThread:
 
     def _work(self) -> None:
         while True:
-            self._actions.get()()
+            due, action = self._actions.get()
+            began = time.perf_counter()
+            self.queue_s += began - due
+            action()
+            self.busy_s += time.perf_counter() - began
 
 
 class _Fiber(greenlet):
@@ -64,6 +74,7 @@ class _Fiber(greenlet):
 
     def __init__(self, thread: MLXThread, action: Callable[[], object]) -> None:
         super().__init__(action)
+        self.rested_s = 0.0
         self._thread = thread
 
     def wake(self) -> None:
@@ -72,11 +83,13 @@ class _Fiber(greenlet):
     def rest(self) -> None:
         """Returns once `wake` was called and it is this fiber's turn."""
         assert self.parent is not None  # noqa: S101
+        began = time.perf_counter()
         self.parent.switch()
+        self.rested_s += time.perf_counter() - began
 
 
 class Signal:
-    """Set once, from any thread. One may wait for it: a fiber, or any other thread, blocking."""
+    """Set for good, from any thread. One fiber may wait for it, or any other thread, blocking."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # for the two below
@@ -87,6 +100,8 @@ class Signal:
 
     def set(self) -> None:
         with self._lock:
+            if self._is_set:
+                return
             self._is_set = True
         if self._fiber is not None:
             self._fiber.wake()
@@ -96,12 +111,19 @@ class Signal:
         fiber = getcurrent()
         if not isinstance(fiber, _Fiber):
             self._gate.acquire()
+            self._gate.release()  # for the next time
             return
         with self._lock:
             if self._is_set:
                 return
             self._fiber = fiber
         fiber.rest()
+
+
+def rested() -> float:
+    """The seconds in which this fiber has not run, since it was started; 0 outside of fibers."""
+    fiber = getcurrent()
+    return fiber.rested_s if isinstance(fiber, _Fiber) else 0.0
 
 
 def give_way() -> None:

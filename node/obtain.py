@@ -51,13 +51,14 @@ async def fetch(
 ) -> None:
     """Fetches what is missing of some tensors.
 
-    Files in `hub_files` come from the hub, whole, the others in part from other machines. None
-    means that all come from the hub.
+    Files in `hub_files` come from the hub, whole, also those that only other machines need; the
+    others come in part from other machines. None means that all come from the hub.
     Raises UnavailableError, before anything is fetched, when the disk is too small.
     """
     wanted = await asyncio.to_thread(_ranges, checkpoint, tensors)
     missing = {n: r for n, ranges in wanted.items() if (r := checkpoint.missing(n, ranges))}
-    whole = [name for name in missing if hub_files is None or name in hub_files]
+    asked = missing if hub_files is None else hub_files
+    whole = [name for name in asked if not checkpoint.is_whole(name)]
     parts = {name: ranges for name, ranges in missing.items() if name not in whole}
     total = sum(checkpoint.manifest.files[name].size for name in whole)
     total += sum(size(ranges) for ranges in parts.values())

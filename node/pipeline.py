@@ -1,19 +1,24 @@
 """The cluster as one mlx-lm model."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
+from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
 from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import Reply, Ring, Window
-from node.tensors import decode_tree, encode_tree
+from node.tensors import decode_tree, encode_tree, leaf_bytes
+from node.timeline import Timeline, recording
+from node.trips import Trip, Trips
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
@@ -23,17 +28,42 @@ PUSHED_TOKENS = 16
 PUSHED_FRAMES = 64
 
 
+@dataclass
+class _Expected:
+    """What a call over some caches was like, and what the next may find done."""
+
+    local: list[Any]
+    tokens: Kind
+    returned: Kind = ()
+    step: Step | None = None
+
+    def is_met(self, local: list[Any], tokens: Kind) -> bool:
+        same = all(cache is other for cache, other in zip(self.local, local, strict=True))
+        return same and self.tokens == tokens
+
+
 class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
-    Use it from one thread, like any MLX model. `ring` is None when all layers are here.
+    Use it from one thread, like any MLX model. `ring` is None when all layers are here. `trips`
+    says how busy the other stages are; `machine` is this one's name. `foresee`: decode steps are
+    built before their input is there.
     """
 
-    def __init__(self, hollow: HollowModel, ring: Ring | None) -> None:
+    def __init__(
+        self,
+        hollow: HollowModel,
+        ring: Ring | None,
+        machine: str = "head",
+        *,
+        foresee: bool = True,
+    ) -> None:
         super().__init__()
+        self.trips = Trips([machine, *(stop.node for stop in ring.route)] if ring else [machine])
         self.model = hollow.model
         self._hollow = hollow
         self._ring = ring
+        self._foresight = Foresight(foresee)
         self._lock = threading.Lock()
         self._dropped: deque[int] = deque()
         self._flush_due = False
@@ -79,32 +109,109 @@ class PipelineModel(nn.Module):
             cache = self.make_cache()
         here = len(self._hollow.cache_view)
         local = cache[:here]
+        timelines = recording()
         if self._ring is None:
-            return self.model(inputs, cache=self._hollow.cache_view.full(local))
+            began = time.perf_counter()
+            self.trips.head.frames += 1
+            logits = self.model(inputs, cache=self._hollow.cache_view.full(local))
+            if timelines:
+                mx.eval(logits)
+                _add(timelines, "layers", began)
+            return logits
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
             if isinstance(cache[index], CacheList):
                 cache[index] = remote.store(cache[index])
-        hold = inputs.shape[1] > PUSHED_TOKENS
-        window = self.prefill_window if hold else self._steps
-        window.enter()
-        message = HopMessage()
-        message.frame.hold = hold
+        handles = cache[here:]
+        if inputs.shape[1] > PUSHED_TOKENS:
+            return self._prefill(inputs, local, handles, timelines)
+        return self._step(inputs, local, handles, timelines)
+
+    def _prefill(
+        self,
+        inputs: mx.array,
+        local: list[Any],
+        handles: list[RemoteCache],
+        timelines: Sequence[Timeline],
+    ) -> PendingLogits:
+        """The last stage keeps the result: it rarely is asked for."""
+        handles[0].expected = None
+        self.prefill_window.enter()
+        began = time.perf_counter()
+        message = HopMessage(frame=Frame(hold=True))
         try:
             hidden, extra = self._hollow.front(inputs, local)
             encode_tree(hidden, message.frame.hidden, extra)
         except BaseException:
-            window.leave()
+            self.prefill_window.leave()
             raise
-        reply = self._forward(message, cache[here:], window)
+        reply = self._forward(message, handles, self.prefill_window, False, began, timelines)
         number = reply.number
 
         def resolve() -> mx.array:
-            frame = reply.wait()
-            if hold:
-                frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
-            return self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            reply.wait()
+            woke = _woke(timelines, number)
+            frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
+            logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            return _finished(logits, timelines, woke, number)
 
-        return PendingLogits(resolve, (lambda: self._dropped.append(number)) if hold else None)
+        return PendingLogits(resolve, lambda: self._dropped.append(number))
+
+    def _step(
+        self,
+        inputs: mx.array,
+        local: list[Any],
+        handles: list[RemoteCache],
+        timelines: Sequence[Timeline],
+    ) -> PendingLogits:
+        """Decode, or a verification of guesses: as much as can be is built while others compute."""
+        self._steps.enter()
+        began = time.perf_counter()
+        message = HopMessage(frame=Frame())
+        try:
+            before, handles[0].expected = handles[0].expected, None
+            expected = _Expected(local, kind_of_array(inputs))
+            if before is not None and not before.is_met(local, expected.tokens):
+                before = None  # its step holds on to the caches' arrays, and MLX would copy them
+            if before is not None and before.step is not None:
+                before.step.blank.fill_one(inputs)
+                take_place(local, before.step.after)
+                hidden, extra = before.step.result, before.step.extra
+            else:
+                hidden, extra = self._hollow.front(inputs, local)
+            encode_tree(hidden, message.frame.hidden, extra)
+        except BaseException:
+            self._steps.leave()
+            raise
+        single = inputs.shape == (1, 1)
+        reply = self._forward(message, handles, self._steps, single, began, timelines)
+        handles[0].expected = expected
+        returned = before.returned if before is not None else ()
+
+        def resolve() -> mx.array:
+            tail = None
+            if returned:
+                # Not before: building would take the interpreter from the frame's sending.
+                reply.wait_until_sent()
+                tail = self._foreseen_tail(inputs, returned, local)
+                if handles[0].expected is expected:
+                    expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
+            frame = reply.wait()
+            woke = _woke(timelines, reply.number)
+            expected.returned = kind_of_leaves(frame.hidden)
+            if tail is not None and tail.kind == expected.returned:
+                tail.blank.fill(frame.hidden)
+                logits = tail.result
+            else:
+                logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            return _finished(logits, timelines, woke, reply.number)
+
+        return PendingLogits(resolve)
+
+    def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
+        def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
+            return self._hollow.tail(inputs, received, local), []
+
+        return self._foresight.step(returned, [], build)
 
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""
@@ -112,16 +219,37 @@ class PipelineModel(nn.Module):
         return sum(remote.ask(query).answer.live for remote in self._remotes)
 
     def _forward(
-        self, message: HopMessage, handles: Sequence[RemoteCache], window: Window
+        self,
+        message: HopMessage,
+        handles: Sequence[RemoteCache],
+        window: Window,
+        single: bool,
+        began: float,
+        timelines: Sequence[Timeline],
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
+        sent = time.perf_counter()
+        returned = 0.0
+
+        def trip(frame: Frame) -> Trip:
+            return Trip(sent, returned, leaf_bytes(frame.hidden), single, frame.reports)
 
         def on_reply(frame: Frame) -> None:
+            nonlocal returned
+            returned = time.perf_counter()
             for handle, version, report in zip(handles, versions, frame.reports, strict=True):
                 handle.after_forward(version, report)
+            for timeline in timelines:
+                timeline.note(frame.id, trip(frame), self.trips)
+
+        def after(frame: Frame) -> None:
+            self.trips.note(trip(frame))
 
         numbers = {handle.stage.index: handle.number for handle in handles}
-        return self._send(message, caches=numbers, window=window, on_reply=on_reply)
+        reply = self._send(message, caches=numbers, window=window, on_reply=on_reply, after=after)
+        for timeline in timelines:
+            timeline.add("layers", began, sent, reply.number)
+        return reply
 
     def _send(
         self,
@@ -130,6 +258,7 @@ class PipelineModel(nn.Module):
         caches: dict[int, int] | None = None,
         window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
+        after: Callable[[Frame], None] | None = None,
     ) -> Reply:
         """Sends a frame with all operations recorded until now."""
         ring = self._ring
@@ -142,7 +271,7 @@ class PipelineModel(nn.Module):
                 if operations or number:
                     frame.parts.add(stage=remote.index, ops=operations, cache=number)
             frame.dropped.extend(_drained(self._dropped))
-            return ring.send(message, window=window, on_reply=on_reply)
+            return ring.send(message, window=window, on_reply=on_reply, after=after)
 
     def _ask(self, remote: RemoteStage) -> StageReport:
         frame = self._send(HopMessage()).wait()
@@ -158,6 +287,29 @@ class PipelineModel(nn.Module):
         self._flush_due = False
         if any(remote.operations for remote in self._remotes):
             self._send(HopMessage())
+
+
+def _woke(timelines: Sequence[Timeline], number: int) -> float:
+    """Notes that the head goes on with a frame that came back; returns when."""
+    now = time.perf_counter() if timelines else 0.0
+    for timeline in timelines:
+        timeline.woke(number, now)
+    return now
+
+
+def _finished(
+    logits: mx.array, timelines: Sequence[Timeline], woke: float, number: int
+) -> mx.array:
+    """The logits; if anybody wants to know how long they took, evaluated."""
+    if timelines:
+        mx.eval(logits)
+        _add(timelines, "head", woke, number)
+    return logits
+
+
+def _add(timelines: Sequence[Timeline], name: str, began: float, trip: int = 0) -> None:
+    for timeline in timelines:
+        timeline.add(name, began, time.perf_counter(), trip)
 
 
 def _drained(items: deque[Any]) -> Any:

@@ -72,9 +72,12 @@ class RemoteCache:
     def __init__(self, stage: RemoteStage, number: int) -> None:
         self.stage = stage
         self.number = number
+        self._quantized = False
         # Counts what changed the cache, to tell whether a report still holds.
         self._version = 0
         self._seen: tuple[int, StageReport] | None = None
+        # What the pipeline expects of its next call; of no use once the cache is changed.
+        self.expected: Any = None
 
     def before_forward(self) -> int:
         """Notes that a forward goes out; returns the version its report will describe."""
@@ -149,14 +152,42 @@ class RemoteCache:
             fetched.append((decode_tree(state.state), state.kind))
         return fetched
 
+    @property
+    def offset(self) -> int:
+        """Tokens in it: mlx-lm looks at it before it quantizes a cache."""
+        return self.size()
+
+    def to_quantized(self, group_size: int, bits: int) -> "RemoteCache":
+        """One with its KV caches quantized; itself if they are.
+
+        Where a head's size is no multiple of `group_size`, the stage takes a smaller one.
+        """
+        if self._quantized:
+            return self
+        operation = CacheOp.Quantize(source=self.number, bits=bits, group_size=group_size)
+        handle = self.stage.new(quantize=operation)
+        handle._quantized = True
+        return handle
+
+    def snapshot(self) -> "RemoteCache":
+        """What of it can't be cut back, for `restore`."""
+        return self.stage.new(snapshot=CacheOp.Snapshot(source=self.number))
+
+    def restore(self, saved: "RemoteCache", tokens: int) -> None:
+        """Takes back the `tokens` since `saved` was made, which is then used up."""
+        self._change(restore=CacheOp.Restore(snapshot=saved.number, tokens=tokens))
+
     def __deepcopy__(self, memo: Any) -> "RemoteCache":
-        return self.stage.new(copy=CacheOp.Copy(source=self.number))
+        handle = self.stage.new(copy=CacheOp.Copy(source=self.number))
+        handle._quantized = self._quantized
+        return handle
 
     def __del__(self) -> None:
         self.stage.free(self.number)
 
     def _change(self, **operation: Any) -> None:
         self._version += 1
+        self.expected = None
         self.stage.operations.append(CacheOp(cache=self.number, **operation))
 
     def _current(self) -> StageReport | None:

@@ -22,6 +22,9 @@ class Job:
     stop: tuple[str, ...]
     logprobs: int | None
     state: str
+    ignore_eos: bool = False
+    no_reuse: bool = False
+    trace: bool = False
 
 
 def check_request(
@@ -46,6 +49,9 @@ def check_request(
         stop=tuple(request.stop),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         state=_initial_state(tokens, tokenizer),
+        ignore_eos=request.ignore_eos,
+        no_reuse=request.no_reuse,
+        trace=request.trace,
     )
 
 

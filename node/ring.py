@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -27,11 +28,21 @@ class Reply:
     def __init__(self, number: int) -> None:
         self.number = number
         self._result: Frame | UniclusterError | None = None
+        self._left = Signal()
         self._there = Signal()
+
+    def leave(self) -> None:
+        """The frame is on its way."""
+        self._left.set()
 
     def put(self, result: Frame | UniclusterError) -> None:
         self._result = result
+        self._left.set()
         self._there.set()
+
+    def wait_until_sent(self) -> None:
+        """Returns when the frame has left, or never will."""
+        self._left.wait()
 
     def wait(self) -> Frame:
         """The frame as the last stage sent it; raises what broke the ring."""
@@ -44,9 +55,14 @@ class Reply:
 
 
 class Window:
-    """Places for frames on their way, so that a slow machine pushes back."""
+    """Places for frames on their way, so that a slow machine pushes back.
 
-    def __init__(self, places: int) -> None:
+    `waited`: seconds by `clock` that there was no place.
+    """
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.waited = 0.0
+        self._clock = clock
         self._lock = threading.Lock()
         self._free = places
         self._waiting: deque[Signal] = deque()
@@ -59,7 +75,9 @@ class Window:
                 return
             signal = Signal()
             self._waiting.append(signal)
+        begun = self._clock()
         signal.wait()
+        self.waited += self._clock() - begun
 
     def leave(self) -> None:
         with self._lock:
@@ -75,6 +93,7 @@ class _Sent:
     reply: Reply
     window: Window | None
     on_reply: Callable[[Frame], None] | None
+    after: Callable[[Frame], None] | None
 
 
 class Ring:
@@ -119,18 +138,19 @@ class Ring:
         *,
         window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
+        after: Callable[[Frame], None] | None = None,
     ) -> Reply:
         """Numbers the frame of `message` and sends it; frames leave in the order of these calls.
 
         `window`: the caller entered it, and the frame leaves it on its return. `on_reply` is
-        called on the event loop before the reply can be waited for. A broken ring shows in the
-        reply.
+        called on the event loop before the reply can be waited for, `after` when nobody waits any
+        more. A broken ring shows in the reply.
         """
         with self._lock:
             number = message.frame.id = next(self._ids)
             reply = Reply(number)
             if self.failure is None:
-                self._sent[number] = _Sent(reply, window, on_reply)
+                self._sent[number] = _Sent(reply, window, on_reply, after)
                 self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
                 return reply
         reply.put(self.failure)
@@ -179,6 +199,10 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
+            with self._lock:
+                sent = self._sent.get(message.frame.id)
+            if sent is not None:
+                sent.reply.leave()
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""
@@ -205,6 +229,8 @@ class Ring:
         sent.reply.put(frame)
         if sent.window is not None:
             sent.window.leave()
+        if sent.after is not None:
+            sent.after(frame)
 
     def _fail(self, error: UniclusterError) -> None:
         with self._lock:

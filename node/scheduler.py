@@ -16,15 +16,20 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
-from node.batch import Batch, Solo, can_batch
+from node.batch import Batch, can_batch
 from node.buffers import give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
 from node.memory import Memory
-from node.mlx_thread import MLXThread, give_way
+from node.meters import AnswerMeter
+from node.mlx_thread import MLXThread, give_way, rested
 from node.pace import Pace
+from node.quantize import quantize
 from node.sequence import Sequence
+from node.solo import Solo
+from node.speculate import Speculation
 from node.ticket import Ticket
+from node.timeline import Timeline, recorded
 
 
 class Scheduler:
@@ -32,9 +37,11 @@ class Scheduler:
 
     `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
     fill it: that much is promised before an answer begins, and what is left keeps caches of
-    finished ones. 0: not known; nothing is kept. `on_end` is called for each ticket that has
+    finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
+    lane holds one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
-    `prefilled` counts prompt tokens computed, in `chunks`.
+    `clock` gives seconds: simulations have their own.
+    `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
     """
 
     def __init__(
@@ -48,16 +55,33 @@ class Scheduler:
         lanes: int,
         kv_bytes: int,
         prefill_step: int,
+        meter: AnswerMeter,
+        kv_bits: int = 0,
+        speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         kinds = _kinds(model)
-        batches = can_batch(kinds)
+        batches = can_batch(kinds) and not kv_bits and speculation is None
+
+        def decoder() -> Batch | Solo:
+            if batches:
+                return Batch(model)
+            return Solo(
+                model,
+                kinds,
+                kv_bits=kv_bits,
+                drafter=speculation.drafter() if speculation is not None else None,
+                most=speculation.most if speculation is not None else 0,
+                ends=tokenizer.eos_token_ids,
+            )
+
         lanes = min(lanes, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         self.lanes = [
             Lane(
-                Batch(model) if batches else Solo(model),
+                decoder(),
                 places=users // lanes + (index < users % lanes) if batches else 1,
                 keep=self._keep if kv_bytes else None,
             )
@@ -65,13 +89,16 @@ class Scheduler:
         ]
         self.memory = Memory(kv_bytes, users, context, kinds)
         self.kept = KeptCaches()
+        self.meter = meter
         self.prefilled = 0
         self.chunks = 0
         self._thread = thread
         self._model = model
         self._tokenizer = tokenizer
+        self._kv_bits = kv_bits
         self._on_end = on_end
         self._on_error = on_error
+        self._clock = clock
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
         self._stages = int(getattr(model, "stages", 1))
@@ -104,9 +131,20 @@ class Scheduler:
         places in the lanes.
         """
         return sum(
-            self.memory.need_together(sequence.most for sequence in lane.sequences)
-            for lane in self.lanes
+            # Copies, because other threads ask too.
+            self.memory.need_together(sequence.most for sequence in list(lane.sequences))
+            for lane in list(self.lanes)
         )
+
+    @property
+    def drafted(self) -> int:
+        """Tokens guessed ahead."""
+        return sum(lane.drafted for lane in self.lanes)
+
+    @property
+    def accepted(self) -> int:
+        """Of these, those that were right."""
+        return sum(lane.accepted for lane in self.lanes)
 
     def _schedule(self) -> None:
         """Begins with the requests that came first, each in the lane with the fewest others."""
@@ -115,9 +153,10 @@ class Scheduler:
             if not lane.free:
                 return
             ticket = self.waiting.popleft()
-            sequence = Sequence(ticket, Answer(ticket.job, self._tokenizer, ticket.asked))
+            answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
+            sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
-            sequence.kept = self.kept.find(sequence.prompt)
+            sequence.kept = None if ticket.job.no_reuse else self.kept.find(sequence.prompt)
             self.kept.shrink(self.memory.total - self.promised)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
@@ -135,7 +174,8 @@ class Scheduler:
                 continue
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
-                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding))
+                first = not sequence.began
+                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding, first))
                 self._prompts.append((sequence, lane))
             else:
                 lane.join(sequence)
@@ -154,31 +194,62 @@ class Scheduler:
             kept, sequence.cached = sequence.kept
             sequence.cache, sequence.kept = kept.copied(sequence.cached), None
             sequence.answer.cached_tokens = sequence.cached
+        self.meter.prompt_tokens += len(sequence.prompt)
+        self.meter.reused_tokens += sequence.cached
 
     def _compute(self, sequence: Sequence, most: int) -> None:
         """One chunk of a prompt; on other machines it goes on after this returns."""
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
-        self._model(chunk[None], cache=sequence.cache)
-        mx.eval([cache.state for cache in sequence.cache])
+        timeline = sequence.answer.timeline
+        before = self._spent()
+        with recorded("chunk", [timeline] if timeline is not None else []):
+            self._model(chunk[None], cache=sequence.cache)
+            quantize(sequence.cache, self._kv_bits)
+            mx.eval([cache.state for cache in sequence.cache])
+        if len(sequence.began) < 2:
+            sequence.began.append((len(chunk), self._spent() - before))
+            if len(sequence.began) == 2:
+                self._pace.compare(*sequence.began[0], *sequence.began[1])
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
 
+    def _spent(self) -> float:
+        """Seconds by the clock, but for those that prefill has waited for other machines."""
+        window = getattr(self._model, "prefill_window", None)
+        return self._clock() - (window.waited if window is not None else 0.0)
+
     def _decode(self, lane: Lane) -> None:
         while lane.busy and not self._closed:
-            began = time.perf_counter()
+            began = self._clock()
             prefilling = self._prefilling
-            ended = lane.step()
+            ended = self._step(lane)
             if self._stages == 1:  # else others ran while the step was on its way
                 give_way()
             if lane.decoding:
-                self._pace.note(time.perf_counter() - began, prefilling)
+                self._pace.note(self._clock() - began, prefilling)
             for sequence in ended:
                 self._finish(sequence, lane)
         lane.awake = False
         self._rest()
+
+    def _step(self, lane: Lane) -> list[Sequence]:
+        """A lane's step, which takes the head its time less that in which others ran."""
+        began, away = time.perf_counter(), rested()
+        alone, tokens = lane.decoding == 1, lane.tokens
+        traced = lane.timelines
+        ended = self._traced_step(lane, traced) if traced else lane.step()
+        if alone and lane.tokens == tokens + 1:
+            self.meter.step.note(time.perf_counter() - began - (rested() - away))
+        return ended
+
+    def _traced_step(self, lane: Lane, timelines: list[Timeline]) -> list[Sequence]:
+        with recorded("step", timelines):
+            ended = lane.step()
+            mx.synchronize()  # else the sampling would show in the next step
+        return ended
 
     def _keep(self, tokens: list[int], cache: list[Any]) -> None:
         mx.eval([entry.state for entry in cache])  # else it would hold on to the whole batch

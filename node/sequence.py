@@ -11,13 +11,17 @@ from node.ticket import Ticket
 
 @dataclass(eq=False)
 class Sequence:
-    """`cache` holds the first `cached` tokens of the prompt, some maybe those of `kept`."""
+    """`cache` holds the first `cached` tokens of the prompt, some maybe those of `kept`.
+
+    `began`: tokens of its first two chunks, and the seconds that the head computed.
+    """
 
     ticket: Ticket
     answer: Answer
     kept: tuple[Kept, int] | None = None
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
+    began: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def job(self) -> Job:

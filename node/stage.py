@@ -2,15 +2,21 @@
 
 import copy
 import time
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from node.buffers import give_back
 from node.cacheview import Caches
+from node.foreseen import Foresight, Kind, Step, kind_of_leaves
 from node.hollow import HollowModel
-from node.tensors import decode_tree, encode_tree
+from node.quantize import quantized
+from node.rewind import restore, snapshot
+from node.tensors import decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 
@@ -22,13 +28,29 @@ class Session:
         self.last = last
         self.caches: dict[int, Caches] = {}
         self.held: dict[int, Any] = {}
+        # By cache: the kind of what it was last stepped with, and the next step if it is such.
+        self.kinds: dict[int, Kind] = {}
+        self.foreseen: dict[int, Step] = {}
+        self.due: deque[int] = deque()  # caches of which a step may be foreseen
+
+    def forget_steps(self, cache: int) -> None:
+        """The next step over a cache can't be foreseen any more."""
+        self.kinds.pop(cache, None)
+        self.foreseen.pop(cache, None)
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        for kept in (self.caches, self.held, self.kinds, self.foreseen, self.due):
+            kept.clear()
 
 
 class Stage:
     """Serves frames over one hollow model. All calls come from one thread."""
 
-    def __init__(self, hollow: HollowModel) -> None:
+    def __init__(self, hollow: HollowModel, *, foresee: bool = True) -> None:
+        """foresee: decode steps are built before their input arrives."""
         self._hollow = hollow
+        self._foresight = Foresight(foresee)
 
     def serve(self, session: Session, frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame, which becomes the frame for the next hop.
@@ -37,11 +59,18 @@ class Stage:
         Raises whatever the model or a cache raises; the session is then of no more use.
         """
         started = time.perf_counter()
-        report = frame.reports.add(stage=session.stage, queue_s=started - arrived)
+        report = frame.reports.add(
+            stage=session.stage,
+            arrived_s=arrived,
+            queue_s=started - arrived,
+            received_bytes=leaf_bytes(frame.hidden),
+        )
         freed = False
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
                 for op in part.ops:
+                    for number in _touched(op):
+                        session.forget_steps(number)
                     self._apply(session, op, report)
                     freed |= op.HasField("free")
                 if part.cache:
@@ -59,11 +88,31 @@ class Stage:
             give_back()
         report.compute_s = time.perf_counter() - started
 
+    def look_ahead(self, session: Session) -> None:
+        """Builds the steps that are likely to come: to be called when a frame has left."""
+        while session.due:
+            number = session.due.popleft()
+            kind = session.kinds.get(number)
+            if kind and number not in session.foreseen:
+                step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
+                if step is not None:
+                    session.foreseen[number] = step
+
     def _forward(
         self, session: Session, part: StagePart, frame: Frame, report: StageReport
     ) -> None:
-        caches = session.caches[part.cache]
-        result, extra = self._hollow.forward(decode_tree(frame.hidden), caches)
+        number = part.cache
+        kind = kind_of_leaves(frame.hidden) if not frame.hold else ()
+        step = session.foreseen.pop(number, None)
+        if step is not None and step.kind == kind:
+            step.blank.fill(frame.hidden)
+            session.caches[number] = step.after
+            result, extra = step.result, step.extra
+        else:
+            step = None  # it holds on to the caches' arrays, and MLX would copy them
+            tree = decode_tree(frame.hidden)
+            result, extra = self._hollow.forward(tree, session.caches[number])
+        caches = session.caches[number]
         frame.ClearField("hidden")
         if session.last and frame.hold:
             # A prefill chunk: nobody may ever read it, so only the caches are computed.
@@ -71,6 +120,9 @@ class Stage:
             mx.eval([cache.state for cache in caches], extra)
         else:
             encode_tree(result, frame.hidden, extra)
+        if kind and session.kinds.get(number) == kind:
+            session.due.append(number)
+        session.kinds[number] = kind
         report.trimmable = all(cache.is_trimmable() for cache in caches)
         report.size = _size(caches)
 
@@ -116,8 +168,26 @@ class Stage:
             encode_tree(entry.state, report.state.state)
         elif kind == "store":
             caches[op.cache][op.store.entry] = _stored(op.store)
+        elif kind == "quantize":
+            source, asked = caches[op.quantize.source], op.quantize
+            made = quantized(copy.deepcopy(source), asked.bits, asked.group_size)
+            mx.eval([cache.state for cache in made])
+            caches[op.cache] = made
+        elif kind == "snapshot":
+            caches[op.cache] = snapshot(caches[op.snapshot.source])
+        elif kind == "restore":
+            saved = caches.pop(op.restore.snapshot)
+            restore(caches[op.cache], saved, op.restore.tokens)
         else:
             raise ValueError(f"unknown cache operation {kind}")
+
+
+def _touched(op: CacheOp) -> Iterator[int]:
+    """The caches that an operation reads or changes."""
+    yield op.cache
+    yield from op.merge.sources
+    yield from (op.extend.other, op.extract.source, op.copy.source)
+    yield from (op.quantize.source, op.snapshot.source, op.restore.snapshot)
 
 
 def _answer(caches: Caches | None, live: int) -> CacheAnswer:
@@ -135,7 +205,12 @@ def _answer(caches: Caches | None, live: int) -> CacheAnswer:
 
 def _size(caches: Caches) -> int:
     """Tokens in it, as far as its members count them: state-space caches don't."""
-    return max((cache.size() for cache in caches if hasattr(cache, "size")), default=0)
+    return max((_tokens(cache) for cache in caches), default=0)
+
+
+def _tokens(cache: Any) -> int:
+    # mlx-lm's quantized caches say 0.
+    return int(cache.offset if isinstance(cache, QuantizedKVCache) else cache.size())
 
 
 def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:

@@ -14,7 +14,15 @@ from node.stage import Session, Stage
 from unicluster.channels import connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
-from unicluster.v1.stage_pb2 import HopMessage, Open, Opened, RouteStop, StageInfo
+from unicluster.v1.stage_pb2 import (
+    ClockReading,
+    ClockRequest,
+    HopMessage,
+    Open,
+    Opened,
+    RouteStop,
+    StageInfo,
+)
 from unicluster.v1.stage_pb2_grpc import StageServicer, StageStub
 
 log = logging.getLogger(__name__)
@@ -60,6 +68,11 @@ class StageService(StageServicer):
         else:
             await self._serve_session(opening, context)
 
+    async def Clock(  # noqa: N802
+        self, request: ClockRequest, context: "grpc.aio.ServicerContext[ClockRequest, ClockReading]"
+    ) -> ClockReading:
+        return ClockReading(now_s=time.perf_counter())
+
     async def _return_results(self, opening: Open, context: Context) -> None:
         live = self._sessions.get(opening.session)
         if live is None:
@@ -68,6 +81,7 @@ class StageService(StageServicer):
         await context.write(HopMessage(opened=Opened(stages=[self._info])))
         while (message := await live.outgoing.get()) is not None:
             await context.write(message)
+            self._look_ahead(live)
 
     async def _serve_session(self, opening: Open, context: Context) -> None:
         live = _LiveSession(opening.stage, last=not opening.route)
@@ -79,7 +93,7 @@ class StageService(StageServicer):
                 if opening.route:
                     hop, behind = await self._connect_next(opening, stack)
                     stages.extend(behind)
-                    tasks.append(asyncio.create_task(_write_frames(live, hop)))
+                    tasks.append(asyncio.create_task(self._write_frames(live, hop)))
                     tasks.append(asyncio.create_task(_until_fault(hop, opening.route[0])))
                 await context.write(HopMessage(opened=Opened(stages=stages)))
                 tasks.append(asyncio.create_task(self._read_frames(live, context)))
@@ -139,24 +153,28 @@ class StageService(StageServicer):
         else:
             loop.call_soon_threadsafe(live.outgoing.put_nowait, message)
 
+    async def _write_frames(self, live: _LiveSession, hop: Any) -> None:
+        while (message := await live.outgoing.get()) is not None:
+            try:
+                await hop.write(message)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await asyncio.Future()  # the reader of this hop learns the reason and ends us
+            self._look_ahead(live)
+
+    def _look_ahead(self, live: _LiveSession) -> None:
+        """Only now that a frame has left: building would take the interpreter from its sending."""
+        if live.session.due:
+            self._thread.post(lambda: self._stage.look_ahead(live.session))
+
     def _end(self, name: str) -> None:
         live = self._sessions.pop(name)
         live.outgoing.put_nowait(None)
 
         def release() -> None:
             live.closed = True
-            live.session.caches.clear()
-            live.session.held.clear()
+            live.session.clear()
 
         self._thread.post(release)
-
-
-async def _write_frames(live: _LiveSession, hop: Any) -> None:
-    while (message := await live.outgoing.get()) is not None:
-        try:
-            await hop.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await asyncio.Future()  # the reader of this hop learns the reason and ends us
 
 
 async def _until_fault(hop: Any, stop: RouteStop) -> None:

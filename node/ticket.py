@@ -19,6 +19,7 @@ class Ticket:
         self.job = job
         self.asked = asked
         self.ended = False
+        self.broken = ""  # how it ended early: cancelled or failed
         self._on_cancel = on_cancel
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[GenerateEvent | UniclusterError | None] = asyncio.Queue()
@@ -38,6 +39,7 @@ class Ticket:
     def cancel(self) -> None:
         """Ends the answer and frees its caches, at any moment and from any thread."""
         if not self.ended:
+            self.broken = "cancelled"
             self.end()
             self._on_cancel(self)
 
@@ -48,6 +50,8 @@ class Ticket:
     def end(self, error: UniclusterError | None = None) -> None:
         """Nothing comes after this; from any thread."""
         self.ended = True
+        if error is not None:
+            self.broken = "failed"
         self._put(error)
 
     def _put(self, *items: GenerateEvent | UniclusterError | None) -> None:

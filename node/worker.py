@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import uvloop
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
+from node.draft import fetch_draft, load_draft
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
@@ -50,8 +52,13 @@ def emit(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
-async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Path:
-    """Gets the files of the stage onto this machine; returns their directory."""
+async def fetch_weights(
+    config: WorkerConfig, identity: Identity, thread: MLXThread
+) -> tuple[Path, Path | None]:
+    """Gets the files of the stage onto this machine; returns their directory.
+
+    Also that of the draft model, if there is one.
+    """
 
     told = 0.0
 
@@ -69,7 +76,8 @@ async def fetch_weights(config: WorkerConfig, identity: Identity, thread: MLXThr
                 lambda: survey(checkpoint.root, config.quant).of_stage(first, end)
             )
             await fetch(checkpoint, tensors, config.hub_files, sources, tell)
-    return checkpoint.root
+        draft = await fetch_draft(config, sources, tell) if config.draft else None
+    return checkpoint.root, draft
 
 
 def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
@@ -101,7 +109,7 @@ async def serve(config: WorkerConfig) -> None:
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    path = await fetch_weights(config, identity, thread)
+    path, draft_path = await fetch_weights(config, identity, thread)
     lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
     info = StageInfo(
         node=config.node,
@@ -110,12 +118,16 @@ async def serve(config: WorkerConfig) -> None:
         weight_bytes=weight_bytes,
     )
     if hollow.start == 0:
-        engine = make_engine(lazy, hollow.hidden_bytes, thread, config)
-        head = Head(hollow, info, engine, thread, identity)
+        draft = None
+        if draft_path is not None:
+            draft = await thread.run(partial(load_draft, draft_path, config.draft_quant))
+        engine = make_engine(lazy, hollow.hidden_bytes, thread, config, draft)
+        head = Head(hollow, info, engine, thread, identity, foresee=config.foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
     else:
-        add_StageServicer_to_server(StageService(Stage(hollow), info, thread, identity), server)
+        stage = Stage(hollow, foresee=config.foresee)
+        add_StageServicer_to_server(StageService(stage, info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=weight_bytes)
     ended = asyncio.Event()

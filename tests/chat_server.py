@@ -59,7 +59,8 @@ class ScriptedChat(ChatServicer):
         )
 
     async def _answer(self, request: wire.GenerateRequest, context: Context) -> Events:
-        script, _, argument = request.messages[-1].content.partition(" ")
+        content = request.messages[-1].content if request.messages else "request"
+        script, _, argument = content.partition(" ")
         match script:
             case "request":  # shows the request as it came
                 yield text(MessageToJson(request, preserving_proto_field_name=True))

@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 
+import unicluster
 from node.engine import Engine
 from node.mlx_thread import MLXThread
 from tests.tiny import EOS, VOCAB
-from unicluster.v1.chat_pb2 import Finish
+from unicluster.v1.chat_pb2 import Finish, GenerateRequest
 
 DEADLINE = 30.0
 THREAD = MLXThread()  # models of MLX live on one thread
@@ -97,6 +98,34 @@ class Tiny:
         engine = Engine(THREAD, self.tokenizer, model_name="tiny", **(sizes | options))
         await engine.set_model(model or self.model)
         return engine
+
+
+@dataclass
+class Split(Tiny):
+    """A tiny model over three processes; `whole` is the same in one piece."""
+
+    whole: Tiny
+    name: str
+
+    @classmethod
+    async def open(cls, path: Path) -> "Split":
+        whole = await Tiny.load(path)
+        loaded = await THREAD.run(lambda: unicluster.load(str(path), local_nodes=3))
+        return cls(*loaded, whole, path.name)
+
+    async def until_free(self) -> None:
+        """Waits until no cache is left on the stages."""
+        async with asyncio.timeout(DEADLINE):
+            while await THREAD.run(self.model.live_caches):
+                await asyncio.to_thread(gc.collect)
+
+
+def of_tokens(prompt: list[int], **fields: Any) -> GenerateRequest:
+    return GenerateRequest(token_ids=prompt, **({"max_tokens": 24} | fields))
+
+
+async def ask(engine: Engine, prompt: list[int], **fields: Any) -> list[int]:
+    return (await listen(await engine.submit(of_tokens(prompt, **fields)))).tokens
 
 
 class Fragile:

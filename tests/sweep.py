@@ -19,11 +19,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from node.cacheview import Caches
 from node.crossing import forbidden_cuts
+from node.foreseen import Build, Foresight, kind_of_leaves, take_place
 from node.hollow import HollowModel
+from node.tensors import decode_tree
 from node.trace import trace
 from tests import zoo
-from tests.wire import over_the_wire
+from tests.wire import on_the_wire
 from unicluster.errors import StageError
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -152,14 +155,31 @@ def run_stages(stages: list[HollowModel]) -> list[mx.array]:
     """Logits for CHUNKS through stages that share only what would go over the wire."""
     caches = [stage.cache_view.make() for stage in stages]
     logits = []
-    for chunk in CHUNKS:
-        out, extra = stages[0].front(chunk, caches[0])
-        mx.eval(extra)
+    for turn, chunk in enumerate(CHUNKS):
+        out = _run(stages[0].front, chunk, caches[0], turn)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            out, extra = stage.forward(over_the_wire(out), cache)
-            mx.eval(extra)
-        logits.append(stages[0].tail(chunk, over_the_wire(out), caches[0]))
+            out = _run(stage.forward, out, cache, turn)
+
+        def tail(received: Any, _: Caches, tokens: mx.array = chunk) -> tuple[mx.array, list[Any]]:
+            return stages[0].tail(tokens, received, caches[0]), []
+
+        logits.append(_run(tail, out, [], turn))
     return logits
+
+
+def _run(build: Build, tree: Any, caches: Caches, turn: int) -> Any:
+    """One part of a forward. Decode steps are built ahead, and every third is then not used."""
+    leaves = on_the_wire(tree)
+    step = Foresight().step(kind_of_leaves(leaves), caches, build) if turn > 2 else None
+    if step is None or turn % 3 == 0:
+        step = None
+        result, extra = build(decode_tree(leaves), caches)
+    else:
+        step.blank.fill(leaves)
+        take_place(caches, step.after)
+        result, extra = step.result, step.extra
+    mx.eval(result, extra)
+    return result
 
 
 def table(verdicts: list[Verdict]) -> str:

@@ -40,7 +40,15 @@ def test_mlx_is_imported_only_by_nodes(package):
 
 
 @pytest.mark.parametrize(
-    "module", ["unicluster.client", "unicluster.chat_ui", "coordinator.serve", "coordinator.nodes"]
+    "module",
+    [
+        "unicluster.client",
+        "unicluster.chat_ui",
+        "coordinator.serve",
+        "coordinator.nodes",
+        "coordinator.status_command",
+        "coordinator.metrics_port",
+    ],
 )
 def test_client_and_coordinator_run_without_mlx(module):
     program = f"import sys\nsys.modules['mlx'] = sys.modules['mlx_lm'] = None\nimport {module}\n"

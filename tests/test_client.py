@@ -97,6 +97,7 @@ def test_every_option_reaches_the_server(client: Client) -> None:
         stop=["\n", "END"],
         logprobs=0,
         deadline=30,
+        trace=True,
     )
 
     assert json.loads(answer.text) == {
@@ -106,6 +107,18 @@ def test_every_option_reaches_the_server(client: Client) -> None:
         "max_tokens": 10,
         "stop": ["\n", "END"],
         "logprobs": 0,
+        "trace": True,
+    }
+
+
+def test_a_prompt_may_be_token_ids(client: Client) -> None:
+    answer = client.chat([5, 6, 7], max_tokens=4, ignore_eos=True, no_reuse=True)
+
+    assert json.loads(answer.text) == {
+        "token_ids": [5, 6, 7],
+        "max_tokens": 4,
+        "ignore_eos": True,
+        "no_reuse": True,
     }
 
 

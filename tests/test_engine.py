@@ -14,7 +14,7 @@ from node.engine import Engine
 from node.ticket import Ticket
 from tests import zoo
 from tests.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
-from tests.tiny import ARCHITECTURES, tiny_config, write_model
+from tests.tiny import ARCHITECTURES, EOS, tiny_config, write_model
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -118,6 +118,15 @@ async def test_more_requests_than_users_all_get_their_answer(tiny: Tiny) -> None
     told = await asyncio.gather(*(ask(engine, of_tokens(p)) for p in PROMPTS * 2))
     engine.close()
     assert [t.tokens for t in told] == [(await tiny.alone(p)).tokens for p in PROMPTS * 2]
+
+
+async def test_an_end_token_ends_nothing_where_it_is_ignored(tiny: Tiny) -> None:
+    engine = await tiny.engine(Script([65]))
+
+    told = await ask(engine, of_tokens([1], max_tokens=5, ignore_eos=True))
+
+    engine.close()
+    assert (told.tokens, told.reason) == ([65, EOS, EOS, EOS, EOS], "length")
 
 
 async def test_messages_go_through_the_chat_template(engine: Engine, tiny: Tiny) -> None:

@@ -158,6 +158,22 @@ def test_each_file_leaves_the_hub_once_and_goes_only_where_it_is_needed(
         assert {f for f in copy.manifest.weights if copy.is_whole(f)} <= needed
 
 
+def test_the_machine_with_the_token_fetches_for_the_others(
+    cluster: LocalCluster, hub: Hub, model: Path
+) -> None:
+    hub.token = "hf_x"  # noqa: S105
+    start(cluster, "ann", "bob", memory=memory_for(model, 3))
+    start(cluster, "cat", memory=memory_for(model, 3), HF_TOKEN="hf_x")  # noqa: S106
+    with cluster.serve(REPO, "--context", "256") as server:
+        got = answer(server)
+        stages = server.describe().stages
+
+    assert got == alone(model)
+    assert len(stages) == 3
+    (copy,) = copies(cluster, "cat")
+    assert all(copy.is_whole(file) for file in copy.manifest.weights)
+
+
 @needs_mounts
 def test_a_directory_that_only_one_machine_has(cluster: LocalCluster, tmp_path: Path) -> None:
     path = write_model(tmp_path / "wide", tiny_config("llama") | WIDE)

@@ -2,33 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-import unicluster
-from node.engine import Engine
-from tests.engines import THREAD, Tiny, listen, until
+from tests.engines import Split, ask, listen, of_tokens, until
 from tests.tiny import tiny_config, write_model
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(6)]
-
-
-@dataclass
-class Split(Tiny):
-    """A tiny model over three processes; `whole` is the same in one piece."""
-
-    whole: Tiny
-    name: str
-
-    @classmethod
-    async def open(cls, path: Path) -> "Split":
-        whole = await Tiny.load(path)
-        loaded = await THREAD.run(lambda: unicluster.load(str(path), local_nodes=3))
-        return cls(*loaded, whole, path.name)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -41,14 +22,6 @@ def split(
     split = asyncio.run(Split.open(path))
     with split.model:
         yield split
-
-
-def of_tokens(prompt: list[int], **fields: Any) -> GenerateRequest:
-    return GenerateRequest(token_ids=prompt, **({"max_tokens": 24} | fields))
-
-
-async def ask(engine: Engine, prompt: list[int], **fields: Any) -> list[int]:
-    return (await listen(await engine.submit(of_tokens(prompt, **fields)))).tokens
 
 
 @pytest.mark.parametrize("lanes", [None, 1, 2, 4])
@@ -72,9 +45,7 @@ async def test_nothing_is_left_on_any_stage(split: Split) -> None:
     for ticket in tickets:
         await listen(ticket)
 
-    async with asyncio.timeout(10):
-        while await THREAD.run(split.model.live_caches):
-            await until(lambda: True)
+    await split.until_free()
     engine.close()
 
 
@@ -111,6 +82,19 @@ async def test_what_can_be_trimmed_is_reused_in_part(split: Split) -> None:
     assert told.finish.usage.cached_tokens == (80 if trimmable else 0)
 
 
+async def test_without_reuse_nothing_is_used_and_nothing_is_kept(split: Split) -> None:
+    engine = await split.engine(kv_bytes=KV_BYTES)
+    await ask(engine, PROMPTS[5])
+    turn = of_tokens([*PROMPTS[5], *PROMPTS[1]], no_reuse=True)
+
+    told = await listen(await engine.submit(turn))
+
+    kept = engine.describe().kept_caches
+    engine.close()
+    assert told.finish is not None
+    assert (told.finish.usage.cached_tokens, kept) == (0, 1)
+
+
 async def test_what_is_kept_is_freed_when_running_answers_may_need_it(split: Split) -> None:
     engine = await split.engine(users=1, kv_bytes=KV_BYTES)
     await ask(engine, PROMPTS[3])
@@ -124,9 +108,7 @@ async def test_what_is_kept_is_freed_when_running_answers_may_need_it(split: Spl
     assert kept > 0
     assert engine.describe().kept_caches == 0
     running.cancel()
-    async with asyncio.timeout(10):
-        while await THREAD.run(split.model.live_caches):
-            await until(lambda: True)
+    await split.until_free()
     engine.close()
 
 

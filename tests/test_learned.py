@@ -4,25 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.learned import Learned, Measurement
+from coordinator.learned import Learned, Taken, shared_out
 from coordinator.links import Network
-from coordinator.placement import Machine
+from coordinator.placement import Machine, Stage
 from coordinator.planner import plan
+from coordinator.stages import Span, stages
 from tests.fleets import GB, a_layout
 
 LAYOUT = a_layout([GB] * 10)
 FLEET = [Machine("ann", "", 6 * GB, 100e9), Machine("bob", "", 6 * GB, 100e9)]
 
 
-def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None:
-    known = Learned.load(tmp_path)
-    known.record("ann", "llama", Measurement(0, 5, 0.125))
-    known.record("bob", "llama", Measurement(5, 10, 0.075))
-    known.record_hop("bob", "ann", 0.002)
+def ring(*spans: tuple[int, int]) -> tuple[Stage, ...]:
+    """Ann's layers, then bob's."""
+    both = zip(FLEET, spans, strict=False)
+    return stages(LAYOUT, Network(), [Span(machine, *span) for machine, span in both])
 
-    again = Learned.load(tmp_path)
-    fleet = again.paced(FLEET, "llama", LAYOUT)
-    found = plan(LAYOUT, fleet, network=Network(pairs=again.links(fleet)))
+
+def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None:
+    Learned.record("llama", ring((0, 5), (5, 10)), Taken((0.125, 0.075), (0.001, 0.003)), tmp_path)
+
+    fleet = Learned.load(tmp_path).fleet(FLEET, "llama", LAYOUT)
+    found = plan(LAYOUT, fleet.machines, network=fleet.network)
 
     layers = {s.machine.name: s.end - s.first for s in found.stages}
     assert layers["bob"] >= layers["ann"]  # he turned out faster, so he takes what he can hold
@@ -32,21 +35,43 @@ def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None
     assert all(stage.measured and stage.hop_measured for stage in found.stages)
 
 
+def test_of_a_token_timed_as_a_whole_stages_get_their_predicted_shares() -> None:
+    predicted = ring((0, 8), (8, 10))
+
+    taken = shared_out(predicted, 2.0)
+
+    hops = sum(stage.hop_s for stage in predicted)
+    assert taken.hops is None
+    assert taken.stages == pytest.approx(((2.0 - hops) * 0.8, (2.0 - hops) * 0.2))
+
+
+def test_hops_known_to_take_longer_than_the_whole_token_are_measured_too() -> None:
+    taken = shared_out(ring((0, 5), (5, 10)), 0.2e-3)
+
+    assert taken.hops == pytest.approx((0.05e-3, 0.05e-3))
+    assert sum(taken.stages) == pytest.approx(0.1e-3)
+
+
 def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:
-    known = Learned.load(tmp_path)
-    known.record("ann", "llama", Measurement(0, 5, 0.125))
+    known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
 
     assert [(m.pace, m.measured) for m in known.paced(FLEET, "gemma", LAYOUT)] == [(1, False)] * 2
 
 
 def test_a_machine_not_tried_yet_is_taken_to_be_off_by_as_much(tmp_path: Path) -> None:
-    known = Learned.load(tmp_path)
-    known.record("ann", "llama", Measurement(0, 5, 0.125))
+    known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
 
     ann, bob = known.paced(FLEET, "llama", LAYOUT)
 
     assert ann.pace == bob.pace > 1.5
     assert (ann.measured, bob.measured) == (True, False)
+
+
+def test_what_another_program_has_learnt_meanwhile_is_kept(tmp_path: Path) -> None:
+    Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
+    Learned.record("gemma", ring((0, 2)), Taken((0.1,)), tmp_path)
+
+    assert set(Learned.load(tmp_path).stages["ann"]) == {"llama", "gemma"}
 
 
 def test_a_damaged_file_counts_for_nothing(

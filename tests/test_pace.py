@@ -2,15 +2,36 @@
 
 import pytest
 
-from node.pace import CHUNKS_PER_STAGE, GAP, LEAST_TOKENS, Pace
+from node.pace import GAP, LEAST_TOKENS, Pace
 
 
-@pytest.mark.parametrize("stages", [2, 3, 8])
-def test_a_prompt_is_cut_so_that_all_stages_are_busy_most_of_the_time(stages: int) -> None:
-    chunk = Pace(512, stages).chunk(4096, decoding=False)
+def cost(tokens: int, knee: int) -> float:
+    return 0.001 * (tokens + knee)
 
-    assert 4096 / chunk <= CHUNKS_PER_STAGE * (stages - 1)
-    assert chunk >= LEAST_TOKENS
+
+def through(prompt: int, chunk: int, stages: int, knee: int) -> float:
+    """Seconds until so many chunks are through all stages."""
+    return (prompt / chunk + stages - 1) * cost(chunk, knee)
+
+
+@pytest.mark.parametrize("knee", [1, 20, 300])
+@pytest.mark.parametrize("stages", [2, 4, 16])
+def test_chunks_become_those_that_bring_a_prompt_through_soonest(stages: int, knee: int) -> None:
+    pace = Pace(512, stages)
+    for _ in range(8):
+        few, more = pace.chunk(4096, False, first=True), pace.chunk(4096, False)
+        pace.compare(few, cost(few, knee), more, cost(more, knee))
+
+    best = min(through(4096, size, stages, knee) for size in range(LEAST_TOKENS, 513))
+    assert through(4096, pace.chunk(4096, False), stages, knee) < 1.02 * best
+
+
+def test_where_a_chunk_s_size_costs_nothing_chunks_are_as_large_as_allowed() -> None:
+    pace = Pace(512, stages=4)
+    for _ in range(8):
+        pace.compare(pace.chunk(4096, False, first=True), 0.5, pace.chunk(4096, False), 0.5)
+
+    assert pace.chunk(4096, False) == 512
 
 
 def test_one_machine_computes_as_much_at_a_time_as_allowed() -> None:

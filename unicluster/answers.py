@@ -1,15 +1,16 @@
 """What a chat is made of: messages, options and answers, and how they look on the wire."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trace import Trace, from_wire
 from unicluster.v1 import chat_pb2 as wire
 
-Messages = str | Iterable[Mapping[str, str]]
-"""A prompt, or a conversation of {"role": ..., "content": ...}, oldest first."""
+Messages = str | Iterable[Mapping[str, str]] | Sequence[int]
+"""A prompt, or a conversation of {"role": ..., "content": ...}, oldest first, or token ids."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -29,7 +30,10 @@ class Options(TypedDict, total=False):
     max_tokens: int | None
     stop: str | Iterable[str] | None
     logprobs: int | None  # 0: of the chosen tokens; n: also of the n most likely
+    ignore_eos: bool | None  # an end token does not end the answer: it gets max_tokens
+    no_reuse: bool | None  # compute the whole prompt, and keep nothing of it afterwards
     deadline: float | None  # seconds until the whole answer must be there
+    trace: bool | None  # whether the Finish says where the time went
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`cached_tokens` of the prompt were kept from before, so that they took no time."""
+    """`cached_tokens` of the prompt were kept from before, so that they took no time.
+
+    `drafted_tokens` were guessed ahead, and `accepted_tokens` of them were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +80,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every answer that came through. `reason` is "stop" or "length"."""
+    """The last event of every answer that came through. `reason` is "stop" or "length".
+
+    `trace` is there if it was asked for.
+    """
 
     reason: str
     usage: Usage
     timings: Timings
+    trace: Trace | None = None
 
 
 Event = Delta | Finish
@@ -91,6 +104,7 @@ class Answer:
     timings: Timings
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +123,8 @@ class ChatInfo:
 
     `live_caches` counts the KV caches held for answers on all machines but the first. Those of
     finished answers, `kept_caches` of `kept_bytes` on all machines together, save prompts that
-    begin alike their prefill. `lanes` are batches that take turns on the machines.
+    begin alike their prefill. `lanes` are batches that take turns on the machines. `ring_s` is
+    the time of a frame that asks for no computing, once round the machines, when asked.
     """
 
     model: str
@@ -123,13 +138,14 @@ class ChatInfo:
     lanes: int = 0
     kept_caches: int = 0
     kept_bytes: int = 0
+    ring_s: float = 0.0
 
 
 def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
     """Raises InputError, naming the field, for what can't be asked."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}")
-    request = wire.GenerateRequest(messages=_messages_to_wire(messages))
+    request = _prompt_to_wire(messages)
     for name, value in options.items():
         if value is None or name == "deadline":
             continue
@@ -152,9 +168,19 @@ def deadline_of(options: Options) -> float | None:
     return deadline
 
 
-def _messages_to_wire(messages: Messages) -> list[wire.Message]:
+def _prompt_to_wire(messages: Messages) -> wire.GenerateRequest:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    given = list(messages)
+    if given and all(isinstance(item, int) for item in given):
+        try:
+            return wire.GenerateRequest(token_ids=cast(list[int], given))
+        except ValueError as error:
+            raise InputError(f"the prompt's token ids can't be right: {error}") from error
+    return wire.GenerateRequest(messages=_messages_to_wire(cast(list[Mapping[str, str]], given)))
+
+
+def _messages_to_wire(messages: list[Mapping[str, str]]) -> list[wire.Message]:
     result = []
     for index, message in enumerate(messages):
         try:
@@ -187,13 +213,20 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
         usage, timings = event.finish.usage, event.finish.timings
         return Finish(
             reason=event.finish.reason,
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+                usage.drafted_tokens,
+                usage.accepted_tokens,
+            ),
             timings=Timings(
                 timings.queue_s,
                 timings.time_to_first_token_s,
                 timings.decode_s,
                 timings.tokens_per_s,
             ),
+            trace=from_wire(event.finish.trace) if event.finish.HasField("trace") else None,
         )
     raise UnavailableError(
         "the server sent an event that this client does not know: update unicluster here"
@@ -223,6 +256,7 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
         lanes=info.lanes,
         kept_caches=info.kept_caches,
         kept_bytes=info.kept_bytes,
+        ring_s=info.ring_s,
     )
 
 
@@ -246,4 +280,5 @@ def collect(events: Iterable[Event]) -> Answer:
         timings=finish.timings,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        trace=finish.trace,
     )

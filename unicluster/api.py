@@ -59,7 +59,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
 
     from coordinator.here import cut_in_order, find
     from coordinator.placement import Layout, Machine
-    from coordinator.sourcing import assign, whole_files
+    from coordinator.sourcing import hub_files
     from node.layout import inspect
     from node.loader import describe_here, load_on_nodes
     from node.probe import probe
@@ -78,8 +78,18 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     here = Machine("this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])
     manifest = checkpoint.manifest
-    held = asyncio.run(whole_files(manifest.model, manifest.revision, addresses, identity))
-    held |= {name for name in manifest.weights if checkpoint.is_whole(name)}
-    hub_files = assign(manifest.model, inspected.files, cuts, held)
+    held = [name for name in manifest.weights if checkpoint.is_whole(name)]
+    from_hub = asyncio.run(
+        hub_files(
+            manifest.model,
+            manifest.revision,
+            inspected.files,
+            cuts,
+            ["", *addresses],
+            addresses,
+            identity,
+            held,
+        )
+    )
     stops = [RouteStop(node=m.name, address=m.address) for m in machines]
-    return load_on_nodes(checkpoint, quant, cuts, stops, identity, hub_files)
+    return load_on_nodes(checkpoint, quant, cuts, stops, identity, from_hub)

@@ -185,6 +185,8 @@ def summary(finish: Finish) -> str:
     if timings.tokens_per_s:
         parts.append(f"{timings.tokens_per_s:.1f} tokens/s")
     parts.append(f"first token after {timings.time_to_first_token_s:.2f} s")
+    if drafted := finish.usage.drafted_tokens:
+        parts.append(f"{finish.usage.accepted_tokens} of {drafted} guesses right")
     if finish.reason == "length":
         parts.append("cut off: the limit of tokens was reached")
     return ", ".join(parts)

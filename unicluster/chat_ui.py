@@ -9,7 +9,7 @@ from typing import cast
 from unicluster.answers import Delta, Options
 from unicluster.chat_screen import Screen
 from unicluster.client import AsyncClient
-from unicluster.errors import InputError
+from unicluster.errors import InputError, UnavailableError
 from unicluster.trust import Store
 
 _SAMPLING = {
@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="HOST:PORT", help="else it is found by mDNS")
     parser.add_argument("--model", help="fail unless this model is served")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write where the time of the one answer went, for chrome://tracing or Perfetto",
+    )
     parser.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before it")
     for name, (kind, meaning) in _SAMPLING.items():
         flag = "--" + name.replace("_", "-")
@@ -42,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Without a prompt or piped text, opens a conversation."""
     names = ("model", "stop", *_SAMPLING)
     options = cast(Options, {name: getattr(args, name) for name in names})
-    return run_chat(args.server, _prompt(args.prompt), system=args.system, options=options)
+    prompt = _prompt(args.prompt)
+    if args.trace is not None:
+        if prompt is None:
+            raise InputError("--trace needs a PROMPT: it is of one answer")
+        options["trace"] = True
+    return run_chat(args.server, prompt, system=args.system, options=options, trace=args.trace)
 
 
 def run_chat(
@@ -51,13 +61,15 @@ def run_chat(
     *,
     system: str | None = None,
     options: Options | None = None,
+    trace: str | None = None,
 ) -> int:
     """Answers `prompt` on stdout, or talks with the person at the terminal where it is None.
 
-    Returns the exit code. Raises the errors of AsyncClient, and KeyboardInterrupt.
+    `trace` is the file for where the answer's time went. Returns the exit code. Raises the errors
+    of AsyncClient, InputError where a file can't be written, and KeyboardInterrupt.
     """
     try:
-        asyncio.run(chat(server, prompt, system, options))
+        asyncio.run(chat(server, prompt, system, options, trace))
     except BrokenPipeError:
         # The reader has enough. Python would complain about what is left when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,12 +81,13 @@ async def chat(
     prompt: str | None = None,
     system: str | None = None,
     options: Options | None = None,
+    trace: str | None = None,
 ) -> None:
     """The same within a running event loop."""
     options = options or Options()
     async with AsyncClient(server) as client:
         if prompt is not None:
-            await _answer(client, prompt, system, options)
+            await _answer(client, prompt, system, options, trace)
             return
         # Here, because one answer to a pipe needs no prompt_toolkit.
         from unicluster.chat_repl import Conversation, Repl, terminal_session
@@ -84,7 +97,9 @@ async def chat(
         await Repl(client, session, screen, Conversation(system), options).run()
 
 
-async def _answer(client: AsyncClient, prompt: str, system: str | None, options: Options) -> None:
+async def _answer(
+    client: AsyncClient, prompt: str, system: str | None, options: Options, trace: str | None
+) -> None:
     """Only the answer: no reasoning, no numbers."""
     messages = [{"role": "user", "content": prompt}]
     if system:
@@ -94,6 +109,10 @@ async def _answer(client: AsyncClient, prompt: str, system: str | None, options:
         async for event in client.stream(messages, **options):
             if isinstance(event, Delta):
                 screen.text(event.text)
+            elif trace is not None:
+                if event.trace is None:
+                    raise UnavailableError("the server sent no trace: does it run this version?")
+                event.trace.save(trace)
     finally:
         screen.end_line()
 

@@ -25,10 +25,12 @@ COMMANDS = {
     "serve": ("coordinator.serve", "spread a model over the machines and serve it"),
     "broker": ("coordinator.broker_command", "a small MQTT broker, for those who have none"),
     "chat": ("unicluster.chat_ui", "talk to the model that is served"),
+    "bench": ("coordinator.bench_command", "measure what is served, or a model cut up here"),
+    "status": ("coordinator.status_command", "say what is served, and how busy the machines are"),
     "demo": ("coordinator.demo", "three machines in miniature on this one, and a chat"),
 }
 # These have ports, and log who is refused at them.
-SERVERS = {"join", "serve", "demo"}
+SERVERS = {"join", "serve", "bench", "demo"}
 INTERRUPTED = 130
 
 

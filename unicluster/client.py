@@ -32,6 +32,7 @@ from unicluster.answers import (
 )
 from unicluster.channels import as_error, connect, connect_sync
 from unicluster.errors import UnavailableError
+from unicluster.metrics import Metrics, metrics_from_wire
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1.chat_pb2_grpc import ChatStub
@@ -81,6 +82,15 @@ class Client:
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
+
+    def measure(self) -> Metrics:
+        """What was counted and measured. `Metrics.since` makes rates of two readings."""
+        stub = self._stub()
+        try:
+            measured = stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
+        except grpc.RpcError as error:
+            raise as_error(error, self._target.address) from error
+        return metrics_from_wire(measured)
 
     def close(self) -> None:
         """Answers that still run are stopped."""
@@ -142,6 +152,15 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
+
+    async def measure(self) -> Metrics:
+        """What was counted and measured. `Metrics.since` makes rates of two readings."""
+        stub = await self._stub()
+        try:
+            measured = await stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
+        except grpc.RpcError as error:
+            raise as_error(error, self._target.address) from error
+        return metrics_from_wire(measured)
 
     async def close(self) -> None:
         """Answers that still run are stopped."""

@@ -196,6 +196,15 @@ class Cluster:
         return Identity(name, key_pem.decode(), cert_pem.decode(), self.ca_pem)
 
     @cached_property
+    def scrapers(self) -> "Cluster":
+        """An authority for those who may read metrics, and nothing else.
+
+        No member trusts its certificates but at the metrics port, and none of them tells anything
+        of the cluster's secret.
+        """
+        return Cluster(self._derive(b"unicluster/1 scrapers", _SECRET_BYTES))
+
+    @cached_property
     def _ca_key(self) -> ec.EllipticCurvePrivateKey:
         # 16 bytes more than the order, so that the remainder is uniform (FIPS 186-5, A.2.1).
         number = int.from_bytes(self._derive(b"unicluster/1 authority key", 48), "big")

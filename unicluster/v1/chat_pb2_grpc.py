@@ -46,6 +46,11 @@ class ChatStub:
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.DescribeChatRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_chat__pb2.ChatInfo.FromString,
                 _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/unicluster.v1.Chat/Measure',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_chat__pb2.Measured.FromString,
+                _registered_method=True)
 
 
 class ChatServicer:
@@ -67,6 +72,13 @@ class ChatServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Measure(self, request, context):
+        """What was counted and measured. Asks no stage: it may be called often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChatServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +91,11 @@ def add_ChatServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=unicluster_dot_v1_dot_chat__pb2.DescribeChatRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_chat__pb2.ChatInfo.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.MeasureRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_chat__pb2.Measured.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class Chat:
             '/unicluster.v1.Chat/Describe',
             unicluster_dot_v1_dot_chat__pb2.DescribeChatRequest.SerializeToString,
             unicluster_dot_v1_dot_chat__pb2.ChatInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Chat/Measure',
+            unicluster_dot_v1_dot_chat__pb2.MeasureRequest.SerializeToString,
+            unicluster_dot_v1_dot_chat__pb2.Measured.FromString,
             options,
             channel_credentials,
             insecure,

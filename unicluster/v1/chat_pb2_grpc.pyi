@@ -40,6 +40,8 @@ class ChatStub:
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]
+    Measure: _grpc.UnaryUnaryMultiCallable[_chat_pb2.MeasureRequest, _chat_pb2.Measured]
+    """What was counted and measured. Asks no stage: it may be called often."""
 
 @_typing.type_check_only
 class ChatAsyncStub(ChatStub):
@@ -52,6 +54,8 @@ class ChatAsyncStub(ChatStub):
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]  # type: ignore[assignment]
+    Measure: _aio.UnaryUnaryMultiCallable[_chat_pb2.MeasureRequest, _chat_pb2.Measured]  # type: ignore[assignment]
+    """What was counted and measured. Asks no stage: it may be called often."""
 
 class ChatServicer(metaclass=_abc_1.ABCMeta):
     """Answers. Served by the coordinator to clients, and by the head to the coordinator."""
@@ -73,6 +77,14 @@ class ChatServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.DescribeChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.ChatInfo, _abc.Awaitable[_chat_pb2.ChatInfo]]: ...
+
+    @_abc_1.abstractmethod
+    def Measure(
+        self,
+        request: _chat_pb2.MeasureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.Measured, _abc.Awaitable[_chat_pb2.Measured]]:
+        """What was counted and measured. Asks no stage: it may be called often."""
 
 def add_ChatServicer_to_server(servicer: ChatServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

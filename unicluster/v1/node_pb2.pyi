@@ -170,6 +170,9 @@ class InspectRequest(_message.Message):
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FOR_FIELD_NUMBER: _builtins.int
+    DRAFTS_FOR_REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """a directory on the node, a hub repo id, or "demo" """
     quant: _builtins.str
@@ -181,6 +184,11 @@ class InspectRequest(_message.Message):
     """plan from this config.json alone; `model` is then only a name"""
     revision: _builtins.str
     """a directory's fingerprint, a commit; empty: the hub's newest"""
+    kv_bits: _builtins.int
+    """4 or 8: KV caches are quantized; 0: they are not"""
+    drafts_for: _builtins.str
+    """a directory or repo id: fails if its tokens are other ones"""
+    drafts_for_revision: _builtins.str
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """machines that may have the files; see StageSpec"""
@@ -195,14 +203,55 @@ class InspectRequest(_message.Message):
         config_json: _builtins.str = ...,
         revision: _builtins.str = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
+        kv_bits: _builtins.int = ...,
+        drafts_for: _builtins.str = ...,
+        drafts_for_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "context", b"context", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "context", b"context", "drafts_for", b"drafts_for", "drafts_for_revision", b"drafts_for_revision", "kv_bits", b"kv_bits", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InspectRequest: _TypeAlias = InspectRequest  # noqa: Y015
+
+@_typing.final
+class TryHubRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    revision: _builtins.str
+    """empty: the newest"""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TryHubRequest: _TypeAlias = TryHubRequest  # noqa: Y015
+
+@_typing.final
+class TryHubReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TryHubReply: _TypeAlias = TryHubReply  # noqa: Y015
 
 @_typing.final
 class ModelLayout(_message.Message):
@@ -342,6 +391,10 @@ class StageSpec(_message.Message):
     HUB_FILES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
+    LOOKUP_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -358,6 +411,12 @@ class StageSpec(_message.Message):
     """batches that take turns; 0: one a stage"""
     kv_bytes: _builtins.int
     """for caches of all users, on all stages together"""
+    kv_bits: _builtins.int
+    """4 or 8: KV caches are quantized; 0: they are not"""
+    lookup: _builtins.bool
+    """the head guesses ahead from the text so far"""
+    draft_tokens: _builtins.int
+    """guessed ahead at a time, at most; 0: as the head thinks fit"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -367,6 +426,10 @@ class StageSpec(_message.Message):
         """the address that the call comes from
         those this machine is to fetch from the hub for all
         """
+
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """the head guesses ahead with a smaller model; unset: it doesn't"""
 
     def __init__(
         self,
@@ -384,14 +447,49 @@ class StageSpec(_message.Message):
         hub_files: _abc.Iterable[_builtins.str] | None = ...,
         lanes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
+        kv_bits: _builtins.int = ...,
+        lookup: _builtins.bool = ...,
+        draft: Global___Draft | None = ...,
+        draft_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageSpec: _TypeAlias = StageSpec  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """A model that is loaded whole beside a head's layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    QUANT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    HUB_FILES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    quant: _builtins.str
+    revision: _builtins.str
+    @_builtins.property
+    def hub_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        quant: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        hub_files: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub_files", b"hub_files", "model", b"model", "quant", b"quant", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class StageEvent(_message.Message):

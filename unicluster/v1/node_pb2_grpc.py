@@ -45,6 +45,11 @@ class NodeStub:
                 request_serializer=unicluster_dot_v1_dot_node__pb2.InspectRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_node__pb2.ModelLayout.FromString,
                 _registered_method=True)
+        self.TryHub = channel.unary_unary(
+                '/unicluster.v1.Node/TryHub',
+                request_serializer=unicluster_dot_v1_dot_node__pb2.TryHubRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_node__pb2.TryHubReply.FromString,
+                _registered_method=True)
         self.RunStage = channel.unary_stream(
                 '/unicluster.v1.Node/RunStage',
                 request_serializer=unicluster_dot_v1_dot_node__pb2.StageSpec.SerializeToString,
@@ -74,6 +79,13 @@ class NodeServicer:
 
     def Inspect(self, request, context):
         """What a model weighs, layer by layer, as this machine would load it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TryHub(self, request, context):
+        """Fails with the reason when the hub does not give this machine the files of a repository.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +126,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Inspect,
                     request_deserializer=unicluster_dot_v1_dot_node__pb2.InspectRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_node__pb2.ModelLayout.SerializeToString,
+            ),
+            'TryHub': grpc.unary_unary_rpc_method_handler(
+                    servicer.TryHub,
+                    request_deserializer=unicluster_dot_v1_dot_node__pb2.TryHubRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_node__pb2.TryHubReply.SerializeToString,
             ),
             'RunStage': grpc.unary_stream_rpc_method_handler(
                     servicer.RunStage,
@@ -186,6 +203,33 @@ class Node:
             '/unicluster.v1.Node/Inspect',
             unicluster_dot_v1_dot_node__pb2.InspectRequest.SerializeToString,
             unicluster_dot_v1_dot_node__pb2.ModelLayout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TryHub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Node/TryHub',
+            unicluster_dot_v1_dot_node__pb2.TryHubRequest.SerializeToString,
+            unicluster_dot_v1_dot_node__pb2.TryHubReply.FromString,
             options,
             channel_credentials,
             insecure,

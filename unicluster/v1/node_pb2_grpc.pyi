@@ -36,6 +36,8 @@ class NodeStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_node_pb2.DescribeNodeRequest, _node_pb2.NodeInfo]
     Inspect: _grpc.UnaryUnaryMultiCallable[_node_pb2.InspectRequest, _node_pb2.ModelLayout]
     """What a model weighs, layer by layer, as this machine would load it."""
+    TryHub: _grpc.UnaryUnaryMultiCallable[_node_pb2.TryHubRequest, _node_pb2.TryHubReply]
+    """Fails with the reason when the hub does not give this machine the files of a repository."""
     RunStage: _grpc.UnaryStreamMultiCallable[_node_pb2.StageSpec, _node_pb2.StageEvent]
     """Runs one stage for as long as the stream lives: cancelling it, or losing the
     coordinator, ends the worker and gives its memory back.
@@ -55,6 +57,8 @@ class NodeAsyncStub(NodeStub):
     Describe: _aio.UnaryUnaryMultiCallable[_node_pb2.DescribeNodeRequest, _node_pb2.NodeInfo]  # type: ignore[assignment]
     Inspect: _aio.UnaryUnaryMultiCallable[_node_pb2.InspectRequest, _node_pb2.ModelLayout]  # type: ignore[assignment]
     """What a model weighs, layer by layer, as this machine would load it."""
+    TryHub: _aio.UnaryUnaryMultiCallable[_node_pb2.TryHubRequest, _node_pb2.TryHubReply]  # type: ignore[assignment]
+    """Fails with the reason when the hub does not give this machine the files of a repository."""
     RunStage: _aio.UnaryStreamMultiCallable[_node_pb2.StageSpec, _node_pb2.StageEvent]  # type: ignore[assignment]
     """Runs one stage for as long as the stream lives: cancelling it, or losing the
     coordinator, ends the worker and gives its memory back.
@@ -83,6 +87,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ModelLayout, _abc.Awaitable[_node_pb2.ModelLayout]]:
         """What a model weighs, layer by layer, as this machine would load it."""
+
+    @_abc_1.abstractmethod
+    def TryHub(
+        self,
+        request: _node_pb2.TryHubRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.TryHubReply, _abc.Awaitable[_node_pb2.TryHubReply]]:
+        """Fails with the reason when the hub does not give this machine the files of a repository."""
 
     @_abc_1.abstractmethod
     def RunStage(

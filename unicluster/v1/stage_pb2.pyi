@@ -474,6 +474,68 @@ class CacheOp(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Quantize(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SOURCE_FIELD_NUMBER: _builtins.int
+        BITS_FIELD_NUMBER: _builtins.int
+        GROUP_SIZE_FIELD_NUMBER: _builtins.int
+        source: _builtins.int
+        bits: _builtins.int
+        group_size: _builtins.int
+        def __init__(
+            self,
+            *,
+            source: _builtins.int = ...,
+            bits: _builtins.int = ...,
+            group_size: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "group_size", b"group_size", "source", b"source"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Snapshot(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SOURCE_FIELD_NUMBER: _builtins.int
+        source: _builtins.int
+        def __init__(
+            self,
+            *,
+            source: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Restore(_message.Message):
+        """Puts a snapshot back and cuts the rest back by so many tokens. The snapshot is used up."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SNAPSHOT_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        snapshot: _builtins.int
+        tokens: _builtins.int
+        def __init__(
+            self,
+            *,
+            snapshot: _builtins.int = ...,
+            tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "tokens", b"tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CACHE_FIELD_NUMBER: _builtins.int
     MAKE_FIELD_NUMBER: _builtins.int
     MERGE_FIELD_NUMBER: _builtins.int
@@ -488,6 +550,9 @@ class CacheOp(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    RESTORE_FIELD_NUMBER: _builtins.int
     cache: _builtins.int
     """the cache acted on or made"""
     @_builtins.property
@@ -516,6 +581,12 @@ class CacheOp(_message.Message):
     def fetch(self) -> Global___CacheOp.Fetch: ...
     @_builtins.property
     def store(self) -> Global___CacheOp.Store: ...
+    @_builtins.property
+    def quantize(self) -> Global___CacheOp.Quantize: ...
+    @_builtins.property
+    def snapshot(self) -> Global___CacheOp.Snapshot: ...
+    @_builtins.property
+    def restore(self) -> Global___CacheOp.Restore: ...
     def __init__(
         self,
         *,
@@ -533,12 +604,15 @@ class CacheOp(_message.Message):
         query: Global___CacheOp.Query | None = ...,
         fetch: Global___CacheOp.Fetch | None = ...,
         store: Global___CacheOp.Store | None = ...,
+        quantize: Global___CacheOp.Quantize | None = ...,
+        snapshot: Global___CacheOp.Snapshot | None = ...,
+        restore: Global___CacheOp.Restore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "query", b"query", "store", b"store", "trim", b"trim"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "restore", b"restore", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "query", b"query", "store", b"store", "trim", b"trim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "restore", b"restore", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["make", "merge", "filter", "extend", "extract", "prepare", "finalize", "trim", "copy", "free", "query", "fetch", "store"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["make", "merge", "filter", "extend", "extract", "prepare", "finalize", "trim", "copy", "free", "query", "fetch", "store", "quantize", "snapshot", "restore"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -555,6 +629,8 @@ class StageReport(_message.Message):
     QUEUE_S_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    ARRIVED_S_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -562,6 +638,10 @@ class StageReport(_message.Message):
     """tokens in it"""
     compute_s: _builtins.float
     queue_s: _builtins.float
+    arrived_s: _builtins.float
+    """when the frame came, by the machine's own clock"""
+    received_bytes: _builtins.int
+    """of hidden state"""
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -576,10 +656,12 @@ class StageReport(_message.Message):
         queue_s: _builtins.float = ...,
         answer: Global___CacheAnswer | None = ...,
         state: Global___CacheState | None = ...,
+        arrived_s: _builtins.float = ...,
+        received_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "compute_s", b"compute_s", "queue_s", b"queue_s", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -669,3 +751,39 @@ class Fault(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fault: _TypeAlias = Fault  # noqa: Y015
+
+@_typing.final
+class ClockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
+
+@_typing.final
+class ClockReading(_message.Message):
+    """Monotonic, from an arbitrary beginning. The same clock as that of StageReport.arrived_s."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOW_S_FIELD_NUMBER: _builtins.int
+    now_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        now_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockReading: _TypeAlias = ClockReading  # noqa: Y015

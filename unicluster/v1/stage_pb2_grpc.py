@@ -43,6 +43,11 @@ class StageStub:
                 request_serializer=unicluster_dot_v1_dot_stage__pb2.HopMessage.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_stage__pb2.HopMessage.FromString,
                 _registered_method=True)
+        self.Clock = channel.unary_unary(
+                '/unicluster.v1.Stage/Clock',
+                request_serializer=unicluster_dot_v1_dot_stage__pb2.ClockRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_stage__pb2.ClockReading.FromString,
+                _registered_method=True)
 
 
 class StageServicer:
@@ -58,6 +63,13 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Clock(self, request, context):
+        """For aligning clocks: what the machine's says now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +77,11 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Hop,
                     request_deserializer=unicluster_dot_v1_dot_stage__pb2.HopMessage.FromString,
                     response_serializer=unicluster_dot_v1_dot_stage__pb2.HopMessage.SerializeToString,
+            ),
+            'Clock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Clock,
+                    request_deserializer=unicluster_dot_v1_dot_stage__pb2.ClockRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_stage__pb2.ClockReading.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -98,6 +115,33 @@ class Stage:
             '/unicluster.v1.Stage/Hop',
             unicluster_dot_v1_dot_stage__pb2.HopMessage.SerializeToString,
             unicluster_dot_v1_dot_stage__pb2.HopMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Clock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Stage/Clock',
+            unicluster_dot_v1_dot_stage__pb2.ClockRequest.SerializeToString,
+            unicluster_dot_v1_dot_stage__pb2.ClockReading.FromString,
             options,
             channel_credentials,
             insecure,

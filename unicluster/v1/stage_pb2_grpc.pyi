@@ -38,6 +38,8 @@ class StageStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StageAsyncStub: ...
     Hop: _grpc.StreamStreamMultiCallable[_stage_pb2.HopMessage, _stage_pb2.HopMessage]
+    Clock: _grpc.UnaryUnaryMultiCallable[_stage_pb2.ClockRequest, _stage_pb2.ClockReading]
+    """For aligning clocks: what the machine's says now."""
 
 @_typing.type_check_only
 class StageAsyncStub(StageStub):
@@ -49,6 +51,8 @@ class StageAsyncStub(StageStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Hop: _aio.StreamStreamMultiCallable[_stage_pb2.HopMessage, _stage_pb2.HopMessage]  # type: ignore[assignment]
+    Clock: _aio.UnaryUnaryMultiCallable[_stage_pb2.ClockRequest, _stage_pb2.ClockReading]  # type: ignore[assignment]
+    """For aligning clocks: what the machine's says now."""
 
 class StageServicer(metaclass=_abc_1.ABCMeta):
     """A stage worker. One persistent stream per hop of the ring:
@@ -63,5 +67,13 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_stage_pb2.HopMessage],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_stage_pb2.HopMessage], _abc.AsyncIterator[_stage_pb2.HopMessage]]: ...
+
+    @_abc_1.abstractmethod
+    def Clock(
+        self,
+        request: _stage_pb2.ClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stage_pb2.ClockReading, _abc.Awaitable[_stage_pb2.ClockReading]]:
+        """For aligning clocks: what the machine's says now."""
 
 def add_StageServicer_to_server(servicer: StageServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,207 @@
+"""What the simulation foretells of real stages on this machine, beside what they do."""
+
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import unicluster
+from bench import simulation
+from bench.lanes import of_engine
+from bench.models import write_llama
+from bench.simulation import Cluster, StageCost
+from coordinator.links import Link
+from node.engine import Engine
+from node.mlx_thread import MLXThread
+from node.pipeline import PUSHED_TOKENS
+from node.remote import RemoteCache
+from node.ring import Window
+from unicluster import measure
+from unicluster.v1.stage_pb2 import StageReport
+
+TOKENS = 32
+PROMPT = 256
+CONTEXT = 2048
+FRAMES = 30
+ONE_CHUNK = f"prefill of {PROMPT}, one chunk at a time, s"
+PIPELINED = f"prefill of {PROMPT}, pipelined, s"
+
+Shape = tuple[int, int]  # answers, tokens of each
+
+
+class Watched:
+    """A pipeline model, and what each stage took for each shape of input."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds: dict[int, dict[Shape, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._model = model
+        self._sent: dict[int, deque[Shape]] = defaultdict(deque)
+
+    def __call__(self, inputs: Any, cache: Any = None) -> Any:
+        answers, tokens = inputs.shape
+        for stage in range(1, self._model.stages):
+            self._sent[stage].append((answers, tokens))
+        window = self._model.prefill_window
+        begun = time.perf_counter() - window.waited
+        logits = self._model(inputs, cache=cache)
+        self.seconds[0][answers, tokens].append(time.perf_counter() - window.waited - begun)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @contextmanager
+    def reports(self) -> Iterator[None]:
+        """What the other stages say they took is noted while the block runs."""
+        usual = RemoteCache.after_forward
+
+        def after_forward(handle: RemoteCache, version: int, report: StageReport) -> None:
+            usual(handle, version, report)
+            shape = self._sent[report.stage].popleft()
+            self.seconds[report.stage][shape].append(report.compute_s)
+
+        RemoteCache.after_forward = after_forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            RemoteCache.after_forward = usual  # type: ignore[method-assign]
+            self._sent.clear()
+
+
+class Real:
+    """Stages on this machine."""
+
+    def __init__(self, thread: MLXThread, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self._thread = thread
+        self._tokenizer = tokenizer
+
+    @contextmanager
+    def window(self, places: int) -> Iterator[None]:
+        usual, self.model.prefill_window = self.model.prefill_window, Window(places)
+        yield
+        self.model.prefill_window = usual
+
+    async def engine(self, model: Any, users: int, lanes: int) -> Engine:
+        engine = Engine(
+            self._thread,
+            self._tokenizer,
+            model_name="10M",
+            context=CONTEXT,
+            users=users,
+            lanes=lanes,
+        )
+        await engine.set_model(model)
+        return engine
+
+    async def speed(self, users: int, lanes: int, model: Any = None) -> float:
+        engine = await self.engine(model or self.model, users, lanes)
+        found = await measure.speed(of_engine(engine), users, TOKENS)
+        engine.close()
+        return found
+
+    async def first_token(self, model: Any = None) -> float:
+        engine = await self.engine(model or self.model, 1, 1)
+        await measure.first_token(of_engine(engine), PROMPT)  # which sets the pace
+        found = await measure.first_token(of_engine(engine), PROMPT)
+        engine.close()
+        return found
+
+    async def hop(self) -> float:
+        """Seconds of one, with a frame that asks for no computing."""
+        remote = self.model.stages - 1
+        found = []
+        for _ in range(FRAMES):
+            begun = time.perf_counter()
+            await self._thread.run(self.model.live_caches)
+            found.append((time.perf_counter() - begun) / remote / self.model.stages)
+        return median(found)
+
+
+async def compared(rounds: int) -> dict[str, Any]:
+    """Measured and simulated, for two and three stages."""
+    thread, rows = MLXThread(), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write_llama(Path(folder)))
+        for stages in (2, 3):
+            model, tokenizer = await thread.run(
+                lambda count=stages: unicluster.load(path, local_nodes=count)  # type: ignore[misc]
+            )
+            with model:
+                rows += await _rows(Real(thread, model, tokenizer), rounds)
+    return {
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
+    stages = real.model.stages
+    watched = Watched(real.model)
+    alone, hops = [], []
+    found: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds):
+        print(f"{stages} stages, round {number + 1} of {rounds}", file=sys.stderr)
+        with watched.reports():
+            alone.append(1 / await real.speed(1, 1, watched))
+            await real.speed(2, 1, watched)
+            with real.window(1):
+                found[ONE_CHUNK].append(await real.first_token(watched))
+        hops.append(await real.hop())
+        for users in (1, 2, 4):
+            found[f"{users} users, tokens/s"].append(await real.speed(users, stages))
+        found[PIPELINED].append(await real.first_token())
+    links = [Link("here", median(hops), float("inf"))] * stages
+    costs = _costs(watched, median(alone) - stages * median(hops))
+
+    def cluster(users: int) -> Cluster:
+        return Cluster(costs, links, 1024, users=users, cores=os.cpu_count())
+
+    foretold = {
+        f"{users} users, tokens/s": simulation.speed(cluster(users), users, 4 * TOKENS)
+        for users in (1, 2, 4)
+    }
+    one, many = cluster(1), cluster(1)
+    one.model.prefill_window = Window(1, lambda: one.world.now)
+    for each in (one, many):
+        simulation.first_token(each, PROMPT)
+    foretold[ONE_CHUNK] = simulation.first_token(one, PROMPT)
+    foretold[PIPELINED] = simulation.first_token(many, PROMPT)
+    return [
+        {"stages": stages, "what": what, "measured": median(values), "simulated": foretold[what]}
+        for what, values in found.items()
+    ]
+
+
+def _costs(watched: Watched, step: float) -> list[StageCost]:
+    """Of each stage. What of a `step` of one answer no stage accounts for is the head's tail."""
+    costs, rest = [], step
+    for _, by_shape in sorted(watched.seconds.items()):
+        one, two = median(by_shape[1, 1]), median(by_shape[2, 1])
+        chunks = [
+            (shape[1], seconds)
+            for shape, all_seconds in by_shape.items()
+            for seconds in all_seconds
+            if shape[1] > PUSHED_TOKENS
+        ]
+        slope, fixed = np.polyfit(*zip(*chunks, strict=True), 1)
+        rest -= one
+        costs.append(
+            StageCost(
+                decode=lambda n, one=one, two=two: one + max(two - one, 0) * (n - 1),  # type: ignore[misc]
+                prefill=lambda n, a=slope, w=fixed: max(w + a * n, 1e-4),  # type: ignore[misc]
+            )
+        )
+    tail = max(rest, 0.0)
+    costs[0] = StageCost(costs[0].decode, costs[0].prefill, lambda answers: tail)
+    return costs

@@ -1,0 +1,109 @@
+"""What it gains to build a decode step before its input arrives: one stage, without any network.
+
+    python -m bench.foreseen [--layers 61] [--hidden 64] [--rounds N] [--tokens N]
+
+Two stages over the same layers of a random llama, one building ahead and one not, take turns of a
+few tokens. A token's time is that from a frame's arrival to the frame for the next hop, which
+leaves out the building that one of them does while it waits. The processor time of the thread
+that serves the frame, of which MLX's computing is no part, tells the same on a busy machine.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from node.hollow import HollowModel
+from node.stage import Session, Stage
+from node.tensors import encode_tree
+from node.weights import load_lazy, load_parts
+from tests.tiny import tiny_config, write_model
+from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart
+
+PROMPT_TOKENS = 32
+WARM_UP = 5
+TURN = 10  # tokens
+
+
+@dataclass
+class Subject:
+    """A stage and the seconds that its tokens took."""
+
+    stage: Stage
+    hidden: int
+    session: Session = field(default_factory=lambda: Session(1, last=True))
+    walls: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    numbers: int = 0
+
+    def prefill(self) -> None:
+        make = CacheOp(cache=1, make=CacheOp.Make())
+        self.stage.serve(self.session, self._frame(PROMPT_TOKENS, make), 0.0)
+        self.decode(WARM_UP)
+        self.walls.clear()
+        self.cpu.clear()
+
+    def decode(self, tokens: int) -> None:
+        for _ in range(tokens):
+            frame = self._frame(1)
+            began, used = time.perf_counter(), time.thread_time()
+            self.stage.serve(self.session, frame, began)
+            self.cpu.append(time.thread_time() - used)
+            self.walls.append(time.perf_counter() - began)
+            self.stage.look_ahead(self.session)
+
+    def _frame(self, tokens: int, *ops: CacheOp) -> Frame:
+        self.numbers += 1
+        frame = Frame(id=self.numbers, hold=tokens > 1)
+        frame.parts.append(StagePart(stage=1, ops=ops, cache=1))
+        encode_tree(mx.random.normal((1, tokens, self.hidden)), frame.hidden)
+        return frame
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=TURN, help="a turn")
+    options = parser.parse_args()
+    heads = max(options.hidden // 32, 1)
+    config = tiny_config("llama") | {
+        "num_hidden_layers": options.layers + 1,
+        "hidden_size": options.hidden,
+        "intermediate_size": 3 * options.hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 32,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        lazy = load_lazy(write_model(Path(folder), config))
+        hollow = HollowModel(lazy.model, lazy.model_type, 1, options.layers + 1)
+        for _ in load_parts(hollow.layers):
+            pass
+    off, on = (Subject(Stage(hollow, foresee=foresee), options.hidden) for foresee in (False, True))
+    off.prefill()
+    on.prefill()
+    for _ in range(options.rounds):
+        off.decode(options.tokens)
+        on.decode(options.tokens)
+    print(f"{options.layers} layers, hidden size {options.hidden}; from arrival to answer, ms")
+    print(f"{'':14}{'median':>10}{'10th %':>10}{'least':>10}{'processor, median':>20}")
+    for name, subject in (("usual", off), ("built ahead", on)):
+        times = np.array(subject.walls) * 1e3
+        figures = np.median(times), np.percentile(times, 10), times.min()
+        cpu = float(np.median(subject.cpu)) * 1e3
+        print(f"{name:14}" + "".join(f"{figure:10.2f}" for figure in figures) + f"{cpu:20.2f}")
+    turns = [np.reshape(s.walls, (options.rounds, -1)) for s in (off, on)]
+    ratio = np.median(np.median(turns[1], axis=1) / np.median(turns[0], axis=1))
+    print(f"built ahead takes {ratio:.2f} of the usual time, median of the rounds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""mlx-lm's own speed in the same run: one process of it, and its pipeline over its ring."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+
+from coordinator import local
+from unicluster.errors import UnavailableError
+from unicluster.measure import Ask
+
+ONE = "mlx-lm in one process"
+
+
+class Baseline:
+    """Processes that compute together; the first one tells."""
+
+    def __init__(self, ranks: list[asyncio.subprocess.Process]) -> None:
+        self.refused = ""  # why there is nothing to compare with
+        self._ranks = ranks
+
+    async def until_ready(self) -> None:
+        """Returns when they answer, or are known not to."""
+        for said in [await self._line(rank) for rank in self._ranks]:
+            if said != "ready":
+                self.refused = said.removeprefix("refused: ")
+
+    async def ask(
+        self, prompt: Sequence[int], tokens: int, *, reuse: bool = False
+    ) -> AsyncGenerator[Sequence[int], None]:
+        """An `Ask`; nothing is ever reused."""
+        request = json.dumps({"prompt": list(prompt), "tokens": tokens}).encode() + b"\n"
+        for rank in self._ranks:
+            if rank.stdin is not None:
+                rank.stdin.write(request)
+        for _ in range(tokens):
+            yield [int(await self._line(self._ranks[0]))]
+
+    async def _line(self, rank: asyncio.subprocess.Process) -> str:
+        line = await rank.stdout.readline() if rank.stdout is not None else b""
+        if not line:
+            said = await rank.stderr.read() if rank.stderr is not None else b""
+            last = (said.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+            raise UnavailableError(f"mlx-lm, to compare with, ended: {last}")
+        return line.decode().strip()
+
+
+@contextlib.asynccontextmanager
+async def baselines(model: str, stages: int) -> AsyncIterator[tuple[dict[str, Ask], list[str]]]:
+    """What to compare with, by name, while the block runs; and why some of it is not there."""
+    async with contextlib.AsyncExitStack() as stack:
+        found = {ONE: await stack.enter_async_context(_running(model, 1))}
+        if stages > 1:
+            name = f"mlx-lm's ring of {stages}"
+            found[name] = await stack.enter_async_context(_running(model, stages))
+        yield (
+            {name: each.ask for name, each in found.items() if not each.refused},
+            [each.refused for each in found.values() if each.refused],
+        )
+
+
+@contextlib.asynccontextmanager
+async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
+    with tempfile.TemporaryDirectory() as folder:
+        settings: list[dict[str, str]] = [{}]
+        if count > 1:
+            hosts = Path(folder) / "hosts.json"
+            hosts.write_text(json.dumps([[f"{local.HOST}:{port}"] for port in _ports(count)]))
+            settings = [
+                {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)
+            ]
+        ranks = [
+            await local.start(
+                *("-m", "node.baseline", model),
+                pipes=True,
+                env={**os.environ, **each},
+            )
+            for each in settings
+        ]
+        try:
+            baseline = Baseline(ranks)
+            await baseline.until_ready()
+            yield baseline
+        finally:
+            await local.end(ranks)
+
+
+def _ports(count: int) -> list[int]:
+    """Free ones."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((local.HOST, 0))
+        return [each.getsockname()[1] for each in sockets]

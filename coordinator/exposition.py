@@ -1,0 +1,154 @@
+"""A deployment's metrics for Prometheus: names, types and labels."""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from unicluster.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+
+STATES = ("loading", "ready", "recovering", "failed")
+STAGE = ("stage", "machine")
+HOP = ("source", "target")
+
+
+class Deployment(Collector):
+    """Reads with `read` whenever it is scraped."""
+
+    def __init__(self, read: Callable[[], Metrics]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        metrics = self._read()
+        yield from _served(metrics)
+        if metrics.stages:  # else there is no head, and nothing that counts
+            yield from _answers(metrics)
+            yield from _stages(metrics.stages)
+            yield from _hops(metrics.hops)
+
+
+def _served(metrics: Metrics) -> Iterator[Metric]:
+    info = metrics.info
+    about = InfoMetricFamily("unicluster_deployment", "What is served.")
+    about.add_metric((), {"model": info.model, "quant": info.quant})
+    yield about
+    state = GaugeMetricFamily(
+        "unicluster_deployment_state", "1 for the state it is in.", labels=("state",)
+    )
+    for name in STATES:
+        state.add_metric((name,), float(info.state == name))
+    yield state
+    yield _gauge("unicluster_context_tokens", "Prompt and answer together.", info.context)
+    yield _gauge("unicluster_users", "Answers that run at the same time at most.", info.users)
+    layers = GaugeMetricFamily("unicluster_stage_layers", "Layers of the stage.", labels=STAGE)
+    weights = GaugeMetricFamily(
+        "unicluster_stage_weight_bytes", "Weights of the stage.", labels=STAGE
+    )
+    for index, stage in enumerate(info.stages):
+        layers.add_metric((str(index), stage.node), stage.end_layer - stage.first_layer)
+        weights.add_metric((str(index), stage.node), stage.weight_bytes)
+    yield layers
+    yield weights
+
+
+def _answers(metrics: Metrics) -> Iterator[Metric]:
+    yield _gauge("unicluster_lanes", "Batches that take turns.", metrics.info.lanes)
+    yield _gauge("unicluster_requests_running", "Requests that are answered.", metrics.running)
+    yield _gauge("unicluster_requests_waiting", "Requests in the queue.", metrics.waiting)
+    ended = CounterMetricFamily(
+        "unicluster_requests", "Requests that have ended, by how.", labels=("outcome",)
+    )
+    for outcome, count in sorted(metrics.ended.items()):
+        ended.add_metric((outcome,), count)
+    yield ended
+    for name, told, value in (
+        ("generated_tokens", "Tokens of answers.", metrics.generated_tokens),
+        ("prompt_tokens", "Tokens of prompts.", metrics.prompt_tokens),
+        ("prompt_tokens_reused", "Of prompts: kept from before.", metrics.reused_tokens),
+        ("drafted_tokens", "Tokens guessed ahead.", metrics.drafted_tokens),
+        ("accepted_tokens", "Of those guessed ahead: right.", metrics.accepted_tokens),
+    ):
+        yield CounterMetricFamily(f"unicluster_{name}", told, value=value)
+    yield _histogram(
+        "unicluster_time_to_first_token_seconds",
+        "From a request's arrival to its first token.",
+        metrics.time_to_first_token,
+    )
+    yield _histogram(
+        "unicluster_inter_token_seconds",
+        "Between two tokens of an answer.",
+        metrics.between_tokens,
+    )
+    cache = GaugeMetricFamily(
+        "unicluster_cache_bytes",
+        "KV caches on all machines: kept of finished answers, and promised to running ones.",
+        labels=("use",),
+    )
+    cache.add_metric(("kept",), metrics.kept_bytes)
+    cache.add_metric(("promised",), metrics.promised_bytes)
+    yield cache
+    yield _gauge(
+        "unicluster_cache_limit_bytes", "What KV caches may take together.", metrics.cache_bytes
+    )
+
+
+def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
+    frames = CounterMetricFamily("unicluster_stage_frames", "Frames served.", labels=STAGE)
+    busy = CounterMetricFamily(
+        "unicluster_stage_busy_seconds", "Time spent computing.", labels=STAGE
+    )
+    queue = CounterMetricFamily(
+        "unicluster_stage_queue_seconds", "Time that frames have waited.", labels=STAGE
+    )
+    decode = GaugeMetricFamily(
+        "unicluster_stage_decode_seconds",
+        "What one token of one answer takes: the median of the last ones.",
+        labels=STAGE,
+    )
+    for index, stage in enumerate(stages):
+        labels = str(index), stage.machine
+        frames.add_metric(labels, stage.frames)
+        busy.add_metric(labels, stage.busy_s)
+        queue.add_metric(labels, stage.queue_s)
+        if stage.decode_s:
+            decode.add_metric(labels, stage.decode_s)
+    yield from (frames, busy, queue, decode)
+
+
+def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:
+    taken = SummaryMetricFamily(
+        "unicluster_hop_seconds", "Frames on their way to the next machine.", labels=HOP
+    )
+    carried = CounterMetricFamily(
+        "unicluster_hop_bytes", "Hidden state that frames carried.", labels=HOP
+    )
+    decode = GaugeMetricFamily(
+        "unicluster_hop_decode_seconds",
+        "The way of one token of one answer: the median of the last ones.",
+        labels=HOP,
+    )
+    for hop in hops:
+        taken.add_metric((hop.source, hop.target), hop.frames, hop.seconds)
+        carried.add_metric((hop.source, hop.target), hop.bytes)
+        if hop.decode_s:
+            decode.add_metric((hop.source, hop.target), hop.decode_s)
+    yield from (taken, carried, decode)
+
+
+def _gauge(name: str, told: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, told, value=value)
+
+
+def _histogram(name: str, told: str, histogram: Histogram) -> Metric:
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    below = accumulate(histogram.counts)
+    buckets = [(bound, float(count)) for bound, count in zip(bounds, below, strict=True)]
+    return HistogramMetricFamily(name, told, buckets=buckets, sum_value=histogram.sum)

@@ -1,0 +1,94 @@
+"""A cluster on this machine alone: a model looked into, and agents, as children of this process."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust import Cluster, Store
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+HOME = "UNICLUSTER_HOME"
+HOST = "127.0.0.1"
+STOP_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster for as long as the block runs: nothing of the machine's real one is touched."""
+    before = os.environ.get(HOME)
+    with tempfile.TemporaryDirectory(prefix="unicluster-") as home:
+        os.environ[HOME] = home
+        try:
+            yield Store().create()
+        finally:
+            del os.environ[HOME]
+            if before is not None:
+                os.environ[HOME] = before
+
+
+async def inspect(request: InspectRequest) -> ModelLayout:
+    """A model's layout, found by a child: the coordinator never imports MLX."""
+    child = await start("-m", "node.layout", pipes=True)
+    out, err = await child.communicate(request.SerializeToString())
+    if child.returncode != 0:
+        lines = err.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise UniclusterError(
+            f"the model {request.model} can't be inspected: {lines[-1]} "
+            "(is MLX installed? pip install 'unicluster[cpu]')"
+        )
+    return ModelLayout.FromString(out)
+
+
+@contextlib.asynccontextmanager
+async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
+    """Agents that offer so many bytes each while the block runs; each says so when it has joined.
+
+    They join the cluster of $UNICLUSTER_HOME.
+    """
+    started = [
+        await start(
+            *("-m", "unicluster", "join", "--name", name, "--memory", str(memory)),
+            *("--host", HOST, "--port", "0", "--quiet"),
+        )
+        for name in names
+    ]
+    try:
+        for name, agent in zip(names, started, strict=True):
+            if agent.stdout is not None and not await agent.stdout.readline():
+                raise UnavailableError(f"the agent {name} did not start; its message is above")
+        yield
+    finally:
+        await end(started)
+
+
+async def start(
+    *arguments: str, pipes: bool = False, env: dict[str, str] | None = None
+) -> asyncio.subprocess.Process:
+    """A child of this Python; its errors are shown, unless `pipes` asks for all of its streams."""
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        stdin=pipe if pipes else asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe if pipes else None,
+        env=env,
+        start_new_session=True,  # Ctrl-C in a chat is not for the agents
+    )
+
+
+async def end(children: Sequence[asyncio.subprocess.Process]) -> None:
+    """Tells them to end, and kills those that don't in time."""
+    for child in children:
+        if child.returncode is None:
+            child.terminate()
+    for child in children:
+        try:
+            await asyncio.wait_for(child.wait(), STOP_SECONDS)
+        except TimeoutError:
+            child.kill()
+            await child.wait()

@@ -1,0 +1,128 @@
+"""Metrics for Prometheus over HTTPS, for those who show a certificate.
+
+prometheus_client makes the page. Its own server is not used: it shakes hands with one client at a
+time, so that a silent one would keep all others out.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from coordinator.exposition import Deployment
+from unicluster.channels import check_free
+from unicluster.metrics import Metrics, metrics_from_wire
+from unicluster.trust import Cluster, Identity, default_name
+from unicluster.v1.chat_pb2 import Measured
+
+log = logging.getLogger(__name__)
+
+PATH = "/metrics"
+# For a client to shake hands, to ask, and to take the answer: each.
+CLIENT_SECONDS = 10.0
+READ_SECONDS = 10.0
+
+App = Callable[..., Iterable[bytes]]
+
+
+@contextlib.asynccontextmanager
+async def metrics_port(
+    cluster: Cluster, host: str, port: int, measure: Callable[[], Coroutine[Any, Any, Measured]]
+) -> AsyncIterator[int]:
+    """Serves what `measure` gives while the block runs; yields the port (`port` may be 0).
+
+    Admitted are members of the cluster, and certificates that are for this alone (see
+    Cluster.scrapers). Raises InputError when the port can't be had.
+    """
+    check_free(host, port, "--metrics-port")
+    loop = asyncio.get_running_loop()
+
+    def read() -> Metrics:
+        measured = asyncio.run_coroutine_threadsafe(measure(), loop)
+        return metrics_from_wire(measured.result(READ_SECONDS))
+
+    registry = CollectorRegistry()
+    registry.register(Deployment(read))
+    tls = _server_side(cluster.issue(default_name()), admitted=cluster.scrapers.ca_pem)
+    server = _Server(host, port, _at_path(make_wsgi_app(registry)), tls)
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+
+
+def _server_side(identity: Identity, admitted: str) -> ssl.SSLContext:
+    """TLS that demands a certificate of the cluster or of the authority `admitted`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=identity.ca_pem + admitted)
+    # Python reads a key only from a file: this one is its owner's, and gone at once.
+    with tempfile.TemporaryDirectory() as folder:
+        pair = Path(folder, "pair.pem")
+        pair.write_text(identity.key_pem + identity.cert_pem)
+        context.load_cert_chain(pair)
+    return context
+
+
+def _at_path(app: Any) -> App:
+    """The app at its path, and nothing anywhere else."""
+
+    def routed(environ: dict[str, Any], respond: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == PATH:
+            page: Iterable[bytes] = app(environ, respond)
+            return page
+        respond("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"Metrics are at {PATH}\n".encode()]
+
+    return routed
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        log.debug("%s: %s", self.client_address[0], format % args)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each client, which also shakes hands there."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, app: App, tls: ssl.SSLContext) -> None:
+        self._tls = tls
+        self._everywhere = not host and socket.has_dualstack_ipv6()
+        self.address_family = socket.AF_INET6 if self._everywhere else _family(host)
+        super().__init__((host, port), _Handler)
+        self.set_app(app)
+
+    def server_bind(self) -> None:
+        """Without looking up the machine's name, which may take long."""
+        if self._everywhere:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        request.settimeout(CLIENT_SECONDS)
+        with self._tls.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.warning("metrics: refused %s", client_address[0], exc_info=log.isEnabledFor(10))
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM)[0][0]

@@ -1,0 +1,38 @@
+"""Directories on this machine, given to the machines that serve them."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from unicluster.checkpoint import Checkpoint
+from unicluster.fingerprint import whole_directory
+from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.weights_service import WeightsService
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The fingerprint of each directory, and where they can be had."""
+
+    revisions: dict[str, str]
+    sources: list[str]
+
+
+def offer(models: Iterable[str], port: int, server: grpc.aio.Server) -> Offered:
+    """Offers those of the models that are directories, on a server that listens at `port`.
+
+    Raises InputError when one can't be read.
+    """
+    files = {model: whole_directory(Path(model)) for model in models if os.path.isabs(model)}
+    if not files:
+        return Offered({}, [])
+
+    def find(model: str, revision: str) -> Checkpoint | None:
+        found = files.get(model)
+        return found if found is not None and found.manifest.revision == revision else None
+
+    add_WeightsServicer_to_server(WeightsService(find), server)
+    return Offered({model: f.manifest.revision for model, f in files.items()}, [f":{port}"])

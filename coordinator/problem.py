@@ -1,0 +1,72 @@
+"""What a plan is to the search, kinds of machines and seconds, and what the search answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+# Up to so many machines, of any kind, the result is exact; beyond, the bound may be this share
+# below it, and fewer paths are kept open.
+EXACT = 8
+TOLERANCE = 0.004
+EQUAL = 1e-9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Kinds of machines and what layers cost on them, in seconds; inf where impossible.
+
+    counts: machines of each kind. first[i, k]: layers [0, k) on a head of kind i.
+    step[i, j, k]: layers [j, k) on a later stage. hops[i, l]: from a stage of kind i to one of
+    kind l; a ring of one stage has none.
+    """
+
+    counts: tuple[int, ...]
+    first: Matrix
+    step: Matrix
+    hops: Matrix
+
+    @property
+    def layers(self) -> int:
+        return len(self.first[0]) - 1
+
+    @property
+    def tolerance(self) -> float:
+        """The share of the cost by which its bound may be below it."""
+        return EQUAL if sum(self.counts) <= EXACT else TOLERANCE
+
+    def cost(self, pieces: "Sequence[Piece]") -> float:
+        """Seconds of a placement, its hops included."""
+        head = pieces[0]
+        cost = float(self.first[head.kind, head.end])
+        for before, piece in pairwise(pieces):
+            cost += float(self.hops[before.kind, piece.kind])
+            cost += float(self.step[piece.kind, piece.first, piece.end])
+        return cost + (float(self.hops[pieces[-1].kind, head.kind]) if len(pieces) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Layers [first, end) on a machine of that kind."""
+
+    kind: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The cheapest placement found, and a cost that none can be below."""
+
+    pieces: tuple[Piece, ...]
+    cost: float
+    bound: float
+
+    def proven(self, bound: float) -> "Found":
+        """The same with its bound; what is only rounding below the cost is the cost."""
+        exact = bound >= self.cost * (1 - 2 * EQUAL)
+        return Found(self.pieces, self.cost, self.cost if exact else bound)

@@ -1,0 +1,132 @@
+"""`unicluster status`: what is served in the cluster, and how busy it is."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from coordinator.status_render import status_table
+from unicluster.client import AsyncClient
+from unicluster.discovery import Browser, Kind
+from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.metrics import Metrics
+from unicluster.trust import Cluster, Store
+
+# Rates are of the time between two readings.
+REFRESH_SECONDS = 1.0
+SEARCH_SECONDS = 6.0
+ANSWER_SECONDS = 5.0
+NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a server by --server"
+
+# By address of who serves.
+Readings = dict[str, Metrics | UniclusterError]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--watch", action="store_true", help="keep it up to date")
+    parser.add_argument(
+        "--json", action="store_true", help="all figures: a line of JSON for each server"
+    )
+    parser.add_argument("--server", metavar="HOST:PORT", help="else all are found by mDNS")
+
+
+def run(args: argparse.Namespace) -> int:
+    server = args.server or os.environ.get("UNICLUSTER_SERVER", "")
+    return asyncio.run(_status(server, args.watch, args.json))
+
+
+async def _status(server: str, watch: bool, as_json: bool) -> int:
+    cluster = Store().require()
+    console = Console()
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = await _search(cluster, server, stack)
+        servers = _Servers(cluster, addresses)
+        stack.push_async_callback(servers.close)
+        await servers.read()
+        await asyncio.sleep(REFRESH_SECONDS)
+        readings = await servers.read()
+        if not watch:
+            _raise_if_none(readings)
+            _print_json(readings) if as_json else console.print(_render(readings))
+            return 0
+        if not as_json:
+            live = stack.enter_context(Live(console=console, auto_refresh=False))
+        while True:
+            _print_json(readings) if as_json else live.update(_render(readings), refresh=True)
+            await asyncio.sleep(REFRESH_SECONDS)
+            readings = await servers.read()
+
+
+async def _search(
+    cluster: Cluster, server: str, stack: contextlib.AsyncExitStack
+) -> Callable[[], Sequence[str]]:
+    """What tells who serves at any time, until the stack is closed."""
+    if server:
+        return lambda: [server]
+    browser = await stack.enter_async_context(Browser(Kind.CHAT, cluster.fingerprint))
+    if not await browser.wait_for(bool, SEARCH_SECONDS):
+        raise UnavailableError(NOTHING)
+    return lambda: sorted(machine.address for machine in browser.found.values())
+
+
+class _Servers:
+    """All that serve, and what each said last."""
+
+    def __init__(self, cluster: Cluster, addresses: Callable[[], Sequence[str]]) -> None:
+        self._cluster = cluster
+        self._addresses = addresses
+        self._clients: dict[str, AsyncClient] = {}
+        self._last: dict[str, Metrics] = {}
+
+    async def read(self) -> Readings:
+        """Asks all at once."""
+        addresses = self._addresses()
+        found = await asyncio.gather(*(self._ask(address) for address in addresses))
+        return dict(zip(addresses, found, strict=True))
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+
+    async def _ask(self, address: str) -> Metrics | UniclusterError:
+        if address not in self._clients:
+            self._clients[address] = AsyncClient(
+                address, cluster=self._cluster, timeout=ANSWER_SECONDS
+            )
+        try:
+            now = await self._clients[address].measure()
+        except UniclusterError as error:
+            return error
+        before = self._last.get(address, now)
+        self._last[address] = now
+        return now.since(before)
+
+
+def _raise_if_none(readings: Readings) -> None:
+    errors = [found for found in readings.values() if isinstance(found, UniclusterError)]
+    if len(errors) == len(readings):
+        raise errors[0] if errors else UnavailableError(NOTHING)
+
+
+def _render(readings: Readings) -> RenderableType:
+    shown: list[RenderableType] = []
+    for address, found in readings.items():
+        shown += [""] if shown else []
+        if isinstance(found, UniclusterError):
+            shown.append(Text(str(found), "red"))
+        else:
+            shown.append(status_table(found, address))
+    return Group(*(shown or [NOTHING]))
+
+
+def _print_json(readings: Readings) -> None:
+    for address, found in readings.items():
+        told = {"error": str(found)} if isinstance(found, UniclusterError) else asdict(found)
+        print(json.dumps({"address": address, **told}), flush=True)

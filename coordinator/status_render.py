@@ -1,0 +1,119 @@
+"""What `unicluster status` shows of a deployment."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.tables import (
+    FREE,
+    WEIGHTS,
+    WIDE,
+    Bar,
+    add_names,
+    add_numbers,
+    add_words,
+    counted,
+    cut,
+    layer_range,
+    ms,
+    new_table,
+)
+from unicluster.metrics import Metrics
+from unicluster.units import format_bytes
+
+_STATES = {"ready": "green", "failed": "bold red"}
+
+
+def status_table(metrics: Metrics, address: str) -> RenderableType:
+    """What is served at `address`, how busy its machines are, and what they have done."""
+    return _Status(metrics, address)
+
+
+@dataclass(frozen=True)
+class _Status:
+    metrics: Metrics
+    address: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        info = self.metrics.info
+        title = Text(f"{info.model} {info.quant}".strip(), "bold")
+        title.append(f" at {self.address}: ", "not bold").append(
+            info.state, _STATES.get(info.state)
+        )
+        yield title
+        if info.detail:
+            yield Text(info.detail, "red" if info.state == "failed" else "yellow")
+        if info.stages:
+            yield self._stages(options.max_width >= WIDE)
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column()
+        for name, value in self._facts():
+            facts.add_row(name, Text(value))
+        yield facts
+
+    def _stages(self, wide: bool) -> Table:
+        """The ring's machines; figures only while their head answers."""
+        metrics = self.metrics
+        table = new_table("")
+        add_names(table, "machine")
+        add_numbers(table, "layers")
+        add_words(table, "")
+        add_numbers(table, "busy", "waiting", "ms/token", "hop ms", *["sent", "frames"] * wide)
+        by_stage = dict(enumerate(zip(metrics.stages, metrics.hops or [None], strict=False)))
+        for index, stage in enumerate(metrics.info.stages):
+            named: list[RenderableType] = [
+                cut(stage.node),
+                layer_range(stage.first_layer, stage.end_layer),
+            ]
+            if index not in by_stage:
+                table.add_row(*named)
+                continue
+            meter, hop = by_stage[index]
+            busy = round(meter.busy * 1000)
+            table.add_row(
+                *named,
+                Bar([(busy, WEIGHTS), (1000 - busy, FREE)], width=16),
+                f"{meter.busy * 100:.0f} %",
+                f"{meter.waiting:.2f}",
+                ms(meter.decode_s) if meter.decode_s else "",
+                ms(hop.decode_s) if hop is not None and hop.decode_s else "",
+                *[format_bytes(hop.bytes) if hop is not None else "", str(meter.frames)] * wide,
+            )
+        return table
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        metrics, info = self.metrics, self.metrics.info
+        lanes = f", {counted(info.lanes, 'lane')}" if info.lanes else ""
+        yield "serves", f"context {info.context}, {counted(info.users, 'user')}{lanes}"
+        if not metrics.stages:
+            return
+        now = f"{metrics.tokens_per_s:.1f} a second now, {metrics.generated_tokens} in all"
+        yield "tokens", now
+        ended = [f"{count} {_ENDED[how]}" for how, count in sorted(metrics.ended.items()) if count]
+        requests = [f"{metrics.running} running", f"{metrics.waiting} waiting", *ended]
+        yield "requests", ", ".join(requests)
+        if metrics.time_to_first_token.count:
+            first = f"first after {metrics.time_to_first_token.mean:.2f} s"
+            yield "on average", f"{first}, then one every {ms(metrics.between_tokens.mean)} ms"
+        if metrics.prompt_tokens:
+            reused = f"{metrics.reused_tokens} of them kept from before"
+            yield "prompts", f"{metrics.prompt_tokens} tokens, {reused}"
+        if metrics.drafted_tokens:
+            share = metrics.accepted_tokens / metrics.drafted_tokens
+            yield "guessed", f"{metrics.drafted_tokens} tokens ahead, {share * 100:.0f} % right"
+        if metrics.cache_bytes:
+            kept, promised = format_bytes(metrics.kept_bytes), format_bytes(metrics.promised_bytes)
+            whole = format_bytes(metrics.cache_bytes)
+            yield "KV cache", f"{promised} promised to answers, {kept} kept, of {whole}"
+
+
+_ENDED = {
+    "stop": "came to their end",
+    "length": "cut off at their limit",
+    "cancelled": "cancelled",
+    "failed": "failed",
+}

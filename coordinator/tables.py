@@ -1,0 +1,105 @@
+"""What all tables here are made of: columns, bars, and figures as people read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+# Below this many columns, what people can do without is left out.
+WIDE = 100
+
+
+@dataclass(frozen=True)
+class Ink:
+    """One part of a bar: told apart by colour, and without colours by its glyph."""
+
+    name: str
+    glyph: str
+    ascii: str
+    style: str
+
+
+WEIGHTS = Ink("weights", "█", "#", "cyan")
+KV = Ink("KV cache", "▓", "=", "blue")
+RESERVE = Ink("reserve", "▒", "-", "bright_black")
+FREE = Ink("free", "░", ".", "bright_black")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar as wide as its column, up to `width`, of parts in proportion to their sizes."""
+
+    parts: Sequence[tuple[int, Ink]]
+    width: int = 24
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(8, self.width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, self.width)
+        total = sum(max(size, 0) for size, _ in self.parts) or 1
+        done = edge = 0
+        for size, ink in self.parts:
+            done += max(size, 0)
+            start, edge = edge, round(done * width / total)
+            glyph = ink.ascii if options.ascii_only else ink.glyph
+            yield Segment(glyph * (edge - start), Style.parse(ink.style))
+
+
+def new_table(title: str) -> Table:
+    return Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        pad_edge=False,
+        show_edge=False,
+    )
+
+
+def add_names(table: Table, *headers: str) -> None:
+    """Columns that give way first, with cut cells."""
+    for header in headers:
+        table.add_column(header)
+
+
+def cut(text: str, style: str = "") -> Text:
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def who(name: str, chip: str, wide: bool) -> list[RenderableType]:
+    """A machine's name and chip: side by side where there is room, else one above the other."""
+    cells = [cut(name), cut(chip, "dim")]
+    return [*cells] if wide else [Group(*cells)]
+
+
+def add_words(table: Table, *headers: str) -> None:
+    for header in headers:
+        table.add_column(header, no_wrap=True, overflow="ellipsis")
+
+
+def add_numbers(table: Table, *headers: str) -> None:
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+
+
+def layer_range(first: int, end: int) -> str:
+    """Layers [first, end) as people count them, both ends named."""
+    return str(first) if end - first == 1 else f"{first}-{end - 1}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def ms(seconds: float) -> str:
+    """Three digits: 0.042, 1.24, 125."""
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

@@ -1,0 +1,74 @@
+"""What a served model takes for a token: the answers that go by are timed, and kept for plans."""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from statistics import median
+
+from coordinator.learned import Learned, taken
+from coordinator.placement import Stage
+from unicluster.v1.chat_pb2 import Finish, Measured
+
+log = logging.getLogger(__name__)
+
+# Of shorter answers the time a token takes is told too roughly.
+TOKENS = 16
+# Answers of which the median counts.
+RECENT = 9
+
+
+class Timing:
+    """Times the answers of one deployment. Only those that had the machines to themselves count."""
+
+    def __init__(self, model: str, stages: Sequence[Stage]) -> None:
+        self._model = model
+        self._stages = stages
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._news = asyncio.Event()
+        self._running = self._begun = 0
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[Callable[[Finish], None]]:
+        """A block for as long as an answer runs; what it gives is to be told of the end."""
+        self._begun += 1
+        number, alone = self._begun, not self._running
+
+        def finished(finish: Finish) -> None:
+            speed = finish.timings.tokens_per_s
+            long_enough = finish.usage.completion_tokens >= TOKENS and speed > 0
+            if alone and self._begun == number and long_enough:
+                self._seconds.append(1 / speed)
+                self._news.set()
+
+        self._running += 1
+        try:
+            yield finished
+        finally:
+            self._running -= 1
+
+    async def keep(self, measure: Callable[[], Awaitable[Measured]]) -> None:
+        """Stores what was learnt whenever there is news, until cancelled.
+
+        `measure` asks the head what its stages and hops took.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            meters = (await measure()).meters
+            known = taken(
+                self._stages,
+                [stage.decode_s for stage in meters.stages],
+                [hop.decode_s for hop in meters.hops],
+                median(self._seconds),
+            )
+            try:
+                await asyncio.to_thread(Learned.record, self._model, self._stages, known)
+            except OSError as error:
+                log.warning("what was measured can't be kept: %s", error)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """The median of recent answers that count; None before the first."""
+        return median(self._seconds) if self._seconds else None

@@ -1,0 +1,135 @@
+"""What an answer may go on with, guessed ahead: the model then checks several tokens at once."""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from node.rewind import cut, cuttable_below, restore, snapshot
+
+# Of the end of a text, how many tokens must have occurred before, and how many may be looked for.
+LEAST_MATCH = 2
+MOST_MATCH = 8
+# Prompt tokens a draft model computes at a time; a fraction of what the model itself takes.
+DRAFT_CHUNK = 256
+
+
+class Drafter(Protocol):
+    """Guesses for one answer at a time."""
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """At most `count` tokens that may come after `tokens`, the prompt included.
+
+        The same list, grown, is asked about again and again.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How answers are guessed ahead: at most `most` tokens at a time, by one drafter a lane."""
+
+    drafter: Callable[[], Drafter]
+    most: int
+
+
+class Lookup:
+    """Goes on as the text did when it last was as it is now."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] | None = None
+        self._copy = array("q")
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        if tokens is not self._tokens:
+            self._tokens, self._copy = tokens, array("q")
+        self._copy.extend(tokens[len(self._copy) :])
+        text = np.frombuffer(self._copy, dtype=np.int64)
+        start = _follows(text)
+        if start is None:
+            return []
+        # What repeats itself to the very end goes on repeating itself.
+        period = len(text) - start
+        return [int(text[start + index % period]) for index in range(count)]
+
+
+def _follows(text: "np.ndarray[Any, Any]") -> int | None:
+    """Where the text goes on after the longest, then latest, earlier copy of its end."""
+    size = len(text)
+    found = np.flatnonzero(text[:-1] == text[-1]) + 1
+    for length in range(2, MOST_MATCH + 1):
+        longer = found[found >= length]
+        longer = longer[text[longer - length] == text[size - length]]
+        if not len(longer):
+            return int(found[-1]) if len(found) and length > LEAST_MATCH else None
+        found = longer
+    return int(found[-1])
+
+
+class DraftModel:
+    """A smaller model's guesses. Its cache stays for an answer whose prompt begins alike.
+
+    `vocabulary` is how many tokens there are that both models know.
+    """
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        self._cache: list[Any] = make_prompt_cache(model)
+        self._held: list[int] = []  # the tokens in the cache
+        self._cuttable_below = cuttable_below(self._cache)
+        self._saved: tuple[int, list[Any]] | None = None  # a snapshot of so many tokens
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """None while it catches up with a prompt, a chunk each time it is asked."""
+        self._back_to(_common(self._held, tokens, len(tokens) - 1))
+        fresh = tokens[len(self._held) :]
+        if len(fresh) > DRAFT_CHUNK:
+            self._run(fresh[:DRAFT_CHUNK])
+            mx.eval([entry.state for entry in self._cache])
+            return []
+        guess = mx.argmax(self._run(fresh)[:, -1, :], axis=-1)
+        self._saved = None
+        if len(tokens) + count >= self._cuttable_below:
+            self._saved = len(tokens), snapshot(self._cache)
+        guesses = [guess]
+        for _ in range(count - 1):
+            guess = mx.argmax(self._model(guess[None], cache=self._cache)[:, -1, :], axis=-1)
+            guesses.append(guess)
+        drafted = cast(list[int], mx.concatenate(guesses).tolist())
+        self._held += drafted[:-1]
+        known = (index for index, token in enumerate(drafted) if token >= self._vocabulary)
+        return drafted[: next(known, count)]
+
+    def _run(self, tokens: list[int]) -> mx.array:
+        logits: mx.array = self._model(mx.array([tokens]), cache=self._cache)
+        self._held += tokens
+        return logits
+
+    def _back_to(self, count: int) -> None:
+        """Leaves the first `count` tokens in the cache, or fewer."""
+        beyond = len(self._held) - count
+        if not beyond:
+            return
+        if len(self._held) < self._cuttable_below:
+            cut(self._cache, beyond)
+        elif self._saved is not None and self._saved[0] <= count:
+            count, saved = self._saved
+            restore(self._cache, saved, len(self._held) - count)
+        else:
+            count, self._cache = 0, make_prompt_cache(self._model)
+        self._saved = None
+        del self._held[count:]
+
+
+def _common(held: list[int], tokens: list[int], most: int) -> int:
+    """How many tokens both begin with, at most `most`."""
+    count = min(len(held), most)
+    if held[:count] == tokens[:count]:
+        return count
+    pairs = zip(held[:count], tokens[:count], strict=True)
+    return next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)

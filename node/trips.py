@@ -1,0 +1,70 @@
+"""Frames that came back to the head, and what they say of stages and hops.
+
+Each stage writes into a frame when it came, by its own clock, how long it waited and how long it
+was computed on. What is left of the round trip is the hops; see node/clocks.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from node.clocks import Clocks
+from node.meters import HopMeter, StageMeter
+from unicluster.v1.stage_pb2 import StageReport
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """One frame's way round the ring; `sent_s` and `returned_s` by the head's clock.
+
+    `single`: it carried one token of one answer. `returned_bytes` of hidden state came back.
+    """
+
+    sent_s: float
+    returned_s: float
+    returned_bytes: int
+    single: bool
+    reports: Sequence[StageReport]
+
+    def differences(self) -> list[float]:
+        """For each hop, arrival less departure, each by its own machine's clock."""
+        left = self.sent_s
+        found = []
+        for report in self.reports:
+            found.append(report.arrived_s - left)
+            left = report.arrived_s + report.queue_s + report.compute_s
+        return [*found, self.returned_s - left]
+
+    def carried(self) -> list[int]:
+        """Bytes of hidden state for each hop."""
+        return [*(report.received_bytes for report in self.reports), self.returned_bytes]
+
+
+class Trips:
+    """Meters of the remote stages, by index from 1, and of the hops. For the event loop.
+
+    `machines` are their names, the head's first.
+    """
+
+    def __init__(self, machines: Sequence[str]) -> None:
+        self.machines = tuple(machines)
+        self.clocks = Clocks(len(machines))
+        self.head = StageMeter()
+        self.stages = [StageMeter() for _ in machines[1:]]
+        self.hops = [HopMeter() for _ in machines]
+
+    def note(self, trip: Trip) -> None:
+        """Counts a frame that came back."""
+        for meter, report in zip(self.stages, trip.reports, strict=True):
+            meter.frames += 1
+            meter.busy_s += report.compute_s
+            meter.queue_s += report.queue_s
+            if trip.single:
+                meter.decode.note(report.compute_s)
+        self.head.frames += 1
+        taken = self.clocks.hops(trip.differences(), trip.returned_s)
+        for hop, seconds, carried in zip(self.hops, taken, trip.carried(), strict=True):
+            hop.frames += 1
+            hop.bytes += carried
+            hop.seconds += seconds
+            if trip.single:
+                hop.decode.note(seconds)

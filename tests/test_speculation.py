@@ -1,0 +1,216 @@
+"""Guessing ahead: never another text, whatever the caches, and fewer steps where guesses are right.
+
+The model is cut over three processes. Its caches are of every sort: all can be cut back (llama),
+windows that are full can't (gemma3), states never (lfm2), and chunks don't batch either (llama4).
+"""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.engine import Engine
+from node.speculate import Drafter, DraftModel, Lookup, Speculation
+from tests import zoo
+from tests.engines import THREAD, Split, Tiny, Told, ask, listen, of_tokens
+from tests.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
+from unicluster.v1.chat_pb2 import Sampling
+
+PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(4)]
+MAX_TOKENS = 40
+KV_BYTES = 50_000_000
+
+
+def configuration(model_type: str) -> dict[str, Any]:
+    if model_type in ARCHITECTURES:
+        return tiny_config(model_type)
+    config = zoo.config(model_type)
+    for fields in (config, config["text_config"]):
+        fields |= {"vocab_size": VOCAB, "eos_token_id": EOS, "torch_dtype": "float32"}
+    return config
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "lfm2", "llama4"])
+def split(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Split]:
+    folder = tmp_path_factory.mktemp("models")
+    path = write_model(folder / request.param, configuration(request.param))
+    split = asyncio.run(Split.open(path))
+    with split.model:
+        yield split
+
+
+class Pupil:
+    """Knows the answers, but for every fifth token of a text."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self._texts = texts
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        known = [text for text in self._texts if text[: len(tokens)] == tokens]
+        rest = known[0][len(tokens) : len(tokens) + count] if known else []
+        places = range(len(tokens), len(tokens) + len(rest))
+        return [t if at % 5 else (t + 1) % VOCAB for at, t in zip(places, rest, strict=True)]
+
+
+def speculation(drafter: Drafter, most: int = 6) -> Speculation:
+    return Speculation(lambda: drafter, most)
+
+
+async def told_alone(split: Split) -> list[list[int]]:
+    return [(await split.whole.alone(p, MAX_TOKENS)).tokens for p in PROMPTS]
+
+
+async def pupil(split: Split) -> Speculation:
+    answers = zip(PROMPTS, await told_alone(split), strict=True)
+    return speculation(Pupil([prompt + answer for prompt, answer in answers]))
+
+
+async def hear(engine: Engine, prompt: list[int], **fields: Any) -> Told:
+    request = of_tokens(prompt, **({"max_tokens": MAX_TOKENS} | fields))
+    return await listen(await engine.submit(request))
+
+
+def guessed(told: Told) -> tuple[int, int]:
+    assert told.finish is not None
+    return told.finish.usage.drafted_tokens, told.finish.usage.accepted_tokens
+
+
+async def test_the_text_is_the_same_for_several_users_at_once(split: Split) -> None:
+    engine = await split.engine(users=2, speculation=await pupil(split))
+
+    told = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
+
+    assert engine.scheduler is not None
+    lanes = list(engine.scheduler.lanes)
+    engine.close()
+    assert [t.tokens for t in told] == await told_alone(split)
+    for drafted, accepted in map(guessed, told):
+        assert 0 < accepted < drafted
+    assert sum(lane.steps for lane in lanes) < sum(lane.tokens for lane in lanes)
+    await split.until_free()
+
+
+async def test_a_seed_draws_the_same_text_as_without(split: Split) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.2, seed=7)
+    plain = await split.engine()
+    alone = await hear(plain, PROMPTS[2], sampling=sampling, logprobs=2)
+    plain.close()
+    engine = await split.engine(
+        speculation=speculation(Pupil([PROMPTS[2] + alone.tokens])), users=1
+    )
+
+    told = await hear(engine, PROMPTS[2], sampling=sampling, logprobs=2)
+
+    engine.close()
+    assert told.tokens == alone.tokens
+    assert guessed(told)[1] > 0
+    for got, expected in zip(told.logprobs, alone.logprobs, strict=True):
+        assert got.logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert [top.token_id for top in got.top] == [top.token_id for top in expected.top]
+
+
+async def test_an_answer_ends_where_it_would_without(split: Split) -> None:
+    (answer,) = [(await split.whole.alone(PROMPTS[1], MAX_TOKENS)).tokens]
+    engine = await split.engine(users=1, speculation=await pupil(split))
+
+    lengths = [len(await ask(engine, PROMPTS[1], max_tokens=most)) for most in range(1, 9)]
+
+    engine.close()
+    assert lengths == list(range(1, min(9, len(answer) + 1)))
+
+
+async def test_the_next_turn_prefills_only_what_is_new(split: Split) -> None:
+    engine = await split.engine(users=1, kv_bytes=KV_BYTES, speculation=await pupil(split))
+    first = await hear(engine, PROMPTS[3])
+    turn = [*PROMPTS[3], *first.tokens, *PROMPTS[1]]
+
+    second = await hear(engine, turn)
+
+    engine.close()
+    assert second.tokens == (await split.whole.alone(turn, MAX_TOKENS)).tokens
+    assert second.finish is not None
+    assert second.finish.usage.cached_tokens >= len(PROMPTS[3])
+
+
+async def test_answers_given_up_in_the_middle_leave_nothing(split: Split) -> None:
+    engine = await split.engine(users=2, speculation=await pupil(split))
+    tickets = [await engine.submit(of_tokens(PROMPTS[i % 4])) for i in range(6)]
+    for ticket in tickets[::2]:
+        await anext(ticket)
+        ticket.cancel()
+    for ticket in tickets[1::2]:
+        await listen(ticket)
+
+    await split.until_free()
+    engine.close()
+
+
+async def test_a_model_is_its_own_best_draft(split: Split) -> None:
+    draft = await THREAD.run(lambda: DraftModel(split.whole.model, VOCAB))
+    engine = await split.engine(users=1, speculation=speculation(draft))
+
+    told = [await hear(engine, prompt) for prompt in PROMPTS]
+
+    engine.close()
+    assert [t.tokens for t in told] == await told_alone(split)
+    for drafted, accepted in map(guessed, told):
+        assert accepted == drafted > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "lfm2"])
+async def test_a_draft_of_any_sort_changes_nothing(
+    split: Split, tmp_path: Path, model_type: str
+) -> None:
+    other = await Tiny.load(write_model(tmp_path / "it", configuration(model_type), seed=1))
+    draft = await THREAD.run(lambda: DraftModel(other.model, VOCAB))
+    engine = await split.engine(users=1, speculation=speculation(draft))
+
+    told = [await hear(engine, prompt) for prompt in [*PROMPTS, *PROMPTS]]
+
+    engine.close()
+    assert [t.tokens for t in told] == 2 * await told_alone(split)
+
+
+async def test_what_repeats_itself_is_looked_up(split: Split) -> None:
+    answer = (await split.whole.alone(PROMPTS[2], MAX_TOKENS)).tokens
+    # The text says already how it goes on, as when a page is to be corrected.
+    prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]
+    engine = await split.engine(users=1, speculation=Speculation(Lookup, 6))
+
+    told = await hear(engine, prompt)
+
+    engine.close()
+    assert told.tokens == (await split.whole.alone(prompt, MAX_TOKENS)).tokens
+
+
+# What is looked up
+
+
+@pytest.mark.parametrize(
+    ("tokens", "guesses"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1]),
+        ([1, 2, 3, 9, 1, 2, 4, 9, 1, 2], [4, 9, 1, 2]),  # the latest
+        ([8, 1, 2, 3, 9, 7, 1, 2, 4, 9, 8, 1, 2], [3, 9, 7, 1]),  # the longest
+        ([5, 1, 2, 1, 2], [1, 2, 1, 2]),  # over its own end
+        ([1, 2, 3, 4, 2], []),  # one token alone says little
+        ([1, 2, 3], []),
+        ([1], []),
+    ],
+)
+def test_lookup(tokens: list[int], guesses: list[int]) -> None:
+    assert Lookup().propose(tokens, 4) == guesses
+
+
+def test_lookup_follows_a_growing_text_and_forgets_the_last_one() -> None:
+    lookup = Lookup()
+    text = [1, 2, 3, 1]
+    assert lookup.propose(text, 2) == []
+    text.append(2)
+    assert lookup.propose(text, 2) == [3, 1]
+
+    assert lookup.propose([1, 2], 2) == []

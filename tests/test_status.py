@@ -1,0 +1,96 @@
+"""What `unicluster status` shows, whatever the width and the state."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from coordinator.status_render import status_table
+from unicluster.answers import ChatInfo, Stage
+from unicluster.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+
+GB = 10**9
+NAMES = ("studio-of-ann", "framework [2]")
+INFO = ChatInfo(
+    model="llama-70b",
+    quant="q8",
+    context=8192,
+    users=4,
+    state="ready",
+    detail="",
+    stages=(Stage(NAMES[0], 0, 50, 50 * GB), Stage(NAMES[1], 50, 80, 30 * GB)),
+    live_caches=0,
+    lanes=2,
+)
+BEFORE = Metrics(
+    info=INFO,
+    now_s=100.0,
+    stages=tuple(StageMetrics(name, 10, 5.0, 1.0, 0.041) for name in NAMES),
+    hops=tuple(HopMetrics(*way, 10, 0.01, 3 * GB, 0.00042) for way in (NAMES, NAMES[::-1])),
+    time_to_first_token=Histogram((1.0, 2.0), (0, 4, 0), 6.0),
+    between_tokens=Histogram((0.1, 0.2), (100, 0, 0), 8.0),
+    ended={"stop": 3, "length": 0, "cancelled": 1, "failed": 0},
+    generated_tokens=1000,
+    prompt_tokens=500,
+    reused_tokens=200,
+    running=2,
+    waiting=1,
+    kept_bytes=GB,
+    promised_bytes=2 * GB,
+    cache_bytes=8 * GB,
+)
+# Ten seconds later: the first machine has worked for nine of them.
+NOW = replace(
+    BEFORE,
+    now_s=110.0,
+    generated_tokens=1400,
+    stages=(
+        replace(BEFORE.stages[0], busy_s=14.0, queue_s=6.0),
+        replace(BEFORE.stages[1], busy_s=9.0),
+    ),
+)
+
+
+def shown(metrics: Metrics, width: int = 120) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(status_table(metrics, "192.168.1.21:47700"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_it_says_what_is_served_and_how_busy_that_keeps_the_machines(width: int) -> None:
+    told = shown(NOW.since(BEFORE), width)
+
+    for part in (
+        *("llama-70b q8 at 192.168.1.21:47700: ready", *NAMES, "0-49", "50-79", "90 %", "40 %"),
+        *("0.50", "41", "0.42", "context 8192, 4 users, 2 lanes", "40.0 a second now, 1400 in all"),
+        *("2 running, 1 waiting, 1 cancelled, 3 came to their end", "first after 1.50 s"),
+        *("500 tokens, 200 of them kept from before", "2.0 GB promised", "1.0 GB kept, of 8.0 GB"),
+    ):
+        assert part in told
+    assert max(map(len, told.splitlines())) <= width
+
+
+def test_guesses_are_shown_where_there_are_any() -> None:
+    guessing = replace(NOW, drafted_tokens=200, accepted_tokens=150)
+
+    assert "200 tokens ahead, 75 % right" in shown(guessing)
+    assert "ahead" not in shown(NOW)
+
+
+def test_without_a_head_there_is_the_reason_instead_of_figures() -> None:
+    lost = Metrics(replace(INFO, state="recovering", detail="machine studio-of-ann stopped"))
+
+    told = shown(lost)
+
+    assert "recovering\nmachine studio-of-ann stopped" in told
+    assert "0-49" in told
+    assert "tokens " not in told
+
+
+def test_a_head_that_was_started_anew_has_no_rates_yet() -> None:
+    anew = replace(NOW, now_s=3.0, generated_tokens=5)
+
+    assert anew.since(NOW).tokens_per_s == 0
+    assert [stage.busy for stage in anew.since(NOW).stages] == [0, 0]

@@ -1,0 +1,83 @@
+"""A stage needs those tensors of a checkpoint that the survey names, and no others."""
+
+import io
+import json
+from collections.abc import Collection
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from node.crossing import forbidden_cuts
+from node.hollow import HollowModel
+from node.survey import survey
+from node.weights import load_lazy
+from tests import sweep, zoo
+from unicluster.errors import StageError
+from unicluster.safetensors import read_header
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_stage_reads_only_its_own_tensors(name: str, tmp_path: Path) -> None:
+    """All other tensors of the file are made NaN before each stage is loaded."""
+    file = write_checkpoint(name, tmp_path)
+    try:
+        surveyed = survey(tmp_path)
+    except StageError as error:
+        pytest.skip(str(error))
+    count = len(surveyed.layers)
+    cuts = [cut for cut in range(1, count) if cut not in forbidden_cuts(surveyed.found)]
+    wanted = logits(load_lazy(tmp_path).model)
+    content = file.read_bytes()
+    stages = []
+    for first, end in ((0, cuts[len(cuts) // 2]), (cuts[len(cuts) // 2], count)):
+        file.write_bytes(content)
+        spoil(file, surveyed.of_stage(first, end))
+        lazy = load_lazy(tmp_path)
+        stages.append(HollowModel(lazy.model, lazy.model_type, first, end))
+        mx.eval([layer.parameters() for layer in stages[-1].layers], lazy.model.parameters())
+
+    told = sweep.run_stages(stages)
+
+    assert all(mx.array_equal(one, other) for one, other in zip(told, wanted, strict=True))
+    assert len(told) == len(wanted)
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """The tiny model as mlx-lm would store it; skips what mlx-lm can't run here."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            if not zoo.is_model(name):
+                pytest.skip("what models share, no model")
+            model = zoo.build(name)
+            logits(model)
+    except (Exception, SystemExit) as error:
+        pytest.skip(f"mlx-lm can't run it here: {error}")
+    (folder / "config.json").write_text(json.dumps(zoo.config(name)))
+    file = folder / "model.safetensors"
+    mx.save_safetensors(str(file), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    return file
+
+
+def logits(model: nn.Module) -> list[mx.array]:
+    cache = make_prompt_cache(model)
+    told = []
+    for chunk in sweep.CHUNKS:
+        told.append(model(chunk, cache=cache))
+        mx.eval(told[-1])
+    return told
+
+
+def spoil(file: Path, kept: Collection[str]) -> None:
+    """All ones are NaN in every float format."""
+    tensors = read_header(file).tensors
+    assert set(kept) <= tensors.keys()
+    with file.open("r+b") as stream:
+        for name in tensors.keys() - set(kept):
+            first, end = tensors[name]
+            stream.seek(first)
+            stream.write(b"\xff" * (end - first))

@@ -1,0 +1,118 @@
+"""Timing answers: prompts of exact lengths that were never asked before, token by token.
+
+Everything here asks through an `Ask`, so the same measures serve a deployment's clients and an
+engine without any network. Each function measures once; who calls it takes medians over rounds.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Protocol
+
+# What little of a prompt a measure needs that is not about prompts.
+SHORT = 32
+# Of an answer that is to run while something else is measured, before that begins.
+UNDER_WAY = 16
+
+
+class Ask(Protocol):
+    """Asks for exactly `tokens` tokens after `prompt`; yields them as they come.
+
+    `reuse`: what was computed for other prompts may be used, and this one's may be kept.
+    """
+
+    def __call__(
+        self, prompt: Sequence[int], tokens: int, *, reuse: bool = False
+    ) -> AsyncGenerator[Sequence[int], None]: ...
+
+
+@dataclass(frozen=True)
+class Told:
+    """An answer, and when each token came; all by time.perf_counter."""
+
+    asked: float
+    at: list[float]
+    tokens: list[int]
+
+    @property
+    def first_s(self) -> float:
+        """Seconds to the first token."""
+        return self.at[0] - self.asked
+
+    @property
+    def steps_s(self) -> list[float]:
+        """Seconds between tokens."""
+        return [later - earlier for earlier, later in pairwise(self.at)]
+
+
+def new_prompt(tokens: int) -> list[int]:
+    """Random token ids from 1 to 255, which every vocabulary has."""
+    return [1 + byte % 255 for byte in os.urandom(tokens)]
+
+
+async def hear(ask: Ask, prompt: Sequence[int], tokens: int, *, reuse: bool = False) -> Told:
+    """Hears an answer out."""
+    told = Told(time.perf_counter(), [], [])
+    async for ids in ask(prompt, tokens, reuse=reuse):
+        told.at.extend([time.perf_counter()] * len(ids))
+        told.tokens.extend(ids)
+    return told
+
+
+async def step_seconds(ask: Ask, tokens: int, prompt: int = SHORT) -> list[float]:
+    """Seconds of each step of one answer alone."""
+    return (await hear(ask, new_prompt(prompt), tokens)).steps_s
+
+
+async def speed(ask: Ask, users: int, tokens: int, prompt: int = SHORT) -> float:
+    """Tokens a second of all users together, while all of them decode."""
+    asked = (hear(ask, new_prompt(prompt), tokens) for _ in range(users))
+    told = await asyncio.gather(*asked)
+    begin, end = max(each.at[0] for each in told), min(each.at[-1] for each in told)
+    return sum(begin < at <= end for each in told for at in each.at) / (end - begin)
+
+
+async def first_token(ask: Ask, prompt: int) -> float:
+    """Seconds to the first token after a prompt of so many."""
+    return (await hear(ask, new_prompt(prompt), 1)).first_s
+
+
+async def turns(ask: Ask, history: int, said: int = 16, new: int = 16) -> tuple[float, float]:
+    """Seconds to the first token of a chat's first turn, `history` long, and of its second."""
+    prompt = new_prompt(history)
+    first = await hear(ask, prompt, said, reuse=True)
+    second = await hear(ask, [*prompt, *first.tokens, *new_prompt(new)], 1, reuse=True)
+    return first.first_s, second.first_s
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Seconds: what a running answer's token takes undisturbed, and the longest while a prompt
+    of another is prefilled, which takes `prefill_s`.
+    """
+
+    step_s: float
+    longest_s: float
+    prefill_s: float
+
+
+async def gap(ask: Ask, prompt: int, longest: int) -> Gap:
+    """What one prompt does to an answer that is under way and may have `longest` tokens."""
+    running = ask(new_prompt(SHORT), longest)
+    times = []
+    for _ in range(UNDER_WAY):
+        await anext(running)
+        times.append(time.perf_counter())
+    step = median(later - earlier for earlier, later in pairwise(times))
+    prefill = asyncio.create_task(first_token(ask, prompt))
+    times = times[-1:]
+    async for _ in running:
+        times.append(time.perf_counter())
+        if prefill.done():
+            break
+    await running.aclose()
+    return Gap(step, max(later - earlier for earlier, later in pairwise(times)), await prefill)

@@ -1,0 +1,154 @@
+"""What a deployment has counted, and what follows from two readings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from unicluster.answers import ChatInfo, info_from_wire
+from unicluster.v1 import chat_pb2, meters_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Durations: `counts[i]` of at most `bounds[i]` seconds, the last of those above all."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    sum: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """In seconds; 0 if there are none."""
+        return self.sum / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageMetrics:
+    """One machine's work in the ring, since it was opened.
+
+    `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
+    `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
+    average: see Metrics.since.
+    """
+
+    machine: str
+    frames: int
+    busy_s: float
+    queue_s: float
+    decode_s: float
+    busy: float = 0.0
+    waiting: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HopMetrics:
+    """The way from one machine to the next: `seconds` and `bytes` (of hidden state) of all frames.
+
+    `decode_s` is what one token of one answer took, the median of the last ones; 0: none.
+    """
+
+    source: str
+    target: str
+    frames: int
+    seconds: float
+    bytes: int
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Counters since the head's process started, `now_s` by its clock, and how it is now.
+
+    `stages` and `hops` are empty while no head answers. `ended` counts requests by how they
+    ended: stop, length, cancelled, failed. Of what caches may take, `cache_bytes`, finished
+    answers have `kept_bytes`, and running ones may come to `promised_bytes`. `tokens_per_s` is
+    over all answers: see `since`.
+    """
+
+    info: ChatInfo
+    now_s: float = 0.0
+    stages: tuple[StageMetrics, ...] = ()
+    hops: tuple[HopMetrics, ...] = ()
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    between_tokens: Histogram = field(default_factory=Histogram)
+    ended: dict[str, int] = field(default_factory=dict)
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    kept_bytes: int = 0
+    promised_bytes: int = 0
+    cache_bytes: int = 0
+    tokens_per_s: float = 0.0
+
+    def since(self, before: "Metrics") -> "Metrics":
+        """The same with what follows from an earlier reading: rates and shares of the time.
+
+        They stay 0 if the head was started anew in between.
+        """
+        seconds = self.now_s - before.now_s
+        tokens = self.generated_tokens - before.generated_tokens
+        if seconds <= 0 or tokens < 0:
+            return self
+        stages = self.stages
+        if [s.machine for s in stages] == [s.machine for s in before.stages]:
+            pairs = zip(stages, before.stages, strict=True)
+            stages = tuple(_since(now, old, seconds) for now, old in pairs)
+        return replace(self, stages=stages, tokens_per_s=tokens / seconds)
+
+
+def _since(now: StageMetrics, old: StageMetrics, seconds: float) -> StageMetrics:
+    # Work is counted when it is done, and may have begun before the first reading.
+    busy = min(max(now.busy_s - old.busy_s, 0.0) / seconds, 1.0)
+    return replace(now, busy=busy, waiting=max(now.queue_s - old.queue_s, 0.0) / seconds)
+
+
+def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
+    info, meters = info_from_wire(measured.info), measured.meters
+    machines = [stage.machine for stage in meters.stages]
+    return Metrics(
+        info=info,
+        now_s=meters.now_s,
+        stages=tuple(
+            StageMetrics(
+                machine=stage.machine,
+                frames=stage.frames,
+                busy_s=stage.busy_s,
+                queue_s=stage.queue_s,
+                decode_s=stage.decode_s,
+            )
+            for stage in meters.stages
+        ),
+        hops=_hops(meters.hops, machines),
+        time_to_first_token=_histogram(meters.time_to_first_token),
+        between_tokens=_histogram(meters.between_tokens),
+        ended=dict(meters.ended),
+        generated_tokens=meters.generated_tokens,
+        prompt_tokens=meters.prompt_tokens,
+        reused_tokens=meters.reused_tokens,
+        drafted_tokens=meters.drafted_tokens,
+        accepted_tokens=meters.accepted_tokens,
+        running=meters.running,
+        waiting=meters.waiting,
+        kept_bytes=meters.kept_bytes,
+        promised_bytes=meters.promised_bytes,
+        cache_bytes=meters.cache_bytes,
+    )
+
+
+def _hops(hops: Sequence[meters_pb2.HopMeter], machines: Sequence[str]) -> tuple[HopMetrics, ...]:
+    ring = [*machines, *machines[:1]]
+    return tuple(
+        HopMetrics(source, target, hop.frames, hop.seconds, hop.bytes, hop.decode_s)
+        for hop, source, target in zip(hops, ring, ring[1:], strict=False)
+    )
+
+
+def _histogram(histogram: meters_pb2.Histogram) -> Histogram:
+    return Histogram(tuple(histogram.bounds), tuple(histogram.counts), histogram.sum)
