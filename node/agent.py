@@ -192,21 +192,24 @@ class Agent(NodeServicer):
         port = 0 if self._stages else self._stage_port
         self._stages[key] = request
         self._changed.set()
-        telling = asyncio.create_task(self._tell_draining(context))
+        writing = asyncio.Lock()  # one message at a time, from whichever of the two
+        telling = asyncio.create_task(self._tell_draining(context, writing))
         config = self._config(request, port, _dialled(request.sources, context))
         try:
             async with contextlib.aclosing(self._run(request, config)) as events:
                 async for event in events:
-                    await context.write(event)
+                    async with writing:
+                        await context.write(event)
         finally:
             telling.cancel()
             del self._stages[key]
             self._changed.set()
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _tell_draining(self, context: Context) -> None:
+    async def _tell_draining(self, context: Context, writing: asyncio.Lock) -> None:
         await self._drain.wait()
-        await context.write(StageEvent(draining=Draining()))
+        async with writing:
+            await context.write(StageEvent(draining=Draining()))
 
     async def _run(self, spec: StageSpec, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
