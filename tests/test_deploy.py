@@ -232,7 +232,10 @@ def test_what_macos_gets_from_the_playbook(tmp_path: Path) -> None:
         ],
     }
     (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
-    mac = {"ansible_facts": {"system": "Darwin", "os_family": "Darwin", "architecture": "arm64"}}
+    mac = {
+        "ansible_facts": {"system": "Darwin", "os_family": "Darwin", "architecture": "arm64"},
+        "ansible_python_interpreter": sys.executable,
+    }
 
     rendered = run(
         *("ansible-playbook", "-i", "localhost,", "-c", "local", "-e", json.dumps(mac)),
