@@ -40,8 +40,12 @@ proto: $(STAMP)
 proto-check: $(STAMP)
 	$(BIN)/python proto/generate.py --check
 
+# The small set: hops, lanes, and a deployment through its clients beside mlx-lm and its pipeline.
 bench: $(STAMP)
 	$(BIN)/python -m bench.hop
+	$(BIN)/python -m bench.lanes --size 10M --rounds 1
+	$(BIN)/python -m bench.models build/bench/qwen2-10m --kind qwen2
+	$(BIN)/unicluster bench --local 2 build/bench/qwen2-10m
 
 # Hundreds of requests of all kinds, in some minutes: does each end rightly, and is nothing left?
 soak: $(STAMP)

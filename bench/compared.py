@@ -23,7 +23,7 @@ from node.engine import Engine
 from node.mlx_thread import MLXThread
 from node.pipeline import PUSHED_TOKENS
 from node.remote import RemoteCache
-from node.ring import Window
+from node.ring import PrefillWindow
 from unicluster import measure
 from unicluster.v1.stage_pb2 import StageReport
 
@@ -86,7 +86,7 @@ class Real:
 
     @contextmanager
     def window(self, places: int) -> Iterator[None]:
-        usual, self.model.prefill_window = self.model.prefill_window, Window(places)
+        usual, self.model.prefill_window = self.model.prefill_window, PrefillWindow(places)
         yield
         self.model.prefill_window = usual
 
@@ -172,7 +172,7 @@ async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
         for users in (1, 2, 4)
     }
     one, many = cluster(1), cluster(1)
-    one.model.prefill_window = Window(1, lambda: one.world.now)
+    one.model.prefill_window = PrefillWindow(1, lambda: one.world.now)
     for each in (one, many):
         simulation.first_token(each, PROMPT)
     foretold[ONE_CHUNK] = simulation.first_token(one, PROMPT)

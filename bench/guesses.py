@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -28,7 +29,7 @@ from typing import Any
 import mlx_lm
 
 import unicluster
-from bench.lanes import Figures, answer, show
+from bench.lanes import Figures, show
 from bench.models import write_llama
 from node.cache import DEMO
 from node.engine import Engine
@@ -36,6 +37,7 @@ from node.mlx_thread import MLXThread
 from node.speculate import DraftModel, Lookup, Speculation
 from node.worker import SWITCH_INTERVAL
 from tests.tiny import VOCAB
+from unicluster.v1.chat_pb2 import GenerateRequest
 
 CONTEXT = 1024
 MOST = 8
@@ -81,7 +83,8 @@ async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> 
         guessing, found = await timed(engine, prompt)
         assert engine.scheduler is not None
         lane = engine.scheduler.lanes[0]
-        right = lane.accepted / max(lane.drafted, 1)
+        meter = engine.scheduler.meter
+        right = meter.accepted_tokens / max(meter.drafted_tokens, 1)
         each = lane.tokens / lane.steps
     if found != expected:
         raise RuntimeError("guessing ahead gave another answer")
@@ -95,8 +98,14 @@ async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> 
 
 async def timed(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
     """Tokens a second, and the tokens."""
-    times, tokens = await answer(engine, prompt, TOKENS)
-    return (len(times) - 2) / (times[-1] - times[1]), tokens
+    ticket = await engine.submit(GenerateRequest(token_ids=prompt, max_tokens=TOKENS))
+    times: list[float] = []
+    tokens: list[int] = []
+    async for event in ticket:
+        if event.delta.token_ids:
+            times.append(time.perf_counter())
+            tokens += event.delta.token_ids
+    return (len(times) - 1) / (times[-1] - times[0]), tokens
 
 
 async def measure_repeated(bench: Bench) -> Figures:

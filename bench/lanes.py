@@ -31,7 +31,7 @@ import unicluster
 from bench.models import write_llama
 from node.engine import Engine
 from node.mlx_thread import MLXThread
-from node.ring import Window
+from node.ring import PrefillWindow
 from node.worker import SWITCH_INTERVAL
 from unicluster import measure
 from unicluster.v1.chat_pb2 import GenerateRequest
@@ -102,7 +102,7 @@ async def measure_users(bench: Bench) -> Figures:
 async def measure_prefill(bench: Bench) -> Figures:
     async with bench.engine(1) as engine:
         on = await measure.first_token(of_engine(engine), PROMPT)
-        usual, bench.model.prefill_window = bench.model.prefill_window, Window(1)
+        usual, bench.model.prefill_window = bench.model.prefill_window, PrefillWindow(1)
         off = await measure.first_token(of_engine(engine), PROMPT)
         bench.model.prefill_window = usual
     return {"s, pipelined": on, "faster than without": off / on}

@@ -152,6 +152,8 @@ def _comparison(found: dict[str, Any]) -> Iterator[str]:
     yield f"`python -m bench.simulate --measure` on {found['cores']} cores that all stages share,"
     yield f"load {found['load']:.1f} at the end: a 10 M llama, float32, mTLS. Each row's costs were"
     yield f"measured in the same {found['rounds']} rounds as what they foretell; medians."
+    if found["load"] > 2 * found["cores"]:
+        yield "**The machine had far more other work than cores meanwhile: this says little yet.**"
     yield ""
     yield "| stages | | measured | simulated | off by |"
     yield "|---:|---|---:|---:|---:|"

@@ -25,7 +25,7 @@ from node.mlx_thread import MLXThread, Signal
 from node.pending import PendingLogits
 from node.pipeline import PUSHED_TOKENS
 from node.request import Job
-from node.ring import Window
+from node.ring import PrefillWindow
 from node.sampling import Sampling
 from node.scheduler import Scheduler
 from node.ticket import Ticket
@@ -194,7 +194,7 @@ class Pipeline:
         """links: from each stage to the next, and from the last back to the head."""
         self.stages = len(costs)
         self.layers = [object()]
-        self.prefill_window = Window(self.stages, lambda: world.now)
+        self.prefill_window = PrefillWindow(self.stages, lambda: world.now)
         self._world = world
         self._head = costs[0]
         self._hidden = hidden_bytes
@@ -211,6 +211,8 @@ class Pipeline:
         if hold:
             self.prefill_window.enter()
         self._world.compute(seconds(self._head, answers, tokens))
+        if hold:
+            self.prefill_window.depart()
         there = Signal()
 
         def back() -> None:

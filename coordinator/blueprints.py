@@ -9,7 +9,7 @@ from pathlib import Path
 
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 
-from unicluster.errors import InputError
+from unicluster.errors import InputError, UnavailableError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 SECONDS = 300.0
@@ -24,18 +24,22 @@ def layouts(requests: Sequence[InspectRequest]) -> list[ModelLayout]:
     """What each model weighs, from its config.json alone; seconds for the first, then less.
 
     A request without `config_json` names a directory, a file or a hub repository to take it
-    from. Raises InputError with the child's one-line reason.
+    from. Raises InputError with the child's one-line reason, UnavailableError if it takes too long.
     """
     stream = io.BytesIO()
     for request in requests:
         serialize_length_prefixed(request, stream)
-    child = subprocess.run(
-        [sys.executable, "-m", "node.blueprint"],
-        input=stream.getvalue(),
-        capture_output=True,
-        timeout=SECONDS,
-        cwd=Path(__file__).parent.parent,
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "node.blueprint"],
+            input=stream.getvalue(),
+            capture_output=True,
+            timeout=SECONDS,
+            cwd=Path(__file__).parent.parent,
+        )
+    except subprocess.TimeoutExpired as error:
+        reason = f"no answer after {SECONDS:.0f} s: this machine is too busy, try again"
+        raise UnavailableError(f"{requests[0].model}: {reason}") from error
     if child.returncode != 0:
         lines = child.stderr.decode(errors="replace").strip().splitlines()
         raise InputError(lines[-1] if lines else f"{requests[0].model}: can't be inspected")

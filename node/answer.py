@@ -17,14 +17,14 @@ _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
 class Answer:
     """The events of one request. `asked` is when it came, by time.perf_counter.
 
-    To be set: `cached_tokens`, how many of the prompt needed no prefill, and of the tokens
-    guessed ahead `drafted_tokens` and, those that were right, `accepted_tokens`. `timeline`
-    is there if the request asks for a trace.
+    `cached_tokens` is to be set to how many of the prompt needed no prefill. `timeline` is there
+    if the request asks for a trace.
     """
 
     def __init__(self, job: Job, tokenizer: Any, asked: float, meter: AnswerMeter) -> None:
         self.finished = False
-        self.cached_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.cached_tokens = 0
+        self._drafted = self._accepted = 0
         self._job = job
         self._text = TextStream(tokenizer, job.stop, job.state)
         self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
@@ -37,6 +37,13 @@ class Answer:
             self.timeline = Timeline(asked)
             self.timeline.add("waiting", asked, self._begun)
         self._first = self._last = 0.0
+
+    def guessed(self, drafted: int, accepted: int) -> None:
+        """So many tokens were guessed ahead, and so many of them were right."""
+        self._drafted += drafted
+        self._accepted += accepted
+        self._meter.drafted_tokens += drafted
+        self._meter.accepted_tokens += accepted
 
     def add(self, token: int, logprobs: mx.array) -> list[GenerateEvent]:
         """The events of one more token; `logprobs` are those of the whole vocabulary."""
@@ -75,8 +82,8 @@ class Answer:
             prompt_tokens=len(self._job.tokens),
             completion_tokens=self._count,
             cached_tokens=self.cached_tokens,
-            drafted_tokens=self.drafted_tokens,
-            accepted_tokens=self.accepted_tokens,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
         timings = Timings(
             queue_s=self._begun - self._asked,

@@ -19,9 +19,7 @@ class Token(NamedTuple):
 
 
 class Batch:
-    """Any number of answers together, by mlx-lm's BatchGenerator. It guesses no tokens ahead."""
-
-    drafted = accepted = 0
+    """Any number of answers together, by mlx-lm's BatchGenerator."""
 
     def __init__(self, model: Any) -> None:
         self._numbers: dict[Sequence, int] = {}

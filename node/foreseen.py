@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 
 from node.cacheview import Caches
 from node.tensors import DTYPES, NAMES
+from node.tree import is_object
 from unicluster.v1.tensor_pb2 import Leaf
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Blank:
         for length in leaf.shape:
             size *= length
         raw = mx.array(np.zeros(size, np.uint8))
-        view = memoryview(raw)
+        view = _memory(raw)
         if view.readonly:
             raise ValueError("MLX's memory can't be written to here")
         self._views.append(view)
@@ -92,7 +93,7 @@ class Blank:
         """Takes the values of an array of the same kind; evaluates it."""
         (view,) = self._views
         assert view is not None  # noqa: S101
-        view[:] = memoryview(array).tobytes()
+        view[:] = _memory(array).tobytes()
 
 
 class Step:
@@ -151,11 +152,15 @@ def _twin(value: Any, seen: dict[int, mx.array]) -> Any:
         return type(value)(_twin(part, seen) for part in value)
     if type(value) is dict:
         return {key: _twin(part, seen) for key, part in value.items()}
-    if type(value).__reduce_ex__ is object.__reduce_ex__ and hasattr(value, "__dict__"):
+    if is_object(value):
         new = object.__new__(type(value))
         vars(new).update({name: _twin(part, seen) for name, part in vars(value).items()})
         return new
     return copy.deepcopy(value)
+
+
+def _memory(array: Any) -> memoryview:
+    return memoryview(array)  # MLX's stubs don't tell that arrays are buffers
 
 
 def _is_lazy(array: mx.array) -> bool:

@@ -39,16 +39,6 @@ class Lane:
         self._decoding: set[Sequence] = set()
 
     @property
-    def drafted(self) -> int:
-        """Tokens that were guessed ahead."""
-        return self._decoder.drafted
-
-    @property
-    def accepted(self) -> int:
-        """Of these, those that were right."""
-        return self._decoder.accepted
-
-    @property
     def free(self) -> int:
         """Places for more sequences."""
         return self.places - len(self.sequences)

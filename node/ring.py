@@ -88,6 +88,32 @@ class Window:
         signal.set()
 
 
+class PrefillWindow(Window):
+    """Places for chunks of prompts, computed here or on their way, of which one is not on its way.
+
+    So of as many chunks as there are stages none lies at another stage behind one that is being
+    computed, where it would be in the way of other answers' steps.
+    """
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(places, clock)
+        self._away = Window(max(places - 1, 1), clock)
+
+    def depart(self) -> None:
+        """Waits until a chunk that was computed here may leave."""
+        begun = self._clock()
+        self._away.enter()
+        self.waited += self._clock() - begun
+
+    def leave(self) -> None:
+        self._away.leave()
+        super().leave()
+
+    def give_up(self) -> None:
+        """Gives back the place of a chunk that did not depart."""
+        super().leave()
+
+
 @dataclass
 class _Sent:
     reply: Reply

@@ -136,16 +136,6 @@ class Scheduler:
             for lane in list(self.lanes)
         )
 
-    @property
-    def drafted(self) -> int:
-        """Tokens guessed ahead."""
-        return sum(lane.drafted for lane in self.lanes)
-
-    @property
-    def accepted(self) -> int:
-        """Of these, those that were right."""
-        return sum(lane.accepted for lane in self.lanes)
-
     def _schedule(self) -> None:
         """Begins with the requests that came first, each in the lane with the fewest others."""
         while self.waiting:
@@ -239,9 +229,10 @@ class Scheduler:
         """A lane's step, which takes the head its time less that in which others ran."""
         began, away = time.perf_counter(), rested()
         alone, tokens = lane.decoding == 1, lane.tokens
+        guessed = self.meter.drafted_tokens
         traced = lane.timelines
         ended = self._traced_step(lane, traced) if traced else lane.step()
-        if alone and lane.tokens == tokens + 1:
+        if alone and lane.tokens == tokens + 1 and self.meter.drafted_tokens == guessed:
             self.meter.step.note(time.perf_counter() - began - (rested() - away))
         return ended
 

@@ -55,7 +55,7 @@ class Solo:
     A guess counts only if it is the token that the model chooses in that place: greedy or drawn,
     the answer is the one there would be without. `kinds` are fresh caches of all layers. KV caches
     are quantized to `kv_bits`, if not 0. `drafter` guesses at most `most` tokens, and never
-    one of `ends`. `drafted` and `accepted` count guesses.
+    one of `ends`.
     """
 
     def __init__(
@@ -68,8 +68,6 @@ class Solo:
         most: int = 0,
         ends: Collection[int] = (),
     ) -> None:
-        self.drafted = 0
-        self.accepted = 0
         self._model = model
         self._cuttable_below = cuttable_below(kinds)
         self._kv_bits = kv_bits
@@ -139,11 +137,7 @@ class Solo:
         # As long as all are right try more, and after a wrong one hardly more than were right.
         run.ahead = run.ahead + 2 if accepted == drafted else accepted + 1
         run.ahead = min(run.ahead, self._most)
-        answer = run.sequence.answer
-        answer.drafted_tokens += drafted
-        answer.accepted_tokens += accepted
-        self.drafted += drafted
-        self.accepted += accepted
+        run.sequence.answer.guessed(drafted, accepted)
 
 
 def _greedy(logprobs: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ from node.mlx_thread import MLXThread
 from tests.tiny import EOS, VOCAB
 from unicluster.v1.chat_pb2 import Finish, GenerateRequest
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 THREAD = MLXThread()  # models of MLX live on one thread
 
 

@@ -205,12 +205,6 @@ def test_what_macos_gets_from_the_playbook(tmp_path: Path) -> None:
         "hosts": "localhost",
         "gather_facts": False,
         "vars_files": defaults,
-        "vars": {
-            "host_wired_limit_mb": 458752,
-            "agent_options": ["--memory", "400GB"],
-            "agent_secrets": {"UNICLUSTER_MQTT": "mqtts://a:b$c@broker"},
-            "item": {"name": "r1", "model": "deepseek-r1", "options": ["--quant", "q4"]},
-        },
         "tasks": [
             {
                 "ansible.builtin.template": {
@@ -235,6 +229,10 @@ def test_what_macos_gets_from_the_playbook(tmp_path: Path) -> None:
     mac = {
         "ansible_facts": {"system": "Darwin", "os_family": "Darwin", "architecture": "arm64"},
         "ansible_python_interpreter": sys.executable,
+        "host_wired_limit_mb": 458752,
+        "agent_options": ["--memory", "400GB"],
+        "agent_secrets": {"UNICLUSTER_MQTT": "mqtts://a:b$c@broker"},
+        "item": {"name": "r1", "model": "deepseek-r1", "options": ["--quant", "q4"]},
     }
 
     rendered = run(

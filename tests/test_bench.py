@@ -1,0 +1,63 @@
+"""`unicluster bench` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import LocalCluster
+from tests.tiny import tiny_config, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a kind that mlx-lm's own pipeline can cut."""
+    config = tiny_config("llama") | {"model_type": "qwen2"}
+    return write_model(tmp_path_factory.mktemp("models") / "qwen2", config)
+
+
+def test_a_model_is_cut_here_and_measured_beside_mlx_lm(tmp_path: Path, model: Path) -> None:
+    """Slow: it starts two agents, a server and three processes of mlx-lm."""
+    file = tmp_path / "found.json"
+    sizes = ("--rounds", "1", "--tokens", "8", "--prompt", "64", "--users", "2")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        program = cluster.start("bench", str(model), "--local", "2", *sizes, "--json", str(file))
+        result = program.result(deadline=240)
+
+    assert result.code == 0, result.err
+    found = json.loads(file.read_text())
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    assert len(found["stages"]) == 2
+    for name in (
+        "decode, a token",
+        "decode, a token, mlx-lm in one process",
+        "decode, a token, mlx-lm's ring of 2",
+        "decode, added by a hop",
+        "2 users, against 1",
+        "first token after 64",
+        "next turn, against the first",
+        "a hop that computes nothing",
+    ):
+        assert len(figures[name]["values"]) == 1
+    assert "against mlx-lm in one" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["demo"], "give --local N"),
+        (["--local", "0"], "--local 0: at least 1"),
+        (["--local", "2", "--server", "a:1"], "either --local or --server"),
+        (["--local", "2", "owner/name"], "give a directory, or demo"),
+        (["--users", "0"], "--users 0: at least 1"),
+    ],
+)
+def test_what_can_t_be_measured_is_refused(
+    tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    with LocalCluster(tmp_path) as cluster:
+        result = cluster.run("bench", *arguments)
+
+    assert result.code == 2
+    assert complaint in result.err
+    assert result.err.count("\n") == 1
