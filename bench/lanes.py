@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -141,9 +142,7 @@ async def measure_all(sizes: list[str], names: list[str], rounds: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             path = str(write_llama(Path(folder) / size, size))
-            model, tokenizer = await thread.run(
-                lambda path=path: unicluster.load(path, local_nodes=STAGES)  # type: ignore[misc]
-            )
+            model, tokenizer = await thread.run(partial(unicluster.load, path, local_nodes=STAGES))
             tokenizer.eos_token_ids = []
             with model:
                 bench = Bench(size, model, tokenizer, thread)

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class World:
             seconds, done = self._waiting.popleft()
             if self._cores is not None:
                 self._cores -= 1
-            self.after(seconds, lambda done=done: self._release(done))  # type: ignore[misc]
+            self.after(seconds, partial(self._release, done))
 
     def _release(self, done: Callable[[], None]) -> None:
         if self._cores is not None:

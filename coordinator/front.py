@@ -65,6 +65,8 @@ class Front(ChatServicer):
                     await context.write(event)
         except grpc.aio.AioRpcError as broken:
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
+            if broken.code() is grpc.StatusCode.CANCELLED:  # as below, but gRPC was quicker
+                ended = UnavailableError(deployment.ending)
             log.info("answer for %s ended: %s", peer_name(context), ended)
             await abort(context, ended)
         except asyncio.CancelledError:

@@ -50,7 +50,7 @@ class Reply:
             self._there.wait()
         if isinstance(self._result, UniclusterError):
             raise self._result
-        assert self._result is not None  # noqa: S101
+        assert self._result is not None  # noqa: S101  # `put` gives it before it sets the signal
         return self._result
 
 
@@ -225,10 +225,14 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
-            with self._lock:
-                sent = self._sent.get(message.frame.id)
-            if sent is not None:
-                sent.reply.leave()
+            self._left(message.frame.id)
+
+    def _left(self, number: int) -> None:
+        """Not in `_write`, which would keep alive what was sent last until it sends again."""
+        with self._lock:
+            sent = self._sent.get(number)
+        if sent is not None:
+            sent.reply.leave()
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""
