@@ -41,6 +41,7 @@ STAGES = 2
 CONTEXT = 8192
 TOKENS = {"10M": 120, "125M": 40}  # of an answer, while users are counted
 PROMPT = 512
+WARM_UP = 2
 TURN = 2048
 LONG = 4096
 
@@ -102,6 +103,8 @@ async def measure_users(bench: Bench) -> Figures:
 
 async def measure_prefill(bench: Bench) -> Figures:
     async with bench.engine(1) as engine:
+        for _ in range(WARM_UP):  # the first prompts tell what a chunk costs, and how large to cut
+            await measure.first_token(of_engine(engine), PROMPT)
         on = await measure.first_token(of_engine(engine), PROMPT)
         usual, bench.model.prefill_window = bench.model.prefill_window, PrefillWindow(1)
         off = await measure.first_token(of_engine(engine), PROMPT)
