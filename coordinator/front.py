@@ -46,7 +46,7 @@ class Front(ChatServicer):
         if request.model and request.model not in service.names:
             error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
             await abort(context, error)
-        if service.deployment is not None and service.deployment.draining:
+        if service.moving:
             await service.until_moved(MOVE_SECONDS)
         deployment = service.deployment
         if deployment is None or deployment.chat is None:

@@ -51,6 +51,10 @@ class Inspected:
         return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
 
 
+class DrainedError(UnavailableError):
+    """A machine is let go of because it asked for that."""
+
+
 class Service:
     """Plans, deploys, and when a machine is lost plans again over those that remain.
 
@@ -84,6 +88,7 @@ class Service:
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
         self._ready = asyncio.Event()
+        self._moving = False  # away from a machine that was drained, and not yet there
         self._turned = asyncio.Event()  # there is another deployment, or none
 
     @property
@@ -121,15 +126,18 @@ class Service:
         """Returns when the model answers for the first time."""
         await self._ready.wait()
 
+    @property
+    def moving(self) -> bool:
+        """Whether a machine is being drained and others have not taken over yet."""
+        return self._moving or (self.deployment is not None and bool(self.deployment.draining))
+
     async def until_moved(self, timeout: float) -> None:
-        """While a machine is being drained: returns when others have taken over, or can't."""
+        """Returns when others have taken over from a machine that is drained, or can't."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not self._stuck and (self.deployment is None or self.deployment.draining):
+                while self.moving:
                     self._turned.clear()
                     await self._turned.wait()
-                if self.deployment is not None and not self._stuck:
-                    await self.deployment.until_ready()
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
@@ -177,6 +185,7 @@ class Service:
                 lost = self.deployment is not None and self.deployment.was_ready
                 self.deployment = None
                 self._problem, self._stuck = str(error), not lost
+                self._moving = isinstance(error, DrainedError)
                 self._turned.set()
                 log.warning("not serving: %s", error)
                 if lost:
@@ -207,7 +216,6 @@ class Service:
             self.source, self.layout, placed, self._identity, listener, files, self._serving
         )
         self.deployment = deployment
-        self._turned.set()
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
         drained = asyncio.create_task(deployment.until_drained())
@@ -215,11 +223,12 @@ class Service:
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
-                self._problem, self._stuck = "", False
+                self._problem, self._stuck, self._moving = "", False, False
                 self._ready.set()
+                self._turned.set()
             await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                raise UnavailableError(f"machine {deployment.draining} is being drained")
+                raise DrainedError(f"machine {deployment.draining} is being drained")
             await running
         finally:
             tasks = running, first, drained, keeping
