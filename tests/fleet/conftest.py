@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,20 @@ def why_not() -> str:
         return "whole hosts need Linux and root"
     missing = sorted({PROGRAMS[name] for name in PROGRAMS if shutil.which(name) is None})
     return f"apt-get install {' '.join(missing)}" if missing else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a chapter fails, what the services said goes with it."""
+    report = yield
+    fleet = getattr(item, "funcargs", {}).get("fleet")
+    if report.failed and fleet is not None:
+        for host in fleet.each():
+            said = host.try_run("sudo journalctl -u 'unicluster*' -n 60 --no-pager -o cat").stdout
+            report.sections.append((f"journal of {host.name}", said))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from tests.fleet.tree import CACHE, base_tree
 
 NAMES = ("ann", "bob", "cid")
 # The demo model weighs 10 MB: no host can hold it alone, and any two can.
-MEMORY = "9MB"
+MEMORY = "10MB"
 UNICLUSTER = "sudo -u unicluster UNICLUSTER_HOME=/var/lib/unicluster /opt/unicluster/bin/unicluster"
 
 

@@ -1,11 +1,11 @@
 """One host: a tree booted with systemd, reached over ssh."""
 
 import contextlib
-import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from tests.cluster import until
 from tests.fleet.network import Network
@@ -132,8 +132,11 @@ class Host:
         )
 
     def _kill(self) -> None:
-        if self._machine is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._machine.pid, signal.SIGKILL)
-            self._machine.wait(30)
-            self._machine = None
+        """Ends the host's first process, and with it the kernel ends all others."""
+        if self._machine is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for init in psutil.Process(self._machine.pid).children():
+                init.kill()
+        self._machine.wait(30)
+        self._machine = None
