@@ -12,6 +12,7 @@ from coordinator.service import Service
 from unicluster import __version__
 from unicluster.home_assistant import Sensor, discovery
 from unicluster.mqtt import Publisher
+from unicluster.rate import Rate
 
 LOOK_SECONDS = 0.5
 READ_SECONDS = 10.0
@@ -29,17 +30,15 @@ async def tell(
     _introduce(service.display, publisher)
     seen = Seen(machines=frozenset(members.names))
     events = f"{publisher.url.prefix}/events"
-    counted, since = front.tokens, time.monotonic()
+    rate = Rate(front.tokens)
     while True:
         state = state_of(service, coordinator)
         publisher.state(publisher.topic("state"), state)
         for event in seen.news(state, frozenset(members.names)):
             publisher.event(events, {"time": round(time.time(), 3), **event})
-        now = time.monotonic()
-        if now - since >= READ_SECONDS:
-            rate = (front.tokens - counted) / (now - since)
-            counted, since = front.tokens, now
-            publisher.event(publisher.topic("readings"), readings_of(rate, front.running))
+        if rate.seconds >= READ_SECONDS:
+            readings = readings_of(rate.next(front.tokens), front.running)
+            publisher.event(publisher.topic("readings"), readings)
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -65,7 +64,7 @@ def state_of(service: Service, coordinator: str) -> dict[str, Any]:
 def readings_of(tokens_per_s: float, running: int) -> dict[str, Any]:
     return {
         "time": round(time.time(), 3),
-        "tokens_per_s": round(tokens_per_s, 2),
+        "tokens_per_s": tokens_per_s,
         "answers": running,
     }
 

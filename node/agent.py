@@ -75,6 +75,7 @@ class Agent(NodeServicer):
         self._stage_port = stage_port
         self._cap = memory_cap
         self._stages: dict[int, StageSpec] = {}
+        self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._drain = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -219,6 +220,8 @@ class Agent(NodeServicer):
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
+                    if event["event"] == "tokens":
+                        self.computed_tokens += event["more"]
                     if (told := _told(event)) is not None:
                         yield told
                 ended = await worker.exit()

@@ -17,6 +17,9 @@ from unicluster.broker_url import CLUSTER_USER, chosen_broker, parse_broker
 from unicluster.errors import InputError
 from unicluster.trust import Store
 
+NAMES = ("ann", "bob")
+# One such machine does not hold the tiny model, two do.
+MEMORY = 1_100_000
 SCHEMA = json.loads((ROOT / "docs" / "mqtt.schema.json").read_text())
 needs_mosquitto = pytest.mark.skipif(
     shutil.which("mosquitto_passwd") is None, reason="mosquitto is not installed"
@@ -44,7 +47,13 @@ def check(kind: str, payload: Any) -> None:
 
 def staged(ear: Ear) -> list[Any]:
     """The stages that the machines say they run."""
-    return [s for name in ("ann", "bob") for s in ear.last[f"lab/node/{name}/state"]["stages"]]
+    return [s for name in NAMES for s in ear.last[f"lab/node/{name}/state"]["stages"]]
+
+
+def rates(ear: Ear) -> list[float]:
+    """The most that each machine said it computes, in tokens per second."""
+    said = [[p["tokens_per_s"] for t, p in ear.all if t == f"lab/node/{n}/readings"] for n in NAMES]
+    return [max(of_one, default=0.0) for of_one in said]
 
 
 @needs_mosquitto
@@ -53,14 +62,16 @@ def test_machines_and_models_tell_how_they_are(
 ) -> None:
     model = endless_model(tmp_path / "model")
     cluster.env["UNICLUSTER_MQTT"] = mosquitto.url
-    for name in ("ann", "bob"):
-        cluster.start_agent(name)
+    for name in NAMES:
+        cluster.start_agent(name, memory=MEMORY)
     cluster.wait_for_agents()
     with listening(mosquitto.port, cluster.cluster, USER, PASSWORD) as ear:
         topic = "lab/model/model"
-        with cluster.serve(model):
+        with cluster.serve(model, "--context", "512") as server, server.client() as client:
             until(lambda: ear.last.get(f"{topic}/state", {}).get("state") == "ready", "it is ready")
             until(lambda: staged(ear), "a machine says its stage")
+            assert client.chat("hello", max_tokens=50).usage.completion_tokens == 50
+            until(lambda: all(rates(ear)), "both machines say how fast they are")
             until(lambda: "lab/node/ann/readings" in ear.last, "ann's readings")
             until(lambda: f"{topic}/readings" in ear.last, "the model's readings")
             online = ear.last["lab/node/ann/status"], ear.last[f"{topic}/status"]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.fleet.broker import Broker
 from tests.fleet.host import Host
 from tests.fleet.network import Network
 from tests.fleet.playbook import Play, Playbook
@@ -54,6 +55,7 @@ class Fleet:
             raise
         for host in self.hosts.values():
             self.say(host.name, f"booted, at {host.address}")
+        self.broker = Broker(self.hosts["ann"], self._network, self._folder)
         self._playbook = Playbook(list(self.hosts.values()), self._network, self._folder)
         return self
 

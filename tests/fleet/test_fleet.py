@@ -4,16 +4,31 @@ Three Debian hosts without internet; the playbook, over ssh, is all that is done
 """
 
 import re
+import shlex
 from pathlib import Path
 
 from tests.cluster import ROOT, until
 from tests.fleet.conftest import build_wheel
 from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
+from unicluster.trust import Cluster
 
 QUESTION, ANSWER = "'What is the capital of Spain?'", "The capital of Spain is Madrid."
 LONG = "'Tell me a tiny story about a fox.'"
 # To plan again and to load, on hosts that share two cores.
 MOVE_SECONDS = 180.0
+
+
+METRICS_PORT = 9470
+CERTIFICATE = "/var/lib/unicluster/prometheus"
+# What Prometheus does.
+SCRAPE = f"""
+import ssl, urllib.request
+context = ssl.create_default_context(cafile="{CERTIFICATE}/ca.pem")
+context.check_hostname = False
+context.load_cert_chain("{CERTIFICATE}/cert.pem", "{CERTIFICATE}/key.pem")
+url = "https://127.0.0.1:{METRICS_PORT}/metrics"
+print(urllib.request.urlopen(url, context=context).read().decode())
+"""
 
 
 def machines_of(fleet: Fleet, host: str) -> set[str]:
@@ -52,7 +67,11 @@ def test_a_dry_run_on_bare_hosts_changes_nothing(fleet: Fleet) -> None:
 def test_the_playbook_makes_a_cluster_behind_closed_firewalls(fleet: Fleet) -> None:
     fleet["ann"].run("sudo systemctl enable --now firewalld")
     fleet["bob"].run("sudo ufw allow ssh && sudo ufw --force enable")
-    fleet.models = [{"name": "demo", "model": "demo", "options": ["--context", "1024"]}]
+    options = ["--context", "1024", "--metrics-port", str(METRICS_PORT)]
+    fleet.models = [{"name": "demo", "model": "demo", "options": options}]
+    # There is no such broker yet: nothing may depend on it.
+    secrets = {"UNICLUSTER_MQTT": fleet.broker.url}
+    fleet.variables |= {"agent_secrets": secrets, "coordinator_secrets": secrets}
 
     fleet.play()
 
@@ -81,6 +100,35 @@ def test_services_are_hardened_and_say_when_they_are_ready(fleet: Fleet) -> None
         assert status.strip()
 
 
+def test_metrics_are_told_to_whoever_has_a_certificate_for_them(fleet: Fleet) -> None:
+    fleet.unicluster("ann", "token", "cert", CERTIFICATE)
+    python = "sudo -u unicluster /opt/unicluster/bin/python -c"
+
+    without = "\n".join(line for line in SCRAPE.splitlines() if "cert_chain" not in line)
+
+    told = fleet["ann"].run(f"{python} {shlex.quote(SCRAPE)}")
+    stranger = fleet["ann"].try_run(f"{python} {shlex.quote(without)}")
+
+    generated = re.search(r"^unicluster_generated_tokens_total\S* (\S+)$", told, re.M)
+    assert generated is not None
+    fleet.say("ann", f"metrics: {generated[0]}")
+    assert float(generated[1]) > 0
+    assert all(f'machine="{name}"' in told for name in stages(fleet))
+    assert "CERTIFICATE_REQUIRED" in stranger.stderr
+
+
+def test_machines_and_models_tell_a_real_broker_how_they_are(fleet: Fleet) -> None:
+    token = fleet["ann"].run("sudo cat /var/lib/unicluster/cluster.token").strip()
+    fleet.broker.install(Cluster.from_token(token))
+
+    machines = {f"node/{name}/status": "online" for name in NAMES}
+    told = fleet.broker.hear({**machines, "model/demo/state": "", "node/ann/readings": ""})
+
+    fleet.say("ann", f"mosquitto: {told['model/demo/state']}")
+    assert told["model/demo/state"]["state"] == "ready"
+    assert told["node/ann/readings"]["usable_memory"] >= 0
+
+
 def test_the_doctor_finds_nothing_that_would_not_work(fleet: Fleet) -> None:
     said = fleet.unicluster("bob", "doctor")
 
@@ -100,6 +148,8 @@ def test_a_host_that_loses_power_mid_answer_is_done_without(fleet: Fleet) -> Non
 
     ask_until_answered(fleet, "ann")
 
+    fleet.broker.hear({f"node/{victim}/status": "offline"})
+    fleet.say("ann", f"mosquitto: {victim} is offline")
     assert victim not in stages(fleet)
     fleet[victim].regain_power()
     fleet.say(victim, "has power again")
