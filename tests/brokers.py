@@ -44,9 +44,9 @@ class Mosquitto:
             ["mosquitto_passwd", "-c", "-b", passwords, USER, PASSWORD], check=True, timeout=30
         )
         text = CONFIGURATION.read_text().replace("/etc/mosquitto", str(folder))
-        text = text.replace("/var/lib/mosquitto/", f"{folder}/data/")
+        kept = f"persistence true\npersistence_location {folder}/data/\n"
         self._file = folder / "mosquitto.conf"
-        self._file.write_text(f"user root\n{text}".replace("8883", str(self.port)))
+        self._file.write_text(f"user root\n{kept}{text}".replace("8883", str(self.port)))
 
     @property
     def url(self) -> str:
