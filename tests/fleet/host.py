@@ -34,8 +34,13 @@ class Host:
     def boot(self) -> None:
         """Returns when ssh answers and systemd has started everything."""
         self._start()
-        until(lambda: self.try_run("true").returncode == 0, f"{self.name} answers", BOOT_SECONDS)
-        self.wait_until_started()
+        try:
+            answering = f"{self.name} answers"
+            until(lambda: self.try_run("true").returncode == 0, answering, BOOT_SECONDS)
+            self.wait_until_started()
+        except AssertionError as error:
+            said = Path(self._log.name).read_text(errors="replace")
+            raise AssertionError(f"{error}; on its console:\n{said[-3000:]}") from None
 
     def wait_until_started(self) -> None:
         states = "running", "degraded"
