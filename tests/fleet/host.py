@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from tests.cluster import until
+from tests.fleet.cgroup import ControlGroup
 from tests.fleet.network import Network
 from tests.fleet.tree import copy_tree
 
@@ -28,6 +29,7 @@ class Host:
         self._key = key
         self._log = (folder / f"{name}.console").open("ab")
         self._machine: subprocess.Popen[bytes] | None = None
+        self._group: ControlGroup | None = None
         copy_tree(self.tree)
         self._personalise()
 
@@ -54,6 +56,7 @@ class Host:
         assert machine is not None
         self.try_run("sudo systemctl reboot")
         assert machine.wait(BOOT_SECONDS) == REBOOT, f"{self.name} did not reboot"
+        self._ended()
         self.boot()
 
     def lose_power(self) -> None:
@@ -123,13 +126,14 @@ class Host:
 
     def _start(self) -> None:
         namespace = f"/run/netns/{self._network.namespace(self.name)}"
+        self._group = ControlGroup(self._network.namespace(self.name))
         self._machine = subprocess.Popen(
-            [
+            self._group.inside(
                 *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot"),
                 *("--machine", self.name, "-D", str(self.tree)),
                 *(f"--network-namespace-path={namespace}", "--capability=CAP_NET_ADMIN"),
                 *("--resolv-conf=off", "--timezone=off", "--console=pipe"),
-            ],
+            ),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -144,4 +148,9 @@ class Host:
             for init in psutil.Process(self._machine.pid).children():
                 init.kill()
         self._machine.wait(30)
-        self._machine = None
+        self._ended()
+
+    def _ended(self) -> None:
+        if self._group is not None:
+            self._group.remove()
+        self._machine = self._group = None
