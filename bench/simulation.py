@@ -185,6 +185,11 @@ class Cache:
     def finalize(self) -> None: ...
 
 
+@dataclass
+class _Way:
+    slowest_s: float | None = None
+
+
 class Pipeline:
     """What the scheduler takes for a model: PipelineModel's course, in simulated time."""
 
@@ -196,7 +201,7 @@ class Pipeline:
         self.layers = [object()]
         self.prefill_window = PrefillWindow(self.stages, lambda: world.now)
         self._world = world
-        self._head = costs[0]
+        self._head, *self._others = costs
         self._hidden = hidden_bytes
         self._stops = [_Stop(world, *pair) for pair in zip(costs, links, strict=True)]
         for stop, after in itertools.pairwise(self._stops):
@@ -214,8 +219,10 @@ class Pipeline:
         if hold:
             self.prefill_window.depart()
         there = Signal()
+        way = _Way()
 
         def back() -> None:
+            way.slowest_s = self._slowest(answers, tokens)
             if hold:
                 self.prefill_window.leave()
             there.set()
@@ -231,7 +238,10 @@ class Pipeline:
             self._world.compute(self._head.tail(answers))
             return mx.zeros((answers, tokens, VOCABULARY))
 
-        return PendingLogits(resolve)
+        return PendingLogits(resolve, way=way)
+
+    def _slowest(self, answers: int, tokens: int) -> float:
+        return max((seconds(cost, answers, tokens) for cost in self._others), default=0.0)
 
 
 class Asked(Ticket):

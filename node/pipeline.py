@@ -155,7 +155,7 @@ class PipelineModel(nn.Module):
             logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, number)
 
-        return PendingLogits(resolve, lambda: self._dropped.append(number))
+        return PendingLogits(resolve, lambda: self._dropped.append(number), reply)
 
     def _step(
         self,
@@ -206,7 +206,7 @@ class PipelineModel(nn.Module):
                 logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, reply.number)
 
-        return PendingLogits(resolve)
+        return PendingLogits(resolve, way=reply)
 
     def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
         def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:

@@ -40,6 +40,13 @@ class Reply:
         self._left.set()
         self._there.set()
 
+    @property
+    def slowest_s(self) -> float | None:
+        """Seconds of the machine that computed longest; None until the frame is back."""
+        if not isinstance(self._result, Frame):
+            return None
+        return max((report.compute_s for report in self._result.reports), default=0.0)
+
     def wait_until_sent(self) -> None:
         """Returns when the frame has left, or never will."""
         self._left.wait()
