@@ -112,6 +112,11 @@ class AnswerMeter:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
+    @property
+    def computed_tokens(self) -> int:
+        """Of prompts and answers, but for what was reused."""
+        return self.prompt_tokens - self.reused_tokens + self.generated_tokens
+
     def to_wire(self) -> wire.Meters:
         return wire.Meters(
             time_to_first_token=self.time_to_first_token.to_wire(),

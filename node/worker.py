@@ -24,6 +24,7 @@ from node.config import WorkerConfig
 from node.draft import fetch_draft, load_draft
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
+from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.obtain import describe, fetch, is_whole
 from node.sources import Sources
@@ -45,6 +46,8 @@ SWITCH_INTERVAL = 1e-4
 
 # Between two reports of how far a download is.
 TELL_SECONDS = 0.2
+# And of how many tokens were computed.
+TOKENS_SECONDS = 2.0
 
 
 def emit(event: str, **values: Any) -> None:
@@ -78,6 +81,16 @@ async def fetch_weights(
             await fetch(checkpoint, tensors, config.hub_files, sources, tell)
         draft = await fetch_draft(config, sources, tell) if config.draft else None
     return checkpoint.root, draft
+
+
+async def tell_tokens(meter: Stage | AnswerMeter) -> None:
+    """Tells now and then how many more tokens were computed, if any were."""
+    told = 0
+    while True:
+        await asyncio.sleep(TOKENS_SECONDS)
+        if (now := meter.computed_tokens) != told:
+            emit("tokens", more=now - told)
+            told = now
 
 
 def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
@@ -117,16 +130,18 @@ async def serve(config: WorkerConfig) -> None:
         end_layer=config.end_layer,
         weight_bytes=weight_bytes,
     )
+    meter: Stage | AnswerMeter
     if hollow.start == 0:
         draft = None
         if draft_path is not None:
             draft = await thread.run(partial(load_draft, draft_path, config.draft_quant))
         engine = make_engine(lazy, hollow.hidden_bytes, thread, config, draft)
+        meter = engine.meter
         head = Head(hollow, info, engine, thread, identity, foresee=config.foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
     else:
-        stage = Stage(hollow, foresee=config.foresee)
+        stage = meter = Stage(hollow, foresee=config.foresee)
         add_StageServicer_to_server(StageService(stage, info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=weight_bytes)
@@ -134,7 +149,9 @@ async def serve(config: WorkerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    counting = asyncio.create_task(tell_tokens(meter))
     await ended.wait()
+    counting.cancel()
     await server.stop(grace=0.5)
 
 

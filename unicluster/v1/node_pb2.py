@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/node.proto\x12\runicluster.v1\"&\n\x08Greeting\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\"\x15\n\x13\x44\x65scribeNodeRequest\"\x81\x02\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63hip\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\x12\x14\n\x0ctotal_memory\x18\x06 \x01(\x04\x12\x15\n\rusable_memory\x18\x07 \x01(\x04\x12\x11\n\tbandwidth\x18\x08 \x01(\x01\x12\x1a\n\x12\x62\x61ndwidth_measured\x18\t \x01(\x08\x12\x10\n\x08platform\x18\n \x01(\t\x12(\n\x06stages\x18\x0b \x03(\x0b\x32\x18.unicluster.v1.StageSpec\x12\r\n\x05peers\x18\x0c \x03(\t\"\xc8\x01\n\x0eInspectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x0f\n\x07sources\x18\x07 \x03(\t\x12\x0f\n\x07kv_bits\x18\x1e \x01(\r\x12\x12\n\ndrafts_for\x18\x1f \x01(\t\x12\x1b\n\x13\x64rafts_for_revision\x18  \x01(\t\"0\n\rTryHubRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"\r\n\x0bTryHubReply\"\x95\x03\n\x0bModelLayout\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0blayer_bytes\x18\x02 \x03(\x04\x12\x1a\n\x12layer_active_bytes\x18\x03 \x03(\x04\x12\x12\n\nhead_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_layer\x18\x05 \x03(\x04\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x14\n\x0chidden_bytes\x18\x08 \x01(\r\x12\r\n\x05quant\x18\t \x01(\t\x12\x13\n\x0bmax_context\x18\n \x01(\x04\x12\x16\n\x0e\x66orbidden_cuts\x18\x0b \x03(\r\x12\x13\n\x0b\x65mbed_bytes\x18\x14 \x01(\x04\x12\x19\n\x11head_active_bytes\x18\x15 \x01(\x04\x12\x12\n\nparameters\x18\x16 \x01(\x04\x12\x1f\n\x17layer_active_parameters\x18\x17 \x03(\x04\x12\x10\n\x08revision\x18\x0c \x01(\t\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.unicluster.v1.WeightFile\"I\n\nWeightFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0f\n\x07outside\x18\x04 \x01(\x08\"\xc8\x02\n\tStageSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05quant\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0e\n\x06memory\x18\x08 \x01(\x04\x12\x10\n\x08revision\x18\n \x01(\t\x12\x0f\n\x07sources\x18\x0b \x03(\t\x12\x11\n\thub_files\x18\x0c \x03(\t\x12\r\n\x05lanes\x18\x1e \x01(\r\x12\x10\n\x08kv_bytes\x18\x1f \x01(\x04\x12\x0f\n\x07kv_bits\x18  \x01(\r\x12\x0e\n\x06lookup\x18! \x01(\x08\x12#\n\x05\x64raft\x18\" \x01(\x0b\x32\x14.unicluster.v1.Draft\x12\x14\n\x0c\x64raft_tokens\x18# \x01(\r\"J\n\x05\x44raft\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\thub_files\x18\x04 \x03(\t\"\x9c\x01\n\nStageEvent\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unicluster.v1.LoadProgressH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.unicluster.v1.StageReadyH\x00\x12(\n\x04\x65xit\x18\x03 \x01(\x0b\x32\x18.unicluster.v1.StageExitH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x0cLoadProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\x14\n\x0clayers_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x65tched\x18\x05 \x01(\x04\x12\x10\n\x08to_fetch\x18\x06 \x01(\x04\"0\n\nStageReady\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\"[\n\tStageExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x13\n\x0bstderr_tail\x18\x02 \x03(\t\x12\x15\n\rout_of_memory\x18\x03 \x01(\x08\x12\x12\n\nrestarting\x18\x04 \x01(\x08\x32\xd7\x02\n\x04Node\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeNodeRequest\x1a\x17.unicluster.v1.NodeInfo\x12\x44\n\x07Inspect\x12\x1d.unicluster.v1.InspectRequest\x1a\x1a.unicluster.v1.ModelLayout\x12\x42\n\x06TryHub\x12\x1c.unicluster.v1.TryHubRequest\x1a\x1a.unicluster.v1.TryHubReply\x12\x41\n\x08RunStage\x12\x18.unicluster.v1.StageSpec\x1a\x19.unicluster.v1.StageEvent0\x01\x12\x39\n\x05Greet\x12\x17.unicluster.v1.Greeting\x1a\x17.unicluster.v1.Greetingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/node.proto\x12\runicluster.v1\"b\n\x08Greeting\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0f\n\x07version\x18( \x01(\t\x12\x10\n\x08protocol\x18) \x01(\r\x12\x17\n\x0foldest_protocol\x18* \x01(\r\"\x15\n\x13\x44\x65scribeNodeRequest\"\x1b\n\x0c\x44rainRequest\x12\x0b\n\x03off\x18\x01 \x01(\x08\"\xbb\x02\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63hip\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08protocol\x18\x05 \x01(\r\x12\x14\n\x0ctotal_memory\x18\x06 \x01(\x04\x12\x15\n\rusable_memory\x18\x07 \x01(\x04\x12\x11\n\tbandwidth\x18\x08 \x01(\x01\x12\x1a\n\x12\x62\x61ndwidth_measured\x18\t \x01(\x08\x12\x10\n\x08platform\x18\n \x01(\t\x12(\n\x06stages\x18\x0b \x03(\x0b\x32\x18.unicluster.v1.StageSpec\x12\r\n\x05peers\x18\x0c \x03(\t\x12\x10\n\x08\x64raining\x18( \x01(\x08\x12\x17\n\x0foldest_protocol\x18) \x01(\r\x12\r\n\x05\x63lock\x18* \x01(\x01\"\xc8\x01\n\x0eInspectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x0f\n\x07sources\x18\x07 \x03(\t\x12\x0f\n\x07kv_bits\x18\x1e \x01(\r\x12\x12\n\ndrafts_for\x18\x1f \x01(\t\x12\x1b\n\x13\x64rafts_for_revision\x18  \x01(\t\"0\n\rTryHubRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"\r\n\x0bTryHubReply\"\x95\x03\n\x0bModelLayout\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0blayer_bytes\x18\x02 \x03(\x04\x12\x1a\n\x12layer_active_bytes\x18\x03 \x03(\x04\x12\x12\n\nhead_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_layer\x18\x05 \x03(\x04\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x14\n\x0chidden_bytes\x18\x08 \x01(\r\x12\r\n\x05quant\x18\t \x01(\t\x12\x13\n\x0bmax_context\x18\n \x01(\x04\x12\x16\n\x0e\x66orbidden_cuts\x18\x0b \x03(\r\x12\x13\n\x0b\x65mbed_bytes\x18\x14 \x01(\x04\x12\x19\n\x11head_active_bytes\x18\x15 \x01(\x04\x12\x12\n\nparameters\x18\x16 \x01(\x04\x12\x1f\n\x17layer_active_parameters\x18\x17 \x03(\x04\x12\x10\n\x08revision\x18\x0c \x01(\t\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.unicluster.v1.WeightFile\"I\n\nWeightFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0f\n\x07outside\x18\x04 \x01(\x08\"\xc8\x02\n\tStageSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05quant\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0e\n\x06memory\x18\x08 \x01(\x04\x12\x10\n\x08revision\x18\n \x01(\t\x12\x0f\n\x07sources\x18\x0b \x03(\t\x12\x11\n\thub_files\x18\x0c \x03(\t\x12\r\n\x05lanes\x18\x1e \x01(\r\x12\x10\n\x08kv_bytes\x18\x1f \x01(\x04\x12\x0f\n\x07kv_bits\x18  \x01(\r\x12\x0e\n\x06lookup\x18! \x01(\x08\x12#\n\x05\x64raft\x18\" \x01(\x0b\x32\x14.unicluster.v1.Draft\x12\x14\n\x0c\x64raft_tokens\x18# \x01(\r\"J\n\x05\x44raft\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\thub_files\x18\x04 \x03(\t\"\xc9\x01\n\nStageEvent\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.unicluster.v1.LoadProgressH\x00\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x19.unicluster.v1.StageReadyH\x00\x12(\n\x04\x65xit\x18\x03 \x01(\x0b\x32\x18.unicluster.v1.StageExitH\x00\x12+\n\x08\x64raining\x18( \x01(\x0b\x32\x17.unicluster.v1.DrainingH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x0cLoadProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\x14\n\x0clayers_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x65tched\x18\x05 \x01(\x04\x12\x10\n\x08to_fetch\x18\x06 \x01(\x04\"0\n\nStageReady\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\"\n\n\x08\x44raining\"[\n\tStageExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x13\n\x0bstderr_tail\x18\x02 \x03(\t\x12\x15\n\rout_of_memory\x18\x03 \x01(\x08\x12\x12\n\nrestarting\x18\x04 \x01(\x08\x32\x96\x03\n\x04Node\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeNodeRequest\x1a\x17.unicluster.v1.NodeInfo\x12\x44\n\x07Inspect\x12\x1d.unicluster.v1.InspectRequest\x1a\x1a.unicluster.v1.ModelLayout\x12\x42\n\x06TryHub\x12\x1c.unicluster.v1.TryHubRequest\x1a\x1a.unicluster.v1.TryHubReply\x12\x41\n\x08RunStage\x12\x18.unicluster.v1.StageSpec\x1a\x19.unicluster.v1.StageEvent0\x01\x12\x39\n\x05Greet\x12\x17.unicluster.v1.Greeting\x1a\x17.unicluster.v1.Greeting\x12=\n\x05\x44rain\x12\x1b.unicluster.v1.DrainRequest\x1a\x17.unicluster.v1.NodeInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,33 +32,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'unicluster.v1.node_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GREETING']._serialized_start=43
-  _globals['_GREETING']._serialized_end=81
-  _globals['_DESCRIBENODEREQUEST']._serialized_start=83
-  _globals['_DESCRIBENODEREQUEST']._serialized_end=104
-  _globals['_NODEINFO']._serialized_start=107
-  _globals['_NODEINFO']._serialized_end=364
-  _globals['_INSPECTREQUEST']._serialized_start=367
-  _globals['_INSPECTREQUEST']._serialized_end=567
-  _globals['_TRYHUBREQUEST']._serialized_start=569
-  _globals['_TRYHUBREQUEST']._serialized_end=617
-  _globals['_TRYHUBREPLY']._serialized_start=619
-  _globals['_TRYHUBREPLY']._serialized_end=632
-  _globals['_MODELLAYOUT']._serialized_start=635
-  _globals['_MODELLAYOUT']._serialized_end=1040
-  _globals['_WEIGHTFILE']._serialized_start=1042
-  _globals['_WEIGHTFILE']._serialized_end=1115
-  _globals['_STAGESPEC']._serialized_start=1118
-  _globals['_STAGESPEC']._serialized_end=1446
-  _globals['_DRAFT']._serialized_start=1448
-  _globals['_DRAFT']._serialized_end=1522
-  _globals['_STAGEEVENT']._serialized_start=1525
-  _globals['_STAGEEVENT']._serialized_end=1681
-  _globals['_LOADPROGRESS']._serialized_start=1684
-  _globals['_LOADPROGRESS']._serialized_end=1817
-  _globals['_STAGEREADY']._serialized_start=1819
-  _globals['_STAGEREADY']._serialized_end=1867
-  _globals['_STAGEEXIT']._serialized_start=1869
-  _globals['_STAGEEXIT']._serialized_end=1960
-  _globals['_NODE']._serialized_start=1963
-  _globals['_NODE']._serialized_end=2306
+  _globals['_GREETING']._serialized_end=141
+  _globals['_DESCRIBENODEREQUEST']._serialized_start=143
+  _globals['_DESCRIBENODEREQUEST']._serialized_end=164
+  _globals['_DRAINREQUEST']._serialized_start=166
+  _globals['_DRAINREQUEST']._serialized_end=193
+  _globals['_NODEINFO']._serialized_start=196
+  _globals['_NODEINFO']._serialized_end=511
+  _globals['_INSPECTREQUEST']._serialized_start=514
+  _globals['_INSPECTREQUEST']._serialized_end=714
+  _globals['_TRYHUBREQUEST']._serialized_start=716
+  _globals['_TRYHUBREQUEST']._serialized_end=764
+  _globals['_TRYHUBREPLY']._serialized_start=766
+  _globals['_TRYHUBREPLY']._serialized_end=779
+  _globals['_MODELLAYOUT']._serialized_start=782
+  _globals['_MODELLAYOUT']._serialized_end=1187
+  _globals['_WEIGHTFILE']._serialized_start=1189
+  _globals['_WEIGHTFILE']._serialized_end=1262
+  _globals['_STAGESPEC']._serialized_start=1265
+  _globals['_STAGESPEC']._serialized_end=1593
+  _globals['_DRAFT']._serialized_start=1595
+  _globals['_DRAFT']._serialized_end=1669
+  _globals['_STAGEEVENT']._serialized_start=1672
+  _globals['_STAGEEVENT']._serialized_end=1873
+  _globals['_LOADPROGRESS']._serialized_start=1876
+  _globals['_LOADPROGRESS']._serialized_end=2009
+  _globals['_STAGEREADY']._serialized_start=2011
+  _globals['_STAGEREADY']._serialized_end=2059
+  _globals['_DRAINING']._serialized_start=2061
+  _globals['_DRAINING']._serialized_end=2071
+  _globals['_STAGEEXIT']._serialized_start=2073
+  _globals['_STAGEEXIT']._serialized_end=2164
+  _globals['_NODE']._serialized_start=2167
+  _globals['_NODE']._serialized_end=2573
 # @@protoc_insertion_point(module_scope)
