@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)$(if $(GGML),$(comma)ggml)
 
-.PHONY: install demo test lint proto proto-check bench soak clean
+.PHONY: install demo test test-fleet lint proto proto-check bench soak clean
 
 install: $(STAMP)
 
@@ -21,12 +21,17 @@ demo: $(STAMP)
 	@$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
 
 test: $(STAMP)
-	$(BIN)/pytest -q tests
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -q tests --ignore tests/fleet
+
+# Whole hosts, booted on this one: on Linux, as root, with debootstrap and systemd-nspawn.
+test-fleet: $(STAMP)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -q -s -x -rs tests/fleet
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd ansible && PATH=$(abspath $(BIN)):$$PATH ANSIBLE_HOME=$(abspath $(VENV))/ansible ansible-lint --offline -q
 
 # The generated stubs are committed; proto-check proves them fresh.
 proto: $(STAMP)

@@ -5,8 +5,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +23,9 @@ from coordinator.links import Link
 from node.engine import Engine
 from node.mlx_thread import MLXThread
 from node.pipeline import PUSHED_TOKENS
-from node.remote import RemoteCache
-from node.ring import Window
+from node.ring import PrefillWindow
+from node.trips import Trip, Trips
 from unicluster import measure
-from unicluster.v1.stage_pb2 import StageReport
 
 TOKENS = 32
 PROMPT = 256
@@ -37,22 +37,32 @@ PIPELINED = f"prefill of {PROMPT}, pipelined, s"
 Shape = tuple[int, int]  # answers, tokens of each
 
 
+class Reported(Trips):
+    """Trips that also say to `heard` what each came back with."""
+
+    def __init__(self, machines: Sequence[str], heard: Callable[[Trip], None]) -> None:
+        super().__init__(machines)
+        self._heard = heard
+
+    def note(self, trip: Trip) -> None:
+        super().note(trip)
+        self._heard(trip)
+
+
 class Watched:
     """A pipeline model, and what each stage took for each shape of input."""
 
     def __init__(self, model: Any) -> None:
         self.seconds: dict[int, dict[Shape, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._model = model
-        self._sent: dict[int, deque[Shape]] = defaultdict(deque)
+        self._sent: deque[Shape] = deque()
 
     def __call__(self, inputs: Any, cache: Any = None) -> Any:
-        answers, tokens = inputs.shape
-        for stage in range(1, self._model.stages):
-            self._sent[stage].append((answers, tokens))
+        self._sent.append(inputs.shape)
         window = self._model.prefill_window
         begun = time.perf_counter() - window.waited
         logits = self._model(inputs, cache=cache)
-        self.seconds[0][answers, tokens].append(time.perf_counter() - window.waited - begun)
+        self.seconds[0][inputs.shape].append(time.perf_counter() - window.waited - begun)
         return logits
 
     def __getattr__(self, name: str) -> Any:
@@ -61,19 +71,18 @@ class Watched:
     @contextmanager
     def reports(self) -> Iterator[None]:
         """What the other stages say they took is noted while the block runs."""
-        usual = RemoteCache.after_forward
-
-        def after_forward(handle: RemoteCache, version: int, report: StageReport) -> None:
-            usual(handle, version, report)
-            shape = self._sent[report.stage].popleft()
-            self.seconds[report.stage][shape].append(report.compute_s)
-
-        RemoteCache.after_forward = after_forward  # type: ignore[method-assign]
+        usual = self._model.trips
+        self._model.trips = Reported(usual.machines, self._note)
         try:
             yield
         finally:
-            RemoteCache.after_forward = usual  # type: ignore[method-assign]
+            self._model.trips = usual
             self._sent.clear()
+
+    def _note(self, trip: Trip) -> None:
+        shape = self._sent.popleft()  # frames come back in the order in which they left
+        for report in trip.reports:
+            self.seconds[report.stage][shape].append(report.compute_s)
 
 
 class Real:
@@ -86,7 +95,7 @@ class Real:
 
     @contextmanager
     def window(self, places: int) -> Iterator[None]:
-        usual, self.model.prefill_window = self.model.prefill_window, Window(places)
+        usual, self.model.prefill_window = self.model.prefill_window, PrefillWindow(places)
         yield
         self.model.prefill_window = usual
 
@@ -132,9 +141,7 @@ async def compared(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(write_llama(Path(folder)))
         for stages in (2, 3):
-            model, tokenizer = await thread.run(
-                lambda count=stages: unicluster.load(path, local_nodes=count)  # type: ignore[misc]
-            )
+            model, tokenizer = await thread.run(partial(unicluster.load, path, local_nodes=stages))
             with model:
                 rows += await _rows(Real(thread, model, tokenizer), rounds)
     return {
@@ -172,7 +179,7 @@ async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
         for users in (1, 2, 4)
     }
     one, many = cluster(1), cluster(1)
-    one.model.prefill_window = Window(1, lambda: one.world.now)
+    one.model.prefill_window = PrefillWindow(1, lambda: one.world.now)
     for each in (one, many):
         simulation.first_token(each, PROMPT)
     foretold[ONE_CHUNK] = simulation.first_token(one, PROMPT)
@@ -196,12 +203,13 @@ def _costs(watched: Watched, step: float) -> list[StageCost]:
         ]
         slope, fixed = np.polyfit(*zip(*chunks, strict=True), 1)
         rest -= one
-        costs.append(
-            StageCost(
-                decode=lambda n, one=one, two=two: one + max(two - one, 0) * (n - 1),  # type: ignore[misc]
-                prefill=lambda n, a=slope, w=fixed: max(w + a * n, 1e-4),  # type: ignore[misc]
-            )
-        )
+        more = max(two - one, 0.0)
+        costs.append(StageCost(partial(_line, one - more, more), partial(_line, fixed, slope)))
     tail = max(rest, 0.0)
     costs[0] = StageCost(costs[0].decode, costs[0].prefill, lambda answers: tail)
     return costs
+
+
+def _line(at_none: float, each: float, count: int) -> float:
+    """Seconds, which a line through noisy points may put below 0."""
+    return max(at_none + each * count, 1e-4)

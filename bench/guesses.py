@@ -165,10 +165,8 @@ async def measure(names: list[str], rounds: int) -> dict[str, list[Figures]]:
                 continue
             if path != DEMO:
                 write_llama(path)
-            draft, _ = await thread.run(lambda path=path: mlx_lm.load(str(path))[:2])  # type: ignore[misc]
-            model, tokenizer = await thread.run(
-                lambda path=path: unicluster.load(str(path), local_nodes=2)  # type: ignore[misc]
-            )
+            draft = (await thread.run(partial(mlx_lm.load, str(path))))[0]
+            model, tokenizer = await thread.run(partial(unicluster.load, str(path), local_nodes=2))
             if path != DEMO:
                 tokenizer.eos_token_ids = []
             with model:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,7 @@ import unicluster
 from bench.models import write_llama
 from node.engine import Engine
 from node.mlx_thread import MLXThread
-from node.ring import Window
+from node.ring import PrefillWindow
 from node.worker import SWITCH_INTERVAL
 from unicluster import measure
 from unicluster.v1.chat_pb2 import GenerateRequest
@@ -40,6 +41,7 @@ STAGES = 2
 CONTEXT = 8192
 TOKENS = {"10M": 120, "125M": 40}  # of an answer, while users are counted
 PROMPT = 512
+WARM_UP = 2
 TURN = 2048
 LONG = 4096
 
@@ -101,8 +103,10 @@ async def measure_users(bench: Bench) -> Figures:
 
 async def measure_prefill(bench: Bench) -> Figures:
     async with bench.engine(1) as engine:
+        for _ in range(WARM_UP):  # the first prompts tell what a chunk costs, and how large to cut
+            await measure.first_token(of_engine(engine), PROMPT)
         on = await measure.first_token(of_engine(engine), PROMPT)
-        usual, bench.model.prefill_window = bench.model.prefill_window, Window(1)
+        usual, bench.model.prefill_window = bench.model.prefill_window, PrefillWindow(1)
         off = await measure.first_token(of_engine(engine), PROMPT)
         bench.model.prefill_window = usual
     return {"s, pipelined": on, "faster than without": off / on}
@@ -141,9 +145,7 @@ async def measure_all(sizes: list[str], names: list[str], rounds: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             path = str(write_llama(Path(folder) / size, size))
-            model, tokenizer = await thread.run(
-                lambda path=path: unicluster.load(path, local_nodes=STAGES)  # type: ignore[misc]
-            )
+            model, tokenizer = await thread.run(partial(unicluster.load, path, local_nodes=STAGES))
             tokenizer.eos_token_ids = []
             with model:
                 bench = Bench(size, model, tokenizer, thread)

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from node.mlx_thread import MLXThread, Signal
 from node.pending import PendingLogits
 from node.pipeline import PUSHED_TOKENS
 from node.request import Job
-from node.ring import Window
+from node.ring import PrefillWindow
 from node.sampling import Sampling
 from node.scheduler import Scheduler
 from node.ticket import Ticket
@@ -91,7 +91,7 @@ class World:
             seconds, done = self._waiting.popleft()
             if self._cores is not None:
                 self._cores -= 1
-            self.after(seconds, lambda done=done: self._release(done))  # type: ignore[misc]
+            self.after(seconds, partial(self._release, done))
 
     def _release(self, done: Callable[[], None]) -> None:
         if self._cores is not None:
@@ -185,6 +185,11 @@ class Cache:
     def finalize(self) -> None: ...
 
 
+@dataclass
+class _Way:
+    slowest_s: float | None = None
+
+
 class Pipeline:
     """What the scheduler takes for a model: PipelineModel's course, in simulated time."""
 
@@ -194,9 +199,9 @@ class Pipeline:
         """links: from each stage to the next, and from the last back to the head."""
         self.stages = len(costs)
         self.layers = [object()]
-        self.prefill_window = Window(self.stages, lambda: world.now)
+        self.prefill_window = PrefillWindow(self.stages, lambda: world.now)
         self._world = world
-        self._head = costs[0]
+        self._head, *self._others = costs
         self._hidden = hidden_bytes
         self._stops = [_Stop(world, *pair) for pair in zip(costs, links, strict=True)]
         for stop, after in itertools.pairwise(self._stops):
@@ -211,9 +216,13 @@ class Pipeline:
         if hold:
             self.prefill_window.enter()
         self._world.compute(seconds(self._head, answers, tokens))
+        if hold:
+            self.prefill_window.depart()
         there = Signal()
+        way = _Way()
 
         def back() -> None:
+            way.slowest_s = self._slowest(answers, tokens)
             if hold:
                 self.prefill_window.leave()
             there.set()
@@ -229,7 +238,10 @@ class Pipeline:
             self._world.compute(self._head.tail(answers))
             return mx.zeros((answers, tokens, VOCABULARY))
 
-        return PendingLogits(resolve)
+        return PendingLogits(resolve, way=way)
+
+    def _slowest(self, answers: int, tokens: int) -> float:
+        return max((seconds(cost, answers, tokens) for cost in self._others), default=0.0)
 
 
 class Asked(Ticket):

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _bench(args: argparse.Namespace) -> int:
+    main = asyncio.current_task()
+    if main is not None:  # else the agents of --local would stay
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
     console, progress = Console(), Console(stderr=True)
     sizes = bench.Sizes(decode=args.tokens, prefill=args.prompt, users=tuple(args.users))
     opened = _deployment(args) if args.local is None else _cut_here(args, progress)

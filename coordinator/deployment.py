@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ class _Lease:
         self.stage = stage
         self.address: str | None = None
         self.lost: UniclusterError | None = None
+        self.draining = False
         self._spec = spec
         self._node = NodeStub(channel)
 
@@ -109,6 +110,8 @@ class _Lease:
             host = self.stage.machine.address.rpartition(":")[0]
             self.address = f"{host}:{event.ready.port}"
             listener.ready(self.name)
+        elif event.HasField("draining"):
+            self.draining = True
         else:
             self._ended(event.exit)
 
@@ -148,6 +151,8 @@ class Deployment:
         self._channels = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = asyncio.Event()
+        self._stirred = asyncio.Event()
+        self._answers = 0
         deployment = secrets.token_hex(8)
         self._specs = [
             StageSpec(
@@ -204,12 +209,33 @@ class Deployment:
         """Returns when the model answers for the first time."""
         await self._was_ready.wait()
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """While the block runs, an answer does: draining waits for its end."""
+        self._answers += 1
+        try:
+            yield
+        finally:
+            self._answers -= 1
+            self._stirred.set()
+
+    @property
+    def draining(self) -> str:
+        """A machine that asked to be let go of; empty when none did."""
+        return next((lease.name for lease in self._leases if lease.draining), "")
+
+    async def until_drained(self) -> None:
+        """Returns when a machine wants to be let go of, and no answer runs any more."""
+        while not self.draining or self._answers:
+            self._stirred.clear()
+            await self._stirred.wait()
+
     async def _supervise(self) -> None:
         for stage, spec in zip(self.plan.stages, self._specs, strict=True):
             channel = await self._connect(stage.machine.address)
             lease = _Lease(stage, spec, channel)
             self._leases.append(lease)
-            hold = lease.hold(self._listener, self._changed.set)
+            hold = lease.hold(self._listener, self._stir)
             self._tasks.append(asyncio.create_task(hold))
         clock = asyncio.get_running_loop().time
         began: float | None = None
@@ -228,6 +254,10 @@ class Deployment:
                 ring.cancel()
                 await asyncio.gather(ring, return_exceptions=True)
             await asyncio.sleep(RETRY_SECONDS)
+
+    def _stir(self) -> None:
+        self._changed.set()
+        self._stirred.set()
 
     async def _unload(self) -> None:
         """Waits, for a while, until what comes next finds the memory and the ports free."""

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# How long an answer may wait while the model moves away from a machine that is drained.
+MOVE_SECONDS = 60.0
+
 
 class Front(ChatServicer):
     """The Chat service that clients see, whatever machines stand behind it at the moment.
@@ -32,6 +35,8 @@ class Front(ChatServicer):
 
     def __init__(self, display: str) -> None:
         self.service: Service | None = None
+        self.tokens = 0  # that clients have got
+        self.running = 0  # answers
         self._display = display
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -41,6 +46,8 @@ class Front(ChatServicer):
         if request.model and request.model not in service.names:
             error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
             await abort(context, error)
+        if service.moving:
+            await service.until_moved(MOVE_SECONDS)
         deployment = service.deployment
         if deployment is None or deployment.chat is None:
             await abort(context, UnavailableError(service.why_not))
@@ -48,14 +55,18 @@ class Front(ChatServicer):
         forwarded.CopyFrom(request)
         forwarded.model = ""
         call = deployment.chat.Generate(forwarded, timeout=context.time_remaining())
+        self.running += 1
         try:
-            with deployment.timing.answer() as finished:
+            with deployment.answering(), deployment.timing.answer() as finished:
                 async for event in call:
+                    self.tokens += len(event.delta.token_ids)
                     if event.HasField("finish"):
                         finished(event.finish)
                     await context.write(event)
         except grpc.aio.AioRpcError as broken:
             ended = as_error(broken, f"machine {deployment.head_name} (head)")
+            if broken.code() is grpc.StatusCode.CANCELLED:  # as below, but gRPC was quicker
+                ended = UnavailableError(deployment.ending)
             log.info("answer for %s ended: %s", peer_name(context), ended)
             await abort(context, ended)
         except asyncio.CancelledError:
@@ -63,6 +74,7 @@ class Front(ChatServicer):
                 raise  # the client has gone
             await abort(context, UnavailableError(deployment.ending))
         finally:
+            self.running -= 1
             # The client may have gone: the head must stop computing for it.
             call.cancel()
 

@@ -8,13 +8,13 @@ from types import TracebackType
 import grpc
 
 from coordinator.placement import Machine
-from unicluster import PROTOCOL
 from unicluster.channels import as_error, connect
 from unicluster.discovery import Browser, Kind
 from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.trust import Cluster, Identity
 from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
+from unicluster.versions import mismatch
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Members:
         self._identity = identity
         self._peers = tuple(peers)
         self._browser = Browser(Kind.NODE, cluster.fingerprint, host=host)
+        self._mismatched: dict[str, str] = {}  # why a machine is left out, by address
 
     async def __aenter__(self) -> "Members":
         await self._browser.__aenter__()
@@ -55,6 +56,11 @@ class Members:
         trace: TracebackType | None,
     ) -> None:
         await self._browser.__aexit__(kind, error, trace)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the machines that multicast tells of."""
+        return set(self._browser.found)
 
     async def search(self, names: Sequence[str] | None = None) -> None:
         """Waits until all of `names` are found, or, without names, until no more turn up.
@@ -105,7 +111,7 @@ class Members:
         """The same for the planner. Raises UnavailableError when there is none."""
         nodes = await self.nodes()
         if not nodes:
-            raise UnavailableError(NOBODY)
+            raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
         return [Machine.from_proto(info, address) for info, address in nodes]
 
     async def inspect(
@@ -145,11 +151,10 @@ class Members:
             except grpc.aio.AioRpcError as error:
                 log.log(level, "%s", as_error(error, f"machine {name} ({address})"))
                 return None
-        if info.protocol != PROTOCOL:
-            newer = "this machine" if info.protocol > PROTOCOL else info.name
-            log.warning(
-                "machine %s speaks protocol %d, this one %d: upgrade %s",
-                *(info.name, info.protocol, PROTOCOL, newer),
-            )
+        wrong = mismatch(f"machine {info.name}", info.version, info.protocol, info.oldest_protocol)
+        if wrong:
+            log.warning("%s", wrong)
+            self._mismatched[address] = wrong
             return None
+        self._mismatched.pop(address, None)
         return info, address

@@ -5,13 +5,12 @@ The sizes are computed from the configurations, and committed: `python -m coordi
 
 import argparse
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from coordinator.catalog import QUANTS, entries
 from coordinator.sizes import stored
-from unicluster.units import format_bytes
+from coordinator.tables import add_numbers, new_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,22 +18,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
+    Console().print(_repositories() if args.repos else _sizes())
+    return 0
+
+
+def _sizes() -> Table:
+    table = new_table("Parameters in billions, weights in GB")
     table.add_column("model", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    for quant in QUANTS:
-        table.add_column("as made" if quant == "none" else quant, justify="right", no_wrap=True)
-    if args.repos:
-        table.add_column("hub", style="dim")
+    add_numbers(table, "params", *("as is" if quant == "none" else quant for quant in QUANTS))
     for entry in entries():
         sizes = stored()[entry.id]
         weights = [sizes["bytes"].get(quant) for quant in QUANTS]
-        repos = "\n".join([entry.hf, *entry.mlx.values()])
-        table.add_row(
-            entry.id,
-            f"{sizes['parameters'] / 1e9:.1f} B",
-            *("" if size is None else format_bytes(size) for size in weights),
-            *[repos] * args.repos,
-        )
-    Console().print(table)
-    return 0
+        table.add_row(entry.id, *(_billions(n) for n in (sizes["parameters"], *weights)))
+    return table
+
+
+def _repositories() -> Table:
+    table = new_table("")
+    table.add_column("model", no_wrap=True)
+    table.add_column("on the hub", overflow="fold")
+    for entry in entries():
+        table.add_row(entry.id, "\n".join([entry.hf, *entry.mlx.values()]))
+    return table
+
+
+def _billions(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f"{number / 1e9:.0f}" if number >= 1e11 else f"{number / 1e9:.1f}"

@@ -21,10 +21,14 @@ from coordinator.placement import Objective, Plan
 from coordinator.render import LoadProgress, fleet_table, plan_table
 from coordinator.service import Inspected, Service
 from coordinator.serving import Serving, add_serving_arguments, serving_of
-from unicluster import PROTOCOL, __version__
+from coordinator.telemetry import root_of, tell
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
+from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, join_address, make_server
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
+from unicluster.mqtt import Publisher, in_background
+from unicluster.service_manager import notify
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 from unicluster.v1.node_pb2 import InspectRequest
@@ -45,6 +49,7 @@ class ServeOptions:
     peers: Sequence[str] = field(default=())
     host: str = ""
     port: int = DEFAULT_PORT
+    broker: BrokerUrl | None = None
     metrics_port: int | None = None
 
 
@@ -92,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help=f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
     )
+    add_mqtt_argument(parser)
     parser.add_argument(
         "--metrics-port",
         type=int,
@@ -122,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         peers=args.peer,
         host=args.host,
         port=args.grpc_port,
+        broker=chosen_broker(args.mqtt),
         metrics_port=args.metrics_port,
     )
     return asyncio.run(_serve(options))
@@ -142,12 +149,14 @@ async def _serve(options: ServeOptions) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         running = starting.result()
+        notify(f"READY=1\nSTATUS={options.source.display} at {running.address}")
         _say_where(console, options, running)
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
             ended.result()
         ended.cancel()
+        notify("STOPPING=1")
         console.print("Unloading.")
     return 0
 
@@ -188,9 +197,15 @@ async def served(
         _started(server),
         _measured(options, cluster, front) as metrics,
         Members(cluster, identity, options.peers, options.host) as members,
+        contextlib.AsyncExitStack() as stack,
     ):
         service = await _planned(options, members, identity, console, offered)
         front.service = service
+        if options.broker is not None:
+            publisher = Publisher(options.broker, cluster, root_of(options.source.display))
+            telling = tell(front, service, members, publisher, default_name())
+            await stack.enter_async_context(publisher.running())
+            await stack.enter_async_context(in_background(telling))
         task = asyncio.create_task(service.run())
         try:
             ready = asyncio.create_task(service.until_ready())
@@ -207,6 +222,7 @@ async def served(
                 model=options.source.display,
                 version=__version__,
                 protocol=str(PROTOCOL),
+                oldest=str(OLDEST_PROTOCOL),
             )
             async with advertisement:
                 address = join_address(options.host or "127.0.0.1", port)

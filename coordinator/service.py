@@ -1,6 +1,7 @@
 """One model kept served over whatever machines there are."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from coordinator.serving import Serving
 from coordinator.shortfall import scaled
 from coordinator.sourcing import hub_files
 from unicluster.channels import channel_was_closed
-from unicluster.errors import UniclusterError
+from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import Draft, ModelLayout
@@ -48,6 +49,10 @@ class Inspected:
             return layout
         draft = Layout.from_proto(self.draft)
         return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
+
+
+class DrainedError(UnavailableError):
+    """A machine is let go of because it asked for that."""
 
 
 class Service:
@@ -83,6 +88,8 @@ class Service:
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
         self._ready = asyncio.Event()
+        self._moving = False  # away from a machine that was drained, and not yet there
+        self._turned = asyncio.Event()  # there is another deployment, or none
 
     @property
     def display(self) -> str:
@@ -118,6 +125,19 @@ class Service:
     async def until_ready(self) -> None:
         """Returns when the model answers for the first time."""
         await self._ready.wait()
+
+    @property
+    def moving(self) -> bool:
+        """Whether a machine is being drained and others have not taken over yet."""
+        return self._moving or (self.deployment is not None and bool(self.deployment.draining))
+
+    async def until_moved(self, timeout: float) -> None:
+        """Returns when others have taken over from a machine that is drained, or can't."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.moving:
+                    self._turned.clear()
+                    await self._turned.wait()
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
@@ -165,6 +185,8 @@ class Service:
                 lost = self.deployment is not None and self.deployment.was_ready
                 self.deployment = None
                 self._problem, self._stuck = str(error), not lost
+                self._moving = isinstance(error, DrainedError)
+                self._turned.set()
                 log.warning("not serving: %s", error)
                 if lost:
                     retry = FIRST_RETRY_SECONDS
@@ -196,15 +218,20 @@ class Service:
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
+        drained = asyncio.create_task(deployment.until_drained())
         keeping = asyncio.create_task(deployment.timing.keep(self.measure))
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
-                self._problem, self._stuck = "", False
+                self._problem, self._stuck, self._moving = "", False, False
                 self._ready.set()
+                self._turned.set()
+            await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                raise DrainedError(f"machine {deployment.draining} is being drained")
             await running
         finally:
-            tasks = running, first, keeping
+            tasks = running, first, drained, keeping
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

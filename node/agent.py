@@ -20,7 +20,7 @@ from node.peers import Peers
 from node.probe import Hardware
 from node.process import WorkerProcess
 from node.sources import Sources
-from unicluster import PROTOCOL, __version__
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.channels import host_of, join_address, peer_name
 from unicluster.checkpoint import Manifest
 from unicluster.errors import InputError, UnavailableError, UniclusterError
@@ -29,6 +29,8 @@ from unicluster.trust import Identity
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
+    Draining,
+    DrainRequest,
     Greeting,
     InspectRequest,
     LoadProgress,
@@ -42,6 +44,7 @@ from unicluster.v1.node_pb2 import (
     TryHubRequest,
 )
 from unicluster.v1.node_pb2_grpc import NodeServicer
+from unicluster.versions import mismatch
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +75,30 @@ class Agent(NodeServicer):
         self._stage_port = stage_port
         self._cap = memory_cap
         self._stages: dict[int, StageSpec] = {}
+        self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
+        self._drain = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    @property
+    def stages(self) -> list[StageSpec]:
+        """Those that it runs now."""
+        return list(self._stages.values())
+
+    @property
+    def draining(self) -> bool:
+        return self._drain.is_set()
+
+    async def changed(self, timeout: float) -> None:
+        """Returns when a stage came or went, or draining began or ended; at the latest after
+        `timeout` seconds."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, timeout))
 
     def usable_memory(self) -> int:
         """Bytes that a new stage may take now, within the cap. May run a command to find out."""
+        if self._drain.is_set():
+            return 0
         available = self.hardware.available()
         if self._cap is None:
             return available
@@ -99,10 +123,22 @@ class Agent(NodeServicer):
             platform=hardware.platform,
             stages=self._stages.values(),
             peers=self.peers.known(),
+            draining=self._drain.is_set(),
+            oldest_protocol=OLDEST_PROTOCOL,
+            clock=time.time(),
             engines=hardware.engines,
             ggml_backend=hardware.ggml_backend,
             ggml_bandwidth=hardware.ggml_bandwidth,
         )
+
+    async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
+        if request.off:
+            self._drain.clear()
+        else:
+            self._drain.set()
+        self._changed.set()
+        log.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
+        return await self.Describe(DescribeNodeRequest(), context)
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
         caller = context.auth_context()
@@ -115,8 +151,13 @@ class Agent(NodeServicer):
                 "choose another --name"
             )
             await abort(context, error)
+        who = f"machine {names[0] if names else 'unknown'}"
+        if request.protocol and (
+            wrong := mismatch(who, request.version, request.protocol, request.oldest_protocol)
+        ):
+            log.warning("%s", wrong)
         self.peers.note(request.host or host_of(context), request.port)
-        return Greeting()
+        return Greeting(version=__version__, protocol=PROTOCOL, oldest_protocol=OLDEST_PROTOCOL)
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802
         if self.hardware.backend == "none":
@@ -154,14 +195,25 @@ class Agent(NodeServicer):
         # A second model on the same machine takes any free port beside the known one.
         port = 0 if self._stages else self._stage_port
         self._stages[key] = request
+        self._changed.set()
+        writing = asyncio.Lock()  # one message at a time, from whichever of the two
+        telling = asyncio.create_task(self._tell_draining(context, writing))
         config = self._config(request, port, _dialled(request.sources, context))
         try:
             async with contextlib.aclosing(self._run(request, config)) as events:
                 async for event in events:
-                    await context.write(event)
+                    async with writing:
+                        await context.write(event)
         finally:
+            telling.cancel()
             del self._stages[key]
+            self._changed.set()
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
+
+    async def _tell_draining(self, context: Context, writing: asyncio.Lock) -> None:
+        await self._drain.wait()
+        async with writing:
+            await context.write(StageEvent(draining=Draining()))
 
     async def _run(self, spec: StageSpec, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         crashes: deque[float] = deque(maxlen=RESTARTS)
@@ -171,6 +223,8 @@ class Agent(NodeServicer):
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
+                    if event["event"] == "tokens":
+                        self.computed_tokens += event["more"]
                     if (told := _told(event)) is not None:
                         yield told
                 ended = await worker.exit()

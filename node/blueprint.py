@@ -24,7 +24,7 @@ from node.cache import DEMO
 from node.layout import layout_of
 from node.trace import trace
 from node.weights import BITS, GROUP_SIZE, stored_quant
-from unicluster.errors import InputError, NotFoundError, UniclusterError
+from unicluster.errors import InputError, NotFoundError, UniclusterError, in_one_line
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # Experts in the float format they were trained in, all else in 8 bits: how mlx-community
@@ -72,7 +72,7 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
         model_class, args_class = _get_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except Exception as error:  # a class may stumble over its config in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error)
         raise InputError(f"{name}: mlx-lm can't build this config: {reason}") from error
     _sanitize(model, config)
     _cast(model, config)

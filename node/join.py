@@ -10,15 +10,20 @@ from node.agent import Agent, how_to_get_mlx
 from node.cache import offered
 from node.peers import Peers
 from node.probe import Hardware, probe
-from unicluster import PROTOCOL, __version__
+from node.telemetry import tell
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
+from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, check_free, make_server
 from unicluster.discovery import Advertisement, Browser, Kind, one_address
 from unicluster.errors import InputError
+from unicluster.mqtt import Publisher, in_background
+from unicluster.service_manager import notify
 from unicluster.trust import Cluster, Store, check_name, default_name
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
+from unicluster.versions import mismatch
 from unicluster.weights_service import WeightsService
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an agent that multicast does not reach: makes the two known to each other",
     )
     parser.add_argument("--token", help="join token of an existing cluster; it is kept")
+    add_mqtt_argument(parser)
     parser.add_argument(
         "--quiet", action="store_true", help="log only what goes wrong, not each stage"
     )
@@ -69,16 +75,23 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--replace: only makes sense with --token")
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
+    broker = chosen_broker(args.mqtt)
     check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
     store = Store()
     if args.token is not None:
         cluster, created = store.join(args.token, replace=args.replace), False
     else:
         cluster, created = store.load_or_create()
-    return asyncio.run(_join(args, cap, cluster, created))
+    return asyncio.run(_join(args, cap, cluster, created, broker))
 
 
-async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, created: bool) -> int:
+async def _join(
+    args: argparse.Namespace,
+    cap: int | None,
+    cluster: Cluster,
+    created: bool,
+    broker: BrokerUrl | None,
+) -> int:
     identity = cluster.issue(args.name)
     hardware = await asyncio.to_thread(probe, cap)
     server = make_server()
@@ -99,7 +112,13 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    greeting = Greeting(port=port, host=one_address(args.host))
+    greeting = Greeting(
+        port=port,
+        host=one_address(args.host),
+        version=__version__,
+        protocol=PROTOCOL,
+        oldest_protocol=OLDEST_PROTOCOL,
+    )
     try:
         usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisement(
@@ -114,10 +133,22 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
             backend=hardware.backend,
             version=__version__,
             protocol=str(PROTOCOL),
+            oldest=str(OLDEST_PROTOCOL),
         )
-        async with peers.greeted(identity, greeting), browser, advertised as advertisement:
+        async with (
+            peers.greeted(identity, greeting),
+            browser,
+            advertised as advertisement,
+            contextlib.AsyncExitStack() as stack,
+        ):
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
-            await _keep_current(advertisement, agent, usable, stop)
+            if broker is not None:
+                publisher = Publisher(broker, cluster, f"node/{args.name}")
+                await stack.enter_async_context(publisher.running())
+                await stack.enter_async_context(in_background(tell(agent, publisher, args.name)))
+            notify(f"READY=1\nSTATUS={args.name} in cluster {cluster.fingerprint}, port {port}")
+            await _keep_current(advertisement, agent, usable, stop, browser)
+            notify("STOPPING=1")
     finally:
         await server.stop(grace=0.5)
     print(f"{args.name} has left the cluster.", flush=True)
@@ -125,10 +156,21 @@ async def _join(args: argparse.Namespace, cap: int | None, cluster: Cluster, cre
 
 
 async def _keep_current(
-    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event
+    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
 ) -> None:
-    """Tells the network when usable memory has changed, until `stop`."""
+    """Tells the network when usable memory has changed, until `stop`.
+
+    And tells the user once of each machine that is too old or too new.
+    """
+    warned: set[str] = set()
     while not stop.is_set():
+        for machine in browser.found.values():
+            wrong = mismatch(
+                f"machine {machine.name}", machine.version, machine.protocol, machine.oldest
+            )
+            if wrong and wrong not in warned:
+                warned.add(wrong)
+                log.warning("%s", wrong)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
         usable = await asyncio.to_thread(agent.usable_memory)

@@ -22,7 +22,7 @@ from node.survey import Survey, survey
 from node.trace import Trace, watched
 from node.weights import nbytes
 from unicluster.checkpoint import Checkpoint, is_gguf
-from unicluster.errors import InputError, UniclusterError
+from unicluster.errors import InputError, UniclusterError, in_one_line
 from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
 
@@ -160,14 +160,15 @@ def _decode_step(model: nn.Module, found: Trace, context: int, kv_bits: int) -> 
 
 def _one_token(model: nn.Module, cache: list[Any], kv_bits: int) -> mx.array:
     tokens = mx.zeros((1, 1), mx.int32)
-    if not kv_bits:
-        return model(tokens, cache=cache)  # type: ignore[no-any-return]
     try:
-        quantize(cache, kv_bits)
-        return model(tokens, cache=cache)  # type: ignore[no-any-return]
+        if kv_bits:
+            quantize(cache, kv_bits)
+        logits: mx.array = model(tokens, cache=cache)
+        return logits
     except Exception as error:  # attention of its own, or heads of odd sizes: it may be anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnquantizableError(f"can't use quantized KV caches: {reason}") from error
+        if not kv_bits:
+            raise
+        raise UnquantizableError(f"can't use quantized KV caches: {in_one_line(error)}") from error
 
 
 def _members(cache: Sequence[Any]) -> Iterator[Any]:

@@ -57,17 +57,12 @@ class Recent:
 
 @dataclass
 class StageMeter:
-    """One machine's work. `decode`: of frames with one token of one answer."""
+    """One machine's work. `decode`: of frames with one token of one answer, hops apart."""
 
     frames: int = 0
     busy_s: float = 0.0
     queue_s: float = 0.0
     decode: Recent = field(default_factory=Recent)
-
-    @property
-    def decode_seconds_per_token(self) -> float:
-        """What one token of one answer takes here, hops apart; 0: not known yet."""
-        return self.decode.median
 
     def to_wire(self, machine: str) -> wire.StageMeter:
         return wire.StageMeter(
@@ -75,7 +70,7 @@ class StageMeter:
             frames=self.frames,
             busy_s=self.busy_s,
             queue_s=self.queue_s,
-            decode_s=self.decode_seconds_per_token,
+            decode_s=self.decode.median,
         )
 
 
@@ -116,6 +111,11 @@ class AnswerMeter:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Of prompts and answers, but for what was reused."""
+        return self.prompt_tokens - self.reused_tokens + self.generated_tokens
 
     def to_wire(self) -> wire.Meters:
         return wire.Meters(

@@ -2,6 +2,7 @@
 
 import math
 
+from node.pending import Way
 from node.pipeline import PUSHED_TOKENS
 
 # What a running answer may have to wait for its next token while a prompt is prefilled: seconds,
@@ -13,9 +14,46 @@ LEAST_TOKENS = 24
 # Until it is measured: the tokens whose computing takes as long as what a chunk takes anyway,
 # whatever its size: reading the weights, starting kernels. Few on a CPU, hundreds on a GPU.
 KNEE = 16.0
+GPU_KNEE = 256.0
 MOST_KNEE = 4096.0
 # One measurement, which may be off by much, moves it by no more than this factor.
 TRUST = 16.0
+# So many of a prompt are looked at, for the same reason.
+FIRST_CHUNKS = 5
+
+
+class Beginning:
+    """The first chunks of a prompt, which tell what a chunk costs.
+
+    Later ones also read the caches of those before.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[tuple[int, float, Way | None]] = []
+        self._told = 1
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    def add(self, tokens: int, here_s: float, way: Way | None) -> None:
+        """A chunk took the head so long, and is on its `way` through the others."""
+        if len(self._chunks) < FIRST_CHUNKS:
+            self._chunks.append((tokens, here_s, way))
+
+    def tell(self, pace: "Pace") -> None:
+        """Compares what has come back meanwhile with the first chunk."""
+        while self._told < len(self._chunks):
+            (few, seconds), (more, more_seconds) = map(self._slowest, (0, self._told))
+            if seconds is None or more_seconds is None:
+                return
+            pace.compare(few, seconds, more, more_seconds)
+            self._told += 1
+
+    def _slowest(self, index: int) -> tuple[int, float | None]:
+        tokens, here_s, way = self._chunks[index]
+        if way is None:
+            return tokens, here_s
+        return tokens, None if way.slowest_s is None else max(here_s, way.slowest_s)
 
 
 class Pace:
@@ -25,10 +63,10 @@ class Pace:
     wait too long for it.
     """
 
-    def __init__(self, most: int, stages: int) -> None:
+    def __init__(self, most: int, stages: int, knee: float = KNEE) -> None:
         self.most = most
         self._stages = stages
-        self._knee = KNEE
+        self._knee = knee
         self._bearable = float(LEAST_TOKENS)
         self._step = 0.0
 
@@ -50,7 +88,7 @@ class Pace:
         return size
 
     def compare(self, few: int, seconds: float, more: int, more_seconds: float) -> None:
-        """The first two chunks of a prompt took so long to compute at the head."""
+        """Two chunks of a prompt took the slowest machine so long."""
         if more <= few:
             return
         a_token = max((more_seconds - seconds) / (more - few), 0.0)

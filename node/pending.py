@@ -1,21 +1,34 @@
 """Logits on their way: an object that stands for an array and waits for it on first touch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
+
+
+class Way(Protocol):
+    """A frame's way round the ring."""
+
+    @property
+    def slowest_s(self) -> float | None:
+        """Seconds of the machine that computed longest; None until the frame is back."""
 
 
 class PendingLogits:
     """Logits (batch, tokens, vocabulary) of a frame that may still be in the pipe.
 
     Prefill throws the logits away, so its chunks follow one another without waiting;
-    decode indexes them, and waits. `discard` is called if nobody ever touched them.
+    decode indexes them, and waits. `discard` is called if nobody ever touched them. `way` tells
+    how the frame fares.
     """
 
     def __init__(
-        self, resolve: Callable[[], mx.array], discard: Callable[[], None] | None = None
+        self,
+        resolve: Callable[[], mx.array],
+        discard: Callable[[], None] | None = None,
+        way: "Way | None" = None,
     ) -> None:
+        self.way = way
         self._resolve: Callable[[], mx.array] | None = resolve
         self._discard = discard
         self._array: mx.array | None = None

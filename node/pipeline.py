@@ -15,7 +15,7 @@ from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, 
 from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
-from node.ring import Reply, Ring, Window
+from node.ring import PrefillWindow, Reply, Ring, Window
 from node.tensors import decode_tree, encode_tree, leaf_bytes
 from node.timeline import Timeline, recording
 from node.trips import Trip, Trips
@@ -70,7 +70,7 @@ class PipelineModel(nn.Module):
         count = len(ring.route) if ring is not None else 0
         # One prefill chunk a stage keeps all busy. More would only wait in a stage's queue, and a
         # frame of decode behind them.
-        self.prefill_window = Window(count + 1)
+        self.prefill_window = PrefillWindow(count + 1)
         self._steps = Window(PUSHED_FRAMES)
         self._remotes = [
             RemoteStage(index, self._ask, self._on_free) for index in range(1, count + 1)
@@ -142,8 +142,9 @@ class PipelineModel(nn.Module):
             hidden, extra = self._hollow.front(inputs, local)
             encode_tree(hidden, message.frame.hidden, extra)
         except BaseException:
-            self.prefill_window.leave()
+            self.prefill_window.give_up()
             raise
+        self.prefill_window.depart()
         reply = self._forward(message, handles, self.prefill_window, False, began, timelines)
         number = reply.number
 
@@ -154,7 +155,7 @@ class PipelineModel(nn.Module):
             logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, number)
 
-        return PendingLogits(resolve, lambda: self._dropped.append(number))
+        return PendingLogits(resolve, lambda: self._dropped.append(number), reply)
 
     def _step(
         self,
@@ -205,7 +206,7 @@ class PipelineModel(nn.Module):
                 logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, reply.number)
 
-        return PendingLogits(resolve)
+        return PendingLogits(resolve, way=reply)
 
     def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
         def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.sampling import Sampling
-from unicluster.errors import InputError
+from unicluster.errors import InputError, in_one_line
 from unicluster.v1 import chat_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -85,7 +85,7 @@ def _render(messages: Sequence[chat_pb2.Message], tokenizer: Any) -> list[int]:
     try:
         tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     except Exception as error:  # a template is the model's own code and may raise anything
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise InputError(f"messages: the model's chat template refuses them: {reason}") from error
     if not tokens:
         raise InputError("messages: the prompt is empty")

@@ -40,6 +40,13 @@ class Reply:
         self._left.set()
         self._there.set()
 
+    @property
+    def slowest_s(self) -> float | None:
+        """Seconds of the machine that computed longest; None until the frame is back."""
+        if not isinstance(self._result, Frame):
+            return None
+        return max((report.compute_s for report in self._result.reports), default=0.0)
+
     def wait_until_sent(self) -> None:
         """Returns when the frame has left, or never will."""
         self._left.wait()
@@ -50,7 +57,7 @@ class Reply:
             self._there.wait()
         if isinstance(self._result, UniclusterError):
             raise self._result
-        assert self._result is not None  # noqa: S101
+        assert self._result is not None  # noqa: S101  # `put` gives it before it sets the signal
         return self._result
 
 
@@ -86,6 +93,32 @@ class Window:
                 return
             signal = self._waiting.popleft()
         signal.set()
+
+
+class PrefillWindow(Window):
+    """Places for chunks of prompts, computed here or on their way, of which one is not on its way.
+
+    So of as many chunks as there are stages none lies at another stage behind one that is being
+    computed, where it would be in the way of other answers' steps.
+    """
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(places, clock)
+        self._away = Window(max(places - 1, 1), clock)
+
+    def depart(self) -> None:
+        """Waits until a chunk that was computed here may leave."""
+        begun = self._clock()
+        self._away.enter()
+        self.waited += self._clock() - begun
+
+    def leave(self) -> None:
+        self._away.leave()
+        super().leave()
+
+    def give_up(self) -> None:
+        """Gives back the place of a chunk that did not depart."""
+        super().leave()
 
 
 @dataclass
@@ -199,10 +232,14 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
-            with self._lock:
-                sent = self._sent.get(message.frame.id)
-            if sent is not None:
-                sent.reply.leave()
+            self._left(message.frame.id)
+
+    def _left(self, number: int) -> None:
+        """Not in `_write`, which would keep alive what was sent last until it sends again."""
+        with self._lock:
+            sent = self._sent.get(number)
+        if sent is not None:
+            sent.reply.leave()
 
     async def _watch(self, hop: Hop, stop: RouteStop) -> None:
         """The forward hop sends nothing back but the reason for its end."""

@@ -23,7 +23,8 @@ from node.lane import Lane
 from node.memory import Memory
 from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread, give_way, rested
-from node.pace import Pace
+from node.pace import GPU_KNEE, KNEE, Beginning, Pace
+from node.pending import PendingLogits
 from node.quantize import quantize
 from node.sequence import Sequence
 from node.solo import Solo
@@ -102,7 +103,10 @@ class Scheduler:
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
         self._stages = int(getattr(model, "stages", 1))
-        self._pace = Pace(prefill_step, self._stages)
+        knee = GPU_KNEE if mx.default_device() == mx.gpu else KNEE
+        self._pace = Pace(prefill_step, self._stages, knee)
+        # Of a prompt that is all on its way the last chunks may come back while others begin.
+        self._beginnings: deque[Beginning] = deque(maxlen=users)
         self._closed = False
 
     def add(self, ticket: Ticket) -> None:
@@ -165,6 +169,8 @@ class Scheduler:
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
                 first = not sequence.began
+                for began in self._beginnings:
+                    began.tell(self._pace)
                 self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding, first))
                 self._prompts.append((sequence, lane))
             else:
@@ -184,6 +190,7 @@ class Scheduler:
             kept, sequence.cached = sequence.kept
             sequence.cache, sequence.kept = kept.copied(sequence.cached), None
             sequence.answer.cached_tokens = sequence.cached
+        self._beginnings.append(sequence.began)
         self.meter.prompt_tokens += len(sequence.prompt)
         self.meter.reused_tokens += sequence.cached
 
@@ -194,13 +201,11 @@ class Scheduler:
         timeline = sequence.answer.timeline
         before = self._spent()
         with recorded("chunk", [timeline] if timeline is not None else []):
-            self._model(chunk[None], cache=sequence.cache)
+            logits = self._model(chunk[None], cache=sequence.cache)
             quantize(sequence.cache, self._kv_bits)
             mx.eval([cache.state for cache in sequence.cache])
-        if len(sequence.began) < 2:
-            sequence.began.append((len(chunk), self._spent() - before))
-            if len(sequence.began) == 2:
-                self._pace.compare(*sequence.began[0], *sequence.began[1])
+        way = logits.way if isinstance(logits, PendingLogits) else None
+        sequence.began.add(len(chunk), self._spent() - before, way)
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1

@@ -5,6 +5,7 @@ from typing import Any
 
 from node.answer import Answer
 from node.kept import Kept
+from node.pace import Beginning
 from node.request import Job
 from node.ticket import Ticket
 
@@ -13,7 +14,7 @@ from node.ticket import Ticket
 class Sequence:
     """`cache` holds the first `cached` tokens of the prompt, some maybe those of `kept`.
 
-    `began`: tokens of its first two chunks, and the seconds that the head computed.
+    `began`: its first chunks.
     """
 
     ticket: Ticket
@@ -21,7 +22,7 @@ class Sequence:
     kept: tuple[Kept, int] | None = None
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
-    began: list[tuple[int, float]] = field(default_factory=list)
+    began: Beginning = field(default_factory=Beginning)
 
     @property
     def job(self) -> Job:

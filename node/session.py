@@ -31,7 +31,12 @@ class Session:
 
 
 class StageEngine(Protocol):
-    """Computes a stage's layers. All calls come from one thread."""
+    """Computes a stage's layers. All calls come from one thread.
+
+    `computed_tokens` of prompts and answers went through them until now.
+    """
+
+    computed_tokens: int
 
     def serve(self, session: Session, frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame, which becomes the frame for the next hop.

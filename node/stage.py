@@ -1,6 +1,7 @@
 """One remote stage: caches by handle, and the two verbs of an engine, apply and forward."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ class Stage:
         """foresee: decode steps are built before their input arrives."""
         self._hollow = hollow
         self._foresight = Foresight(foresee)
+        self.computed_tokens = 0  # of prompts and answers that were computed here
 
     def serve(self, session: Session, frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame, which becomes the frame for the next hop.
@@ -82,6 +84,7 @@ class Stage:
         self, session: Session, part: StagePart, frame: Frame, report: StageReport
     ) -> None:
         number = part.cache
+        self.computed_tokens += math.prod(frame.hidden[0].tensor.shape[:2])
         kind = kind_of_leaves(frame.hidden) if not frame.hold else ()
         step = session.foreseen.pop(number, None)
         if step is not None and step.kind == kind:

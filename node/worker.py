@@ -28,6 +28,7 @@ from node.draft import fetch_draft, load_draft
 from node.engine import Engine
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
+from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.obtain import describe, fetch, is_whole
 from node.session import StageEngine
@@ -50,6 +51,8 @@ SWITCH_INTERVAL = 1e-4
 
 # Between two reports of how far a download is.
 TELL_SECONDS = 0.2
+# And of how many tokens were computed.
+TOKENS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ async def fetch_weights(
             await fetch(checkpoint, tensors, config.hub_files, sources, tell)
         draft = await fetch_draft(config, sources, tell) if config.draft else None
     return checkpoint.root, draft
+
+
+async def tell_tokens(meter: StageEngine | AnswerMeter) -> None:
+    """Tells now and then how many more tokens were computed, if any were."""
+    told = 0
+    while True:
+        await asyncio.sleep(TOKENS_SECONDS)
+        if (now := meter.computed_tokens) != told:
+            emit("tokens", more=now - told)
+            told = now
 
 
 def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel, int]:
@@ -177,14 +190,18 @@ async def serve(config: WorkerConfig) -> None:
         end_layer=config.end_layer,
         weight_bytes=loaded.weight_bytes,
     )
+    meter: StageEngine | AnswerMeter
     if loaded.engine is not None:
         engine = loaded.engine
+        meter = engine.meter
         # The other engine computes at once: there is nothing to build before.
         foresee = config.foresee and config.engine == "mlx"
         head = Head(loaded.front, info, engine, thread, identity, foresee=foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
-    elif loaded.stage is not None:
+    else:
+        assert loaded.stage is not None  # noqa: S101  # one of the two is always there
+        meter = loaded.stage
         add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
     await server.start()
     emit("ready", port=port, weight_bytes=loaded.weight_bytes)
@@ -192,7 +209,9 @@ async def serve(config: WorkerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    counting = asyncio.create_task(tell_tokens(meter))
     await ended.wait()
+    counting.cancel()
     await server.stop(grace=0.5)
 
 

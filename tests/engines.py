@@ -75,6 +75,7 @@ class Tiny:
 
     @classmethod
     async def load(cls, path: Path) -> "Tiny":
+        _ELSEWHERE[:] = _caches()
         return cls(*await THREAD.run(lambda: mlx_lm.load(str(path))))
 
     async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Told:
@@ -171,6 +172,15 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.to_thread(gc.collect)
 
 
+# Caches that other tests in this process still hold.
+_ELSEWHERE: list[Any] = []
+
+
+def _caches() -> list[Any]:
+    return [thing for thing in gc.get_objects() if "KVCache" in type(thing).__name__]
+
+
 def live_caches() -> int:
-    """KV caches alive in this process."""
-    return sum("KVCache" in type(thing).__name__ for thing in gc.get_objects())
+    """KV caches alive in this process that were made since the model was loaded."""
+    known = set(map(id, _ELSEWHERE))
+    return sum(id(cache) not in known for cache in _caches())

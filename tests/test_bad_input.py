@@ -264,7 +264,7 @@ def test_a_model_that_does_not_fit(cluster: LocalCluster, model: Path) -> None:
     told = cluster.serve(model, "--context", "4096", "--users", "64", "--nodes", "ann,bob").result()
 
     assert_complains(told, TOO_BIG, "llama with context 4096 for 64 users needs 4")
-    assert "MB are missing. One more machine with" in told.err
+    assert "MB are missing, in whole layers. One more machine with" in told.err
     assert "would do" in told.err
     assert "loading" not in told.out
 

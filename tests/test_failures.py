@@ -183,7 +183,8 @@ async def test_what_remains_is_too_small_until_a_machine_joins(
     print(refusal.value)
     assert re.fullmatch(
         r"llama can't be served: llama with context 4096 for 2 users needs 1\d\.\d MB and the 2 "
-        r"machines offer 11\.0 MB: \d\.\d MB are missing\. One more machine with .* would do.*",
+        r"machines offer 11\.0 MB: \d\.\d MB are missing, in whole layers\. One more machine with "
+        r".* would do.*",
         str(refusal.value),
     )
     cluster.start_agent("new", memory=MEMORY)

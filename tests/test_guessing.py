@@ -17,7 +17,8 @@ from unicluster.chat_repl import summary
 # Two machines hold the model and its draft, and one does not.
 MEMORY = 3_300_000
 WIDE = {"head_dim": 64}
-PROMPT = "word " * 4
+PROMPT = "1 2 3 4 5 6 7 8"
+CHUNKS = range(17, 33)  # of its 33 tokens; what is left is the second
 MAX_TOKENS = 40
 # Until all machines have looked at a model, each in a process of its own.
 REFUSED = 180.0
@@ -86,9 +87,9 @@ def test_quantized_caches_are_those_of_mlx_lm(cluster: LocalCluster, model: Path
         answer = ask(server)
 
         assert len(server.describe().stages) == 2
-    assert list(answer.token_ids) == alone(
-        model, kv_bits=8, quantized_kv_start=0, prefill_step_size=24
-    )
+    # mlx-lm quantizes after the first chunk. How long that is depends on how fast the machine is.
+    told = [alone(model, kv_bits=8, quantized_kv_start=0, prefill_step_size=n) for n in CHUNKS]
+    assert list(answer.token_ids) in told
 
 
 def test_a_draft_with_other_tokens_is_refused_before_anything_loads(

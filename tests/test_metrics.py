@@ -18,7 +18,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.cluster import ROOT, LocalCluster, ServeProgram, endless_model, until
 from unicluster.answers import Answer
 from unicluster.channels import connect_sync, split_address
 from unicluster.trace import Span, Trace
@@ -132,6 +132,17 @@ def test_names_follow_the_conventions(server: ServeProgram, scraper: Path) -> No
             assert all(sample.name.endswith("_total") for sample in family.samples)
         if family.type in ("histogram", "summary"):
             assert family.name.endswith(units)
+
+
+@pytest.mark.parametrize("file", ["grafana/unicluster.json", "prometheus/unicluster.rules.yml"])
+def test_what_dashboards_and_alerts_ask_for_is_told(
+    server: ServeProgram, scraper: Path, file: str
+) -> None:
+    _, page = fetch(server, scraper)
+
+    asked = set(re.findall(r"\bunicluster_\w+", (ROOT / "deploy" / file).read_text()))
+    assert asked
+    assert asked <= {name for name, _ in samples(page)}
 
 
 def test_nothing_is_told_without_a_certificate(server: ServeProgram, scraper: Path) -> None:

@@ -1,8 +1,10 @@
 """How large prefill chunks are."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from node.pace import GAP, LEAST_TOKENS, Pace
+from node.pace import GAP, LEAST_TOKENS, Beginning, Pace
 
 
 def cost(tokens: int, knee: int) -> float:
@@ -24,6 +26,30 @@ def test_chunks_become_those_that_bring_a_prompt_through_soonest(stages: int, kn
 
     best = min(through(4096, size, stages, knee) for size in range(LEAST_TOKENS, 513))
     assert through(4096, pace.chunk(4096, False), stages, knee) < 1.02 * best
+
+
+@dataclass
+class Way:
+    slowest_s: float | None = None
+
+
+def test_the_slowest_machine_sets_the_pace_once_its_chunks_are_back() -> None:
+    pace, began = Pace(512, stages=4), Beginning()
+    ways = [Way(), Way()]
+    few, more = pace.chunk(4096, False, first=True), pace.chunk(4096, False)
+    for tokens, way in zip((few, more), ways, strict=True):
+        began.add(tokens, here_s=0.001 * tokens, way=way)  # the head alone would want small ones
+    began.tell(pace)
+    before = pace.chunk(4096, False)
+
+    for way in ways:
+        way.slowest_s = 1.0  # another machine takes as long for any
+    began.tell(pace)
+    after = pace.chunk(4096, False)
+    began.tell(pace)
+
+    assert before == more
+    assert pace.chunk(4096, False) == after > 1.5 * before
 
 
 def test_where_a_chunk_s_size_costs_nothing_chunks_are_as_large_as_allowed() -> None:

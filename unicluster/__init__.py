@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Agents and coordinators of different protocol numbers don't work together.
+# Raised when machines of the version before would misunderstand something.
 PROTOCOL = 1
+# The oldest protocol that this version still works with.
+OLDEST_PROTOCOL = 1
 
-__all__ = ["PROTOCOL", "AsyncClient", "Client", "__version__", "load"]
+__all__ = ["OLDEST_PROTOCOL", "PROTOCOL", "AsyncClient", "Client", "__version__", "load"]
 
 _HOMES = {"load": "api", "Client": "client", "AsyncClient": "client"}
 

@@ -167,6 +167,9 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
 # Sent with the errors that our own servers raise: their messages are passed on as they are.
 OUR_OWN = (("unicluster-error", "1"),)
 
+# What gRPC makes of a message that could not be written, if it notices before the connection's end.
+_WRITE_FAILED = "Internal error from Core"
+
 # What gRPC itself says of a broken connection, and how a person would say it.
 _BROKEN = [
     (
@@ -207,6 +210,8 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
         if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"
             return TrustError(message) if "CERTIFICATE" in pattern else UnavailableError(message)
+    if code is grpc.StatusCode.INTERNAL and details == _WRITE_FAILED and not is_ours:
+        return UnavailableError(f"{who} closed the connection")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"{who} did not answer in time")
     if code is grpc.StatusCode.CANCELLED:

@@ -36,6 +36,7 @@ from unicluster.metrics import Metrics, metrics_from_wire
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1.chat_pb2_grpc import ChatStub
+from unicluster.versions import mismatch
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
@@ -217,7 +218,11 @@ class _Target:
                         f"no machine of this cluster was found serving within {self.timeout:g} s: "
                         "run `unicluster serve`, or name the server as HOST:PORT"
                     )
-                self.address = next(iter(browser.found.values())).address
+                server = next(iter(browser.found.values()))
+                told = server.version, server.protocol, server.oldest
+                if wrong := mismatch(f"the server at {server.address}", *told):
+                    raise UnavailableError(wrong)
+                self.address = server.address
         return self.address
 
     def find_sync(self) -> str:

@@ -67,6 +67,7 @@ class Machine:
     backend: str
     version: str
     protocol: int
+    oldest: int  # protocol that it still works with; 0: only its own
     txt: dict[str, str]
 
     @property
@@ -309,6 +310,7 @@ async def _ask(
             backend=txt.get("backend", ""),
             version=txt.get("version", ""),
             protocol=int(txt.get("protocol", 0)),
+            oldest=int(txt.get("oldest", 0)),
             txt=txt,
         )
     except (KeyError, ValueError) as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from unicluster.errors import InputError
+from unicluster.errors import InputError, in_one_line
 from unicluster.ranges import Range
 
 # The length of the header comes first.
@@ -40,7 +40,7 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error)
         raise InputError(f"{file}: damaged safetensors: {reason}") from error
     if header.size != size:
         raise InputError(

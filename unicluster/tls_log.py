@@ -40,6 +40,7 @@ _SOURCE_LINE = re.compile(r"\s*src/core/\S+\.(cc|h):\d+\s*$")
 _FAILED = re.compile(r"CallNextHandshakerLocked: error=(?!OK)(.*)")
 _ARGUMENTS = re.compile(r"args=\{.*endpoint_(?:peer|remote)_address=(?:ipv[46]:)?([^,}]+)")
 
+_HUNG_UP = "it hung up: it is of another cluster, of none, or `doctor` that measures the way"
 _REASONS = [
     ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "it shows no certificate"),
     ("certificate has expired", "its certificate has expired"),
@@ -50,8 +51,8 @@ _REASONS = [
     ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
     ("HTTP_REQUEST", "it does not speak TLS"),
     # What a member of another cluster does when it sees our certificate.
-    ("Socket closed", "it hung up during the handshake: it belongs to another cluster, or to none"),
-    ("reset by peer", "it hung up during the handshake: it belongs to another cluster, or to none"),
+    ("Socket closed", _HUNG_UP),
+    ("reset by peer", _HUNG_UP),
 ]
 
 

@@ -134,6 +134,11 @@ class Cluster:
         return self._derive(b"unicluster/1 fingerprint", 8).hex()
 
     @cached_property
+    def broker_password(self) -> str:
+        """What `unicluster broker` asks for: members know it, others can be told. Secret."""
+        return self._derive(b"unicluster/1 broker password", 20).hex()
+
+    @cached_property
     def ca_pem(self) -> str:
         """The authority's certificate.
 

@@ -36,6 +36,7 @@ class GgmlStage:
         self._layers = layers
         self._embedding = embedding
         self._sequences = Sequences(layers)
+        self.computed_tokens = 0
 
     def serve(self, session: Session, frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame; see StageEngine."""
@@ -80,6 +81,7 @@ class GgmlStage:
         hidden = given if self._embedding is None else self._embedding.rows(given)
         frame.ClearField("hidden")
         finishes = bool(self._layers.sizes.vocabulary)
+        self.computed_tokens += hidden.shape[0] * hidden.shape[1]
         rows = cache.batch(len(hidden))
         keeps = session.last and frame.hold
         if finishes and keeps:

@@ -24,19 +24,30 @@ class Greeting(_message.Message):
 
     PORT_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     port: _builtins.int
     """the sender's agent port"""
     host: _builtins.str
     """where it listens; empty: at the address it calls from"""
+    version: _builtins.str
+    """Of whoever sends it, the answer's too; see NodeInfo."""
+    protocol: _builtins.int
+    """0: older than this field"""
+    oldest_protocol: _builtins.int
     def __init__(
         self,
         *,
         port: _builtins.int = ...,
         host: _builtins.str = ...,
+        version: _builtins.str = ...,
+        protocol: _builtins.int = ...,
+        oldest_protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "oldest_protocol", b"oldest_protocol", "port", b"port", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,6 +69,26 @@ class DescribeNodeRequest(_message.Message):
 Global___DescribeNodeRequest: _TypeAlias = DescribeNodeRequest  # noqa: Y015
 
 @_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFF_FIELD_NUMBER: _builtins.int
+    off: _builtins.bool
+    """takes it back"""
+    def __init__(
+        self,
+        *,
+        off: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["off", b"off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
 class NodeInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -73,6 +104,9 @@ class NodeInfo(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
     GGML_BACKEND_FIELD_NUMBER: _builtins.int
     GGML_BANDWIDTH_FIELD_NUMBER: _builtins.int
@@ -89,6 +123,12 @@ class NodeInfo(_message.Message):
     bandwidth_measured: _builtins.bool
     """else from the table of known chips"""
     platform: _builtins.str
+    draining: _builtins.bool
+    """it has nothing to offer until that is taken back"""
+    oldest_protocol: _builtins.int
+    """that it still works with; 0: only its own"""
+    clock: _builtins.float
+    """its time, in seconds since 1970 UTC"""
     ggml_backend: _builtins.str
     """what ggml computes on: cpu, vulkan, rocm, cuda, metal"""
     ggml_bandwidth: _builtins.float
@@ -118,13 +158,16 @@ class NodeInfo(_message.Message):
         platform: _builtins.str = ...,
         stages: _abc.Iterable[Global___StageSpec] | None = ...,
         peers: _abc.Iterable[_builtins.str] | None = ...,
+        draining: _builtins.bool = ...,
+        oldest_protocol: _builtins.int = ...,
+        clock: _builtins.float = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
         ggml_backend: _builtins.str = ...,
         ggml_bandwidth: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,24 +524,28 @@ class StageEvent(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     EXIT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress: ...
     @_builtins.property
     def ready(self) -> Global___StageReady: ...
     @_builtins.property
     def exit(self) -> Global___StageExit: ...
+    @_builtins.property
+    def draining(self) -> Global___Draining: ...
     def __init__(
         self,
         *,
         progress: Global___LoadProgress | None = ...,
         ready: Global___StageReady | None = ...,
         exit: Global___StageExit | None = ...,
+        draining: Global___Draining | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit", "draining"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -561,6 +608,23 @@ class StageReady(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageReady: _TypeAlias = StageReady  # noqa: Y015
+
+@_typing.final
+class Draining(_message.Message):
+    """The machine is to be left alone soon: let go of the stage when its answers have ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class StageExit(_message.Message):

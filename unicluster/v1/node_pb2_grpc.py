@@ -60,6 +60,11 @@ class NodeStub:
                 request_serializer=unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/unicluster.v1.Node/Drain',
+                request_serializer=unicluster_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_node__pb2.NodeInfo.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -101,6 +106,14 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Before maintenance: takes no new stages, and asks those who run some to let go of them once
+        their answers have ended. Lasts until it is taken back or the agent ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +141,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Greet,
                     request_deserializer=unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
                     response_serializer=unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=unicluster_dot_v1_dot_node__pb2.DrainRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_node__pb2.NodeInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +284,33 @@ class Node:
             '/unicluster.v1.Node/Greet',
             unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
             unicluster_dot_v1_dot_node__pb2.Greeting.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Node/Drain',
+            unicluster_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
+            unicluster_dot_v1_dot_node__pb2.NodeInfo.FromString,
             options,
             channel_credentials,
             insecure,

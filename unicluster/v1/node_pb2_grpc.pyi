@@ -44,6 +44,10 @@ class NodeStub:
     """
     Greet: _grpc.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.NodeInfo]
+    """Before maintenance: takes no new stages, and asks those who run some to let go of them once
+    their answers have ended. Lasts until it is taken back or the agent ends.
+    """
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -61,6 +65,10 @@ class NodeAsyncStub(NodeStub):
     """
     Greet: _aio.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]  # type: ignore[assignment]
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
+    Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.NodeInfo]  # type: ignore[assignment]
+    """Before maintenance: takes no new stages, and asks those who run some to let go of them once
+    their answers have ended. Lasts until it is taken back or the agent ends.
+    """
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
     """A machine's agent. Memory is in bytes, bandwidth in bytes per second."""
@@ -105,5 +113,15 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.Greeting, _abc.Awaitable[_node_pb2.Greeting]]:
         """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _node_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.NodeInfo, _abc.Awaitable[_node_pb2.NodeInfo]]:
+        """Before maintenance: takes no new stages, and asks those who run some to let go of them once
+        their answers have ended. Lasts until it is taken back or the agent ends.
+        """
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,115 @@
+"""What a coordinator tells an MQTT broker: how its model is, and what happens to the cluster."""
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.front import Front
+from coordinator.members import Members
+from coordinator.service import Service
+from unicluster import __version__
+from unicluster.home_assistant import Sensor, discovery
+from unicluster.mqtt import Publisher
+from unicluster.rate import Rate
+
+LOOK_SECONDS = 0.5
+READ_SECONDS = 10.0
+
+
+def root_of(model: str) -> str:
+    """Where a model's topics are, below the prefix."""
+    return f"model/{_plain(model)}"
+
+
+async def tell(
+    front: Front, service: Service, members: Members, publisher: Publisher, coordinator: str
+) -> None:
+    """Publishes until cancelled."""
+    _introduce(service.display, publisher)
+    seen = Seen(machines=frozenset(members.names))
+    events = f"{publisher.url.prefix}/events"
+    rate = Rate(front.tokens)
+    while True:
+        state = state_of(service, coordinator)
+        publisher.state(publisher.topic("state"), state)
+        for event in seen.news(state, frozenset(members.names)):
+            publisher.event(events, {"time": round(time.time(), 3), **event})
+        if rate.seconds >= READ_SECONDS:
+            readings = readings_of(rate.next(front.tokens), front.running)
+            publisher.event(publisher.topic("readings"), readings)
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def state_of(service: Service, coordinator: str) -> dict[str, Any]:
+    """See docs/mqtt.schema.json, as for all payloads here."""
+    plan = service.deployment.plan if service.deployment is not None else None
+    stages = plan.stages if plan is not None else ()
+    return {
+        "model": service.display,
+        "coordinator": coordinator,
+        "version": __version__,
+        "state": service.state,
+        "detail": service.detail,
+        "quant": service.layout.quant,
+        "context": service.layout.context,
+        "users": service.layout.users,
+        "stages": [
+            {"machine": s.machine.name, "first_layer": s.first, "end_layer": s.end} for s in stages
+        ],
+    }
+
+
+def readings_of(tokens_per_s: float, running: int) -> dict[str, Any]:
+    return {
+        "time": round(time.time(), 3),
+        "tokens_per_s": tokens_per_s,
+        "answers": running,
+    }
+
+
+@dataclass
+class Seen:
+    """What was told last."""
+
+    machines: frozenset[str]
+    state: str = ""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def news(self, state: dict[str, Any], machines: frozenset[str]) -> list[dict[str, Any]]:
+        """The events that lead from what was told to what is now."""
+        events: list[dict[str, Any]] = []
+        events += [{"event": "node_joined", "node": n} for n in sorted(machines - self.machines)]
+        events += [{"event": "node_left", "node": n} for n in sorted(self.machines - machines)]
+        of_model = {"model": state["model"]}
+        if state["stages"] and state["stages"] != self.stages:
+            events.append({"event": "plan_changed", **of_model, "stages": state["stages"]})
+            self.stages = state["stages"]
+        if state["state"] != self.state:
+            detail = {"state": state["state"], "detail": state["detail"]}
+            events.append({"event": "state_changed", **of_model, **detail})
+            self.state = state["state"]
+        self.machines = machines
+        return events
+
+
+def _introduce(model: str, publisher: Publisher) -> None:
+    if not publisher.url.discovery:
+        return
+    state, readings = publisher.topic("state"), publisher.topic("readings")
+    machines = "{{ value_json.stages | map(attribute='machine') | join(', ') }}"
+    rate, answers = "{{ value_json.tokens_per_s }}", "{{ value_json.answers }}"
+    sensors = [
+        Sensor("state", "State", state, "{{ value_json.state }}", measured=False),
+        Sensor("machines", "Machines", state, machines, measured=False),
+        Sensor("tokens_per_s", "Tokens per second", readings, rate, unit="tokens/s"),
+        Sensor("answers", "Answers", readings, answers),
+    ]
+    unique = f"unicluster_model_{_plain(model)}"
+    payload = discovery(unique, model, "language model", publisher.status_topic, sensors)
+    publisher.state(f"{publisher.url.discovery}/device/{unique}/config", payload)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"

@@ -1,0 +1,197 @@
+"""What `unicluster doctor` asks of the network: who is heard, who answers, how fast and when."""
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import grpc
+import psutil
+
+from node.doctor_finding import Finding, Level
+from unicluster import __version__
+from unicluster.channels import as_error, connect, split_address
+from unicluster.discovery import Browser, Kind
+from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust import Cluster, Identity, default_name
+from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
+from unicluster.v1.node_pb2_grpc import NodeStub
+from unicluster.versions import mismatch
+
+LISTEN_SECONDS = 4.0
+ANSWER_SECONDS = 5.0
+TRIPS = 7
+# A hop that takes longer than this costs more than most layers do.
+SLOW_SECONDS = 0.005
+SLOW_MBIT = 1000
+# Certificates have a day's grace.
+CLOCK_ODD, CLOCK_BAD = 30.0, 20 * 3600.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A machine that was asked. Seconds; `ahead` is how far its clock is before ours."""
+
+    info: NodeInfo
+    address: str
+    round_trip: float
+    ahead: float
+
+
+async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Finding]:
+    """Listens for a few seconds and asks everybody who is heard or named."""
+    identity = cluster.issue(default_name())
+    async with Browser(Kind.NODE, cluster.fingerprint, host=host) as browser:
+        await asyncio.sleep(LISTEN_SECONDS)
+        heard = dict(browser.found)
+    findings: list[Finding] = []
+    addresses = {machine.address: machine.name for machine in heard.values()}
+    answers: dict[str, Answer] = {}
+    waiting = {*addresses, *peers}
+    asked: set[str] = set()
+    while waiting:
+        asked |= waiting
+        answered = await asyncio.gather(*(_ask(a, identity) for a in sorted(waiting)))
+        for address, answer in zip(sorted(waiting), answered, strict=True):
+            if isinstance(answer, Answer):
+                answers[address] = answer
+            else:
+                findings.append(_silent(addresses.get(address, address), address, answer))
+        known = {peer for a in answers.values() for peer in a.info.peers}
+        waiting = known - asked
+    return [multicast(heard, answers), *findings, *(f for a in answers.values() for f in judge(a))]
+
+
+def multicast(heard: Collection[str], answers: dict[str, Answer]) -> Finding:
+    """Whether mDNS brings all machines that are there."""
+    unheard = sorted({answer.info.name for answer in answers.values()} - set(heard))
+    if unheard:
+        return Finding(
+            Level.ODD,
+            "multicast",
+            f"{', '.join(unheard)} answers but is not heard: multicast is blocked on the way",
+            "allow UDP 5353 to 224.0.0.251 on both, switch off IGMP snooping or client isolation "
+            "in the switch or access point, or go on with --peer HOST:PORT",
+        )
+    if not heard:
+        return Finding(
+            Level.BAD,
+            "multicast",
+            "no agent of this cluster is heard, not even one on this machine",
+            "run `unicluster join` here and on the others; if they run: `doctor --peer HOST:PORT`",
+        )
+    return Finding(Level.GOOD, "multicast", f"heard {', '.join(sorted(heard))}")
+
+
+def judge(answer: Answer) -> list[Finding]:
+    """Version, clock, and speed of one machine that answered."""
+    info, who = answer.info, answer.info.name
+    findings = []
+    wrong = mismatch(f"machine {who}", info.version, info.protocol, info.oldest_protocol)
+    if wrong:
+        findings.append(Finding(Level.BAD, "version", wrong, "then start its agent again"))
+    elif info.version != __version__:
+        told = f"{who} runs {info.version}, this machine {__version__}: they work together"
+        findings.append(Finding(Level.GOOD, "version", told))
+    if info.clock and abs(answer.ahead) > CLOCK_ODD:
+        direction = "ahead of" if answer.ahead > 0 else "behind"
+        findings.append(
+            Finding(
+                Level.BAD if abs(answer.ahead) > CLOCK_BAD else Level.ODD,
+                "clock",
+                f"{who}'s clock is {abs(answer.ahead):.0f} s {direction} this machine's",
+                "switch on NTP on both: certificates allow a day at most",
+            )
+        )
+    findings.append(_link(answer))
+    return findings
+
+
+def _link(answer: Answer) -> Finding:
+    who, host = answer.info.name, split_address(answer.address)[0]
+    nic, speed = _interface_to(host)
+    took = f"{answer.round_trip * 1000:.1f} ms"
+    if answer.round_trip > SLOW_SECONDS:
+        return Finding(
+            Level.ODD,
+            "link",
+            f"{who} at {host} takes {took} to answer over {nic}",
+            "a cable instead of Wi-Fi; if there is one, see that its addresses are on one network",
+        )
+    if 0 < speed < SLOW_MBIT:
+        return Finding(
+            Level.ODD,
+            "link",
+            f"{who} at {host} is reached over {nic}, which runs at {speed} Mbit/s",
+            "another cable, port or switch: a gigabit is the least",
+        )
+    if better := _faster_than(nic, speed):
+        return Finding(
+            Level.ODD,
+            "link",
+            f"{who} is reached over {nic} ({speed} Mbit/s), though {better} is faster",
+            f"give {better} an address on both machines in one network of its own, and "
+            "`join --host` that address if the other is still chosen",
+        )
+    return Finding(Level.GOOD, "link", f"{who} at {host} over {nic}, {took}")
+
+
+async def _ask(address: str, identity: Identity) -> Answer | UniclusterError:
+    async with connect(address, identity) as channel:
+        node = NodeStub(channel)
+        try:
+            began = time.time()
+            info = await node.Describe(DescribeNodeRequest(), timeout=ANSWER_SECONDS)
+            took = time.time() - began
+            trips = [await _round_trip(address) for _ in range(TRIPS)]
+        except grpc.aio.AioRpcError as error:
+            return as_error(error, f"agent {address}")
+        except OSError as error:
+            return UnavailableError(f"agent {address}: {error.strerror}")
+    return Answer(info, address, min(trips), info.clock - began - took / 2)
+
+
+async def _round_trip(address: str) -> float:
+    """Of a TCP handshake: nothing of the agent's own work is in it."""
+    began = time.perf_counter()
+    _, writer = await asyncio.open_connection(*split_address(address))
+    took = time.perf_counter() - began
+    writer.close()
+    return took
+
+
+def _silent(name: str, address: str, error: UniclusterError) -> Finding:
+    port = split_address(address)[1]
+    return Finding(
+        Level.BAD,
+        "reach",
+        f"{name} ({address}): {error}",
+        f"on {name}: is the agent running, and does its firewall let TCP {port} and {port + 1} in?",
+    )
+
+
+def _interface_to(host: str) -> tuple[str, int]:
+    """The interface that leads to `host`, and its Mbit/s (0: not known)."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return "an unknown interface", 0
+    for nic, entries in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == own for entry in entries):
+            loopback = ipaddress.ip_address(own).is_loopback
+            return nic, 0 if loopback else psutil.net_if_stats()[nic].speed
+    return "an unknown interface", 0
+
+
+def _faster_than(nic: str, speed: int) -> str:
+    """An interface that is up and at least twice as fast; empty if there is none."""
+    if speed <= 0:
+        return ""
+    others = {n: s.speed for n, s in psutil.net_if_stats().items() if s.isup and n != nic}
+    best = max(others, key=lambda name: others[name], default="")
+    return best if best and others[best] >= 2 * speed else ""

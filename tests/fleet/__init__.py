@@ -1,0 +1,1 @@
+"""Whole hosts: Debian under systemd-nspawn, on a network of their own. `make test-fleet`."""

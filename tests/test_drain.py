@@ -1,0 +1,57 @@
+"""`unicluster drain`: a machine is emptied while the model goes on answering."""
+
+import asyncio
+from pathlib import Path
+
+from tests.cluster import LocalCluster, endless_model, until
+
+# One such machine does not hold the tiny model, two do.
+MEMORY = 1_100_000
+
+
+def stages_on(cluster: LocalCluster, name: str) -> int:
+    return len(cluster.agents[name].workers)
+
+
+def test_a_drained_machine_is_empty_and_the_others_take_over(tmp_path: Path) -> None:
+    model = endless_model(tmp_path / "model")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        cluster.start_agents("ann", memory=MEMORY)  # alone at first: it makes the cluster
+        for name in ("bob", "cid"):
+            cluster.start_agent(name, memory=MEMORY)
+        cluster.wait_for_agents()
+        with cluster.serve(model, "--context", "512") as server, server.client() as client:
+            busy = next(name for name in cluster.agents if stages_on(cluster, name))
+
+            drained = cluster.run("drain", "--agent", cluster.agents[busy].address)
+            answer = client.chat("hello", max_tokens=8)
+            empty = stages_on(cluster, busy) == 0
+            back = cluster.run("drain", "--off", "--agent", cluster.agents[busy].address)
+
+    assert (drained.code, back.code) == (0, 0), drained.err + back.err
+    assert drained.out == f"{busy} is empty and takes nothing new until it is restarted.\n"
+    assert answer.usage.completion_tokens == 8
+    assert empty
+
+
+def test_draining_lets_a_running_answer_end(tmp_path: Path) -> None:
+    model = endless_model(tmp_path / "model")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        cluster.start_agents("ann", memory=MEMORY)
+        for name in ("bob", "cid"):
+            cluster.start_agent(name, memory=MEMORY)
+        cluster.wait_for_agents()
+        with cluster.serve(model, "--context", "512") as server:
+            busy = next(name for name in cluster.agents if stages_on(cluster, name))
+
+            async def ask() -> int:
+                async with server.async_client() as client:
+                    answering = asyncio.create_task(client.chat("hello", max_tokens=300))
+                    await asyncio.sleep(0)
+                    draining = cluster.start("drain", "--agent", cluster.agents[busy].address)
+                    answer = await answering
+                    until(lambda: not draining.running, "it is drained")
+                    assert draining.result().code == 0
+                    return answer.usage.completion_tokens
+
+            assert asyncio.run(ask()) == 300

@@ -1,0 +1,120 @@
+"""Which MQTT broker is told: `mqtts://user:password@broker:8883/prefix`."""
+
+import argparse
+import os
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from unicluster.errors import InputError
+from unicluster.trust import Cluster
+
+VARIABLE = "UNICLUSTER_MQTT"
+FILE_VARIABLE = "UNICLUSTER_MQTT_FILE"
+PREFIX = "unicluster"
+DISCOVERY = "homeassistant"
+# What `unicluster broker` calls those who know the cluster's own password.
+CLUSTER_USER = "unicluster"
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
+_OPTIONS = {"ca", "discovery"}
+
+
+@dataclass(frozen=True)
+class BrokerUrl:
+    """A broker and how to come in."""
+
+    host: str
+    port: int
+    prefix: str
+    user: str | None
+    password: str | None = field(repr=False)
+    tls: bool
+    ca: str  # a file; "cluster": the broker has a certificate of the cluster; "": the system's
+    discovery: str  # Home Assistant's prefix; empty: none
+
+    @property
+    def where(self) -> str:
+        """For messages: no secret in it."""
+        return f"{self.host}:{self.port}"
+
+    def tls_context(self, cluster: Cluster) -> ssl.SSLContext | None:
+        """None for a connection without TLS. Raises InputError when the CA can't be read."""
+        if not self.tls:
+            return None
+        try:
+            if self.ca == "cluster":
+                context = ssl.create_default_context(cadata=cluster.ca_pem)
+                context.check_hostname = False  # its certificate names the role, not the address
+                return context
+            return ssl.create_default_context(cafile=self.ca or None)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(f"--mqtt: can't read the authority {self.ca}: {error}") from error
+
+    def credentials(self, cluster: Cluster) -> tuple[str | None, str | None]:
+        """Members know the password of the cluster's own broker by themselves."""
+        if self.user is None and self.ca == "cluster":
+            return CLUSTER_USER, cluster.broker_password
+        return self.user, self.password
+
+
+def add_mqtt_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mqtt",
+        metavar="URL",
+        help="tell an MQTT broker: mqtts://user:password@broker:8883/prefix. Better in the "
+        f"environment, as {VARIABLE}, or in a file that {FILE_VARIABLE} names",
+    )
+
+
+def chosen_broker(argument: str | None) -> BrokerUrl | None:
+    """From `--mqtt`, $UNICLUSTER_MQTT, or the file that $UNICLUSTER_MQTT_FILE names; or None.
+
+    A command line is seen by all users of a machine: passwords belong into the other two.
+    """
+    url = argument or os.environ.get(VARIABLE, "")
+    path = os.environ.get(FILE_VARIABLE, "")
+    if not url and path:
+        try:
+            url = Path(path).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{FILE_VARIABLE}: can't read {path}: {error}") from error
+    return parse_broker(url) if url else None
+
+
+def parse_broker(url: str) -> BrokerUrl:
+    """Raises InputError, without the password, for what is no such address."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        query = parse_qs(parts.query, strict_parsing=bool(parts.query))
+    except ValueError as error:
+        raise _bad("its port or its options make no sense") from error
+    if parts.scheme not in _PORTS:
+        raise _bad("it begins with mqtts:// or, without TLS, mqtt://")
+    if not parts.hostname:
+        raise _bad("it names no host")
+    if unknown := set(query) - _OPTIONS:
+        raise _bad(f"it has no option {', '.join(sorted(unknown))}; ca and discovery are known")
+    tls = parts.scheme == "mqtts"
+    password = unquote(parts.password) if parts.password is not None else None
+    loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if password is not None and not tls and not loopback:
+        raise _bad("a password needs TLS: mqtts://")
+    prefix = unquote(parts.path).strip("/") or PREFIX
+    if set(prefix) & set("#+\0"):
+        raise _bad("a prefix has no # and no +")
+    return BrokerUrl(
+        host=parts.hostname,
+        port=port or _PORTS[parts.scheme],
+        prefix=prefix,
+        user=unquote(parts.username) if parts.username else None,
+        password=password,
+        tls=tls,
+        ca=query.get("ca", [""])[0],
+        discovery=query.get("discovery", [DISCOVERY])[0].replace("off", "").strip("/"),
+    )
+
+
+def _bad(why: str) -> InputError:
+    return InputError(f"--mqtt: write it like mqtts://user:password@broker:8883/prefix: {why}")
