@@ -58,6 +58,7 @@ def _settings(host: str, port: int, folder: Path, password: str) -> dict[str, An
         "listeners": {
             "default": {
                 "type": "tcp",
+                # The library has no word for all addresses.
                 "bind": join_address(host or "0.0.0.0", port),  # noqa: S104
                 "max_connections": CONNECTIONS,
                 "ssl": True,

@@ -6,7 +6,7 @@ import asyncio
 import grpc
 
 from unicluster.channels import as_error, connect
-from unicluster.errors import UnavailableError
+from unicluster.errors import InputError, UnavailableError
 from unicluster.trust import Store, default_name
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DrainRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.timeout >= 0:
+        raise InputError(f"--timeout {args.timeout:g}: a number of seconds, 0 or more")
     return asyncio.run(_drain(args.agent, args.timeout, off=args.off))
 
 

@@ -22,7 +22,6 @@ from coordinator.render import LoadProgress, fleet_table, plan_table
 from coordinator.service import Inspected, Service
 from coordinator.serving import Serving, add_serving_arguments, serving_of
 from coordinator.telemetry import root_of, tell
-from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, join_address, make_server
 from unicluster.discovery import Advertisement, Kind
@@ -220,9 +219,6 @@ async def served(
                 cluster.fingerprint,
                 host=options.host,
                 model=options.source.display,
-                version=__version__,
-                protocol=str(PROTOCOL),
-                oldest=str(OLDEST_PROTOCOL),
             )
             async with advertisement:
                 address = join_address(options.host or "127.0.0.1", port)

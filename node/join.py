@@ -131,9 +131,6 @@ async def _join(
             usable=str(usable),
             chip=hardware.chip,
             backend=hardware.backend,
-            version=__version__,
-            protocol=str(PROTOCOL),
-            oldest=str(OLDEST_PROTOCOL),
         )
         async with (
             peers.greeted(identity, greeting),

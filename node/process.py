@@ -58,7 +58,8 @@ class WorkerProcess:
             env=_environment(),
         )
         worker = cls(process, f"{config.node}, layers {config.first_layer}-{config.end_layer - 1}")
-        if process.stdin is not None:
+        # One that ended at once has closed its pipe; `exit` tells why it ended.
+        if process.stdin is not None and not process.stdin.is_closing():
             # Not drained: it is small, and who is cancelled here would leave the worker behind.
             process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
         return worker

@@ -32,7 +32,6 @@ class Mosquitto:
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self.port = free_port()
-        self.ca = folder / "certs" / "ca.pem"
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "certs").mkdir(parents=True)
         (folder / "data").mkdir()

@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from tests.cluster import LocalCluster, endless_model, until
 
 # One such machine does not hold the tiny model, two do.
@@ -32,6 +34,15 @@ def test_a_drained_machine_is_empty_and_the_others_take_over(tmp_path: Path) -> 
     assert drained.out == f"{busy} is empty and takes nothing new until it is restarted.\n"
     assert answer.usage.completion_tokens == 8
     assert empty
+
+
+@pytest.mark.parametrize("seconds", ["-3", "nan"])
+def test_a_deadline_that_is_none_is_refused(seconds: str, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as cluster:
+        refused = cluster.run("drain", "--timeout", seconds)
+
+    assert refused.code == 2
+    assert refused.err == f"unicluster: --timeout {seconds}: a number of seconds, 0 or more\n"
 
 
 def test_draining_lets_a_running_answer_end(tmp_path: Path) -> None:

@@ -86,10 +86,10 @@ async def test_kept_caches_are_as_small(split: Split) -> None:
     for bits in (0, 8, 4):
         engine = await split.engine(kv_bits=bits, kv_bytes=KV_BYTES, users=1)
         first = await hear(engine, PROMPTS[3])
+        sizes.append(await weighed(engine))
         second = await hear(engine, [*PROMPTS[3], *first.tokens, *PROMPTS[1]])
         assert second.finish is not None
         assert second.finish.usage.cached_tokens >= len(PROMPTS[3])
-        sizes.append(await weighed(engine))
         engine.close()
 
     plain, eight, four = sizes

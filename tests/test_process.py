@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 
 from node.config import WorkerConfig
 from node.layout import inspect
@@ -63,6 +64,28 @@ async def events_until(worker: WorkerProcess, last: str) -> list[dict[str, Any]]
 
 async def all_events(worker: WorkerProcess) -> tuple[list[dict[str, Any]], Exit]:
     return [event async for event in worker.events()], await worker.exit()
+
+
+def test_one_that_ends_before_it_is_told_anything_says_why(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = asyncio.create_subprocess_exec
+
+    async def ended(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await create(*command, **options)
+        await process.wait()
+        return process
+
+    async def start() -> tuple[list[dict[str, Any]], Exit]:
+        async with started(config) as worker:
+            return await all_events(worker)
+
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # no Python starts any more
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", ended)
+    events, exit_ = uvloop.run(start())  # which refuses to write to a closed pipe
+
+    assert events == []
+    assert exit_.reason.startswith("exited with code 1: ")
 
 
 async def test_a_worker_tells_its_progress_and_its_port(config: WorkerConfig) -> None:

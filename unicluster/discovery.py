@@ -22,6 +22,7 @@ from zeroconf import (
 )
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+import unicluster
 from unicluster.channels import join_address
 from unicluster.errors import InputError, UnavailableError
 from unicluster.trust import check_name
@@ -95,7 +96,14 @@ class Advertisement:
         self._fingerprint = fingerprint
         self._address = one_address(host)
         self._service_name = _service_name(kind, name, fingerprint)
-        self._txt = {"name": name, "cluster": fingerprint, **txt}
+        self._txt = {
+            "name": name,
+            "cluster": fingerprint,
+            "version": unicluster.__version__,
+            "protocol": str(unicluster.PROTOCOL),
+            "oldest": str(unicluster.OLDEST_PROTOCOL),
+            **txt,
+        }
 
     async def __aenter__(self) -> Self:
         self._zeroconf = _open(self._address)

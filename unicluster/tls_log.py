@@ -40,7 +40,7 @@ _SOURCE_LINE = re.compile(r"\s*src/core/\S+\.(cc|h):\d+\s*$")
 _FAILED = re.compile(r"CallNextHandshakerLocked: error=(?!OK)(.*)")
 _ARGUMENTS = re.compile(r"args=\{.*endpoint_(?:peer|remote)_address=(?:ipv[46]:)?([^,}]+)")
 
-_HUNG_UP = "it hung up: it is of another cluster, of none, or `doctor` that measures the way"
+_HUNG_UP = "it hung up: it belongs to another cluster, or to none, or `doctor` measures the way"
 _REASONS = [
     ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "it shows no certificate"),
     ("certificate has expired", "its certificate has expired"),

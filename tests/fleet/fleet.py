@@ -101,8 +101,5 @@ class Fleet:
         self.say(host, f"unicluster {' '.join(arguments)}")
         return printed
 
-    def journal(self, host: str, unit: str, lines: int = 30) -> str:
-        return self[host].run(f"sudo journalctl -u {unit} -n {lines} --no-pager")
-
     def each(self, names: Sequence[str] = NAMES) -> list[Host]:
         return [self.hosts[name] for name in names]

@@ -18,6 +18,7 @@ LONG = "'Tell me a tiny story about a fox.'"
 MOVE_SECONDS = 180.0
 
 
+PROGRAM = "/opt/unicluster/bin/unicluster"
 METRICS_PORT = 9470
 CERTIFICATE = "/var/lib/unicluster/prometheus"
 # What Prometheus does.
@@ -53,9 +54,6 @@ def ask_until_answered(fleet: Fleet, host: str) -> None:
 
     until(answered, f"{host} gets an answer", MOVE_SECONDS)
     fleet.say(host, "an answer again")
-
-
-PROGRAM = "/opt/unicluster/bin/unicluster"
 
 
 def test_a_dry_run_on_bare_hosts_changes_nothing(fleet: Fleet) -> None:
