@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coordinator.links import Network
 from coordinator.members import Members
 from coordinator.placement import Layout, Machine
-from coordinator.pool import Pool
+from coordinator.pool import alone
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.trust import Cluster, Identity
 from unicluster.units import format_bytes
@@ -27,7 +26,7 @@ def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int,
 
     Raises DoesNotFitError when there is none.
     """
-    problems = [Pool(layout, [machine], Network()).problem() for machine in machines]
+    problems = [alone(layout, machine) for machine in machines]
     costs = [(problem.first[0], problem.step[0]) for problem in problems]
     rows = [costs[0][0]]
     for _, step in costs[1:]:

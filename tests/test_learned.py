@@ -18,7 +18,7 @@ FLEET = [Machine("ann", "", 6 * GB, 100e9), Machine("bob", "", 6 * GB, 100e9)]
 def ring(*spans: tuple[int, int]) -> tuple[Stage, ...]:
     """Ann's layers, then bob's."""
     both = zip(FLEET, spans, strict=False)
-    return stages(LAYOUT, Network(), [Span(machine, *span) for machine, span in both])
+    return stages(Network(), [Span(machine, *span, LAYOUT) for machine, span in both])
 
 
 def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None:
