@@ -78,9 +78,9 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
                 )
                 layouts[stage.engine] = Layout.from_proto(await members.inspect(request))
     head = served.stages[0].engine
+    forms = Forms(layouts[head])
     if head == "mlx" and "ggml" in layouts:
-        layouts["ggml"] = layouts["ggml"].unfinished()
-    forms = Forms(layouts.pop(head), *layouts.values())
+        forms = Forms(layouts[head], layouts["ggml"].unfinished())
     used = [machines[stage.node] for stage in served.stages]
     fleet = Learned.load().fleet(used, served.model, forms)
     by_engine = {form.engine: form for form in forms.layouts}

@@ -36,7 +36,8 @@ class Forms:
         if not found:
             kind = "no GGUF" if engine == "ggml" else "a GGUF"
             raise InputError(f"--engine {engine}: the model is {kind}")
-        return replace(self, layout=found[0], gguf=found[1] if len(found) > 1 else None)
+        gguf = found[1] if len(found) > 1 else None
+        return Forms(found[0], gguf, self.assumed and found[-1].engine == "ggml")
 
     def map(self, change: Callable[[Layout], Layout]) -> "Forms":
         """The same change to each."""

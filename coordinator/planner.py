@@ -88,9 +88,7 @@ def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...
     found = [(result, pool) for result, pool in tried if result is not None]
     if not found:
         count = max(len(pool.machines) for pool in pools)
-        raise InputError(
-            f"{count} machines are too many to search: name some of them with --nodes"
-        )
+        raise InputError(f"{count} machines are too many to search: name some of them with --nodes")
     best, ring = min(found, key=_cost)
     bound = min(result.bound for result, _ in found)
     gap = max(0.0, 1 - bound / best.cost)

@@ -10,6 +10,8 @@ from coordinator.planner import plan
 from coordinator.shortfall import NoPlanError
 
 MOST = 3
+# What is nearer than that is the same plan by other names.
+NOTICEABLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,7 @@ class Rival:
     reason: str
 
 
-def rivals(
-    forms: Forms, machines: Sequence[Machine], best: Plan, network: Network
-) -> list[Rival]:
+def rivals(forms: Forms, machines: Sequence[Machine], best: Plan, network: Network) -> list[Rival]:
     """The nearest of: the other objective's plan, one machine alone, each machine left out, and
     each engine alone."""
     found: dict[tuple[object, ...], Plan] = {}
@@ -38,7 +38,8 @@ def rivals(
             )
         except NoPlanError:
             continue
-        if _shape(other) != _shape(best):
+        more = _score(other, best.objective) / _score(best, best.objective) - 1
+        if _shape(other) != _shape(best) and more > NOTICEABLE:
             found.setdefault(_shape(other), other)
     ranked = sorted(found.values(), key=lambda other: _score(other, best.objective))
     return [Rival(other, _reason(other, best)) for other in ranked[:MOST]]

@@ -127,9 +127,7 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
         yield from _placements(case, head, [head, without])
 
 
-def _placements(
-    case: Case, head: Layout, forms: list[Layout]
-) -> Iterator[tuple[float, float]]:
+def _placements(case: Case, head: Layout, forms: list[Layout]) -> Iterator[tuple[float, float]]:
     """Those whose stages are of these forms, and whose first is of that one."""
     n = head.layers
     seconds: dict[tuple[str, int, int], float] = {}
