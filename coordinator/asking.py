@@ -82,15 +82,16 @@ def forms_of(asked: Asked, answers: Sequence[ModelLayout]) -> Forms:
     Raises InputError where there is no form for the engine asked for, or a GGUF that is no form
     of the model.
     """
-    layout = Layout.from_proto(answers[0])
+    thought_of = Forms.thought_of(answers[0])
+    layout = thought_of.layout
     layout = layout if not asked.quant else replace(layout, quant=asked.quant)
     forms = Forms(layout)
     if asked.gguf is not None:
         gguf = Layout.from_proto(answers[1])
         check_same(layout, gguf, (asked.display, asked.gguf_display))
         forms = Forms(layout, gguf)
-    elif asked.assume and answers[0].HasField("gguf"):
-        forms = Forms(layout, Layout.from_proto(answers[0].gguf), assumed=True)
+    elif asked.assume:
+        forms = replace(thought_of, layout=layout)
     return forms.only(asked.engine)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.placement import Layout, Machine
 from unicluster.errors import InputError
+from unicluster.v1.node_pb2 import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Forms:
     gguf: Layout | None = None
     assumed: bool = False
 
+    @classmethod
+    def thought_of(cls, found: ModelLayout) -> "Forms":
+        """With a GGUF of about the same bits, if there could be one."""
+        gguf = Layout.from_proto(found.gguf) if found.HasField("gguf") else None
+        return cls(Layout.from_proto(found), gguf, assumed=gguf is not None)
+
     @property
     def layouts(self) -> tuple[Layout, ...]:
         return (self.layout,) if self.gguf is None else (self.layout, self.gguf)
@@ -34,7 +41,7 @@ class Forms:
         """
         found = [layout for layout in self.layouts if engine in ("auto", layout.engine)]
         if not found:
-            kind = "no GGUF" if engine == "ggml" else "a GGUF"
+            kind = "no GGUF: give one with --gguf" if engine == "ggml" else "a GGUF"
             raise InputError(f"--engine {engine}: the model is {kind}")
         gguf = found[1] if len(found) > 1 else None
         return Forms(found[0], gguf, self.assumed and found[-1].engine == "ggml")

@@ -120,7 +120,7 @@ class _Fleet:
                 *who(m.name, m.chip, wide),
                 *[Text(_backends(m))] * there,
                 format_bytes(m.usable),
-                format_rate(m.bandwidth),
+                _bandwidths(m),
                 *[Text(m.address)] * there,
             )
         yield table

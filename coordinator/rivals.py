@@ -71,6 +71,10 @@ def _shape(found: Plan) -> tuple[object, ...]:
     return tuple((_kind(stage.machine), stage.engine, stage.first) for stage in found.stages)
 
 
+def _machines(found: Plan) -> set[str]:
+    return {stage.machine.name for stage in found.stages}
+
+
 def _score(found: Plan, objective: Objective) -> float:
     return found.seconds_per_token if objective == "latency" else found.slowest.seconds_per_token
 
@@ -83,11 +87,11 @@ def _reason(other: Plan, best: Plan) -> str:
         return (
             f"its slowest stage, {slowest.machine.name}, takes {more * 1e3:.3g} ms a token longer"
         )
+    if other.engines != best.engines and _machines(other) == _machines(best):
+        return f"{more * 1e3:.3g} ms a token longer: {' and '.join(other.engines)} only"
     hops = other.hops_s - best.hops_s
     if hops >= more / 2:
         stages = len(other.stages) - len(best.stages)
         count = f"{stages} hop{'s' if stages > 1 else ''} more" if stages > 0 else "slower hops"
         return f"{more * 1e3:.3g} ms a token longer: {count}"
-    if other.engines != best.engines:
-        return f"{more * 1e3:.3g} ms a token longer: {' and '.join(other.engines)} only"
     return f"{more * 1e3:.3g} ms a token longer: more layers on slower memory"
