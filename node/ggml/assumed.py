@@ -26,7 +26,8 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
     quant, scale = FILE_TYPES[mlx.quant]
     rest = mlx.head_bytes - mlx.embed_bytes
     # Without a lm_head of its own the embedding is one, and is needed at both ends of a ring.
-    tail = round(scale * (rest if rest > mlx.embed_bytes // 2 else rest + mlx.embed_bytes))
+    tied = rest < mlx.embed_bytes // 2
+    tail = round(scale * (rest + mlx.embed_bytes if tied else rest))
     sizes, active = (
         [round(scale * size) for size in found]
         for found in (mlx.layer_bytes, mlx.layer_active_bytes)
@@ -46,7 +47,8 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
         max_context=mlx.max_context,
         forbidden_cuts=_forbidden(name, len(sizes)),
         embed_bytes=round(scale * mlx.embed_bytes),
-        head_active_bytes=mlx.hidden_size,  # a row of the embedding
+        # A row of the embedding; where it is tied, MLX reads it all and does not tell.
+        head_active_bytes=mlx.hidden_size if tied else mlx.head_active_bytes - rest,
         parameters=mlx.parameters,
         layer_active_parameters=mlx.layer_active_parameters,
         engine="ggml",
