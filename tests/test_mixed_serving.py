@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import generate_step
 
-from tests.cluster import LocalCluster, ServeProgram, endless_model
+from tests.cluster import LocalCluster, ServeProgram, endless_model, until
 from tests.tiny_gguf import from_checkpoint, write_gguf
 
 # Several processes start, each of which imports much.
@@ -32,8 +32,8 @@ class Both:
     cluster: LocalCluster
 
     def serve(self, *arguments: str) -> ServeProgram:
-        context = ("--context", "256", "--nodes", "ann,bob")
-        server = self.cluster.serve(self.path, "--gguf", str(self.file), *context, *arguments)
+        form = ("--gguf", str(self.file), "--context", "256")
+        server = self.cluster.serve(self.path, *form, *arguments)
         server.wait_for("Ctrl-C unloads", START_DEADLINE)
         return server
 
@@ -51,7 +51,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     file = from_checkpoint(path, folder / "it.gguf")
     with LocalCluster(folder / "cluster", HF_HOME=str(folder / "hf")) as cluster:
         cluster.start_agent("ann", "--engine", "mlx", memory=MEMORY)
-        cluster.start_agents("first")  # makes the cluster known
         cluster.start_agent("bob", "--engine", "ggml", memory=MEMORY)
         cluster.wait_for_agents()
         yield Both(path, file, cluster)
@@ -61,9 +60,16 @@ def told(client: Any, prompt: list[int]) -> Any:
     return client.chat(prompt, temperature=0, max_tokens=TOKENS)
 
 
+def held(server: ServeProgram) -> list[tuple[str, str]]:
+    """Who computes with what, once it answers."""
+    info = server.describe()
+    stages = [(stage.node, stage.engine) for stage in info.stages]
+    return stages if info.state == "ready" else []
+
+
 def test_a_mixed_ring_answers_as_the_plain_model_does(both: Both) -> None:
     with both.serve("--users", "2") as server, server.client() as client:
-        stages = [(stage.node, stage.engine) for stage in client.describe().stages]
+        stages = held(server)
         first = told(client, PROMPT)
         longer = [*PROMPT, *first.token_ids, 7]
         second = told(client, longer)
@@ -88,6 +94,18 @@ def test_guesses_are_checked_by_both_engines(both: Both) -> None:
 
     assert answer.usage.drafted_tokens > 0
     assert list(answer.token_ids) == both.alone(again)
+
+
+def test_another_machine_takes_over_in_the_form_that_it_can_compute(both: Both) -> None:
+    with both.serve() as server:
+        both.cluster.start_agent("cat", "--engine", "ggml", memory=MEMORY)
+        both.cluster.wait_for_agents()
+        both.cluster.agents.pop("bob").kill()
+        until(lambda: held(server) == [("ann", "mlx"), ("cat", "ggml")], "cat holds bob's layers")
+        with server.client() as client:
+            answer = told(client, PROMPT)
+
+    assert list(answer.token_ids) == both.alone(PROMPT)
 
 
 @pytest.mark.parametrize(
