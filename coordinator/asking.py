@@ -84,7 +84,8 @@ def forms_of(asked: Asked, answers: Sequence[ModelLayout]) -> Forms:
     """
     thought_of = Forms.thought_of(answers[0])
     layout = thought_of.layout
-    layout = layout if not asked.quant else replace(layout, quant=asked.quant)
+    if asked.quant not in ("", "none"):
+        layout = replace(layout, quant=asked.quant)
     forms = Forms(layout)
     if asked.gguf is not None:
         gguf = Layout.from_proto(answers[1])

@@ -7,7 +7,7 @@ import numpy as np
 
 from coordinator import cuts
 from coordinator.cuts import Matrix
-from coordinator.placement import LAYER_S, RESERVE_SHARE, Layout, Machine
+from coordinator.placement import LAYER_S, RESERVE_SHARE, Layout, Machine, reads
 from coordinator.reach import Bools
 
 
@@ -51,7 +51,7 @@ class Costs:
 
     def _seconds(self, machine: Machine, read: Matrix, layers: Matrix) -> Matrix:
         pace = machine.using(self.layout.engine).pace
-        return read / machine.reads(self.layout.engine) + LAYER_S * layers * pace
+        return read / reads(self.layout, machine) + LAYER_S * layers * pace
 
     def _with_reserve(self, held: Matrix) -> Matrix:
         """As Layout.needed."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from coordinator.forms import Forms
-from coordinator.placement import Plan, Stage
+from coordinator.placement import Plan, Stage, reads
 from unicluster.units import format_rate
 
 _CALLED = {"mlx": "MLX", "ggml": "ggml"}
@@ -15,7 +15,7 @@ def engine_lines(plan: Plan, forms: Forms) -> list[str]:
         return _of_one_form(forms)
     if forms.assumed and plan.engines == ("mlx",):
         return []
-    lines = ["; ".join(_told(plan, engine) for engine in plan.engines)]
+    lines = ["; ".join(_told(plan, forms, engine) for engine in plan.engines)]
     if forms.assumed and "ggml" in plan.engines:
         lines.append(_assumed(forms.gguf.quant))
     return lines
@@ -33,27 +33,28 @@ def _assumed(quant: str) -> str:
     return f"assuming a GGUF of about the same size ({quant}); serve it with --gguf"
 
 
-def _told(plan: Plan, engine: str) -> str:
+def _told(plan: Plan, forms: Forms, engine: str) -> str:
     """`ggml on a, b (reads 205 GB/s there, MLX 102), c (the only one there)`."""
     reasons: dict[str, list[str]] = {}
     for stage in plan.stages:
         if stage.engine == engine:
-            reasons.setdefault(_why(stage, plan), []).append(stage.machine.name)
+            reasons.setdefault(_why(stage, forms), []).append(stage.machine.name)
     parts = [f"{_listed(names)}{reason}" for reason, names in reasons.items()]
     return f"{engine} on {', '.join(parts)}"
 
 
-def _why(stage: Stage, plan: Plan) -> str:
-    machine, other = stage.machine, "ggml" if stage.engine == "mlx" else "mlx"
-    if not machine.can(other):
+def _why(stage: Stage, forms: Forms) -> str:
+    own, other = sorted(forms.layouts, key=lambda form: form.engine != stage.engine)
+    if not stage.machine.can(other.engine):
         return " (it has no other)"
-    ours, theirs = machine.reads(stage.engine), machine.reads(other)
+    ours, theirs = reads(own, stage.machine), reads(other, stage.machine)
+    name = _CALLED[other.engine]
     if abs(ours - theirs) < 0.005 * ours:
-        return f" (reads {format_rate(ours)} there, like {_CALLED[other]})"
+        return f" (reads {format_rate(ours)} there, like {name})"
     rate, slower = format_rate(ours), format_rate(theirs)
     if rate.split()[1] == slower.split()[1]:
         slower = slower.split()[0]
-    return f" (reads {rate} there, {_CALLED[other]} {slower})"
+    return f" (reads {rate} there, {name} {slower})"
 
 
 def _listed(names: Sequence[str]) -> str:

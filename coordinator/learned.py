@@ -20,7 +20,7 @@ from coordinator.fleet import Fleet
 from coordinator.forms import Forms
 from coordinator.hardware import known_compute
 from coordinator.links import Link, Network
-from coordinator.placement import Layout, Machine, Stage
+from coordinator.placement import Layout, Machine, Stage, decode_seconds
 from unicluster.trust import default_folder
 
 log = logging.getLogger(__name__)
@@ -188,8 +188,8 @@ class Learned:
             return None
         read = sum(layout.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
-        seen = replace(machine.using(layout.engine), pace=1.0)
-        assumed = seen.seconds(read, measured.end - measured.first)
+        unpaced = machine.paced(layout.engine, 1.0, measured=False)
+        assumed = decode_seconds(layout, unpaced, read, measured.end - measured.first)
         return measured.seconds_per_token / assumed
 
     def _save(self) -> None:

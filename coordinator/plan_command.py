@@ -174,7 +174,7 @@ def _facts(
     layout = question.forms.layout
     return {
         "model": question.asked.display.split(" ")[0],
-        "quant": layout.quant,
+        "quant": question.asked.quant or layout.quant,
         "context": layout.context,
         "users": layout.users,
         "objective": objective,

@@ -127,6 +127,11 @@ class _Fleet:
         yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
 
 
+def _installed(info: node_pb2.NodeInfo) -> str:
+    nothing = info.backend == "none" and "ggml" not in info.engines
+    return "no MLX" if nothing else _backends(Machine.from_proto(info, ""))
+
+
 def _bandwidths(machine: Machine) -> str:
     """As MLX gets at the memory, and ggml where that is otherwise."""
     mlx, ggml = format_rate(machine.bandwidth), format_rate(machine.using("ggml").bandwidth)
@@ -137,7 +142,7 @@ def _bandwidths(machine: Machine) -> str:
 
 def _backends(machine: Machine) -> str:
     """Of MLX, and of ggml where it is another."""
-    named = [machine.backend] if "mlx" in machine.engines else []
+    named = [machine.backend] if machine.can("mlx") else []
     if "ggml" in machine.engines and machine.ggml_backend not in ("", *named):
         named.append(f"{machine.ggml_backend} (ggml)")
     return ", ".join(named) or machine.backend
@@ -162,7 +167,7 @@ class _Nodes:
             layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
             table.add_row(
                 *who(info.name, info.chip, wide),
-                Text("no MLX" if info.backend == "none" else info.backend),
+                Text(_installed(info)),
                 Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
                 format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
                 *[layers] * serving,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Stage, prefill_seconds
+from coordinator.placement import Layout, Machine, Stage, decode_seconds, prefill_seconds
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
         kv_bytes=kv,
         reserve_bytes=layout.reserve(weights + outside + kv),
         head=head,
-        seconds_per_token=machine.seconds(read, span.end - span.first),
-        batch_seconds=machine.seconds(further, 0),
+        seconds_per_token=decode_seconds(layout, machine, read, span.end - span.first),
+        batch_seconds=decode_seconds(layout, machine, further, 0),
         chunk_seconds=prefill_seconds(layout, machine, span.first, span.end, layout.chunk_tokens),
         hop_s=onward[0],
         hop_measured=onward[1],

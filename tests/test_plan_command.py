@@ -108,7 +108,7 @@ def test_strix_boxes_beside_a_mac_take_a_gguf_that_is_assumed() -> None:
     alone = planned("kimi-k2", "--fleet", fleet, "--engine", "mlx")
 
     assert [stage["engine"] for stage in found["stages"]] == ["mlx", "ggml", "ggml"]
-    assert "(reads 205 GB/s there, MLX 102)" in " ".join(shown.split())
+    assert "(reads 205 GB/s there, MLX 5.1)" in " ".join(shown.split())
     assert "serve it with --gguf" in shown
     assert {stage["engine"] for stage in alone["stages"]} == {"mlx"}
     faster = found["predicted"]["tokens_per_s_single"]

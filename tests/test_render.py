@@ -165,7 +165,7 @@ def test_a_plan_of_two_engines_says_which_is_where_and_why() -> None:
 
     phrase = (
         "mlx on studio [1] (reads 655 GB/s there, like ggml); "
-        "ggml on box-1, box-2 (reads 205 GB/s there, MLX 102)"
+        "ggml on box-1, box-2 (reads 205 GB/s there, MLX 5.1)"
     )
     assert phrase in " ".join(shown.split())
     assert "assuming a GGUF of about the same size (q4_0); serve it with --gguf" in shown
