@@ -142,6 +142,22 @@ def write_tensor(address: int, source: int, nbytes: int) -> None:
     _ggml().ggml_backend_tensor_set(address, source, 0, nbytes)
 
 
+@functools.cache
+def computes_on_cpu() -> bool:
+    """Whether there is nothing better than the CPU here."""
+    return len(devices()) == 1
+
+
+@functools.cache
+def amx_is_broken() -> bool:
+    """Whether its matrix instructions for Intel Xeons may crash.
+
+    `_tile_loadconfig` of GCC 12 tells the compiler that 8 of the 64 bytes are read, so that the
+    rest may never be written. A library compiled without AMX doesn't list it.
+    """
+    return b"AMX_INT8 = 1" in llama().llama_print_system_info()
+
+
 def devices() -> list[tuple[str, str]]:
     """What it can compute on: name and description, GPUs first, the CPU last."""
     llama()
