@@ -16,7 +16,6 @@ from unicluster.errors import UnavailableError
 
 log = logging.getLogger("unicluster.llama")
 
-CHECKED_WITH = "0.3.36"
 F32, F16 = 0, 1
 MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
 # llama.h: enum llama_rope_type.
