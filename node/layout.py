@@ -221,6 +221,19 @@ def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
     return sum(size - size // count for size, count in rows)
 
 
+def inspect_any(
+    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1, kv_bits: int = 0
+) -> ModelLayout:
+    """The same for a GGUF too, as it is."""
+    if not any(map(is_gguf, checkpoint.manifest.weights)):
+        return inspect(checkpoint, quant, context, users, kv_bits)
+    from node.ggml.layout import inspect as inspect_gguf  # an extra
+
+    if kv_bits:
+        raise InputError("--kv-bits: not for a GGUF; its caches are float16")
+    return inspect_gguf(checkpoint, context, users)
+
+
 def _answer(request: InspectRequest) -> ModelLayout:
     if request.config_json:
         from node.blueprint import inspect_config  # which needs this module
@@ -229,14 +242,8 @@ def _answer(request: InspectRequest) -> ModelLayout:
     checkpoint = cache.find(request.model, request.revision)
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
-    if any(map(is_gguf, checkpoint.manifest.weights)):
-        from node.ggml.layout import inspect as inspect_gguf  # an extra
-
-        if request.kv_bits:
-            raise InputError("--kv-bits: not for a GGUF; its caches are float16")
-        return inspect_gguf(checkpoint, request.context, request.users or 1)
     asked = request.quant, request.context, request.users or 1, request.kv_bits
-    layout = inspect(checkpoint, *asked)
+    layout = inspect_any(checkpoint, *asked)
     if request.drafts_for:
         check_tokens(request, checkpoint.root)
     return layout
