@@ -253,6 +253,16 @@ def test_where_engines_are_alike_it_is_mlx() -> None:
     assert plan(Forms(layout, gguf_of(layout, GB)), alike).engines == ("mlx",)
 
 
+def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
+    layout = a_layout([GB] * 4, quant="q4")
+    plain = Machine("plain", "", 12 * GB, 40e9, backend="cpu", ggml_backend="cpu")
+
+    found = plan(Forms(layout, gguf_of(layout)), [plain])
+
+    assert found.engines == ("ggml",)
+    assert found.seconds_per_token < plan(layout, [plain]).seconds_per_token / 10
+
+
 def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
     alone = replace(BOX, engines=("ggml",))
 
