@@ -46,7 +46,7 @@ def _told(plan: Plan, forms: Forms, engine: str) -> str:
 def _why(stage: Stage, forms: Forms) -> str:
     own, other = sorted(forms.layouts, key=lambda form: form.engine != stage.engine)
     if not stage.machine.can(other.engine):
-        return " (it has no other)"
+        return " (it offers no other)"
     ours, theirs = reads(own, stage.machine), reads(other, stage.machine)
     name = _CALLED[other.engine]
     if abs(ours - theirs) < 0.005 * ours:

@@ -77,7 +77,7 @@ def test_a_mixed_ring_answers_as_the_plain_model_does(both: Both) -> None:
 
     assert "It offers ggml only." in both.cluster.agents["bob"].out
     assert stages == [("ann", "mlx"), ("bob", "ggml")]
-    assert "mlx on ann (it has no other); ggml on bob (it has no other)" in server.out
+    assert "mlx on ann (it offers no other); ggml on bob (it offers no other)" in server.out
     assert list(first.token_ids) == both.alone(PROMPT)
     assert second.usage.cached_tokens >= len(PROMPT)
     assert list(second.token_ids) == both.alone(longer)
