@@ -11,7 +11,7 @@ from coordinator.costs import Costs
 from coordinator.cuts import Matrix
 from coordinator.forms import Ring
 from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Stage
+from coordinator.placement import Machine, Stage
 from coordinator.problem import Piece, Problem
 from coordinator.reach import Reach
 from coordinator.stages import Span, hop, stages
@@ -179,11 +179,6 @@ class Pool:
         rest = [np.logical_or.reduce([c.fits(kinds[i])[1] for c in self._costs]) for i in there]
         head = [self._costs[0].fits(kinds[i])[0] for i in there]
         return Reach([counts[i] for i in there], np.stack(rest), np.stack(head)).possible()
-
-
-def alone(layout: Layout, machine: Machine) -> Problem:
-    """What layers cost on one machine."""
-    return Pool(Ring((layout,)), [machine], Network()).problem()
 
 
 def _first(values: Sequence[float], enough: Callable[[float], bool]) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from node.config import WorkerConfig
-from node.loader import Background, load_head
+from node.first_stage import load_head
+from node.loader import Background
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
