@@ -30,11 +30,15 @@ FILE = "measured.json"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds that a machine took for one token through layers [first, end) of a model."""
+    """Seconds that a machine took for one token through layers [first, end) of a model.
+
+    finishes: and through what makes the logits, where that comes after the last layer.
+    """
 
     first: int
     end: int
     seconds_per_token: float
+    finishes: bool = False
 
     @property
     def seconds_per_layer(self) -> float:
@@ -132,7 +136,7 @@ class Learned:
         with FileLock(path.with_suffix(".lock")):  # several models may be served from here
             known = cls.load(folder)
             for stage, seconds in zip(stages, taken.stages, strict=True):
-                row = Measurement(stage.first, stage.end, seconds)
+                row = Measurement(stage.first, stage.end, seconds, stage.finishes)
                 known.stages.setdefault(stage.machine.name, {})[_key(model, stage.engine)] = row
             if taken.hops is not None and len(stages) > 1:
                 names = [stage.machine.name for stage in stages]
@@ -186,7 +190,8 @@ class Learned:
         measured = self.stages.get(machine.name, {}).get(_key(model, layout.engine))
         if measured is None or not 0 <= measured.first < measured.end <= layout.layers:
             return None
-        read = sum(layout.read_bytes[measured.first : measured.end])
+        form = layout if measured.finishes else layout.unfinished()
+        read = sum(form.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
         unpaced = machine.paced(layout.engine, 1.0, measured=False)
         assumed = decode_seconds(layout, unpaced, read, measured.end - measured.first)

@@ -68,6 +68,17 @@ def test_each_engine_has_a_pace_of_its_own(tmp_path: Path) -> None:
     assert not bob.ggml_measured
 
 
+def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
+    gguf = replace(LAYOUT, engine="ggml", tail_bytes=GB // 2)
+    for form in (gguf, gguf.unfinished()):
+        (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, form)])
+        known = Learned.record("llama", [stage], Taken((stage.seconds_per_token,)), tmp_path)
+
+        paces = {m.name: m.ggml_pace for m in known.paced(FLEET, "llama", gguf)}
+
+        assert paces["bob"] == pytest.approx(1.0)
+
+
 def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:
     known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
 

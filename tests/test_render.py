@@ -187,3 +187,16 @@ def test_a_fleet_shows_what_each_engine_gets_at() -> None:
     assert "cpu, vulkan (ggml)" in shown
     assert "128 GB/s, ggml 256 GB/s" in shown
     assert re.search(r"other .* vulkan \(ggml\) .* 256 GB/s", shown)
+
+
+def test_machines_are_listed_with_the_engines_that_they_offer() -> None:
+    only = an_info("box", backend="cpu", ggml_backend="vulkan")
+    only.engines.append("ggml")
+    both = an_info("spark", backend="cuda", ggml_backend="cuda")
+    both.engines.extend(["mlx", "ggml"])
+
+    shown = printed(nodes_table([(only, "box:1"), (both, "spark:1"), (an_info("old"), "old:1")]))
+
+    assert re.search(r"box .* vulkan \(ggml\) ", shown)
+    assert re.search(r"spark .* cuda +\d", shown)
+    assert re.search(r"old .* metal +\d", shown)
