@@ -29,8 +29,18 @@ from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from node.cache import UNVERIFIED, folder
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted
+from unicluster.checkpoint import (
+    Checkpoint,
+    File,
+    Manifest,
+    is_gguf,
+    is_small,
+    is_wanted,
+    is_weights,
+)
 from unicluster.errors import InputError, NotFoundError, UnavailableError, in_one_line
+from unicluster.gguf import FIRST_BYTES, gguf_header_end
+from unicluster.gguf_names import check_named, chosen, split_id
 from unicluster.safetensors import LENGTH_BYTES, header_length
 
 log = logging.getLogger(__name__)
@@ -48,11 +58,13 @@ OnBytes = Callable[[int], None]
 disable_progress_bars()
 
 
-def resolve(repo: str, revision: str = "") -> Manifest:
-    """What the hub says is in a repository now.
+def resolve(model: str, revision: str = "") -> Manifest:
+    """What the hub says is in a repository now; of one of GGUFs, of the quantization asked for.
 
-    Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
+    Raises NotFoundError with the hub's reason or if there is no such GGUF, InputError if it is
+    not clear which is meant, UnavailableError when the hub can't be reached.
     """
+    repo, quant = split_id(model)
     with _reasons(repo):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(
@@ -61,18 +73,26 @@ def resolve(repo: str, revision: str = "") -> Manifest:
     files = {
         file.rfilename: File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
         for file in info.siblings or ()
-        if is_wanted(file.rfilename)
     }
-    return Manifest(repo, info.sha or revision, files)
+    if quant:
+        names = [*filter(is_small, files), *chosen(model, files)]
+    else:
+        names = [name for name in files if is_wanted(name)]
+        if not any(map(is_weights, names)):
+            check_named(repo, files)
+    return Manifest(model, info.sha or revision, {name: files[name] for name in names})
 
 
-def check(repo: str, revision: str) -> None:
-    """Asks the hub for the size of a small file, which it tells only those who may have the rest.
+def check(model: str, revision: str) -> None:
+    """Asks the hub for the size of a file, which it tells only those who may have the rest.
 
     Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
     """
+    repo, quant = split_id(model)
+    # Repositories of GGUFs often have nothing else.
+    file = resolve(model, revision).weights[0] if quant else "config.json"
     with _reasons(repo):
-        url = hf_hub_url(repo, "config.json", revision=revision or None)
+        url = hf_hub_url(repo, file, revision=revision or None)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
@@ -101,6 +121,7 @@ def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda c
 def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
     manifest, size = checkpoint.manifest, checkpoint.manifest.files[name].size
     partial = checkpoint.root / (name + UNVERIFIED)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     # Two workers of one machine may want the same file.
     with FileLock(f"{partial}.lock"), _reasons(manifest.model):
         if checkpoint.is_whole(name):
@@ -112,7 +133,8 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
             blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
             blob.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(blob)
-        whole = hf_hub_download(manifest.model, name, revision=manifest.revision)
+        repo, _ = split_id(manifest.model)
+        whole = hf_hub_download(repo, name, revision=manifest.revision)
         checkpoint.link(name, Path(whole))
 
 
@@ -141,7 +163,7 @@ def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes)
     with partial.open("ab") as stream:
         here = stream.tell()
         http_get(
-            hf_hub_url(manifest.model, name, revision=manifest.revision),
+            _url(manifest, name),
             _Counted(stream, on_bytes),  # type: ignore[arg-type]
             resume_size=here,
             headers=build_hf_headers(),
@@ -168,18 +190,41 @@ class _Counted:
 def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
     manifest = checkpoint.manifest
     with _reasons(manifest.model):
-        data = _start(manifest, name, LENGTH_BYTES)
-        length = header_length(data) if len(data) == LENGTH_BYTES else 0
-        if not LENGTH_BYTES < length <= manifest.files[name].size:
-            raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
-        data = _start(manifest, name, length)
+        data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
     checkpoint.write(name, 0, data)
-    checkpoint.list(name, ((0, length),))
+    checkpoint.list(name, ((0, len(data)),))
+
+
+def _safetensors_header(manifest: Manifest, name: str) -> bytes:
+    data = _start(manifest, name, LENGTH_BYTES)
+    length = header_length(data) if len(data) == LENGTH_BYTES else 0
+    if not LENGTH_BYTES < length <= manifest.files[name].size:
+        raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
+    return _start(manifest, name, length)
+
+
+def _gguf_header(manifest: Manifest, name: str) -> bytes:
+    """Its length is known only when it is here, so more and more of the file is fetched."""
+    size, length, data = manifest.files[name].size, FIRST_BYTES, b""
+    while len(data) < length and len(data) < size:
+        data = _start(manifest, name, min(length, size))
+        try:
+            length = gguf_header_end(data)
+        except InputError as error:
+            raise InputError(f"{manifest.model}: {name} on the hub: {error}") from error
+    if length > size:
+        raise InputError(f"{manifest.model}: {name} on the hub: damaged GGUF: it is cut off")
+    return data[:length]
+
+
+def _url(manifest: Manifest, name: str) -> str:
+    repo, _ = split_id(manifest.model)
+    return hf_hub_url(repo, name, revision=manifest.revision)
 
 
 def _start(manifest: Manifest, name: str, length: int) -> bytes:
     """The first bytes of a file, whether or not the hub minds what range is asked for."""
-    url = hf_hub_url(manifest.model, name, revision=manifest.revision)
+    url = _url(manifest, name)
     headers = {**build_hf_headers(), "Range": f"bytes=0-{length - 1}"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     data = b""

@@ -39,8 +39,7 @@ def load_stage(checkpoint: Checkpoint, config: WorkerConfig) -> Loaded:
         gguf.check_cut(part.first, part.end)
         file = checkpoint.root / checkpoint.manifest.weights[0]
     else:
-        folder = cache.folder(config.model) / cache.OURS / "stages"
-        file = stage_file(gguf, checkpoint, folder, part)
+        file = stage_file(gguf, checkpoint, cache.stages(config.model), part)
     return load(gguf, checkpoint.root, file, part)
 
 
