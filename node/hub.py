@@ -118,7 +118,7 @@ def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda c
             raise
 
 
-def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
+def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: None) -> None:
     manifest, size = checkpoint.manifest, checkpoint.manifest.files[name].size
     partial = checkpoint.root / (name + UNVERIFIED)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -191,8 +191,12 @@ def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
     manifest = checkpoint.manifest
     with _reasons(manifest.model):
         data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
-    checkpoint.write(name, 0, data)
-    checkpoint.list(name, ((0, len(data)),))
+    if len(data) == manifest.files[name].size:
+        # The first part of a split GGUF may have nothing else: so it is verified as the rest is.
+        _fetch(checkpoint, name)
+    else:
+        checkpoint.write(name, 0, data)
+        checkpoint.list(name, ((0, len(data)),))
 
 
 def _safetensors_header(manifest: Manifest, name: str) -> bytes:
