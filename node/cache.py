@@ -106,7 +106,7 @@ def _refs(model: str) -> list[Path]:
     A quantization has its own note, for there may be newer commits that it was not fetched of.
     """
     main, (_, quant) = folder(model) / "refs" / "main", split_id(model)
-    return [folder(model) / OURS / f"{quant}.newest", main] if quant else [main]
+    return [folder(model) / OURS / "refs" / quant, main] if quant else [main]
 
 
 def _of_snapshot(model: str, revision: str) -> Manifest | None:
