@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
+from node.draft import check_tokens
 from node.ggml.load import open_gguf
 from node.ggml.tokenizer import GgufTokenizer
 from node.ggml.worker import load_tokens
@@ -16,12 +17,14 @@ from tests.cluster import LocalCluster, ServeProgram
 from tests.hub import Hub
 from tests.test_fetching import copies, held_bytes
 from tests.test_gguf_fetching import REPO, SPLIT, WHOLE, write_repository
-from tests.tiny import EOS, write_tokenizer
+from tests.tiny import EOS, tiny_config, write_model, write_tokenizer
 from tests.tiny_gguf import write_gguf
 from unicluster.checkpoint import Checkpoint
+from unicluster.errors import InputError
 from unicluster.fingerprint import whole
 from unicluster.gguf import FIRST_BYTES
 from unicluster.ranges import merged, size
+from unicluster.v1.node_pb2 import InspectRequest
 
 # Three processes start, each of which imports much.
 START_DEADLINE = 300.0
@@ -115,3 +118,21 @@ def test_the_tokenizer_is_the_repositorys_or_else_that_of_the_gguf(tmp_path: Pat
     assert "parrot" in of_repository.apply_chat_template(**asked, tokenize=False)
     for tokenizer in (of_gguf, without_template, of_repository):
         assert tokenizer.eos_token_ids == {EOS}
+
+
+def test_a_draft_has_the_tokens_of_a_gguf(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    draft = write_model(tmp_path / "draft", tiny_config("llama"), marks=True)
+    request = InspectRequest(
+        drafts_for=str(file), drafts_for_revision=whole(file).manifest.revision
+    )
+
+    theirs = load_tokens(whole(file)).get_vocab()
+    ours = json.loads((draft / "tokenizer.json").read_text())
+    ours["added_tokens"] = [t for t in ours["added_tokens"] if t["content"] in theirs]
+    (draft / "tokenizer.json").write_text(json.dumps(ours))
+    check_tokens(request, draft)
+
+    other = write_model(tmp_path / "other", tiny_config("llama"))
+    with pytest.raises(InputError, match=r"its tokens are not those of tiny\.gguf"):
+        check_tokens(request, other)

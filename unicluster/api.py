@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from unicluster.checkpoint import is_gguf
 from unicluster.errors import InputError
 
 
@@ -37,6 +38,8 @@ def load(
     from coordinator.catalog import resolve
 
     source = resolve(model, quant or None)
+    if is_gguf(source.model):
+        raise InputError(f"load: {source.display} is a GGUF: `unicluster serve` takes it, load not")
     if nodes is not None:
         return _on_nodes(source.model, source.quant, nodes)
     from coordinator.placement import Layout

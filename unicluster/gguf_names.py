@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from unicluster.errors import InputError, NotFoundError
 
-_MODEL = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+_MODEL = re.compile(r"([\w.-]+/[\w.-]+):(\w[\w.-]*)")
 # q4_k_m, iq2_xxs, tq1_0, i2_s, bf16, f16, mxfp4_moe; and before them what unsloth calls dynamic.
 _QUANT = r"(?:ud-)?(?:[it]?q\d+(?:_[a-z0-9]+)*|i\d_s|bf16|fp?(?:16|32)|(?:mx|nv)fp4(?:_[a-z0-9]+)*)"
 _WORD = re.compile(rf"(?<![a-z0-9]){_QUANT}(?![a-z0-9_])")
