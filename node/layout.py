@@ -227,6 +227,8 @@ def _answer(request: InspectRequest) -> ModelLayout:
 
         if request.kv_bits:
             raise InputError("--kv-bits: not for a GGUF; its caches are float16")
+        if request.quant:
+            raise InputError(f"--quant {request.quant}: the weights of a GGUF stay as they are")
         if request.drafts_for:
             raise InputError(f"--draft {request.model}: a GGUF can't guess ahead; MLX weights can")
         return inspect_gguf(checkpoint, request.context, request.users or 1)
