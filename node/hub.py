@@ -7,28 +7,21 @@ environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import get_hf_file_metadata, http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from node.cache import UNVERIFIED, folder
+from node.hub_reasons import HTTPError, reasons
 from unicluster.checkpoint import (
     Checkpoint,
     File,
@@ -38,7 +31,7 @@ from unicluster.checkpoint import (
     is_wanted,
     is_weights,
 )
-from unicluster.errors import InputError, NotFoundError, UnavailableError, in_one_line
+from unicluster.errors import InputError, NotFoundError, in_one_line
 from unicluster.gguf import FIRST_BYTES, gguf_header_end
 from unicluster.gguf_names import check_named, chosen, split_id
 from unicluster.safetensors import LENGTH_BYTES, header_length
@@ -49,9 +42,6 @@ FILES_AT_ONCE = 8
 ATTEMPTS = 5
 READ_BYTES = 1 << 22
 GIT_DIGITS = 40
-
-# That of the HTTP library which huggingface_hub uses: it has changed between versions.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 OnBytes = Callable[[int], None]
 
@@ -65,7 +55,7 @@ def resolve(model: str, revision: str = "") -> Manifest:
     not clear which is meant, UnavailableError when the hub can't be reached.
     """
     repo, quant = split_id(model)
-    with _reasons(repo):
+    with reasons(repo):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(
             repo, revision=revision or None, files_metadata=True, timeout=timeout
@@ -91,7 +81,7 @@ def check(model: str, revision: str) -> None:
     repo, quant = split_id(model)
     # Repositories of GGUFs often have nothing else.
     file = resolve(model, revision).weights[0] if quant else "config.json"
-    with _reasons(repo):
+    with reasons(repo):
         url = hf_hub_url(repo, file, revision=revision or None)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
@@ -123,7 +113,7 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: 
     partial = checkpoint.root / (name + UNVERIFIED)
     partial.parent.mkdir(parents=True, exist_ok=True)
     # Two workers of one machine may want the same file.
-    with FileLock(f"{partial}.lock"), _reasons(manifest.model):
+    with FileLock(f"{partial}.lock"), reasons(manifest.model):
         if checkpoint.is_whole(name):
             on_bytes(size)
             return
@@ -189,7 +179,7 @@ class _Counted:
 
 def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
     manifest = checkpoint.manifest
-    with _reasons(manifest.model):
+    with reasons(manifest.model):
         data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
     if len(data) == manifest.files[name].size:
         # The first part of a split GGUF may have nothing else: so it is verified as the rest is.
@@ -262,39 +252,3 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno is None and not isinstance(error, OfflineModeIsEnabled)
     return True
-
-
-@contextmanager
-def _reasons(repo: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line with the hub's reason."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise NotFoundError(
-            f"{repo}: gated; accept its terms on the hub and set HF_TOKEN ({_said(error)})"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NotFoundError(f"{repo}: has no such revision on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"{repo}: no such repository on the hub, or HF_TOKEN does not open it ({_said(error)})"
-        ) from error
-    except HfHubHTTPError as error:
-        raise NotFoundError(f"{repo}: the hub says: {_said(error)}") from error
-    except HFValidationError as error:
-        raise NotFoundError(f"{repo}: neither a directory nor a valid repository id") from error
-    except OfflineModeIsEnabled as error:
-        raise UnavailableError(
-            f"{repo}: not in this machine's cache, and HF_HUB_OFFLINE is set"
-        ) from error
-    except HTTPError as error:
-        raise UnavailableError(
-            f"{repo}: the hub can't be reached ({in_one_line(error)}); connect this machine, or "
-            "copy the model here and give its directory"
-        ) from error
-    except OSError as error:
-        raise UnavailableError(f"{repo}: {in_one_line(error)}") from error
-
-
-def _said(error: HfHubHTTPError) -> str:
-    return error.server_message or f"status {error.response.status_code}"
