@@ -1,12 +1,12 @@
-"""Two stages of ggml against llama.cpp in one process, on one GGUF, one thread a stage.
+"""Two stages of ggml against llama.cpp in one process and over its RPC, one thread a stage.
 
 `python -m bench.ggml`. The GGUF is a llama of 125 million random parameters, quantized by
-llama.cpp. The stages are this process and a worker, over gRPC with mTLS; the two take turns in
-rounds, and figures are medians.
+llama.cpp. The stages are this process and a worker, over gRPC with mTLS; llama.cpp's RPC has two
+servers, in the clear. They take turns in rounds, and figures are medians. RPC is measured if
+llama.cpp has been built with it: CMAKE_ARGS=-DGGML_RPC=ON.
 """
 
 import argparse
-import ctypes
 import os
 import sys
 import tempfile
@@ -17,10 +17,18 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
+from bench.llamacpp import (
+    CONTEXT,
+    DECODED,
+    LAYERS,
+    PROMPT,
+    QUANTS,
+    Plain,
+    RpcServers,
+    write_model,
+)
 from node.config import WorkerConfig
-from node.ggml.library import llama
 from node.ggml.load import THREADS_ENV, Part, load, open_gguf, stage_file
 from node.loader import Background
 from node.mlx_thread import MLXThread
@@ -28,89 +36,9 @@ from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
 from node.worker import SWITCH_INTERVAL
-from tests.tiny_gguf import save
 from unicluster.fingerprint import whole
 from unicluster.trust import Cluster
 from unicluster.v1.stage_pb2 import RouteStop
-
-LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 12, 768, 3072, 12, 264
-# llama.h: enum llama_ftype.
-QUANTS = {"q4_0": 2, "bf16": 32}
-PROMPT, DECODED, CONTEXT = 512, 60, 1024
-
-
-def write_model(folder: Path, quant: str) -> Path:
-    """The GGUF to measure with."""
-    rng = np.random.default_rng(0)
-
-    def random(*shape: int) -> Any:
-        return rng.standard_normal(shape, dtype=np.float32) / 30
-
-    weights = {
-        "token_embd.weight": random(VOCAB, HIDDEN),
-        "output.weight": random(VOCAB, HIDDEN),
-        "output_norm.weight": np.ones(HIDDEN, np.float32),
-    }
-    for layer in range(LAYERS):
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            weights[f"blk.{layer}.{name}.weight"] = random(HIDDEN, HIDDEN)
-        for name in ("ffn_gate", "ffn_up"):
-            weights[f"blk.{layer}.{name}.weight"] = random(WIDE, HIDDEN)
-        weights[f"blk.{layer}.ffn_down.weight"] = random(HIDDEN, WIDE)
-        for name in ("attn_norm", "ffn_norm"):
-            weights[f"blk.{layer}.{name}.weight"] = np.ones(HIDDEN, np.float32)
-    own = {
-        "block_count": LAYERS,
-        "embedding_length": HIDDEN,
-        "feed_forward_length": WIDE,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": HEADS,
-        "attention.key_length": HIDDEN // HEADS,
-        "attention.value_length": HIDDEN // HEADS,
-        "rope.dimension_count": HIDDEN // HEADS,
-    }
-    full = save(folder / "f32.gguf", "llama", own, weights)
-    lib, file = llama(), folder / f"{quant}.gguf"
-    given = lib.llama_model_quantize_default_params()
-    given.ftype = QUANTS[quant]
-    lib.llama_model_quantize(str(full).encode(), str(file).encode(), ctypes.byref(given))
-    full.unlink()
-    return file
-
-
-class Alone:
-    """llama.cpp in this process, by its own interface."""
-
-    def __init__(self, file: Path) -> None:
-        self._lib = lib = llama()
-        given = lib.llama_model_default_params()
-        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
-        wanted = lib.llama_context_default_params()
-        wanted.n_ctx, wanted.n_threads, wanted.n_threads_batch = CONTEXT, 1, 1
-        wanted.n_ubatch = PROMPT
-        self._context = lib.llama_init_from_model(self._model, wanted)
-
-    def run(self) -> tuple[float, float]:
-        """Seconds of a prefill, and milliseconds a token."""
-        lib = self._lib
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-        began = time.perf_counter()
-        self._decode([i % 250 + 1 for i in range(PROMPT)])
-        token = self._best()
-        prefill = time.perf_counter() - began
-        began = time.perf_counter()
-        for _ in range(DECODED):
-            self._decode([token])
-            token = self._best()
-        return prefill, (time.perf_counter() - began) / DECODED * 1e3
-
-    def _decode(self, tokens: list[int]) -> None:
-        array = (ctypes.c_int32 * len(tokens))(*tokens)
-        self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(array, len(tokens)))
-
-    def _best(self) -> int:
-        logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (VOCAB,)).argmax())
 
 
 class Cut:
@@ -201,27 +129,39 @@ class Cut:
 
 def measure(folder: Path, quant: str, rounds: int) -> None:
     file = write_model(folder, quant)
-    alone, cut = Alone(file), Cut(file)
-    singles, pairs, many = [], [], []
-    for _ in range(rounds):
-        singles.append(alone.run())
-        pairs.append(cut.run())
-        many.append([cut.users(count) for count in (1, 2, 4)])
-    prefill, step = (median(each[i] for each in singles) for i in range(2))
-    cut_prefill, cut_step = (median(each[i] for each in pairs) for i in range(2))
+    with RpcServers(2) as servers:
+        plain = {"alone": Plain(file)}
+        if servers.endpoints:
+            plain["RPC"] = Plain(file, servers.endpoints)
+        cut = Cut(file)
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*plain, "cut")}
+        many = []
+        for _ in range(rounds):
+            for name, each in plain.items():
+                runs[name].append(each.run())
+            runs["cut"].append(cut.run())
+            many.append([cut.users(count) for count in (1, 2, 4)])
+        show(quant, runs, many)
+        stage = sum(f.stat().st_size for f in folder.rglob("*-6-12-out.gguf"))
+        peak, limit = cut.peak() / 1e6, stage * 1.05 / 1e6 + 300
+        print(f"{quant:5} {'peak of a stage':22} {peak:.0f} MB, its file {stage / 1e6:.0f} MB")
+        print(f"{quant:5} {'':22} that and 300 MB: {limit:.0f} MB", flush=True)
+        cut.close()
+
+
+def show(quant: str, runs: dict[str, list[tuple[float, float]]], many: list[list[float]]) -> None:
+    """Medians, and how many times the single process's they are."""
+    for index, (what, digits) in enumerate(((f"s for a prompt of {PROMPT}", 3), ("ms a token", 2))):
+        took = {name: median(run[index] for run in all_runs) for name, all_runs in runs.items()}
+        alone = took["alone"]
+        told = (
+            f"{name} {seconds:.{digits}f} ({seconds / alone:.2f} x)"
+            for name, seconds in took.items()
+        )
+        print(f"{quant:5} {what:22} {', '.join(told)}")
     one, two, four = (median(each[i] for each in many) for i in range(3))
-    stage = sum(f.stat().st_size for f in folder.rglob("*-6-12-out.gguf"))
-    for what, figures in (
-        ("ms a token", f"{step:.2f} alone, {cut_step:.2f} cut: {cut_step / step:.2f} x"),
-        (
-            f"s for a prompt of {PROMPT}",
-            f"{prefill:.3f} alone, {cut_prefill:.3f} cut: {prefill / cut_prefill:.2f} x as fast",
-        ),
-        ("tokens a second", f"{one:.1f} of 1, {two / one:.2f} x of 2, {four / one:.2f} x of 4"),
-        ("peak of a stage", f"{cut.peak() / 1e6:.0f} MB, its file {stage / 1e6:.0f} MB"),
-    ):
-        print(f"{quant:5} {what:22} {figures}", flush=True)
-    cut.close()
+    told = f"{one:.1f} of 1, {two / one:.2f} x of 2, {four / one:.2f} x of 4"
+    print(f"{quant:5} {'tokens a second':22} {told}", flush=True)
 
 
 def main() -> None:

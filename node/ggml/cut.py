@@ -74,6 +74,12 @@ class Gguf:
         return self.embedding.shape[1]
 
     @property
+    def heads(self) -> int:
+        """Attention heads of a layer, of the one with most."""
+        count: int | list[int] = self.header.own("attention.head_count", 0)
+        return max(count) if isinstance(count, list) else count
+
+    @property
     def output_name(self) -> str:
         """The tensor of the lm_head: the embedding, where the two are tied."""
         return OUTPUT if OUTPUT in self.tensors else EMBEDDING

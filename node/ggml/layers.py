@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from node.ggml.library import F16, F32, MULTIPLE_POSITIONS, Floats, llama
+from node.ggml.library import (
+    F16,
+    F32,
+    MULTIPLE_POSITIONS,
+    Floats,
+    amx_is_broken,
+    computes_on_cpu,
+    llama,
+)
 from node.ggml.tap import Tap
 from unicluster.errors import StageError
 
@@ -16,6 +24,10 @@ from unicluster.errors import StageError
 BATCH = 512
 # Rows of logits at once: enough for decoding and for checking a speculation.
 OUTPUTS = 64
+# On a CPU, attention takes two thirds of the time if its scores are kept as a matrix, and so do
+# steps of few tokens; but for a long context the matrix is large.
+CPU_STEP = 64
+MOST_SCORE_BYTES = 512 * 2**20
 # Sequences that llama.cpp can tell apart at most; with each step it looks at all pairs of those
 # that it is to tell apart.
 MOST_SEQUENCES = 256
@@ -29,7 +41,7 @@ class Sizes:
 
     vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
     once. states: the same of a model with recurrent layers, each of which takes memory. entry:
-    see Architecture. exact: attention in float32 throughout.
+    see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
     """
 
     layers: int
@@ -41,6 +53,12 @@ class Sizes:
     threads: int = 0
     entry: str = ""
     exact: bool = False
+    heads: int = 0
+
+    @property
+    def score_bytes(self) -> int:
+        """Of the attention scores of CPU_STEP tokens over all cells, in float32."""
+        return 4 * self.heads * CPU_STEP * self.cells
 
 
 class Layers:
@@ -51,6 +69,7 @@ class Layers:
         self._lib = lib = llama()
         given = lib.llama_model_default_params()
         given.n_gpu_layers = sizes.layers + 1
+        given.use_extra_bufts = not amx_is_broken()
         given.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
         self._model = lib.llama_model_load_from_file(str(file).encode(), given)
         if not self._model:
@@ -185,13 +204,17 @@ class Layers:
         given = lib.llama_context_default_params()
         given.n_ctx = sizes.cells
         given.n_batch = given.n_ubatch = BATCH
+        on_cpu = computes_on_cpu()
+        if on_cpu:
+            given.n_ubatch = CPU_STEP
         given.n_seq_max = self.sequences
         given.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
         given.kv_unified = True
         given.swa_full = True  # or nothing could be taken back once the window is full
         given.no_perf = True
         given.type_k = given.type_v = F32 if sizes.exact else F16
-        if sizes.exact:  # flash attention sums up in float16
+        # Flash attention sums up in float16.
+        if sizes.exact or (on_cpu and sizes.score_bytes <= MOST_SCORE_BYTES):
             given.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if sizes.threads:
             given.n_threads = given.n_threads_batch = sizes.threads

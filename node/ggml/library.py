@@ -16,7 +16,6 @@ from unicluster.errors import UnavailableError
 
 log = logging.getLogger("unicluster.llama")
 
-CHECKED_WITH = "0.3.36"
 F32, F16 = 0, 1
 MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
 # llama.h: enum llama_rope_type.
@@ -140,6 +139,22 @@ def read_tensor(address: int, into: int, nbytes: int) -> None:
 def write_tensor(address: int, source: int, nbytes: int) -> None:
     """Gives a tensor other contents."""
     _ggml().ggml_backend_tensor_set(address, source, 0, nbytes)
+
+
+@functools.cache
+def computes_on_cpu() -> bool:
+    """Whether there is nothing better than the CPU here."""
+    return len(devices()) == 1
+
+
+@functools.cache
+def amx_is_broken() -> bool:
+    """Whether its matrix instructions for Intel Xeons may crash.
+
+    `_tile_loadconfig` of GCC 12 tells the compiler that 8 of the 64 bytes are read, so that the
+    rest may never be written. A library compiled without AMX doesn't list it.
+    """
+    return b"AMX_INT8 = 1" in llama().llama_print_system_info()
 
 
 def devices() -> list[tuple[str, str]]:

@@ -74,6 +74,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
         threads=int(os.environ.get(THREADS_ENV, "0")),
         entry=known(gguf.header).entry,
         exact=gguf.is_exact,
+        heads=gguf.heads,
     )
     layers = Layers(file, sizes)
     embedding = Embedding(gguf, folder) if part.first == 0 else None
