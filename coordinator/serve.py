@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a directory, owner/name on the hub, a known name, or demo"
     )
-    parser.add_argument("--quant", choices=QUANTS, help="quantize (default: as stored)")
+    parser.add_argument(
+        "--quant",
+        metavar="QUANT",
+        help=f"quantize: {', '.join(QUANTS)} (default: as stored); of a repository of GGUFs "
+        "which of them: q4_k_m, iq2_xxs, ud-q2_k_xl, ...",
+    )
     parser.add_argument(
         "--context",
         type=int,

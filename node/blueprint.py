@@ -200,6 +200,11 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 def _answer(request: InspectRequest) -> ModelLayout:
     if request.config_json or not is_gguf(request.model):
         return inspect_config(request)
+    if not Path(request.model).is_absolute():
+        raise InputError(
+            f"{request.model}: a GGUF on the hub can't be looked into from here: give the file, "
+            "or plan over the machines of a cluster, without --fleet"
+        )
     try:
         from node.ggml.layout import inspect as inspect_gguf  # an extra
     except ImportError as error:

@@ -231,6 +231,8 @@ def inspect_any(
 
     if kv_bits:
         raise InputError("--kv-bits: not for a GGUF; its caches are float16")
+    if quant:
+        raise InputError(f"--quant {quant}: the weights of a GGUF stay as they are")
     return inspect_gguf(checkpoint, context, users)
 
 
@@ -245,6 +247,8 @@ def _answer(request: InspectRequest) -> ModelLayout:
     asked = request.quant, request.context, request.users or 1, request.kv_bits
     layout = inspect_any(checkpoint, *asked)
     if request.drafts_for:
+        if layout.engine == "ggml":
+            raise InputError(f"--draft {request.model}: a GGUF can't guess ahead; MLX weights can")
         check_tokens(request, checkpoint.root)
     return layout
 

@@ -135,13 +135,14 @@ async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
     if not small and not headers:
         return
     _check_space(checkpoint, sum(manifest.files[name].size for name in small))
-    if await sources.manifest(manifest.model, manifest.revision) is not None:
+    if starts := await sources.starts(manifest):
         first = {name: merged([(0, LENGTH_BYTES)]) for name in headers}
         await sources.fetch(checkpoint, {n: checkpoint.all_of(n) for n in small} | first)
+        # Nobody may have more of a GGUF than the header, whose end isn't known yet.
         while rest := {
-            name: merged([(0, end)])
+            name: missing
             for name in headers
-            if checkpoint.missing(name, ((0, end := _header_end(checkpoint, name)),))
+            if (missing := _missing_header(checkpoint, name, starts[name]))
         }:
             await sources.fetch(checkpoint, rest)
     else:
@@ -155,6 +156,10 @@ def _has_header(checkpoint: Checkpoint, name: str) -> bool:
     if checkpoint.missing(name, ((0, LENGTH_BYTES),)):
         return False
     return not checkpoint.missing(name, ((0, _header_end(checkpoint, name)),))
+
+
+def _missing_header(checkpoint: Checkpoint, name: str, most: int) -> Ranges:
+    return checkpoint.missing(name, ((0, min(_header_end(checkpoint, name), most)),))
 
 
 def _header_end(checkpoint: Checkpoint, name: str) -> int:

@@ -18,14 +18,17 @@ def cluster(tmp_path: Path) -> LocalCluster:
     return LocalCluster(tmp_path / "cluster", HF_HOME=str(tmp_path / "hf"))
 
 
-def test_two_machines_answer_as_one_does(tmp_path: Path, cluster: LocalCluster) -> None:
+def test_two_machines_answer_from_a_split_file_as_one_does_from_a_whole(
+    tmp_path: Path, cluster: LocalCluster
+) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
+    part = write_gguf(tmp_path / "split" / "tiny.gguf", parts=3)
     options = {"temperature": 0, "max_tokens": 12}
     with cluster:
         cluster.start_agents("ann", "bob", memory="1.2MB")
         cluster.start_agents("big", memory="4MB")
         context = ("--context", "256", "--users", "2", "--nodes", "ann,bob")
-        server = cluster.serve(file, *context)
+        server = cluster.serve(part, *context)
         server.wait_for("Ctrl-C unloads", START_DEADLINE)
         with server, server.client() as client:
             stages = [(s.first_layer, s.end_layer) for s in client.describe().stages]

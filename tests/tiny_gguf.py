@@ -193,9 +193,12 @@ ARCHITECTURES: dict[str, tuple[Callable[[int], Shapes], dict[str, Any]]] = {
 
 
 def write_gguf(
-    file: Path, architecture: str = "llama", layers: int = LAYERS, seed: int = 0
+    file: Path, architecture: str = "llama", layers: int = LAYERS, seed: int = 0, parts: int = 1
 ) -> Path:
-    """A GGUF of hidden size 64, in float32, with a tokenizer."""
+    """A GGUF of hidden size 64, in float32, with a tokenizer.
+
+    With more `parts` it is split; the path is that of the first, in which there are no tensors.
+    """
     shapes, own = ARCHITECTURES[architecture]
     tied = architecture in ("gemma3", "qwen2")
     outside: Shapes = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
@@ -208,12 +211,18 @@ def write_gguf(
     }
     rng = np.random.default_rng(seed)
     weights = {name: _random(name, shape, rng) for name, shape in named.items()}
-    return save(file, architecture, own | {"block_count": layers}, weights)
+    return save(file, architecture, own | {"block_count": layers}, weights, parts)
 
 
-def save(file: Path, architecture: str, own: dict[str, Any], weights: dict[str, Any]) -> Path:
+def save(
+    file: Path, architecture: str, own: dict[str, Any], weights: dict[str, Any], parts: int = 1
+) -> Path:
     """Writes weights with the metadata of a tiny model; `own` is added to or replaces it."""
-    writer = gguf.GGUFWriter(str(file), architecture)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    most = -(-len(weights) // (parts - 1)) if parts > 1 else 0
+    writer = gguf.GGUFWriter(
+        str(file), architecture, split_max_tensors=most, small_first_shard=parts > 1
+    )
     common: dict[str, Any] = {
         "block_count": LAYERS,
         "context_length": 4096,
@@ -236,7 +245,7 @@ def save(file: Path, architecture: str, own: dict[str, Any], weights: dict[str, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
+    return file if parts == 1 else file.with_name(f"{file.stem}-00001-of-{parts:05}.gguf")
 
 
 def from_checkpoint(path: Path, file: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,15 +15,12 @@ from unicluster.checkpoint import (
     is_weights,
 )
 from unicluster.errors import InputError
+from unicluster.gguf_names import parts
 from unicluster.safetensors import LENGTH_BYTES, header_length
 
 # Of a file of weights its header and some samples are read: all of 400 GB would take minutes.
 SAMPLES = 16
 SAMPLE_BYTES = 4096
-
-
-# How the parts of a GGUF are called: NAME-00001-of-00003.gguf.
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 def whole(path: Path) -> Checkpoint:
@@ -37,11 +33,7 @@ def whole_gguf(path: Path) -> Checkpoint:
 
     Raises InputError when it can't be read or a part is missing.
     """
-    names = [path.name]
-    if split := _SPLIT.fullmatch(path.name):
-        count = int(split[3])
-        names = [f"{split[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
-    folder = path.parent
+    names, folder = parts(path.name), path.parent
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: missing, though {path.name} is a part of the same")

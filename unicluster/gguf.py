@@ -17,8 +17,8 @@ from unicluster.ranges import Range
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-# A tokenizer makes a header of some megabytes.
-FIRST_BYTES = 1 << 20
+# With a tokenizer a header has some megabytes, without one, in later parts, some kilobytes.
+FIRST_BYTES = 1 << 16
 STRING, ARRAY = 8, 9
 # struct's letters for the types of plain values, by their number.
 PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -11,6 +11,7 @@ from node.ggml.library import llama
 from unicluster.errors import InputError
 from unicluster.gguf import Header
 
+TEMPLATE = "tokenizer.chat_template"
 # Its types are stricter than what it takes.
 _Tokenizer: Any = PreTrainedTokenizer
 
@@ -32,7 +33,7 @@ class GgufTokenizer(_Tokenizer):
         super().__init__(
             bos_token=self._named(lib.llama_vocab_bos(self._vocab)),
             eos_token=self._named(lib.llama_vocab_eos(self._vocab)),
-            chat_template=header.get("tokenizer.chat_template"),
+            chat_template=header.get(TEMPLATE),
             clean_up_tokenization_spaces=False,
         )
 
