@@ -1,5 +1,6 @@
 """`serve MODEL --gguf FILE`: machines with MLX and machines with ggml alone answer as one model."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import mlx_lm
 from mlx_lm.generate import generate_step
 
 from tests.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.hub import Hub
 from tests.tiny_gguf import from_checkpoint, write_gguf
 
 # Several processes start, each of which imports much.
@@ -126,3 +128,25 @@ def test_what_does_not_go_together_is_refused(
     assert result.code == 2
     assert reason in result.err
     assert result.err.count("\n") == 1
+
+
+def test_both_forms_come_from_the_hub(both: Both, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    shutil.copy(both.file, tmp_path / "gguf" / "it-F32.gguf")
+    with Hub() as hub:
+        hub.add("me/it", both.path)
+        hub.add("me/it-GGUF", tmp_path / "gguf")
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        with LocalCluster(tmp_path / "cluster", **environment) as cluster:
+            for name, engine in (("ann", "mlx"), ("bob", "ggml")):
+                home = str(tmp_path / name)
+                cluster.start_agent(name, "--engine", engine, memory=MEMORY, HF_HOME=home)
+            cluster.wait_for_agents()
+            server = cluster.serve("me/it", "--gguf", "me/it-GGUF:f32", "--context", "256")
+            server.wait_for("Ctrl-C unloads", START_DEADLINE)
+            with server, server.client() as client:
+                stages = held(server)
+                answer = told(client, PROMPT)
+
+    assert stages == [("ann", "mlx"), ("bob", "ggml")]
+    assert list(answer.token_ids) == both.alone(PROMPT)
