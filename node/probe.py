@@ -1,6 +1,5 @@
 """What this machine is: chip, MLX backend, memory, and how fast the memory is."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -154,8 +153,6 @@ def _ask_mlx(run: Runner) -> _Mlx:
 
 def _ask_ggml(run: Runner) -> str:
     """What ggml computes on here, in a process of its own; empty when it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return ""
     answer = run([sys.executable, "-c", _GGML_QUESTION])
     if answer is None:
         return ""
