@@ -86,6 +86,7 @@ def layout_of(
         head_active_bytes=head_bytes - _unread(model, found, step.vocabulary),
         parameters=parameters(model),
         layer_active_parameters=[_active(layer, parameters, step) for layer in found.layers],
+        hidden_size=_hidden_size(found),
     )
 
 
@@ -105,6 +106,12 @@ def context_limit(config: dict[str, Any]) -> int:
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return int(limit or 0)
+
+
+def _hidden_size(found: Trace) -> int:
+    """Numbers of a token that cross every cut; 0 where they are not one hidden state."""
+    size, embedding = token_bytes(found), found.embeddings[0]
+    return embedding.dims if size == embedding.dims * embedding.dtype.size else 0
 
 
 def parameters(module: nn.Module) -> int:

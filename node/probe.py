@@ -61,11 +61,13 @@ class Hardware:
     _available: Callable[[], int] = field(repr=False, compare=False)
     ggml_backend: str = ""  # cpu, vulkan, rocm, cuda, metal; empty: there is no llama.cpp
     ggml_bandwidth: float = 0.0
+    only: str = ""  # the one engine that it is to offer; empty: all
 
     @property
     def engines(self) -> list[str]:
-        """What it can compute stages with."""
-        return ["mlx"] * (self.backend != "none") + ["ggml"] * bool(self.ggml_backend)
+        """What it offers to compute stages with."""
+        found = ["mlx"] * (self.backend != "none") + ["ggml"] * bool(self.ggml_backend)
+        return [engine for engine in found if self.only in ("", engine)]
 
     def available(self) -> int:
         """Bytes that new stages could take now; no cap. Cheap: call it every few seconds."""

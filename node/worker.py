@@ -189,6 +189,7 @@ async def serve(config: WorkerConfig) -> None:
         first_layer=config.first_layer,
         end_layer=config.end_layer,
         weight_bytes=loaded.weight_bytes,
+        engine=config.engine,
     )
     meter: StageEngine | AnswerMeter
     if loaded.engine is not None:

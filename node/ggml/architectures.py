@@ -42,6 +42,24 @@ KNOWN = {
     "qwen3next": Architecture(interval=4),
 }
 
+# By mlx-lm's name of a model: what its GGUFs are called.
+OF_MLX = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "kimi_k2": "deepseek2",
+    "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
+    "qwen3_next": "qwen3next",
+}
+
 WINDOW_KEY = "attention.sliding_window"
 PATTERN_KEY = "attention.sliding_window_pattern"
 RECURRENT_KEY = "attention.recurrent_layers"

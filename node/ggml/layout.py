@@ -91,6 +91,8 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         revision=manifest.revision,
         files=[_file(checkpoint, gguf, name) for name in manifest.weights],
         engine="ggml",
+        hidden_size=gguf.hidden_size,
+        tail_bytes=after,
     )
 
 

@@ -14,7 +14,8 @@ from node.session import Session
 from node.tensors import leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
-# What a saved cache is called: mlx-lm has to know the name to load it.
+# What a saved cache is called: mlx-lm has to know the name to load it. Its state is a list of
+# arrays and two values that may be None.
 STATE_KIND = "ArraysCache"
 
 
@@ -212,16 +213,19 @@ class GgmlStage:
         return size * max(row.length, least) // row.length
 
     def _save(self, cache: Cache, report: StageReport) -> None:
+        leaves = report.state.state
         for row in cache.rows:
             state = np.frombuffer(self._layers.state(row.sequence), np.uint8)
             for array in (np.array([row.length], np.uint32), state):
-                leaf = report.state.state.add(key=str(len(report.state.state)))
+                leaf = leaves.add(key=f"0.{len(leaves)}")
                 leaf.tensor.dtype = array.dtype.name
                 leaf.tensor.shape.extend(array.shape)
                 leaf.tensor.data = array.tobytes()
+        leaves.add(key="1", json="null")
+        leaves.add(key="2", json="null")
 
     def _restored(self, store: CacheOp.Store) -> Cache:
-        leaves = [decode([leaf])[0] for leaf in store.state]
+        leaves = [decode([leaf])[0] for leaf in store.state if leaf.HasField("tensor")]
         rows = []
         for length, state in zip(leaves[::2], leaves[1::2], strict=True):
             row = self._sequences.new()

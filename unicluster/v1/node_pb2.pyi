@@ -289,6 +289,9 @@ class ModelLayout(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    TAIL_BYTES_FIELD_NUMBER: _builtins.int
+    GGUF_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
     """embedding, final norm, lm_head and the rest outside the layers"""
@@ -310,6 +313,10 @@ class ModelLayout(_message.Message):
     """of the files looked at"""
     engine: _builtins.str
     """what computes it: mlx (or empty), ggml"""
+    hidden_size: _builtins.int
+    """numbers of a token's hidden state; 0: other things cross cuts too"""
+    tail_bytes: _builtins.int
+    """the part of the last layer's bytes that makes logits (of ggml)"""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -330,6 +337,10 @@ class ModelLayout(_message.Message):
 
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFile]: ...
+    @_builtins.property
+    def gguf(self) -> Global___ModelLayout:
+        """of a GGUF of about the same bits; unset: it could not be cut"""
+
     def __init__(
         self,
         *,
@@ -351,10 +362,13 @@ class ModelLayout(_message.Message):
         revision: _builtins.str = ...,
         files: _abc.Iterable[Global___WeightFile] | None = ...,
         engine: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        tail_bytes: _builtins.int = ...,
+        gguf: Global___ModelLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gguf", b"gguf"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
