@@ -16,7 +16,7 @@ def load(
     """A model and its tokenizer for any mlx-lm function; this process becomes the head.
 
     Args:
-        model: a directory, a hub repository id, a catalogue name, or "demo".
+        model: a directory, a GGUF, a hub repository id, a catalogue name, or "demo".
         local_nodes: cut the model into that many stages on this machine; this process holds
             the first, worker processes the others.
         nodes: agents to put stages on besides this process, each `HOST:PORT` or the name of
