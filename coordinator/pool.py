@@ -11,7 +11,7 @@ from coordinator.costs import Costs
 from coordinator.cuts import Matrix
 from coordinator.forms import Ring
 from coordinator.links import Network
-from coordinator.placement import Machine, Stage
+from coordinator.placement import Machine, Stage, reads
 from coordinator.problem import Piece, Problem
 from coordinator.reach import Reach
 from coordinator.stages import Span, hop, stages
@@ -127,8 +127,7 @@ class Pool:
         return Span(machine, first, end, form)
 
     def _rate(self, machine: Machine) -> float:
-        able = [form.engine for form in self.ring.forms if machine.can(form.engine)]
-        return max(machine.using(engine).bandwidth for engine in able)
+        return max(reads(form, machine) for form in self.ring.forms if machine.can(form.engine))
 
     def _hop(self, one: Machine, other: Machine) -> float:
         return hop(self.layout, self.network, one, other)[0]
@@ -159,8 +158,8 @@ class Pool:
         """What a machine is to the search, but for its links."""
         key: list[float] = [machine.usable]
         for form in self.ring.forms:
-            seen = machine.using(form.engine)
-            key += [machine.can(form.engine), seen.bandwidth, seen.pace]
+            pace = machine.using(form.engine).pace
+            key += [machine.can(form.engine), reads(form, machine), pace]
         return tuple(key)
 
     def _needs(self) -> list[float]:

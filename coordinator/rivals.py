@@ -63,7 +63,7 @@ def _ideas(
 
 def _kind(machine: Machine) -> tuple[object, ...]:
     seen = [machine.using(engine) for engine in machine.engines]
-    return machine.usable, machine.link, *((m.bandwidth, m.pace) for m in seen)
+    return machine.usable, machine.link, *((m.backend, m.bandwidth, m.pace) for m in seen)
 
 
 def _shape(found: Plan) -> tuple[object, ...]:

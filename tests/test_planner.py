@@ -263,6 +263,15 @@ def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
     assert found.seconds_per_token < plan(layout, [plain]).seconds_per_token / 10
 
 
+def test_a_gpu_is_told_from_a_cpu_with_the_same_memory() -> None:
+    layout = a_layout([GB] * 4, quant="q4")
+    cpu = Machine("cpu", "", 12 * GB, 100e9, backend="cpu")
+
+    found = plan(layout, [cpu, replace(cpu, name="gpu", backend="metal")])
+
+    assert ranges(found) == [("gpu", 0, 4)]
+
+
 def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
     alone = replace(BOX, engines=("ggml",))
 
