@@ -1,6 +1,7 @@
 """A GGUF cut into stages of ggml gives the whole one's logits, on a CPU bit for bit."""
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +16,10 @@ pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
+from node.ggml.architectures import forbidden_cuts
 from node.ggml.cut import Gguf
 from node.ggml.layers import BATCH
+from node.ggml.layout import cache_bytes
 from node.ggml.library import computes_on_cpu, llama
 from node.ggml.load import Part, load, open_gguf, stage_file
 from node.pipeline import PipelineModel
@@ -162,8 +165,9 @@ def model(
 def test_logits_are_those_of_the_whole_at_every_cut(model: tuple[Tiny, list[Any]]) -> None:
     tiny, wanted = model
     count = tiny.gguf.layers
-    cuts = [(0, cut, count) for cut in range(1, count)]
-    every = tuple(range(count + 1))
+    allowed = sorted(set(range(1, count)) - set(forbidden_cuts(tiny.gguf.header)))
+    cuts = [(0, cut, count) for cut in allowed]
+    every = (0, *allowed, count)
     if tiny.gguf.header.architecture == "qwen3next":
         # Each stage needs one of the layers 3, 7 and 11, which have attention, and another.
         cuts, every = [(0, cut, count) for cut in range(4, 11)], (0, 4, 8, 12)
@@ -176,6 +180,20 @@ def test_logits_are_those_of_the_whole_at_every_cut(model: tuple[Tiny, list[Any]
             ops = []
             assert np.isfinite(got).all()
             assert same(got, logits), f"cut {bounds}, {len(chunk)} tokens"
+
+
+def test_caches_take_what_the_planner_counts(
+    model: tuple[Tiny, list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny, _ = model
+    caplog.set_level("DEBUG", "unicluster.llama")
+
+    tiny.stages(0, tiny.gguf.layers, users=2)
+
+    kinds = r"(?:llama_kv_cache|llama_memory_recurrent): size = +([\d.]+) MiB"
+    told = [float(size) for size in re.findall(kinds, caplog.text)]
+    counted = sum(cache_bytes(tiny.gguf, 256, users=2)) / 2**20
+    assert counted == pytest.approx(sum(told), abs=0.011 * len(told))  # told with two digits
 
 
 def test_sequences_of_unequal_length_do_not_disturb_one_another(
@@ -361,6 +379,13 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match="lambd: a GGUF of it can't be cut yet"):
         gguf.check_cut(0, 3)
+
+
+def test_a_stage_can_t_begin_with_another_layer_s_choice(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path, "glm-dsa")
+
+    with pytest.raises(StageError, match="layer 3 attends to what a layer before it chose"):
+        tiny.stages(0, 3, 6)
 
 
 def test_stages_without_attention_are_refused(tmp_path: Path) -> None:

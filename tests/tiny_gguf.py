@@ -88,6 +88,18 @@ def _deepseek2(layer: int) -> Shapes:
     } | (_experts(shared=True) | {"exp_probs_b.bias": (EXPERTS,)} if layer >= 2 else _dense())
 
 
+def _chooses(layer: int) -> Shapes:
+    """What a layer of deepseek2 has beside, to choose what it attends to."""
+    rank, heads, size = 32, 16, 64
+    return {
+        "indexer.k_norm.weight": (size,),
+        "indexer.k_norm.bias": (size,),
+        "indexer.proj.weight": (heads, HIDDEN),
+        "indexer.attn_k.weight": (size, HIDDEN),
+        "indexer.attn_q_b.weight": (heads * size, rank),
+    }
+
+
 def _glm4moe(layer: int) -> Shapes:
     norm = "post_attention_norm.weight"
     moe = _experts(norm, shared=True) | {"exp_probs_b.bias": (EXPERTS,)}
@@ -121,10 +133,47 @@ def _qwen3next(layer: int) -> Shapes:
     } | experts
 
 
+_MLA: dict[str, Any] = {
+    "leading_dense_block_count": 2,
+    "attention.head_count_kv": 1,
+    "attention.key_length": 40,
+    "attention.value_length": 32,
+    "attention.key_length_mla": 24,
+    "attention.value_length_mla": 16,
+    "attention.q_lora_rank": 32,
+    "attention.kv_lora_rank": 32,
+    "rope.dimension_count": 8,
+    "expert_count": EXPERTS,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 32,
+    "expert_shared_count": 1,
+    "expert_weights_scale": 1.5,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+}
+_INDEXER = {
+    "attention.indexer.head_count": 16,  # or many a score is 0, and which is chosen is chance
+    "attention.indexer.key_length": 64,
+    "attention.indexer.top_k": 8,
+}
+
 # The tensors of each layer, and the metadata beyond that of all.
 ARCHITECTURES: dict[str, tuple[Callable[[int], Shapes], dict[str, Any]]] = {
     "llama": (lambda layer: _attention() | _dense(), {}),
     "qwen2": (lambda layer: _attention(biases=True) | _dense(), {}),
+    "qwen2moe": (
+        lambda layer: (
+            _attention(biases=True)
+            | _experts(shared=True)
+            | {"ffn_gate_inp_shexp.weight": (HIDDEN,)}
+        ),
+        {
+            "expert_count": EXPERTS,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": 32,
+        },
+    ),
     "qwen3": (lambda layer: _attention(norms=True) | _dense(), {}),
     "qwen3moe": (
         lambda layer: _attention(norms=True) | _experts(),
@@ -133,24 +182,13 @@ ARCHITECTURES: dict[str, tuple[Callable[[int], Shapes], dict[str, Any]]] = {
     "gemma3": (_gemma3, {"attention.sliding_window": 16, "rope.freq_base_swa": 1000.0}),
     "deepseek2": (
         _deepseek2,
-        {
-            "leading_dense_block_count": 2,
-            "attention.head_count_kv": 1,
-            "attention.key_length": 40,
-            "attention.value_length": 32,
-            "attention.key_length_mla": 24,
-            "attention.value_length_mla": 16,
-            "attention.q_lora_rank": 32,
-            "attention.kv_lora_rank": 32,
-            "rope.dimension_count": 8,
-            "expert_count": EXPERTS,
-            "expert_used_count": 2,
-            "expert_feed_forward_length": 32,
-            "expert_shared_count": 1,
-            "expert_weights_scale": 1.5,
-            "expert_weights_norm": True,
-            "expert_gating_func": 2,
-        },
+        _MLA,
+    ),
+    "deepseek32": (lambda layer: _deepseek2(layer) | _chooses(layer), _MLA | _INDEXER),
+    # A layer whose type is 0 attends to what the one before it chose.
+    "glm-dsa": (
+        lambda layer: _deepseek2(layer) | (_chooses(layer) if layer != 3 else {}),
+        _MLA | _INDEXER | {"attention.indexer.types": [1, 1, 1, 0, 1, 1]},
     ),
     "glm4moe": (
         _glm4moe,

@@ -19,6 +19,7 @@ class Architecture:
     interval: every that many layers the last one is attention, the others are recurrent.
     scaled: embeddings are multiplied by the square root of their size.
     whole: numbers of layers by which llama.cpp knows special models; no stage may have as many.
+    indexer: layers choose what to attend to, or take the choice of one before.
     entry: the tensor that layer 0 gets, where llama.cpp doesn't take hidden states as input.
     """
 
@@ -26,6 +27,7 @@ class Architecture:
     interval: int = 0
     scaled: bool = False
     whole: tuple[int, ...] = ()
+    indexer: bool = False
     entry: str = ""
 
 
@@ -37,6 +39,8 @@ KNOWN = {
     "qwen3moe": Architecture(),
     "gemma3": Architecture(window=6, scaled=True, whole=(62,)),
     "deepseek2": Architecture(whole=(26, 27, 47, 48)),
+    "deepseek32": Architecture(),
+    "glm-dsa": Architecture(indexer=True),
     "glm4moe": Architecture(entry="embd"),
     "gpt-oss": Architecture(window=2),
     "qwen3next": Architecture(interval=4),
@@ -55,6 +59,8 @@ OF_MLX = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "kimi_k2": "deepseek2",
+    "deepseek_v32": "deepseek32",
+    "glm_moe_dsa": "glm-dsa",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "qwen3_next": "qwen3next",
@@ -63,6 +69,9 @@ OF_MLX = {
 WINDOW_KEY = "attention.sliding_window"
 PATTERN_KEY = "attention.sliding_window_pattern"
 RECURRENT_KEY = "attention.recurrent_layers"
+INDEXER_KEY = "attention.indexer.types"
+# In GLM-5.2, which is made for so many tokens, not every layer chooses.
+SHARED_FROM = 1 << 20
 INTERVAL_KEY = "full_attention_interval"
 
 
@@ -97,10 +106,23 @@ def layer_kinds(header: Header) -> dict[str, list[bool]]:
         interval = header.own(INTERVAL_KEY, rule.interval)
         usual = [(i + 1) % interval != 0 for i in range(count)]
         found[RECURRENT_KEY] = [bool(flag) for flag in header.own(RECURRENT_KEY, usual)[:count]]
+    if rule.indexer:
+        types = header.own(INDEXER_KEY, choosing(count, header.own("context_length", 0)))
+        found[INDEXER_KEY] = [bool(flag) for flag in types[:count]]
     return found
 
 
+def choosing(layers: int, context: int) -> list[bool]:
+    """Which layers choose what to attend to, where the GGUF doesn't say."""
+    return [context < SHARED_FROM or i < 2 or i % 4 == 2 for i in range(layers)]
+
+
 def forbidden_cuts(header: Header) -> list[int]:
-    """Layers before which there should be no cut: each stage needs layers of both kinds."""
-    recurrent = layer_kinds(header).get(RECURRENT_KEY, [])
-    return [cut for cut in range(1, len(recurrent)) if recurrent[cut - 1]]
+    """Layers before which there should be no cut.
+
+    Each stage needs layers of both kinds, and what its first layers are to attend to.
+    """
+    kinds = layer_kinds(header)
+    recurrent, chooses = kinds.get(RECURRENT_KEY, []), kinds.get(INDEXER_KEY, [])
+    apart = {cut for cut in range(1, len(recurrent)) if recurrent[cut - 1]}
+    return sorted(apart | {cut for cut in range(1, len(chooses)) if not chooses[cut]})

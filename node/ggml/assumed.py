@@ -1,6 +1,6 @@
 """What a GGUF of about the same bits a weight would weigh, by what the model does in MLX."""
 
-from node.ggml.architectures import KNOWN, OF_MLX
+from node.ggml.architectures import KNOWN, OF_MLX, choosing
 from unicluster.v1.node_pb2 import ModelLayout
 
 # What takes about as many bits a weight, and how many times as many bytes.
@@ -45,7 +45,7 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
         hidden_bytes=SINGLE * mlx.hidden_size,
         quant=quant,
         max_context=mlx.max_context,
-        forbidden_cuts=_forbidden(name, len(sizes)),
+        forbidden_cuts=_forbidden(name, len(sizes), mlx.max_context),
         embed_bytes=round(scale * mlx.embed_bytes),
         # A row of the embedding; where it is tied, MLX reads it all and does not tell.
         head_active_bytes=mlx.hidden_size if tied else mlx.head_active_bytes - rest,
@@ -63,8 +63,10 @@ def _cache_bytes(mlx: ModelLayout, name: str) -> list[int]:
     return [max(sizes)] * len(sizes) if KNOWN[name].window else sizes
 
 
-def _forbidden(name: str, layers: int) -> list[int]:
+def _forbidden(name: str, layers: int, context: int) -> list[int]:
     rule = KNOWN[name]
+    if rule.indexer:
+        return [cut for cut, chooses in enumerate(choosing(layers, context)) if not chooses]
     if layers in rule.whole:
         return list(range(1, layers))
     return [cut for cut in range(1, layers) if rule.interval and cut % rule.interval]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from node.ggml.architectures import (
+    INDEXER_KEY,
     PATTERN_KEY,
     RECURRENT_KEY,
     WINDOW_KEY,
@@ -126,6 +127,12 @@ class Gguf:
             raise StageError(
                 f"{name}: llama.cpp needs layers of both kinds in each stage, and of {first} to "
                 f"{end - 1} none has {missing}"
+            )
+        chooses = layer_kinds(self.header).get(INDEXER_KEY, [])
+        if chooses and not chooses[first]:
+            raise StageError(
+                f"{name}: layer {first} attends to what a layer before it chose, so a stage "
+                "can't begin with it"
             )
         if end - first in rule.whole:
             raise StageError(

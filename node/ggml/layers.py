@@ -24,10 +24,10 @@ from unicluster.errors import StageError
 BATCH = 512
 # Rows of logits at once: enough for decoding and for checking a speculation.
 OUTPUTS = 64
-# On a CPU, attention takes two thirds of the time if its scores are kept as a matrix, and so do
-# steps of few tokens; but for a long context the matrix is large.
+# On a CPU attention is faster when its scores are a matrix (`bench.ggml`), which takes no more room
+# than the planner keeps for the runtime: so steps are of few tokens, and not for a long context.
 CPU_STEP = 64
-MOST_SCORE_BYTES = 512 * 2**20
+MOST_SCORE_BYTES = 128 * 2**20
 # Sequences that llama.cpp can tell apart at most; with each step it looks at all pairs of those
 # that it is to tell apart.
 MOST_SEQUENCES = 256

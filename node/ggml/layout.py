@@ -2,7 +2,7 @@
 
 from math import prod
 
-from node.ggml.architectures import RECURRENT_KEY, forbidden_cuts, known, layer_kinds
+from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
 from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, context_limit, open_gguf
 from unicluster.checkpoint import Checkpoint
@@ -120,7 +120,9 @@ def _kv_width(gguf: Gguf, layer: int) -> int:
     usual = gguf.hidden_size // (heads[layer] if isinstance(heads, list) else heads)
     keys = header.own("attention.key_length", usual)
     if header.own("attention.key_length_mla") is not None:
-        return int(keys)  # the values are a part of the keys
+        # The values are a part of the keys; beside them are keys to choose by.
+        chooses = layer_kinds(header).get(INDEXER_KEY, [True] * gguf.layers)[layer]
+        return int(keys) + chooses * int(header.own("attention.indexer.key_length", 0))
     return int(kv * (keys + header.own("attention.value_length", usual)))
 
 

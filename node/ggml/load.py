@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from node.ggml.architectures import known
 from node.ggml.cut import Gguf, write
 from node.ggml.embedding import Embedding
@@ -71,7 +73,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
         vocabulary=gguf.vocabulary if part.finishes else 0,
         sequences=SEQUENCES_PER_USER * (part.users + 1),
         states=2 * part.users + SPARE_STATES,
-        threads=int(os.environ.get(THREADS_ENV, "0")),
+        threads=int(os.environ.get(THREADS_ENV, "0")) or cores(),
         entry=known(gguf.header).entry,
         exact=gguf.is_exact,
         heads=gguf.heads,
@@ -81,6 +83,12 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
     stage = GgmlStage(layers, embedding)
     front = GgmlFront(layers, stage, is_whole=part.finishes) if embedding is not None else None
     return Loaded(stage, front, layers.weight_bytes)
+
+
+def cores() -> int:
+    """Cores this process may use; llama.cpp by itself takes four threads, whatever there are."""
+    real = psutil.cpu_count(logical=False) or 1
+    return min(real, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else real
 
 
 def context_limit(gguf: Gguf) -> int:
