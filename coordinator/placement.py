@@ -47,6 +47,7 @@ class Layout:
     head_bytes: all outside the layers. Of them embed_bytes are embeddings, and
     head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
     forbidden_cuts: layers that must be on the same stage as the layer before them.
+    forbidden_counts: no stage may have so many layers, unless it has all.
     draft_bytes: the part of head_bytes that is a draft model with its KV caches.
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
     tail_bytes: the part of the last layer's bytes that makes logits.
@@ -63,6 +64,7 @@ class Layout:
     quant: str
     max_context: int
     forbidden_cuts: tuple[int, ...] = ()
+    forbidden_counts: tuple[int, ...] = ()
     embed_bytes: int = 0
     head_active_bytes: int | None = None
     parameters: int = 0
@@ -95,6 +97,7 @@ class Layout:
             quant=layout.quant,
             max_context=layout.max_context,
             forbidden_cuts=tuple(layout.forbidden_cuts),
+            forbidden_counts=tuple(layout.forbidden_counts),
             embed_bytes=layout.embed_bytes,
             head_active_bytes=layout.head_active_bytes or None,
             parameters=layout.parameters,

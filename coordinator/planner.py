@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 from coordinator import cuts
@@ -68,6 +70,8 @@ def plan(
     if not fitting:
         raise refusal(forms, pools, model or forms.layout.model_type, alternatives)
     stages, gap = _best(fitting, objective)
+    if _odd_cut(stages, forms) is not None:
+        stages, gap = _without_odd_counts(stages, gap, forms, able, network, objective)
     used = {stage.machine.name for stage in stages}
     left_out = tuple(
         (m, "not among the nodes asked for" if m not in asked else _why_out(m, forms, objective))
@@ -76,6 +80,54 @@ def plan(
     )
     head = next(form for form in forms.layouts if form.engine == stages[0].engine)
     return Plan(objective, head.users, stages, left_out, head.chunk_tokens, gap)
+
+
+def _without_odd_counts(
+    stages: tuple[Stage, ...],
+    gap: float,
+    forms: Forms,
+    machines: Sequence[Machine],
+    network: Network,
+    objective: Objective,
+) -> tuple[tuple[Stage, ...], float]:
+    """A placement without stages of a forbidden count: one of their cuts after another is taken.
+
+    Not always the best of them; the gap is to what the best is without that rule.
+    Raises InputError when it comes to none.
+    """
+    least = _taken(stages, objective) * (1 - gap)
+    while (cut := _odd_cut(stages, forms)) is not None:
+        forms = forms.map(partial(_without_cut, cut=cut))
+        pools = [Pool(ring, machines, network) for ring in forms.rings()]
+        fitting = [pool for pool in pools if pool.fits()]
+        if not fitting:
+            raise InputError(
+                f"{forms.layout.model_type}: it fits only with a stage of a number of layers that "
+                "llama.cpp takes for another model: use more machines, or others"
+            )
+        stages, _ = _best(fitting, objective)
+    return stages, max(0.0, 1 - least / _taken(stages, objective))
+
+
+def _without_cut(form: Layout, cut: int) -> Layout:
+    return replace(form, forbidden_cuts=tuple(sorted({*form.forbidden_cuts, cut})))
+
+
+def _odd_cut(stages: Sequence[Stage], forms: Forms) -> int | None:
+    """A cut at an end of a stage of a forbidden count; None if there is no such stage."""
+    counts = {form.engine: form.forbidden_counts for form in forms.layouts}
+    if len(stages) > 1:
+        for stage in stages:
+            if stage.end - stage.first in counts[stage.engine]:
+                return stage.first or stage.end
+    return None
+
+
+def _taken(stages: Sequence[Stage], objective: Objective) -> float:
+    """What an objective makes small, in seconds."""
+    if objective == "throughput":
+        return max(stage.seconds_per_token for stage in stages)
+    return sum(stage.seconds_per_token + stage.hop_s for stage in stages)
 
 
 def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...], float]:

@@ -313,6 +313,26 @@ def test_a_gguf_of_another_model_is_refused_by_what_differs() -> None:
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_forbidden_counts_are_not_used(objective: Objective) -> None:
+    layout = replace(a_layout([GB] * 12), forbidden_counts=(4, 5, 12))
+    free = plan(replace(layout, forbidden_counts=()), machines(*[9 * GB] * 3), objective)
+
+    found = plan(layout, machines(*[9 * GB] * 3), objective)
+
+    counts = [stage.end - stage.first for stage in found.stages]
+    assert sum(counts) == 12
+    assert not set(counts) & {4, 5}
+    assert {stage.end - stage.first for stage in free.stages} & {4, 5}
+    assert len(plan(layout, machines(20 * GB)).stages) == 1  # all of them are no stage of so many
+
+
+def test_what_fits_only_by_a_forbidden_count_is_refused() -> None:
+    layout = replace(a_layout([GB] * 4), forbidden_counts=(2,))
+    with pytest.raises(InputError, match=r"llama\.cpp takes for another model"):
+        plan(layout, machines(3 * GB, 3 * GB))
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_forbidden_cuts_are_not_used(objective: Objective) -> None:
     layout = replace(a_layout([GB] * 6), forbidden_cuts=(2, 3, 4))
 

@@ -46,6 +46,7 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
         quant=quant,
         max_context=mlx.max_context,
         forbidden_cuts=_forbidden(name, len(sizes), mlx.max_context),
+        forbidden_counts=KNOWN[name].whole,
         embed_bytes=round(scale * mlx.embed_bytes),
         # A row of the embedding; where it is tied, MLX reads it all and does not tell.
         head_active_bytes=mlx.hidden_size if tied else mlx.head_active_bytes - rest,

@@ -81,6 +81,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         quant=_quant(gguf),
         max_context=limit,
         forbidden_cuts=_forbidden(gguf),
+        forbidden_counts=known(gguf.header).whole,
         embed_bytes=gguf.embedding.size,
         head_active_bytes=gguf.embedding.size // gguf.vocabulary,
         parameters=sum(prod(tensor.shape) for _, tensor in gguf.tensors.values()),

@@ -291,6 +291,7 @@ class ModelLayout(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
+    FORBIDDEN_COUNTS_FIELD_NUMBER: _builtins.int
     GGUF_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
@@ -338,6 +339,10 @@ class ModelLayout(_message.Message):
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFile]: ...
     @_builtins.property
+    def forbidden_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of layers: no stage may have so many, but for the whole"""
+
+    @_builtins.property
     def gguf(self) -> Global___ModelLayout:
         """of a GGUF of about the same bits; unset: it could not be cut"""
 
@@ -364,11 +369,12 @@ class ModelLayout(_message.Message):
         engine: _builtins.str = ...,
         hidden_size: _builtins.int = ...,
         tail_bytes: _builtins.int = ...,
+        forbidden_counts: _abc.Iterable[_builtins.int] | None = ...,
         gguf: Global___ModelLayout | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gguf", b"gguf"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_counts", b"forbidden_counts", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
