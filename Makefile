@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
-EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)cpu)$(if $(GGML),$(comma)ggml)
+
+# llama.cpp is built from source: without what reads images, and on Intel and AMD without AMX,
+# which GCC 12 compiles so that it crashes.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+BUILD := $(if $(GGML),CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(if $(filter Linux_x86_64,$(shell uname -sm | tr ' ' _)),CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)"))
 
 .PHONY: install demo test test-fleet lint proto proto-check bench soak clean
 
@@ -14,7 +19,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicluster needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "Installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@$(BUILD) $(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)

@@ -13,6 +13,7 @@ from coordinator import fleet
 from coordinator.asking import ask
 from coordinator.blueprints import layouts
 from coordinator.catalog import Entry, entries
+from coordinator.forms import Forms
 from coordinator.placement import Layout
 from coordinator.planner import plan
 from coordinator.shortfall import NoPlanError
@@ -117,7 +118,10 @@ def machines(models: Sequence[Entry] | None = None) -> str:
         "for one user and a context of 8192, objective latency. A number is predicted tokens a",
         "second, and in brackets the machines used, if more than one; a negative amount is what",
         "is missing on one machine. Speeds assume what `coordinator/placement.py` says, and are",
-        "measured nowhere yet: [published.md](published.md) shows how far off they may be.",
+        "measured nowhere yet: [published.md](published.md) shows how far off they may be. Each",
+        "machine has the faster engine, MLX or llama.cpp with a GGUF of about the same bits; on",
+        "Strix Halo MLX computes on the CPU alone, on one thread: that is what is left for models",
+        "whose GGUFs can't be cut.",
         "",
         f"| model | | {heads} |",
         f"|---|---|{'---:|' * len(FLEETS)}",
@@ -130,14 +134,14 @@ def machine_rows(models: Sequence[Entry]) -> Iterator[str]:
     wanted = [(m, q) for m in models for q in QUANTS if q in m.quants]
     requests = [ask(model.id, quant, 8192, 1).request for model, quant in wanted]
     for (model, quant), answer in zip(wanted, layouts(requests), strict=True):
-        layout = Layout.from_proto(answer)
-        cells = " | ".join(_cell(layout, thought_of) for thought_of in fleets)
+        forms = Forms.thought_of(answer)
+        cells = " | ".join(_cell(forms, thought_of) for thought_of in fleets)
         yield f"| {model.id} | {quant} | {cells} |"
 
 
-def _cell(layout: Layout, thought_of: fleet.Fleet) -> str:
+def _cell(forms: Forms, thought_of: fleet.Fleet) -> str:
     try:
-        found = plan(layout, thought_of.machines, network=thought_of.network, alternatives=_none)
+        found = plan(forms, thought_of.machines, network=thought_of.network, alternatives=_none)
     except NoPlanError as error:
         return f"-{format_bytes(error.missing)}"
     used = f" ({len(found.stages)})" if len(found.stages) > 1 else ""
@@ -163,10 +167,11 @@ def published_page() -> str:
     requests = [ask(row["model"], row["quant"], 8192, 1).request for row in figures]
     impossible = []
     for row, answer in zip(figures, layouts(requests), strict=True):
-        layout, thought_of = Layout.from_proto(answer), fleet.parse(row["fleet"])
-        found = plan(layout, thought_of.machines, alternatives=_none, network=thought_of.network)
+        forms, thought_of = Forms.thought_of(answer), fleet.parse(row["fleet"])
+        layout = forms.layout
+        found = plan(forms, thought_of.machines, alternatives=_none, network=thought_of.network)
         speed = found.tokens_per_s_single
-        most = thought_of.machines[0].bandwidth / (
+        most = thought_of.machines[0].ggml_bandwidth / (
             sum(layout.layer_active_bytes) + layout.head_read_bytes
         )
         low, high = row["low"], row["high"]
@@ -207,7 +212,7 @@ _PUBLISHED_REMARKS = (
 )
 
 
-def _none(_: Layout) -> tuple[()]:
+def _none(_: Forms) -> tuple[()]:
     return ()
 
 

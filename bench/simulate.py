@@ -24,7 +24,7 @@ from coordinator import fleet, links
 from coordinator.asking import ask
 from coordinator.blueprints import layouts
 from coordinator.links import Network
-from coordinator.placement import Layout, Plan, Stage, prefill_seconds
+from coordinator.placement import Layout, Plan, Stage, decode_seconds, prefill_seconds
 from coordinator.planner import plan
 from node.head import PREFILL_BYTES, PREFILL_TOKENS
 from node.worker import SWITCH_INTERVAL
@@ -67,7 +67,7 @@ class Planned:
 
 def _cost(layout: Layout, stage: Stage) -> StageCost:
     machine = stage.machine
-    tail = machine.seconds(layout.head_read_bytes, 0) if stage.head else 0.0
+    tail = decode_seconds(layout, machine, layout.head_read_bytes, 0) if stage.head else 0.0
 
     def decode(answers: int) -> float:
         return stage.seconds_per_token - tail + (answers - 1) * stage.batch_seconds
@@ -87,7 +87,9 @@ def planned(stages: Sequence[int] = STAGES, kinds: Sequence[str] = tuple(LINKS))
     for count in stages:
         for kind in kinds:
             machines = fleet.with_links(fleet.parse(f"{count}x {MACHINE}"), [LINKS[kind]])
-            placed = plan(layout, machines.machines, "throughput", network=machines.network)
+            # At the speed of the GPU, which only ggml reaches so far.
+            fast = [machine.using("ggml") for machine in machines.machines]
+            placed = plan(layout, fast, "throughput", network=machines.network)
             yield count, kind, Planned(layout, placed, machines.network)
 
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from coordinator import catalog
+from coordinator.forms import Forms, check_same
 from coordinator.placement import Layout
 from coordinator.shortfall import Alternative, for_users, halves
 from unicluster.errors import InputError
@@ -17,12 +19,24 @@ Inspect = Callable[[Sequence[InspectRequest]], Sequence[ModelLayout]]
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, and the request that tells its layout. `quants`: others that could be asked for."""
+    """A model, and the request that tells its layout. `quants`: others that could be asked for.
+
+    gguf: the request for the same model as a GGUF. assume: one of about the same size, if none
+    is given. engine: mlx, ggml, or auto for whichever is faster.
+    """
 
     display: str
     quant: str
     request: InspectRequest
     quants: tuple[str, ...]
+    gguf: InspectRequest | None = None
+    gguf_display: str = ""
+    assume: bool = False
+    engine: str = "auto"
+
+    @property
+    def requests(self) -> list[InspectRequest]:
+        return [self.request] if self.gguf is None else [self.request, self.gguf]
 
 
 def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0) -> Asked:
@@ -55,34 +69,69 @@ def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0
     return Asked(shown, request.quant, request, catalog.QUANTS)
 
 
-def layout_of(asked: Asked, inspect: Inspect) -> Layout:
-    """What it weighs."""
-    layout = Layout.from_proto(inspect([asked.request])[0])
-    return layout if not asked.quant else replace(layout, quant=asked.quant)
+def with_gguf(asked: Asked, name: str) -> Asked:
+    """The same with a GGUF of the model beside it. Raises what `catalog.resolve` does."""
+    source = catalog.resolve(name)
+    gguf = _changed(asked.request, model=source.model, quant="", config_json="")
+    return replace(asked, gguf=gguf, gguf_display=source.display)
 
 
-def alternatives(asked: Asked, inspect: Inspect) -> Callable[[Layout], list[list[Alternative]]]:
+def forms_of(asked: Asked, answers: Sequence[ModelLayout]) -> Forms:
+    """What it weighs; `answers` are those to `asked.requests`.
+
+    Raises InputError where there is no form for the engine asked for, or a GGUF that is no form
+    of the model.
+    """
+    thought_of = Forms.thought_of(answers[0])
+    layout = thought_of.layout
+    if asked.quant not in ("", "none"):
+        layout = replace(layout, quant=asked.quant)
+    forms = Forms(layout)
+    if asked.gguf is not None:
+        gguf = Layout.from_proto(answers[1])
+        check_same(layout, gguf, (asked.display, asked.gguf_display))
+        forms = Forms(layout, gguf)
+    elif asked.assume:
+        forms = replace(thought_of, layout=layout)
+    return forms.only(asked.engine)
+
+
+def alternatives(asked: Asked, inspect: Inspect) -> Callable[[Forms], list[list[Alternative]]]:
     """Every smaller form of the model, exactly: in each quantization, context, and users."""
 
-    def options(layout: Layout) -> list[list[Alternative]]:
-        smaller = _smaller_quants(asked, layout)
-        contexts = halves(layout.context, 1024)
-        requests = [_changed(asked.request, quant=quant) for quant in smaller.values()]
-        requests += [_changed(asked.request, context=context) for context in contexts]
-        flags = [f"--quant {quant}" for quant in smaller]
-        flags += [f"--context {context}" for context in contexts]
-        found = [Layout.from_proto(answer) for answer in inspect(requests)] if requests else []
-        forms = [Alternative(*pair) for pair in zip(flags, found, strict=True)]
-        fewer = [Alternative(f"--users {n}", for_users(layout, n)) for n in halves(layout.users, 1)]
-        return [forms[: len(smaller)], forms[len(smaller) :], fewer]
+    def options(forms: Forms) -> list[list[Alternative]]:
+        quants = _smaller_quants(asked, forms)
+        contexts = halves(forms.layout.context, 1024)
+        smaller = [(f"--quant {quant}", _quantized(asked, q)) for quant, q in quants.items()]
+        smaller += [(f"--context {tokens}", _for_context(asked, tokens)) for tokens in contexts]
+        answers = iter(inspect([r for _, other in smaller for r in other.requests]))
+        found = [
+            Alternative(flag, forms_of(other, [next(answers) for _ in other.requests]))
+            for flag, other in smaller
+        ]
+        fewer = [
+            Alternative(f"--users {n}", forms.map(partial(for_users, users=n)))
+            for n in halves(forms.layout.users, 1)
+        ]
+        return [found[: len(quants)], found[len(quants) :], fewer]
 
     return options
 
 
-def _smaller_quants(asked: Asked, layout: Layout) -> dict[str, str]:
+def _quantized(asked: Asked, quant: str) -> Asked:
+    return replace(asked, request=_changed(asked.request, quant=quant), quant=quant)
+
+
+def _for_context(asked: Asked, context: int) -> Asked:
+    gguf = None if asked.gguf is None else _changed(asked.gguf, context=context)
+    return replace(asked, request=_changed(asked.request, context=context), gguf=gguf)
+
+
+def _smaller_quants(asked: Asked, forms: Forms) -> dict[str, str]:
     """Quantizations of fewer bits, the most bits first, each with what a request calls it."""
-    if layout.quantized and not asked.quant:
-        return {}  # as stored: it can't be quantized again
+    as_stored = forms.layout.quantized and not asked.quant
+    if as_stored or (forms.layout.engine == "ggml" and not forms.assumed):
+        return {}  # it can't be quantized again
     entry = catalog.find(asked.display.split(" ")[0])
     recipes = entry.recipes if entry is not None else {}
     order = [quant for quant in reversed(catalog.QUANTS) if quant in asked.quants]

@@ -15,7 +15,8 @@ from coordinator import local
 from coordinator.baselines import baselines
 from coordinator.catalog import resolve
 from coordinator.planner import Layout, least_memory
-from coordinator.serve import ServeOptions, served
+from coordinator.serve import served
+from coordinator.serve_options import ServeOptions
 from unicluster import bench
 from unicluster.client import AsyncClient
 from unicluster.errors import InputError, UniclusterError

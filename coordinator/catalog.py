@@ -10,9 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unicluster.checkpoint import GGUF, is_gguf
 from unicluster.errors import InputError, NotFoundError
+from unicluster.gguf_names import is_quant, model_id, split_id
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
+ENGINES = ("mlx", "ggml")
 # What a catalogue name means when no quantization is asked for: what most machines can hold.
 DEFAULT_QUANT = "q4"
 
@@ -53,8 +56,9 @@ class Entry:
 class Source:
     """What a node loads: `model` and `quant` as in StageSpec; `display` is for people.
 
-    `model` is "demo", an absolute directory or a hub repository. `quant` is what is still to be
-    applied on load: empty when the weights are taken as they are stored.
+    `model` is "demo", an absolute directory or a hub repository, `owner/name:q4_k_m` of one of
+    GGUFs. `quant` is what is still to be applied on load: empty when the weights are taken as
+    they are stored.
     """
 
     model: str
@@ -89,14 +93,22 @@ def resolve(name: str, quant: str | None = None) -> Source:
 
     `demo`, a catalogue name, a directory, or a hub repository `owner/name`, in this order; a
     directory with a catalogue's name is reached as `./NAME`. `quant` is one of QUANTS; None
-    takes weights as they are stored, and DEFAULT_QUANT for a catalogue name.
+    takes weights as they are stored, and DEFAULT_QUANT for a catalogue name. For a repository
+    of GGUFs it may also be one of theirs, which can be a part of the name: `owner/name:Q4_K_M`.
 
     Raises InputError for a bad quantization or directory, NotFoundError for an unknown name.
     """
+    name, quant = name.strip(), quant and quant.lower()
+    if (found := _of_ggufs(name, quant)) is not None:
+        return found
+    if name.lower().endswith(GGUF) and quant not in (None, "none"):
+        raise InputError(f"--quant {quant}: {name} is a GGUF, whose weights stay as they are")
     if quant is not None and quant not in QUANTS:
-        raise InputError(f"no quantization {quant!r}: it is one of {', '.join(QUANTS)}")
+        raise InputError(
+            f"no quantization {quant!r}: it is one of {', '.join(QUANTS)}; for a GGUF name its "
+            "repository, such as owner/name:q4_k_m"
+        )
     applied = "" if quant in (None, "none") else str(quant)
-    name = name.strip()
     if not name:
         raise InputError("no model named: give demo, a catalogue name, a directory or owner/name")
     if name == "demo":
@@ -104,11 +116,35 @@ def resolve(name: str, quant: str | None = None) -> Source:
     if entry := _by_name().get(_key(name)):
         return _catalogued(entry, quant or DEFAULT_QUANT)
     path = Path(os.path.expanduser(name))
-    if _looks_like_path(name) or os.path.isdir(path):
+    if _is_local(name):
         return Source(_checked(path), applied, _display(Path(os.path.abspath(path)).name, applied))
     if _REPO.fullmatch(name):
         return Source(name, applied, _display(name, applied))
     raise NotFoundError(_unknown(name))
+
+
+def checked_engine(source: Source, engine: str) -> Source:
+    """The source itself. Raises InputError unless that engine, or auto, can compute it."""
+    wanted = "ggml" if is_gguf(source.model) else "mlx"
+    if engine not in ("auto", wanted):
+        kind = "a GGUF" if wanted == "ggml" else "no GGUF"
+        raise InputError(f"--engine {engine}: {source.display} is {kind}, which {wanted} computes")
+    return source
+
+
+def _of_ggufs(name: str, quant: str | None) -> Source | None:
+    """A repository of GGUFs, if one is meant: it is its quantization that tells."""
+    repo, tag = split_id(name)
+    wanted = tag.lower() or quant or ""
+    if not _REPO.fullmatch(repo) or _is_local(name) or not (tag or is_quant(wanted)):
+        return None
+    if not tag and wanted in QUANTS:
+        return None  # to be quantized here
+    if not is_quant(wanted):
+        raise InputError(f"{name}: {tag} is no quantization of a GGUF, such as q4_k_m")
+    if quant not in (None, wanted):
+        raise InputError(f"--quant {quant}: {name} says {tag} already; leave one of them out")
+    return Source(model_id(repo, wanted), "", _display(repo, wanted))
 
 
 def _catalogued(entry: Entry, quant: str) -> Source:
@@ -133,17 +169,26 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", name.lower()) if "/" not in name else ""
 
 
+def _is_local(name: str) -> bool:
+    """Whether a directory or a GGUF on this machine is meant, be it there or not."""
+    path = Path(os.path.expanduser(name))
+    return _looks_like_path(name) or os.path.isdir(path) or name.lower().endswith(GGUF)
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def _checked(path: Path) -> str:
-    """The absolute path of a model's directory that can be read."""
+    """The absolute path of a model's directory, or of a GGUF, that can be read."""
     try:
         if not path.exists():
             raise InputError(f"no directory {path}")
+        if is_gguf(path.name) and path.is_file():
+            path.open("rb").close()
+            return os.path.abspath(path)
         if not path.is_dir():
-            raise InputError(f"{path} is a file: give the model's directory")
+            raise InputError(f"{path} is a file: give the model's directory, or a .gguf")
         config = path / "config.json"
         if not config.is_file():
             raise InputError(f"{path} has no config.json: it is not a model's directory")

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from coordinator.forms import Forms
 from coordinator.learned import Learned, taken
 from coordinator.members import Members
 from coordinator.placement import Layout, Stage
 from coordinator.render import comparison_table
 from coordinator.stages import Span, stages
 from unicluster.answers import ChatInfo
+from unicluster.answers import Stage as Served
 from unicluster.client import Client
 from unicluster.errors import UnavailableError
 from unicluster.trust import Cluster, Store, default_name
@@ -61,32 +63,37 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
         machines = {machine.name: machine for machine in await members.machines()}
         if missing := [stage.node for stage in served.stages if stage.node not in machines]:
             raise UnavailableError(f"machine {missing[0]}, which holds a stage, does not answer")
-        spec = _spec(specs, served)
-        found = await members.inspect(
-            InspectRequest(
-                model=spec.model,
-                quant=spec.quant,
-                context=spec.context,
-                users=spec.users,
-                revision=spec.revision,
-                sources=[machine.address for machine in machines.values()],
-                kv_bits=spec.kv_bits,
-            )
-        )
-    layout = Layout.from_proto(found)
+        layouts: dict[str, Layout] = {}
+        for stage in served.stages:
+            if stage.engine not in layouts:
+                spec = _spec(specs, stage)
+                request = InspectRequest(
+                    model=spec.model,
+                    quant=spec.quant,
+                    context=spec.context,
+                    users=spec.users,
+                    revision=spec.revision,
+                    sources=[machine.address for machine in machines.values()],
+                    kv_bits=spec.kv_bits,
+                )
+                layouts[stage.engine] = Layout.from_proto(await members.inspect(request))
+    head = served.stages[0].engine
+    forms = Forms(layouts[head])
+    if head == "mlx" and "ggml" in layouts:
+        forms = Forms(layouts[head], layouts["ggml"].unfinished())
     used = [machines[stage.node] for stage in served.stages]
-    fleet = Learned.load().fleet(used, served.model, layout)
+    fleet = Learned.load().fleet(used, served.model, forms)
+    by_engine = {form.engine: form for form in forms.layouts}
     ring = [
-        Span(machine, stage.first_layer, stage.end_layer)
+        Span(machine, stage.first_layer, stage.end_layer, by_engine[stage.engine])
         for machine, stage in zip(fleet.machines, served.stages, strict=True)
     ]
-    return stages(layout, fleet.network, ring)
+    return stages(fleet.network, ring)
 
 
-def _spec(specs: dict[str, list[StageSpec]], served: ChatInfo) -> StageSpec:
-    """What the head was told to load."""
-    head = served.stages[0]
-    for spec in specs[head.node]:
-        if (spec.first_layer, spec.end_layer) == (head.first_layer, head.end_layer):
+def _spec(specs: dict[str, list[StageSpec]], stage: Served) -> StageSpec:
+    """What its machine was told to load."""
+    for spec in specs[stage.node]:
+        if (spec.first_layer, spec.end_layer) == (stage.first_layer, stage.end_layer):
             return spec
-    raise UnavailableError(f"machine {head.node} no longer holds its stage")
+    raise UnavailableError(f"machine {stage.node} no longer holds its stage")

@@ -9,7 +9,8 @@ from rich.console import Console
 from coordinator import local
 from coordinator.catalog import resolve
 from coordinator.placement import Layout
-from coordinator.serve import ServeOptions, served
+from coordinator.serve import served
+from coordinator.serve_options import ServeOptions
 from unicluster.chat_ui import chat
 from unicluster.trust import Cluster
 from unicluster.v1.node_pb2 import InspectRequest

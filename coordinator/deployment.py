@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,12 @@ class Listener:
 class Files:
     """Where the stages get a model's files: see StageSpec. from_hub has a list for each stage.
 
-    draft: the model that the head loads beside its layers.
+    models, revisions: by the engine that loads them. draft: the model that the head loads beside
+    its layers.
     """
 
-    revision: str
+    models: Mapping[str, Source]
+    revisions: Mapping[str, str]
     sources: list[str]
     from_hub: list[list[str]]
     draft: Draft | None = None
@@ -131,7 +133,7 @@ class Deployment:
 
     def __init__(
         self,
-        source: Source,
+        display: str,
         layout: Layout,
         plan: Plan,
         identity: Identity,
@@ -140,9 +142,9 @@ class Deployment:
         serving: Serving,
     ) -> None:
         self.plan = plan
-        self.timing = Timing(source.display, plan.stages)
+        self.timing = Timing(display, plan.stages)
         self.state = "loading"
-        self.detail = f"loading {source.display}"
+        self.detail = f"loading {display}"
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
         self._identity = identity
@@ -157,18 +159,20 @@ class Deployment:
         self._specs = [
             StageSpec(
                 deployment=deployment,
-                model=source.model,
-                quant=source.quant,
+                model=files.models[stage.engine].model,
+                quant=files.models[stage.engine].quant,
                 first_layer=stage.first,
                 end_layer=stage.end,
                 context=layout.context,
                 users=layout.users,
                 memory=stage.weight_bytes + stage.kv_bytes + stage.reserve_bytes,
-                revision=files.revision,
+                revision=files.revisions[stage.engine],
                 sources=files.sources,
                 hub_files=hub_files,
                 lanes=serving.lanes,
                 kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
+                engine=stage.engine,
+                finishes=stage.finishes,
                 kv_bits=serving.kv_bits,
                 lookup=serving.lookup,
                 draft=files.draft if stage.head else None,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from coordinator import hardware, links
+from coordinator.catalog import ENGINES
 from coordinator.links import Link, Network
 from coordinator.placement import Machine
 from unicluster.errors import InputError
@@ -17,6 +18,7 @@ from unicluster.units import parse_bytes
 
 _COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?(.+)")
 _MACHINE_KEYS = {"name", "hardware", "count", "memory", "usable", "bandwidth", "compute", "link"}
+_MACHINE_KEYS |= {"mlx_bandwidth", "engines"}
 _LINK_KEYS = {"between", "link", "latency", "bandwidth"}
 _SECONDS = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)")
 _SECOND_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -110,12 +112,25 @@ def _described(row: dict[str, Any]) -> list[Machine]:
     if "memory" in row or "usable" in row:
         machine = replace(machine, usable=_size(row.get("usable", row.get("memory"))))
     if "bandwidth" in row:
-        machine = replace(machine, bandwidth=float(_size(row["bandwidth"])))
+        bandwidth = float(_size(row["bandwidth"]))
+        machine = replace(machine, bandwidth=bandwidth, ggml_bandwidth=bandwidth)
+    if "mlx_bandwidth" in row:
+        machine = replace(machine, bandwidth=float(_size(row["mlx_bandwidth"])))
+    if "engines" in row:
+        machine = replace(machine, engines=_engines(row["engines"]))
     if "compute" in row:
-        machine = replace(machine, compute=float(row["compute"]) * 1e12)
+        compute = float(row["compute"]) * 1e12
+        machine = replace(machine, compute=compute, ggml_compute=compute)
     if "link" in row:
         machine = replace(machine, link=links.find(str(row["link"])).name)
     return [machine] * int(row.get("count", 1))
+
+
+def _engines(given: Any) -> tuple[str, ...]:
+    engines = tuple(given) if isinstance(given, list) else (str(given),)
+    if not engines or set(engines) - set(ENGINES):
+        raise InputError(f"engines {given}: a list of {', '.join(ENGINES)}")
+    return engines
 
 
 def _link(row: dict[str, Any], machines: Sequence[Machine]) -> tuple[frozenset[str], Link]:

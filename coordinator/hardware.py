@@ -18,7 +18,8 @@ GIB = 1 << 30
 class Box:
     """A machine as it is sold: bytes, bytes and operations per second, US dollars.
 
-    0 for a compute or a price that is not known.
+    0 for a compute or a price that is not known. backend: of its GPU; what MLX has instead
+    begins with mlx.
     """
 
     name: str
@@ -30,6 +31,9 @@ class Box:
     price: int
     link: str
     source: str
+    backend: str
+    mlx_backend: str
+    mlx_bandwidth: float
 
     def machine(self, name: str = "") -> Machine:
         """One of these for the planner, called `name`."""
@@ -37,10 +41,14 @@ class Box:
             name=name or self.name,
             address="",
             usable=self.usable,
-            bandwidth=self.bandwidth,
+            bandwidth=self.mlx_bandwidth,
             chip=self.chip,
-            compute=self.compute,
+            backend=self.mlx_backend,
+            compute=self.compute if self.mlx_backend == self.backend else 0.0,
             link=self.link,
+            ggml_backend=self.backend,
+            ggml_bandwidth=self.bandwidth,
+            ggml_compute=self.compute,
         )
 
 
@@ -63,6 +71,9 @@ def boxes() -> dict[str, Box]:
                 price=row.get("price", {}).get(option, 0),
                 link=row["link"],
                 source=row["source"],
+                backend=row["backend"],
+                mlx_backend=row.get("mlx_backend", row["backend"]),
+                mlx_bandwidth=row.get("mlx_bandwidth", row["bandwidth"]) * 1e9,
             )
     return found
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coordinator.links import Network
+from coordinator.costs import Costs
 from coordinator.members import Members
 from coordinator.placement import Layout, Machine
-from coordinator.pool import Pool
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.trust import Cluster, Identity
 from unicluster.units import format_bytes
@@ -25,10 +24,13 @@ def find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Mac
 def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int, int]]:
     """One range of layers for each machine, in the given order, of the least seconds a token.
 
-    Raises DoesNotFitError when there is none.
+    Raises DoesNotFitError when there is none, InputError when a machine has not the engine.
     """
-    problems = [Pool(layout, [machine], Network()).problem() for machine in machines]
-    costs = [(problem.first[0], problem.step[0]) for problem in problems]
+    for machine in machines:
+        if not machine.can(layout.engine):
+            raise InputError(f"nodes: {machine.name} does not offer {layout.engine}")
+    found = [Costs(layout).seconds(machine) for machine in machines]
+    costs = [(row.head, row.rest) for row in found]
     rows = [costs[0][0]]
     for _, step in costs[1:]:
         rows.append((rows[-1][:, None] + step).min(axis=0))

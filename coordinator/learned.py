@@ -17,9 +17,10 @@ from typing import Any
 from filelock import FileLock
 
 from coordinator.fleet import Fleet
+from coordinator.forms import Forms
 from coordinator.hardware import known_compute
 from coordinator.links import Link, Network
-from coordinator.placement import Layout, Machine, Stage
+from coordinator.placement import Layout, Machine, Stage, decode_seconds
 from unicluster.trust import default_folder
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,15 @@ FILE = "measured.json"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds that a machine took for one token through layers [first, end) of a model."""
+    """Seconds that a machine took for one token through layers [first, end) of a model.
+
+    finishes: and through what makes the logits, where that comes after the last layer.
+    """
 
     first: int
     end: int
     seconds_per_token: float
+    finishes: bool = False
 
     @property
     def seconds_per_layer(self) -> float:
@@ -131,8 +136,8 @@ class Learned:
         with FileLock(path.with_suffix(".lock")):  # several models may be served from here
             known = cls.load(folder)
             for stage, seconds in zip(stages, taken.stages, strict=True):
-                row = Measurement(stage.first, stage.end, seconds)
-                known.stages.setdefault(stage.machine.name, {})[model] = row
+                row = Measurement(stage.first, stage.end, seconds, stage.finishes)
+                known.stages.setdefault(stage.machine.name, {})[_key(model, stage.engine)] = row
             if taken.hops is not None and len(stages) > 1:
                 names = [stage.machine.name for stage in stages]
                 pairs = map(_pair, names, [*names[1:], names[0]])
@@ -143,23 +148,32 @@ class Learned:
             known._save()
         return known
 
-    def fleet(self, machines: Sequence[Machine], model: str, layout: Layout) -> Fleet:
+    def fleet(self, machines: Sequence[Machine], model: str, layout: Layout | Forms) -> Fleet:
         """The machines that are there, at the speeds known of them for this model."""
-        known = [replace(m, compute=m.compute or known_compute(m.chip)) for m in machines]
+        known = [_with_compute(machine) for machine in machines]
         paced = self.paced(known, model, layout)
         return Fleet(tuple(paced), Network(pairs=self.links(paced)))
 
-    def paced(self, machines: Sequence[Machine], model: str, layout: Layout) -> list[Machine]:
+    def paced(
+        self, machines: Sequence[Machine], model: str, layout: Layout | Forms
+    ) -> list[Machine]:
         """The machines, those that were measured with this model at their measured pace.
 
         The others are taken to be off by as much as these: a machine must not look faster for
-        not having been tried.
+        not having been tried, nor an engine.
         """
-        known = {m.name: pace for m in machines if (pace := self._pace(m, model, layout))}
-        usual = median(known.values()) if known else 1.0
-        return [
-            replace(m, pace=known.get(m.name, usual), measured=m.name in known) for m in machines
-        ]
+        forms = layout if isinstance(layout, Forms) else Forms(layout)
+        known = {
+            form.engine: {m.name: p for m in machines if (p := self._pace(m, model, form))}
+            for form in forms.layouts
+        }
+        every = [pace for paces in known.values() for pace in paces.values()]
+        for engine, paces in known.items():
+            usual = median(paces.values() or every or [1.0])
+            machines = [
+                m.paced(engine, paces.get(m.name, usual), m.name in paces) for m in machines
+            ]
+        return list(machines)
 
     def links(self, machines: Sequence[Machine]) -> dict[frozenset[str], Link]:
         """What was measured between these machines."""
@@ -173,12 +187,14 @@ class Learned:
 
     def _pace(self, machine: Machine, model: str, layout: Layout) -> float | None:
         """Measured seconds over assumed ones, for the layers that were measured."""
-        measured = self.stages.get(machine.name, {}).get(model)
+        measured = self.stages.get(machine.name, {}).get(_key(model, layout.engine))
         if measured is None or not 0 <= measured.first < measured.end <= layout.layers:
             return None
-        read = sum(layout.read_bytes[measured.first : measured.end])
+        form = layout if measured.finishes else layout.unfinished()
+        read = sum(form.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
-        assumed = replace(machine, pace=1.0).seconds(read, measured.end - measured.first)
+        unpaced = machine.paced(layout.engine, 1.0, measured=False)
+        assumed = decode_seconds(layout, unpaced, read, measured.end - measured.first)
         return measured.seconds_per_token / assumed
 
     def _save(self) -> None:
@@ -194,6 +210,22 @@ class Learned:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         Path(temporary).replace(self.path)
+
+
+def _with_compute(machine: Machine) -> Machine:
+    """With what is known of the chip's GPU, for the engines that compute on it."""
+    known = known_compute(machine.chip)
+    on_gpu = {e: machine.using(e).backend != "cpu" for e in machine.engines}
+    return replace(
+        machine,
+        compute=machine.compute or (known if on_gpu.get("mlx") else 0.0),
+        ggml_compute=known if on_gpu.get("ggml") else 0.0,
+    )
+
+
+def _key(model: str, engine: str) -> str:
+    """Under which a measurement is kept."""
+    return model if engine == "mlx" else f"{model} ({engine})"
 
 
 def _pair(one: str, other: str) -> str:

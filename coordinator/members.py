@@ -123,7 +123,7 @@ class Members:
         """
         problem: UniclusterError | None = None
         asked = [m for m in await self.machines() if names is None or m.name in names]
-        for machine in sorted(asked, key=lambda m: m.backend == "none"):
+        for machine in sorted(asked, key=lambda m: (m.backend == "none", "ggml" not in m.engines)):
             async with connect(machine.address, self._identity) as channel:
                 try:
                     return await NodeStub(channel).Inspect(request, timeout=INSPECT_SECONDS)

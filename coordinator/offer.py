@@ -8,14 +8,14 @@ from pathlib import Path
 import grpc
 
 from unicluster.checkpoint import Checkpoint
-from unicluster.fingerprint import whole_directory
+from unicluster.fingerprint import whole
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
 from unicluster.weights_service import WeightsService
 
 
 @dataclass(frozen=True)
 class Offered:
-    """The fingerprint of each directory, and where they can be had."""
+    """The fingerprint of each directory or GGUF, and where they can be had."""
 
     revisions: dict[str, str]
     sources: list[str]
@@ -26,7 +26,7 @@ def offer(models: Iterable[str], port: int, server: grpc.aio.Server) -> Offered:
 
     Raises InputError when one can't be read.
     """
-    files = {model: whole_directory(Path(model)) for model in models if os.path.isabs(model)}
+    files = {model: whole(Path(model)) for model in models if os.path.isabs(model)}
     if not files:
         return Offered({}, [])
 

@@ -18,6 +18,11 @@ Objective = Literal["latency", "throughput"]
 # Decoding reads weights at about this part of what the memory could give: a usual figure for
 # quantized matrix-vector kernels on all the machines here.
 BANDWIDTH_SHARE = 0.8
+# MLX's CPU backend computes on one thread, so it gets only so much of that: on a machine whose
+# memory gives 25 GB/s it read 2.0 GB/s in bfloat16, 1.5 in 8 bits and 1.0 in 4. (In float32 it was
+# 2.8; but those are toys, of which predictions stay what the memory allows.)
+MLX_CPU_SHARE = {"bfloat16": 0.1, "float16": 0.1}
+MLX_CPU_SHARE_QUANTIZED = 0.05
 # A layer starts 15 to 40 kernels, at some microseconds each.
 LAYER_S = 0.1e-3
 # Prefill multiplies matrices at about this part of the peak.
@@ -42,7 +47,10 @@ class Layout:
     head_bytes: all outside the layers. Of them embed_bytes are embeddings, and
     head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
     forbidden_cuts: layers that must be on the same stage as the layer before them.
+    forbidden_counts: no stage may have so many layers, unless it has all.
     draft_bytes: the part of head_bytes that is a draft model with its KV caches.
+    hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
+    tail_bytes: the part of the last layer's bytes that makes logits.
     """
 
     model_type: str
@@ -56,11 +64,15 @@ class Layout:
     quant: str
     max_context: int
     forbidden_cuts: tuple[int, ...] = ()
+    forbidden_counts: tuple[int, ...] = ()
     embed_bytes: int = 0
     head_active_bytes: int | None = None
     parameters: int = 0
     layer_active_parameters: tuple[int, ...] | None = None
+    engine: str = "mlx"
     draft_bytes: int = 0
+    hidden_size: int = 0
+    tail_bytes: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -85,10 +97,26 @@ class Layout:
             quant=layout.quant,
             max_context=layout.max_context,
             forbidden_cuts=tuple(layout.forbidden_cuts),
+            forbidden_counts=tuple(layout.forbidden_counts),
             embed_bytes=layout.embed_bytes,
             head_active_bytes=layout.head_active_bytes or None,
             parameters=layout.parameters,
             layer_active_parameters=tuple(layout.layer_active_parameters) or None,
+            engine=layout.engine or "mlx",
+            hidden_size=layout.hidden_size,
+            tail_bytes=layout.tail_bytes,
+        )
+
+    def unfinished(self) -> Layout:
+        """The same where the head makes the logits: without the tail of the last layer."""
+        return replace(
+            self,
+            layer_bytes=(*self.layer_bytes[:-1], self.layer_bytes[-1] - self.tail_bytes),
+            layer_active_bytes=(
+                *self.layer_active_bytes[:-1],
+                self.layer_active_bytes[-1] - self.tail_bytes,
+            ),
+            tail_bytes=0,
         )
 
     def with_draft(self, draft_bytes: int) -> Layout:
@@ -106,7 +134,14 @@ class Layout:
 
     @property
     def quantized(self) -> bool:
-        return self.quant.startswith(("q", "mxfp"))
+        return self.quant.startswith(("q", "mxfp", "iq", "tq"))
+
+    @property
+    def cpu_share(self) -> float:
+        """What a CPU gets, in this form, of what memory gives to others."""
+        if self.engine == "ggml":
+            return 1.0
+        return MLX_CPU_SHARE_QUANTIZED if self.quantized else MLX_CPU_SHARE.get(self.quant, 1.0)
 
     @property
     def weight_bytes(self) -> int:
@@ -141,20 +176,21 @@ class Layout:
 
     def reserve(self, held: int) -> int:
         """Bytes for the runtime and a prefill chunk beside `held` bytes of weights and KV."""
-        return min(self._full_reserve, held // RESERVE_SHARE)
+        return min(self.full_reserve, held // RESERVE_SHARE)
 
     def capacity(self, usable: int) -> int:
         """The most bytes of weights and KV that fit with their reserve into `usable`."""
         shares, rest = divmod(usable, RESERVE_SHARE + 1)
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
-        return max(usable - self._full_reserve, scaled)
+        return max(usable - self.full_reserve, scaled)
 
     def needed(self, held: int) -> int:
         """Usable bytes that a machine must have to hold so much of weights and KV."""
         return held + self.reserve(held)
 
     @property
-    def _full_reserve(self) -> int:
+    def full_reserve(self) -> int:
+        """The most that is kept back, however much is held."""
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 
@@ -164,7 +200,9 @@ class Machine:
     """A machine that may take a stage: bytes, bytes per second, and operations per second.
 
     compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: seconds it
-    takes over those assumed, for the model that is planned; `measured` or itself assumed.
+    takes over those assumed, for the model that is planned; `measured` or itself assumed. engines:
+    those it offers. All this is of MLX, and what begins with ggml of the other engine;
+    ggml_bandwidth: 0: as `bandwidth`. ggml_compute: None: as `compute`.
     """
 
     name: str
@@ -177,6 +215,12 @@ class Machine:
     link: str = ""
     pace: float = 1.0
     measured: bool = False
+    engines: tuple[str, ...] = ("mlx", "ggml")
+    ggml_backend: str = ""
+    ggml_bandwidth: float = 0.0
+    ggml_compute: float | None = None
+    ggml_pace: float = 1.0
+    ggml_measured: bool = False
 
     @classmethod
     def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
@@ -187,11 +231,46 @@ class Machine:
             bandwidth=info.bandwidth,
             chip=info.chip,
             backend=info.backend,
+            engines=tuple(info.engines) or ("mlx",),
+            ggml_backend=info.ggml_backend,
+            ggml_bandwidth=info.ggml_bandwidth,
         )
 
-    def seconds(self, read_bytes: float, layers: int) -> float:
-        """To decode one token through so many layers, of which so many bytes are read."""
-        return self.pace * (read_bytes / (BANDWIDTH_SHARE * self.bandwidth) + LAYER_S * layers)
+    def using(self, engine: str) -> Machine:
+        """The same as that engine finds it."""
+        if engine != "ggml":
+            return self
+        return replace(
+            self,
+            backend=self.ggml_backend or self.backend,
+            bandwidth=self.ggml_bandwidth or self.bandwidth,
+            compute=self.compute if self.ggml_compute is None else self.ggml_compute,
+            pace=self.ggml_pace,
+            measured=self.ggml_measured,
+        )
+
+    def paced(self, engine: str, pace: float, measured: bool) -> Machine:
+        """The same with the pace of one engine."""
+        if engine == "ggml":
+            return replace(self, ggml_pace=pace, ggml_measured=measured)
+        return replace(self, pace=pace, measured=measured)
+
+    def can(self, engine: str) -> bool:
+        """Whether that engine is there to compute stages."""
+        return engine in self.engines and self.using(engine).backend != "none"
+
+
+def reads(layout: Layout, machine: Machine) -> float:
+    """Bytes a second that are read there while decoding."""
+    seen = machine.using(layout.engine)
+    share = layout.cpu_share if seen.backend == "cpu" else 1.0
+    return BANDWIDTH_SHARE * share * seen.bandwidth / seen.pace
+
+
+def decode_seconds(layout: Layout, machine: Machine, read_bytes: float, layers: int) -> float:
+    """To decode one token through so many layers, of which so many bytes are read."""
+    overhead = machine.using(layout.engine).pace * LAYER_S * layers
+    return read_bytes / reads(layout, machine) + overhead
 
 
 def prefill_seconds(
@@ -218,6 +297,7 @@ class Stage:
     seconds_per_token: of one user. batch_seconds: what each further user of a batch adds.
     chunk_seconds: of a prefill chunk; None if the machine's compute is not known.
     hop_s: to the next stage, or from the last one back to the head.
+    finishes: it makes the logits; else the head does.
     """
 
     machine: Machine
@@ -232,6 +312,8 @@ class Stage:
     chunk_seconds: float | None = None
     hop_s: float = 0.0
     hop_measured: bool = False
+    engine: str = "mlx"
+    finishes: bool = False
 
     @property
     def bytes(self) -> int:
@@ -243,7 +325,7 @@ class Stage:
 
     @property
     def measured(self) -> bool:
-        return self.machine.measured
+        return self.machine.using(self.engine).measured
 
 
 @dataclass(frozen=True)
@@ -259,6 +341,11 @@ class Plan:
     left_out: tuple[tuple[Machine, str], ...]  # each with the reason
     chunk_tokens: int = 0
     gap: float = 0.0
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Those that compute it, the head's first."""
+        return tuple(dict.fromkeys(stage.engine for stage in self.stages))
 
     @property
     def hops_s(self) -> float:

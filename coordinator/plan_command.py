@@ -10,13 +10,15 @@ from typing import Any, get_args
 from rich.console import Console
 
 from coordinator import blueprints, fleet
-from coordinator.asking import Asked, alternatives, ask, layout_of
+from coordinator.asking import Asked, alternatives, ask, forms_of, with_gguf
 from coordinator.catalog import QUANTS
 from coordinator.compare import compare
+from coordinator.engines import add_engine_arguments, check_gguf
 from coordinator.fleet import Fleet
+from coordinator.forms import Forms
 from coordinator.learned import Learned
 from coordinator.members import Members
-from coordinator.placement import Layout, Objective, Plan
+from coordinator.placement import Objective, Plan
 from coordinator.planner import plan
 from coordinator.render import fleet_table, plan_table, rivals_table
 from coordinator.rivals import rivals
@@ -32,7 +34,7 @@ class Question:
     """What is to be planned, over what."""
 
     asked: Asked
-    layout: Layout
+    forms: Forms
     fleet: Fleet
     alternatives: Alternatives
 
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--users", type=int, default=1, help="answers at the same time")
     add_kv_bits(parser)
+    add_engine_arguments(parser)
     parser.add_argument("--objective", choices=get_args(Objective), default="latency")
     parser.add_argument(
         "--fleet",
@@ -88,11 +91,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    asked = ask(args.model, args.quant, args.context, args.users, args.kv_bits)
+    asked = _asked(args)
     if args.fleet is not None:
         thought_of = fleet.parse(args.fleet)
-        layout = layout_of(asked, _inspect_here)
-        question = Question(asked, layout, thought_of, alternatives(asked, _inspect_here))
+        asked = replace(asked, assume=asked.gguf is None)
+        forms = forms_of(asked, _inspect_here(asked.requests))
+        question = Question(asked, forms, thought_of, alternatives(asked, _inspect_here))
     else:
         question = asyncio.run(_question_to_cluster(asked, args.peer))
     machines = fleet.with_memory(fleet.with_links(question.fleet, args.link), args.memory)
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     try:
         best = plan(
-            question.layout,
+            question.forms,
             machines.machines,
             args.objective,
             model=asked.display,
@@ -120,6 +124,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(args: argparse.Namespace) -> Asked:
+    asked = ask(args.model, args.quant, args.context, args.users, args.kv_bits)
+    if args.gguf is not None:
+        check_gguf(args.engine, args.kv_bits)
+        asked = with_gguf(asked, args.gguf)
+    return replace(asked, engine=args.engine)
+
+
 def planned(question: Question, best: Plan) -> dict[str, Any]:
     """A plan for programs. Bytes, tokens per second, and milliseconds."""
     stages = [
@@ -131,6 +143,7 @@ def planned(question: Question, best: Plan) -> dict[str, Any]:
             "reserve_bytes": stage.reserve_bytes,
             "usable_bytes": stage.machine.usable,
             "head": stage.head,
+            "engine": stage.engine,
             "ms_per_token": stage.seconds_per_token * 1e3,
         }
         for stage in best.stages
@@ -158,10 +171,10 @@ def _facts(
     shortfall: int,
     suggestions: Sequence[str],
 ) -> dict[str, Any]:
-    layout = question.layout
+    layout = question.forms.layout
     return {
         "model": question.asked.display.split(" ")[0],
-        "quant": layout.quant,
+        "quant": question.asked.quant or layout.quant,
         "context": layout.context,
         "users": layout.users,
         "objective": objective,
@@ -182,8 +195,8 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     console, machines = Console(), question.fleet.machines
     allowed = [m for m in machines if nodes is None or m.name in nodes]
     console.print(fleet_table(machines))
-    console.print(plan_table(best, question.layout, question.asked.display))
-    others = rivals(question.layout, allowed, best, question.fleet.network)
+    console.print(plan_table(best, question.forms, question.asked.display))
+    others = rivals(question.forms, allowed, best, question.fleet.network)
     if others:
         console.print()
         console.print(rivals_table(others))
@@ -204,11 +217,16 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
         await members.search()
         machines = await members.machines()
-        if asked.request.config_json and blueprints.possible_here():
-            layout = layout_of(asked, _inspect_here)
-            options: Alternatives = alternatives(asked, _inspect_here)
+        options: Alternatives
+        if asked.request.config_json and asked.gguf is None and blueprints.possible_here():
+            forms = forms_of(asked, _inspect_here(asked.requests))
+            options = alternatives(asked, _inspect_here)
         else:
-            found = await members.inspect(asked.request)
-            layout = layout_of(asked, lambda _: [found])
-            options = scaled(quants=bool(asked.quant) or not layout.quantized)
-    return Question(asked, layout, Learned.load().fleet(machines, asked.display, layout), options)
+            answers = [await members.inspect(asked.request)]
+            if asked.gguf is not None:
+                asked.gguf.context = answers[0].context
+                answers.append(await members.inspect(asked.gguf))
+            forms = forms_of(asked, answers)
+            options = scaled(quants=bool(asked.quant) or not forms.layout.quantized)
+    known = Learned.load().fleet(machines, asked.display, forms)
+    return Question(asked, forms, known, options)

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 from coordinator import cuts
+from coordinator.forms import Forms
 from coordinator.links import Network
 from coordinator.placement import Layout, Machine, Objective, Plan, Stage
 from coordinator.pool import Pool
+from coordinator.problem import Found
 from coordinator.search import cheapest
 from coordinator.shortfall import Alternatives, refusal, scaled
 from unicluster.errors import InputError
@@ -26,10 +30,12 @@ __all__ = [
 
 AS_STATED = scaled(quants=True)
 ANY = Network()
+# What sums of the same numbers in another order may differ by.
+ROUNDING = 1e-12
 
 
 def plan(
-    layout: Layout,
+    layout: Layout | Forms,
     machines: Sequence[Machine],
     objective: Objective = "latency",
     *,
@@ -42,40 +48,110 @@ def plan(
 
     latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
     among such plans the one of least latency. Needless machines stay out, because each costs a
-    hop. Exact for any 8 machines; for more, `Plan.gap` says how far from the best it may be.
-    `nodes` names the machines that may be used; `model` is how messages call the model.
+    hop. Of a model in two forms each stage takes the one that is faster there, as far as engines
+    may share a ring. Exact for any 8 machines; for more, `Plan.gap` says how far from the best it
+    may be. `nodes` names the machines that may be used; `model` is how messages call the model.
 
     Raises InputError for an unknown node or objective, NoPlanError if no cut fits; its message
     says how many bytes are missing and which of the `alternatives` would help.
     """
     if objective not in get_args(Objective):
         raise InputError(f"no objective {objective!r}: it is latency or throughput")
+    forms = layout if isinstance(layout, Forms) else Forms(layout)
     asked = machines if nodes is None else _named(nodes, machines)
-    able = [m for m in asked if m.backend != "none"]
+    engines = [form.engine for form in forms.layouts]
+    able = [m for m in asked if any(map(m.can, engines))]
     for machine in able:
-        if machine.bandwidth <= 0:
+        if any(machine.using(e).bandwidth <= 0 for e in engines if machine.can(e)):
             raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
 
-    pool = Pool(layout, able, network)
-    if not pool.fits():
-        raise refusal(layout, pool, model or layout.model_type, alternatives)
-    slowest, proven = pool.least_slowest() if objective == "throughput" else (math.inf, True)
-    found = cheapest(pool.problem(slowest))
-    if found is None:
-        raise InputError(
-            f"{len(able)} machines are too many to search: name some of them with --nodes"
-        )
-    stages = pool.stages(found.pieces)
-    gap = 1 - found.bound / found.cost
-    if objective == "throughput":
-        gap = 0.0 if proven else 1 - pool.slowest_bound() / slowest
+    pools = [Pool(ring, able, network) for ring in forms.rings()]
+    fitting = [pool for pool in pools if pool.fits()]
+    if not fitting:
+        raise refusal(forms, pools, model or forms.layout.model_type, alternatives)
+    stages, gap = _best(fitting, objective)
+    if _odd_cut(stages, forms) is not None:
+        stages, gap = _without_odd_counts(stages, gap, forms, able, network, objective)
     used = {stage.machine.name for stage in stages}
     left_out = tuple(
-        (m, "not among the nodes asked for" if m not in asked else _why_out(m, layout, objective))
+        (m, "not among the nodes asked for" if m not in asked else _why_out(m, forms, objective))
         for m in machines
         if m.name not in used
     )
-    return Plan(objective, layout.users, stages, left_out, layout.chunk_tokens, gap)
+    head = next(form for form in forms.layouts if form.engine == stages[0].engine)
+    return Plan(objective, head.users, stages, left_out, head.chunk_tokens, gap)
+
+
+def _without_odd_counts(
+    stages: tuple[Stage, ...],
+    gap: float,
+    forms: Forms,
+    machines: Sequence[Machine],
+    network: Network,
+    objective: Objective,
+) -> tuple[tuple[Stage, ...], float]:
+    """A placement without stages of a forbidden count: one of their cuts after another is taken.
+
+    Not always the best of them; the gap is to what the best is without that rule.
+    Raises InputError when it comes to none.
+    """
+    least = _taken(stages, objective) * (1 - gap)
+    while (cut := _odd_cut(stages, forms)) is not None:
+        forms = forms.map(partial(_without_cut, cut=cut))
+        pools = [Pool(ring, machines, network) for ring in forms.rings()]
+        fitting = [pool for pool in pools if pool.fits()]
+        if not fitting:
+            raise InputError(
+                f"{forms.layout.model_type}: it fits only with a stage of a number of layers that "
+                "llama.cpp takes for another model: use more machines, or others"
+            )
+        stages, _ = _best(fitting, objective)
+    return stages, max(0.0, 1 - least / _taken(stages, objective))
+
+
+def _without_cut(form: Layout, cut: int) -> Layout:
+    return replace(form, forbidden_cuts=tuple(sorted({*form.forbidden_cuts, cut})))
+
+
+def _odd_cut(stages: Sequence[Stage], forms: Forms) -> int | None:
+    """A cut at an end of a stage of a forbidden count; None if there is no such stage."""
+    counts = {form.engine: form.forbidden_counts for form in forms.layouts}
+    if len(stages) > 1:
+        for stage in stages:
+            if stage.end - stage.first in counts[stage.engine]:
+                return stage.first or stage.end
+    return None
+
+
+def _taken(stages: Sequence[Stage], objective: Objective) -> float:
+    """What an objective makes small, in seconds."""
+    if objective == "throughput":
+        return max(stage.seconds_per_token for stage in stages)
+    return sum(stage.seconds_per_token + stage.hop_s for stage in stages)
+
+
+def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...], float]:
+    """The best of the placements of each kind of ring, and how much better one may be at most."""
+    slowest, proven = math.inf, True
+    if objective == "throughput":
+        limits = [pool.least_slowest() for pool in pools]
+        slowest, proven = min(limits)[0], all(sure for _, sure in limits)
+    tried = [(cheapest(pool.problem(slowest * (1 + ROUNDING))), pool) for pool in pools]
+    found = [(result, pool) for result, pool in tried if result is not None]
+    if not found:
+        count = max(len(pool.machines) for pool in pools)
+        raise InputError(f"{count} machines are too many to search: name some of them with --nodes")
+    best, ring = min(found, key=_cost)
+    bound = min(result.bound for result, _ in found)
+    gap = max(0.0, 1 - bound / best.cost)
+    if objective == "throughput":
+        bound = min(pool.slowest_bound() for pool in pools) if not proven else slowest
+        gap = 1 - bound / slowest
+    return ring.stages(best.pieces), gap
+
+
+def _cost(pair: tuple[Found, Pool]) -> float:
+    return pair[0].cost
 
 
 def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
@@ -113,15 +189,24 @@ def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:
     return [m for m in machines if m.name in nodes]
 
 
-def _why_out(machine: Machine, layout: Layout, objective: Objective) -> str:
-    smallest = min(layout.held_bytes)
-    if machine.backend == "none":
-        return "has no MLX installed"
-    if layout.capacity(machine.usable) < smallest:
-        needed = format_bytes(layout.needed(smallest))
+def _why_out(machine: Machine, forms: Forms, objective: Objective) -> str:
+    able = [form for form in forms.layouts if machine.can(form.engine)]
+    if not able:
+        return _why_unable(machine, forms)
+    smallest = min(form.needed(min(form.held_bytes)) for form in able)
+    if machine.usable < smallest:
+        needed = format_bytes(smallest)
         return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"
     return "not needed: " + (
         "with it a token would take longer"
         if objective == "latency"
         else "the slowest stage would be no faster"
     )
+
+
+def _why_unable(machine: Machine, forms: Forms) -> str:
+    if forms.layout.engine == "mlx" and machine.backend != "none":
+        return "offers only ggml (llama.cpp), and the model is no GGUF: give it one with --gguf"
+    if forms.layout.engine == "mlx":
+        return "has no MLX installed"
+    return "has no llama.cpp: on it, pip install 'unicluster[ggml]', then join again"

@@ -2,50 +2,38 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from coordinator import cuts
+from coordinator.costs import Costs
 from coordinator.cuts import Matrix
+from coordinator.forms import Ring
 from coordinator.links import Network
-from coordinator.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine, Stage
+from coordinator.placement import Machine, Stage, reads
 from coordinator.problem import Piece, Problem
 from coordinator.reach import Reach
 from coordinator.stages import Span, hop, stages
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One figure over ranges of layers: `head[k]` over [0, k) on a head, `rest[j, k]` later."""
-
-    head: Matrix
-    rest: Matrix
-
-    def values(self) -> list[float]:
-        both = np.concatenate([self.head, self.rest.ravel()])
-        return [float(value) for value in np.unique(both[np.isfinite(both)])]
-
-
 class Pool:
     """Machines grouped into kinds: those that nothing in the search could tell apart."""
 
-    def __init__(self, layout: Layout, machines: Sequence[Machine], network: Network) -> None:
-        self.layout = layout
+    def __init__(self, ring: Ring, machines: Sequence[Machine], network: Network) -> None:
+        self.ring = ring
+        self.layout = ring.head
         self.network = network
         self.groups: list[list[Machine]] = []
-        for machine in sorted(machines, key=lambda m: -m.bandwidth):
+        machines = [machine for machine in machines if ring.takes(machine)]
+        for machine in sorted(machines, key=lambda m: -self._rate(m)):
             group = next((g for g in self.groups if self._alike(machine, g[0], machines)), None)
             if group is None:
                 self.groups.append([machine])
             else:
                 group.append(machine)
         self.counts = [len(group) for group in self.groups]
-        self.capacities = [layout.capacity(group[0].usable) for group in self.groups]
-        self.held = self._row(layout.held_bytes, layout.head_bytes)
-        self._read = self._row(layout.read_bytes, layout.head_read_bytes)
-        self._layers = self._row([1] * layout.layers, 0)
+        self._costs = [Costs(form) for form in ring.forms]  # of the head's form first
 
     @property
     def machines(self) -> list[Machine]:
@@ -55,14 +43,11 @@ class Pool:
         """In seconds a token. No stage may take longer than `slowest`."""
         heads: list[Matrix] = []
         rests: list[Matrix] = []
-        for group, capacity in zip(self.groups, self.capacities, strict=True):
-            seconds = self._seconds(group[0])
-            for costs, held, found in (
-                (seconds.head, self.held.head, heads),
-                (seconds.rest, self.held.rest, rests),
-            ):
-                fine = (held <= capacity) & (costs <= slowest)
-                found.append(np.where(fine, costs, np.inf))
+        for group in self.groups:
+            rows = [costs.seconds(group[0]) for costs in self._costs]
+            rest = np.minimum.reduce([row.rest for row in rows])
+            for costs, found in ((rows[0].head, heads), (rest, rests)):
+                found.append(np.where(costs <= slowest, costs, np.inf))
         return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), self._hops())
 
     def least_slowest(self) -> tuple[float, bool]:
@@ -90,8 +75,8 @@ class Pool:
             most = 0.0
             for group, step, first in pairs:
                 reads = [
-                    self._read.rest[step <= limit].max(initial=0.0),
-                    self._read.head[first <= limit].max(initial=0.0),
+                    self._costs[0].read.rest[step <= limit].max(initial=0.0),
+                    self._costs[0].read.head[first <= limit].max(initial=0.0),
                 ]
                 most += len(group) * max(reads)
             return most >= total
@@ -101,38 +86,48 @@ class Pool:
         return values[_first(values, enough)]
 
     def fits(self) -> bool:
-        return self._holds(self.counts, self.capacities)
+        return self._holds(self.counts, [group[0] for group in self.groups])
 
     def missing_machine(self) -> int:
-        """The least bytes of weights and KV that one more machine would have to hold."""
-        values = self.held.values()
-        more = [*self.counts, 1]
-        at = _first(values, partial(self._holds_with, more))
+        """The least usable bytes that one more machine would have to offer."""
+        values = self._needs()
+        at = _first(values, partial(self._holds_besides, self.counts, Machine("", "", 0, 1.0)))
         return int(values[at])
 
     def helped_by(self, machine: Machine, count: int) -> bool:
         """Whether the model fits with so many machines like this one besides."""
-        capacity = self.layout.capacity(machine.usable)
-        return self._holds([*self.counts, count], [*self.capacities, capacity])
+        there = [group[0] for group in self.groups]
+        return self._holds([*self.counts, count], [*there, machine])
 
     def shortfall(self) -> tuple[int, Machine | None]:
         """The fewest bytes that would do if one machine had them besides, and that machine."""
-        values = self.held.values()
-        best: tuple[int, Machine | None] = (self.layout.needed(int(values[-1])), None)
+        values = self._needs()
+        best: tuple[int, Machine | None] = (int(values[-1]), None)
         for i, group in enumerate(self.groups):
-            counts = [*self.counts, 1]
+            counts = list(self.counts)
             counts[i] -= 1
-            at = _first(values, partial(self._holds_with, counts))
-            more = self.layout.needed(int(values[at])) - group[0].usable
-            if best[1] is None or more < best[0]:
+            enough = partial(self._holds_besides, counts, group[0])
+            at = _first(values, enough)
+            more = int(values[at]) - group[0].usable
+            if enough(values[at]) and (best[1] is None or more < best[0]):
                 best = (more, group[0])
         return best
 
     def stages(self, pieces: Sequence[Piece]) -> tuple[Stage, ...]:
         """A placement by kinds, given to machines of these kinds."""
         waiting = [iter(group) for group in self.groups]
-        spans = [Span(next(waiting[p.kind]), p.first, p.end) for p in pieces]
-        return stages(self.layout, self.network, spans)
+        return stages(self.network, [self._span(next(waiting[p.kind]), p) for p in pieces])
+
+    def _span(self, machine: Machine, piece: Piece) -> Span:
+        """Layers in the form that computes them fastest there."""
+        first, end = piece.first, piece.end
+        form = self.ring.head
+        if first > 0:
+            form = min(self._costs, key=lambda c: c.seconds(machine).rest[first, end]).layout
+        return Span(machine, first, end, form)
+
+    def _rate(self, machine: Machine) -> float:
+        return max(reads(form, machine) for form in self.ring.forms if machine.can(form.engine))
 
     def _hop(self, one: Machine, other: Machine) -> float:
         return hop(self.layout, self.network, one, other)[0]
@@ -154,35 +149,35 @@ class Pool:
         return hops
 
     def _alike(self, one: Machine, other: Machine, machines: Sequence[Machine]) -> bool:
-        key = (one.usable, one.bandwidth, one.pace) == (other.usable, other.bandwidth, other.pace)
         others = [m for m in machines if m is not one and m is not other]
-        return key and all(self._hop(one, m) == self._hop(other, m) for m in others)
-
-    def _seconds(self, machine: Machine) -> _Row:
-        rate = BANDWIDTH_SHARE * machine.bandwidth
-        return _Row(
-            (self._read.head / rate + LAYER_S * self._layers.head) * machine.pace,
-            (self._read.rest / rate + LAYER_S * self._layers.rest) * machine.pace,
+        return self._key(one) == self._key(other) and all(
+            self._hop(one, m) == self._hop(other, m) for m in others
         )
 
-    def _row(self, values: Sequence[float], head: float) -> _Row:
-        """Sums over ranges; inf for those that are empty or begin or end at a forbidden cut."""
-        edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))
-        first = np.where(np.arange(len(edges)) == 0, np.inf, edges + head)
-        return _Row(*cuts.without(first, cuts.range_sums(edges), self.layout.forbidden_cuts))
+    def _key(self, machine: Machine) -> tuple[float, ...]:
+        """What a machine is to the search, but for its links."""
+        key: list[float] = [machine.usable]
+        for form in self.ring.forms:
+            pace = machine.using(form.engine).pace
+            key += [machine.can(form.engine), reads(form, machine), pace]
+        return tuple(key)
 
-    def _holds_with(self, counts: Sequence[int], held: float) -> bool:
-        """Whether everything fits where one more kind can hold so much."""
-        return self._holds(counts, [*self.capacities, held])
+    def _needs(self) -> list[float]:
+        """All the usable bytes that there is a stage for."""
+        return sorted({need for costs in self._costs for need in costs.needed.values()})
 
-    def _holds(self, counts: Sequence[int], capacities: Sequence[float]) -> bool:
+    def _holds_besides(self, counts: Sequence[int], like: Machine, usable: float) -> bool:
+        """Whether everything fits where one more, like that one, offers so much."""
+        there = [group[0] for group in self.groups]
+        return self._holds([*counts, 1], [*there, replace(like, usable=int(usable))])
+
+    def _holds(self, counts: Sequence[int], kinds: Sequence[Machine]) -> bool:
         there = [i for i, count in enumerate(counts) if count]
         if not there:
             return False
-        room = np.asarray([capacities[i] for i in there])
-        rest = self.held.rest[None] <= room[:, None, None]
-        head = self.held.head[None] <= room[:, None]
-        return Reach([counts[i] for i in there], rest, head).possible()
+        rest = [np.logical_or.reduce([c.fits(kinds[i])[1] for c in self._costs]) for i in there]
+        head = [self._costs[0].fits(kinds[i])[0] for i in there]
+        return Reach([counts[i] for i in there], np.stack(rest), np.stack(head)).possible()
 
 
 def _first(values: Sequence[float], enough: Callable[[float], bool]) -> int:

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.engine_lines import engine_lines
+from coordinator.forms import Forms
 from coordinator.learned import Taken
 from coordinator.placement import Layout, Machine, Plan, Stage
 from coordinator.rivals import Rival
@@ -57,9 +59,9 @@ def nodes_table(nodes: Iterable[tuple[node_pb2.NodeInfo, str]]) -> RenderableTyp
     return _Nodes(tuple(nodes))
 
 
-def plan_table(plan: Plan, layout: Layout, title: str) -> RenderableType:
+def plan_table(plan: Plan, model: Layout | Forms, title: str) -> RenderableType:
     """Who holds which layers, how fast that should be, and why not otherwise."""
-    return _Planned(plan, layout, title)
+    return _Planned(plan, model if isinstance(model, Forms) else Forms(model), title)
 
 
 def rivals_table(others: Sequence[Rival]) -> RenderableType:
@@ -116,13 +118,34 @@ class _Fleet:
         for m in sorted(self.machines, key=lambda m: (-m.usable, m.name)):
             table.add_row(
                 *who(m.name, m.chip, wide),
-                *[Text(m.backend)] * there,
+                *[Text(_backends(m))] * there,
                 format_bytes(m.usable),
-                format_rate(m.bandwidth),
+                _bandwidths(m),
                 *[Text(m.address)] * there,
             )
         yield table
         yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
+
+
+def _installed(info: node_pb2.NodeInfo) -> str:
+    nothing = info.backend == "none" and "ggml" not in info.engines
+    return "no MLX" if nothing else _backends(Machine.from_proto(info, ""))
+
+
+def _bandwidths(machine: Machine) -> str:
+    """As MLX gets at the memory, and ggml where that is otherwise."""
+    mlx, ggml = format_rate(machine.bandwidth), format_rate(machine.using("ggml").bandwidth)
+    if "ggml" not in machine.engines or mlx == ggml:
+        return mlx
+    return f"{mlx}, ggml {ggml}" if "mlx" in machine.engines else ggml
+
+
+def _backends(machine: Machine) -> str:
+    """Of MLX, and of ggml where it is another."""
+    named = [machine.backend] if machine.can("mlx") else []
+    if "ggml" in machine.engines and machine.ggml_backend not in ("", *named):
+        named.append(f"{machine.ggml_backend} (ggml)")
+    return ", ".join(named) or machine.backend
 
 
 @dataclass(frozen=True)
@@ -144,7 +167,7 @@ class _Nodes:
             layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
             table.add_row(
                 *who(info.name, info.chip, wide),
-                Text("no MLX" if info.backend == "none" else info.backend),
+                Text(_installed(info)),
                 Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
                 format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
                 *[layers] * serving,
@@ -160,8 +183,14 @@ class _Nodes:
 @dataclass(frozen=True)
 class _Planned:
     plan: Plan
-    layout: Layout
+    forms: Forms
     title: str
+
+    @property
+    def layout(self) -> Layout:
+        """In the head's form."""
+        engine = self.plan.stages[0].engine
+        return next(form for form in self.forms.layouts if form.engine == engine)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._stages(options.max_width >= WIDE)
@@ -171,14 +200,17 @@ class _Planned:
     def _stages(self, wide: bool) -> Table:
         layout, users = self.layout, counted(self.layout.users, "user")
         hops = wide and len(self.plan.stages) > 1
+        mixed = len(self.plan.engines) > 1
         table = new_table(f"{self.title}: context {layout.context}, {users}, {self.plan.objective}")
         add_names(table, "machine", *["chip"] * wide)
+        add_words(table, *["engine"] * mixed)
         add_numbers(table, "layers", "weights", "KV", "free")
         table.add_column("memory")
         add_numbers(table, "ms/token", *["hop ms"] * hops)
         for stage in self.plan.stages:
             table.add_row(
                 *who(stage.machine.name, stage.machine.chip, wide),
+                *[stage.engine] * mixed,
                 layer_range(stage.first, stage.end),
                 format_bytes(stage.weight_bytes),
                 format_bytes(stage.kv_bytes),
@@ -193,7 +225,12 @@ class _Planned:
         plan = self.plan
         drafts = self.layout.draft_bytes
         own = format_bytes(self.layout.head_bytes - drafts)
-        head = f"{plan.stages[0].machine.name}, with {own} of embedding and lm_head"
+        first, last = plan.stages[0].machine.name, plan.stages[-1].machine.name
+        head = f"{first}, with {own} of embedding and lm_head"
+        if self.layout.engine == "ggml":
+            head = (
+                f"{first}, with {own} of embedding; the lm_head is with the last layer, on {last}"
+            )
         if drafts:
             head += f", and {format_bytes(drafts)} of draft model"
         facts = Table.grid(padding=(0, 2))
@@ -201,6 +238,8 @@ class _Planned:
         facts.add_column()
         facts.add_row("memory", _Legend())
         facts.add_row("head", Text(head))
+        for i, line in enumerate(engine_lines(plan, self.forms)):
+            facts.add_row("" if i else "engine", Text(line))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
             hops = f"{len(plan.stages)}, together {ms(plan.hops_s)} ms a token, {known}"

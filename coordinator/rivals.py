@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from coordinator.forms import Forms
 from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Objective, Plan
+from coordinator.placement import Machine, Objective, Plan
 from coordinator.planner import plan
 from coordinator.shortfall import NoPlanError
 
 MOST = 3
+# What is nearer than that is the same plan by other names.
+NOTICEABLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,14 @@ class Rival:
     reason: str
 
 
-def rivals(
-    layout: Layout, machines: Sequence[Machine], best: Plan, network: Network
-) -> list[Rival]:
-    """The nearest of: the other objective's plan, one machine alone, and each machine left out."""
+def rivals(forms: Forms, machines: Sequence[Machine], best: Plan, network: Network) -> list[Rival]:
+    """The nearest of: the other objective's plan, one machine alone, each machine left out, and
+    each engine alone."""
     found: dict[tuple[object, ...], Plan] = {}
-    for names, objective in _ideas(machines, best):
+    for form, names, objective in _ideas(forms, machines, best):
         try:
             other = plan(
-                layout,
+                form,
                 machines,
                 objective,
                 nodes=names,
@@ -36,30 +38,41 @@ def rivals(
             )
         except NoPlanError:
             continue
-        if _shape(other) != _shape(best):
+        more = _score(other, best.objective) / _score(best, best.objective) - 1
+        if _shape(other) != _shape(best) and more > NOTICEABLE:
             found.setdefault(_shape(other), other)
     ranked = sorted(found.values(), key=lambda other: _score(other, best.objective))
     return [Rival(other, _reason(other, best)) for other in ranked[:MOST]]
 
 
-def _ideas(machines: Sequence[Machine], best: Plan) -> Iterator[tuple[list[str], Objective]]:
-    able = [m for m in machines if m.backend != "none"]
-    yield [m.name for m in able], "throughput" if best.objective == "latency" else "latency"
+def _ideas(
+    forms: Forms, machines: Sequence[Machine], best: Plan
+) -> Iterator[tuple[Forms, list[str], Objective]]:
+    able = [m for m in machines if any(m.can(form.engine) for form in forms.layouts)]
+    names = [m.name for m in able]
+    yield forms, names, "throughput" if best.objective == "latency" else "latency"
+    for form in forms.layouts if len(forms.layouts) > 1 else ():
+        yield Forms(form), names, best.objective
     used = {_kind(stage.machine): stage.machine for stage in best.stages}
     for machine in {_kind(m): m for m in able}.values():
-        yield [machine.name], best.objective
+        yield forms, [machine.name], best.objective
     for machine in used.values():
         if others := [m.name for m in able if _kind(m) != _kind(machine)]:
-            yield others, best.objective
+            yield forms, others, best.objective
 
 
 def _kind(machine: Machine) -> tuple[object, ...]:
-    return machine.usable, machine.bandwidth, machine.pace, machine.link
+    seen = [machine.using(engine) for engine in machine.engines]
+    return machine.usable, machine.link, *((m.backend, m.bandwidth, m.pace) for m in seen)
 
 
 def _shape(found: Plan) -> tuple[object, ...]:
     """What tells plans apart: alike machines don't."""
-    return tuple((_kind(stage.machine), stage.first) for stage in found.stages)
+    return tuple((_kind(stage.machine), stage.engine, stage.first) for stage in found.stages)
+
+
+def _machines(found: Plan) -> set[str]:
+    return {stage.machine.name for stage in found.stages}
 
 
 def _score(found: Plan, objective: Objective) -> float:
@@ -74,6 +87,8 @@ def _reason(other: Plan, best: Plan) -> str:
         return (
             f"its slowest stage, {slowest.machine.name}, takes {more * 1e3:.3g} ms a token longer"
         )
+    if other.engines != best.engines and _machines(other) == _machines(best):
+        return f"{more * 1e3:.3g} ms a token longer: {' and '.join(other.engines)} only"
     hops = other.hops_s - best.hops_s
     if hops >= more / 2:
         stages = len(other.stages) - len(best.stages)

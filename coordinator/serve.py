@@ -5,24 +5,26 @@ import asyncio
 import contextlib
 import secrets
 import signal
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections.abc import AsyncIterator
+from typing import get_args
 
 import grpc
 from rich.console import Console
 
-from coordinator.catalog import QUANTS, Source, resolve
+from coordinator.catalog import QUANTS
 from coordinator.deployment import Listener
+from coordinator.engines import add_engine_arguments, models_of
 from coordinator.front import Front
+from coordinator.inspected import inspected
 from coordinator.members import Members
 from coordinator.offer import Offered, offer
 from coordinator.placement import Objective, Plan
 from coordinator.render import LoadProgress, fleet_table, plan_table
-from coordinator.service import Inspected, Service
-from coordinator.serving import Serving, add_serving_arguments, serving_of
+from coordinator.serve_options import DEFAULT_PORT, ServeOptions
+from coordinator.service import Service
+from coordinator.serving import add_serving_arguments, serving_of
 from coordinator.telemetry import root_of, tell
-from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
+from unicluster.broker_url import add_mqtt_argument, chosen_broker
 from unicluster.channels import bind, join_address, make_server
 from unicluster.discovery import Advertisement, Kind
 from unicluster.errors import InputError
@@ -30,33 +32,18 @@ from unicluster.mqtt import Publisher, in_background
 from unicluster.service_manager import notify
 from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
-from unicluster.v1.node_pb2 import InspectRequest
-
-DEFAULT_PORT = 47700
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What is to be served, where and how."""
-
-    source: Source
-    context: int = 0
-    users: int = 1
-    objective: Objective = "latency"
-    serving: Serving = field(default_factory=Serving)
-    nodes: list[str] | None = None
-    peers: Sequence[str] = field(default=())
-    host: str = ""
-    port: int = DEFAULT_PORT
-    broker: BrokerUrl | None = None
-    metrics_port: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a directory, owner/name on the hub, a known name, or demo"
     )
-    parser.add_argument("--quant", choices=QUANTS, help="quantize (default: as stored)")
+    parser.add_argument(
+        "--quant",
+        metavar="QUANT",
+        help=f"quantize: {', '.join(QUANTS)} (default: as stored); of a repository of GGUFs "
+        "which of them: q4_k_m, iq2_xxs, ud-q2_k_xl, ...",
+    )
     parser.add_argument(
         "--context",
         type=int,
@@ -68,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--users", type=int, default=1, help="answers at the same time (default: 1)"
     )
     add_serving_arguments(parser)
+    add_engine_arguments(parser)
     parser.add_argument(
         "--objective",
         choices=get_args(Objective),
@@ -111,12 +99,15 @@ def run(args: argparse.Namespace) -> int:
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     if nodes is not None and not all(nodes):
         raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
+    serving = serving_of(args)
+    source, gguf = models_of(args, serving)
     options = ServeOptions(
-        source=resolve(args.model, args.quant),
+        source=source,
+        gguf=gguf,
         context=args.context,
         users=args.users,
         objective=args.objective,
-        serving=serving_of(args),
+        serving=serving,
         nodes=nodes,
         peers=args.peer,
         host=args.host,
@@ -184,7 +175,8 @@ async def served(
     port = bind(server, options.host, options.port, identity, flag="--grpc-port")
     front = Front(options.source.display)
     add_ChatServicer_to_server(front, server)
-    models = [model for model in (options.source, options.serving.draft) if model is not None]
+    named = (options.source, options.gguf, options.serving.draft)
+    models = [model for model in named if model is not None]
     offered = await asyncio.to_thread(offer, [model.model for model in models], port, server)
     async with (
         _started(server),
@@ -257,40 +249,15 @@ async def _planned(
         await members.search(options.nodes)
         machines = await members.machines()
     console.print(fleet_table(machines))
-    source, draft = options.source, options.serving.draft
+    source, gguf = options.source, options.gguf
     sources = [*offered.sources, *(machine.address for machine in machines)]
-
-    def request(model: Source, **fields: Any) -> InspectRequest:
-        return InspectRequest(
-            model=model.model,
-            quant=model.quant,
-            users=options.users,
-            revision=offered.revisions.get(model.model, ""),
-            sources=sources,
-            **fields,
-        )
-
     with console.status(f"Looking into {source.display}"):
-        inspected = await members.inspect(
-            request(source, context=options.context, kv_bits=options.serving.kv_bits),
-            options.nodes,
-        )
-        drafting = None
-        if draft is not None:
-            asked = request(
-                draft,
-                context=inspected.context,
-                drafts_for=source.model,
-                drafts_for_revision=inspected.revision,
-            )
-            drafting = await members.inspect(asked, options.nodes)
-    found = Inspected(inspected, drafting)
-    layout = found.layout
+        found = await inspected(options, members, offered.revisions, sources)
     bars = contextlib.ExitStack()
 
     def on_plan(placed: Plan) -> Listener:
         bars.close()
-        console.print(plan_table(placed, layout, source.display))
+        console.print(plan_table(placed, found.forms, source.display))
         progress = bars.enter_context(LoadProgress(placed, console))
         loading = {stage.machine.name for stage in placed.stages}
 
@@ -308,6 +275,7 @@ async def _planned(
 
     return Service(
         source,
+        gguf,
         found,
         offered.sources,
         members,

@@ -4,16 +4,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
 
 from coordinator.catalog import Source
 from coordinator.deployment import Deployment, Files, Listener
+from coordinator.inspected import Inspected
 from coordinator.learned import Learned
 from coordinator.members import Members
-from coordinator.placement import Layout, Objective, Plan
+from coordinator.placement import Objective, Plan
 from coordinator.planner import plan
 from coordinator.serving import Serving
 from coordinator.shortfall import scaled
@@ -22,7 +22,7 @@ from unicluster.channels import channel_was_closed
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
-from unicluster.v1.node_pb2 import Draft, ModelLayout
+from unicluster.v1.node_pb2 import Draft
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +33,6 @@ LAST_RETRY_SECONDS = 30.0
 HEAD_SECONDS = 5.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """What a model weighs, and the draft model that guesses ahead for it, if there is one."""
-
-    model: ModelLayout
-    draft: ModelLayout | None = None
-
-    @property
-    def layout(self) -> Layout:
-        layout = Layout.from_proto(self.model)
-        if self.draft is None:
-            return layout
-        draft = Layout.from_proto(self.draft)
-        return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
 
 
 class DrainedError(UnavailableError):
@@ -65,6 +49,7 @@ class Service:
     def __init__(
         self,
         source: Source,
+        gguf: Source | None,
         inspected: Inspected,
         own_sources: list[str],
         members: Members,
@@ -75,7 +60,14 @@ class Service:
         serving: Serving,
     ) -> None:
         self.source = source
-        self.layout = inspected.layout
+        self.forms = inspected.forms
+        self.layout = self.forms.layout
+        both = (source, gguf)
+        self._models = {
+            engine: model
+            for engine, model in zip(inspected.by_engine, both, strict=False)
+            if model is not None
+        }
         self._inspected = inspected
         self._own_sources = own_sources  # where this process itself offers the files
         self.deployment: Deployment | None = None
@@ -198,11 +190,11 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
-        fleet = Learned.load().fleet(machines, self.display, self.layout)
+        fleet = Learned.load().fleet(machines, self.display, self.forms)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
-            self.layout,
+            self.forms,
             fleet.machines,
             self._objective,
             model=self.display,
@@ -213,7 +205,7 @@ class Service:
         listener = self._on_plan(placed)
         files = await self._files(placed, [machine.address for machine in machines])
         deployment = Deployment(
-            self.source, self.layout, placed, self._identity, listener, files, self._serving
+            self.display, self.layout, placed, self._identity, listener, files, self._serving
         )
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
@@ -237,20 +229,26 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
-        inspected, draft = self._inspected.model, self._inspected.draft
+        inspected, draft = self._inspected.by_engine, self._inspected.draft
+        revisions = {engine: layout.revision for engine, layout in inspected.items()}
         agents = [stage.machine.address for stage in placed.stages]
-        from_hub = await hub_files(
-            self.source.model,
-            inspected.revision,
-            inspected.files,
-            [(stage.first, stage.end) for stage in placed.stages],
-            agents,
-            addresses,
-            self._identity,
-        )
+        from_hub: list[list[str]] = [[] for _ in placed.stages]
+        for engine in placed.engines:
+            own = [i for i, stage in enumerate(placed.stages) if stage.engine == engine]
+            found = await hub_files(
+                self._models[engine].model,
+                revisions[engine],
+                inspected[engine].files,
+                [(placed.stages[i].first, placed.stages[i].end) for i in own],
+                [agents[i] for i in own],
+                addresses,
+                self._identity,
+            )
+            for index, files in zip(own, found, strict=True):
+                from_hub[index] = files
         sources = [*self._own_sources, *addresses]
         if draft is None or self._serving.draft is None:
-            return Files(inspected.revision, sources, from_hub)
+            return Files(self._models, revisions, sources, from_hub)
         source = self._serving.draft
         (of_draft,) = await hub_files(
             source.model,
@@ -264,7 +262,7 @@ class Service:
         drafting = Draft(
             model=source.model, quant=source.quant, revision=draft.revision, hub_files=of_draft
         )
-        return Files(inspected.revision, sources, from_hub, drafting)
+        return Files(self._models, revisions, sources, from_hub, drafting)
 
 
 def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:

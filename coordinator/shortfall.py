@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from coordinator import hardware
+from coordinator.forms import Forms
 from coordinator.placement import Layout
 from coordinator.pool import Pool
 from unicluster.errors import DoesNotFitError
@@ -31,23 +33,31 @@ class Alternative:
     """A flag that asks for less, and what the model then weighs."""
 
     flag: str
-    layout: Layout
+    forms: Forms
 
 
 # Of each flag in turn, the smallest change first.
-Alternatives = Callable[[Layout], Sequence[Sequence[Alternative]]]
+Alternatives = Callable[[Forms], Sequence[Sequence[Alternative]]]
 
 
-def refusal(layout: Layout, pool: Pool, model: str, alternatives: Alternatives) -> NoPlanError:
-    """Says by how many bytes a model misses, and the smallest changes that would do."""
+def refusal(
+    forms: Forms, pools: Sequence[Pool], model: str, alternatives: Alternatives
+) -> NoPlanError:
+    """Says by how many bytes a model misses, and the smallest changes that would do.
+
+    `pools`: one for each kind of ring that there may be.
+    """
+    pool = min(pools, key=_missing)
+    layout = pool.layout
     missing, machine = pool.shortfall()
-    suggestions = _suggestions(layout, pool, alternatives)
+    suggestions = _suggestions(forms, pool, alternatives)
     users = f"{layout.users} user{'s' if layout.users > 1 else ''}"
     asked = f"{model} with context {layout.context} for {users}"
     advice = f"{_either(suggestions)} would do" if suggestions else _NOTHING
     advice = advice[0].upper() + advice[1:]
     if machine is None:
-        text = f"{asked} has no machine to run on: none with MLX is here. {advice}"
+        needed_here = " or ".join(_CALLED[form.engine] for form in forms.layouts)
+        text = f"{asked} has no machine to run on: none with {needed_here} is here. {advice}"
         return NoPlanError(text, missing, suggestions)
     machines = pool.machines
     held = layout.weight_bytes + layout.kv_bytes
@@ -63,18 +73,24 @@ def refusal(layout: Layout, pool: Pool, model: str, alternatives: Alternatives) 
     return NoPlanError(f"{reason}. {advice}", missing, suggestions)
 
 
+def _missing(pool: Pool) -> tuple[bool, int]:
+    more, machine = pool.shortfall()
+    return machine is None, more
+
+
+_CALLED = {"mlx": "MLX", "ggml": "llama.cpp"}
 _NOTHING = "no single change would do: add machines or choose a smaller model"
 
 
-def _suggestions(layout: Layout, pool: Pool, alternatives: Alternatives) -> list[str]:
-    held = pool.missing_machine()
-    usable = _round_up(layout.needed(held))
+def _suggestions(forms: Forms, pool: Pool, alternatives: Alternatives) -> list[str]:
+    usable = _round_up(pool.missing_machine())
     found = [f"one more machine with {format_bytes(usable)} usable"]
     if bought := _cheapest(pool):
         found.append(bought)
-    for options in alternatives(layout):
+    for options in alternatives(forms):
         for option in options:
-            if Pool(option.layout, pool.machines, pool.network).fits():
+            rings = option.forms.rings()
+            if any(Pool(ring, pool.machines, pool.network).fits() for ring in rings):
                 found.append(option.flag)
                 break
     return found
@@ -103,14 +119,15 @@ def scaled(*, quants: bool) -> Alternatives:
     `quants`: whether the weights could be quantized further.
     """
 
-    def options(layout: Layout) -> list[list[Alternative]]:
-        fewer = [_smaller_contexts(layout), _fewer_users(layout)]
-        return [_smaller_quants(layout), *fewer] if quants else fewer
+    def options(forms: Forms) -> list[list[Alternative]]:
+        fewer = [_smaller_contexts(forms), _fewer_users(forms)]
+        return [_smaller_quants(forms), *fewer] if quants else fewer
 
     return options
 
 
-def _smaller_quants(layout: Layout) -> list[Alternative]:
+def _smaller_quants(forms: Forms) -> list[Alternative]:
+    layout = forms.layout
     now = BITS.get(layout.quant, 0.0)
     tried = []
     for quant in ("q8", "q6", "q4", "q3", "q2"):
@@ -119,31 +136,32 @@ def _smaller_quants(layout: Layout) -> list[Alternative]:
             layers = tuple(math.ceil(b * scale) for b in layout.layer_bytes)
             head = math.ceil(layout.head_bytes * scale)
             smaller = replace(layout, layer_bytes=layers, head_bytes=head)
-            tried.append(Alternative(f"--quant {quant}", smaller))
+            tried.append(Alternative(f"--quant {quant}", replace(forms, layout=smaller)))
     return tried
 
 
-def _smaller_contexts(layout: Layout) -> list[Alternative]:
-    """A layer with less KV than the fullest has a window: it stays."""
-    fullest = max(layout.kv_bytes_per_layer)
+def _smaller_contexts(forms: Forms) -> list[Alternative]:
     return [
-        Alternative(
-            f"--context {context}",
-            replace(
-                layout,
-                context=context,
-                kv_bytes_per_layer=tuple(
-                    math.ceil(b * context / layout.context) if b == fullest else b
-                    for b in layout.kv_bytes_per_layer
-                ),
-            ),
-        )
-        for context in halves(layout.context, 1024)
+        Alternative(f"--context {context}", forms.map(partial(_for_context, context=context)))
+        for context in halves(forms.layout.context, 1024)
     ]
 
 
-def _fewer_users(layout: Layout) -> list[Alternative]:
-    return [Alternative(f"--users {n}", for_users(layout, n)) for n in halves(layout.users, 1)]
+def _for_context(layout: Layout, context: int) -> Layout:
+    """A layer with less KV than the fullest has a window: it stays."""
+    fullest = max(layout.kv_bytes_per_layer)
+    kv = tuple(
+        math.ceil(b * context / layout.context) if b == fullest else b
+        for b in layout.kv_bytes_per_layer
+    )
+    return replace(layout, context=context, kv_bytes_per_layer=kv)
+
+
+def _fewer_users(forms: Forms) -> list[Alternative]:
+    return [
+        Alternative(f"--users {n}", forms.map(partial(for_users, users=n)))
+        for n in halves(forms.layout.users, 1)
+    ]
 
 
 def for_users(layout: Layout, users: int) -> Layout:

@@ -4,37 +4,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Stage, prefill_seconds
+from coordinator.placement import Layout, Machine, Stage, decode_seconds, prefill_seconds
 
 
 @dataclass(frozen=True)
 class Span:
-    """Layers [first, end) on a machine."""
+    """Layers [first, end) on a machine, in the form in which it loads them."""
 
     machine: Machine
     first: int
     end: int
+    form: Layout
 
 
-def stages(layout: Layout, network: Network, ring: Sequence[Span]) -> tuple[Stage, ...]:
+def stages(network: Network, ring: Sequence[Span]) -> tuple[Stage, ...]:
     """The stages of a ring, the head first. One that is alone has no hop."""
-    following = [*ring[1:], ring[0]]
+    following, head = [*ring[1:], ring[0]], ring[0].form
     return tuple(
-        _stage(layout, span, hop(layout, network, span.machine, after.machine))
+        _stage(span, hop(head, network, span.machine, after.machine))
         for span, after in zip(ring, following, strict=True)
     )
 
 
 def hop(layout: Layout, network: Network, one: Machine, other: Machine) -> tuple[float, bool]:
-    """Seconds for a token's hidden state between two machines, and whether they were measured."""
+    """Seconds for a token's hidden state between two machines, and whether they were measured.
+
+    `layout` is the head's: hidden states go round as they come from there.
+    """
     if one.name == other.name:
         return 0.0, False
     link = network.between(one.name, other.name, (one.link, other.link))
     return link.seconds(layout.hidden_bytes), link.measured
 
 
-def _stage(layout: Layout, span: Span, onward: tuple[float, bool]) -> Stage:
-    machine, layers, head = span.machine, slice(span.first, span.end), span.first == 0
+def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
+    layout, layers, head = span.form, slice(span.first, span.end), span.first == 0
+    machine = span.machine.using(layout.engine)
     outside = layout.head_bytes if head else 0
     weights = sum(layout.layer_bytes[layers])
     kv = sum(layout.kv_bytes_per_layer[layers])
@@ -43,16 +48,18 @@ def _stage(layout: Layout, span: Span, onward: tuple[float, bool]) -> Stage:
     # A further user reads its own KV cache, and experts that nobody has read yet.
     further = kv / layout.users + (weights - active) * active / max(weights, 1)
     return Stage(
-        machine=machine,
+        machine=span.machine,
         first=span.first,
         end=span.end,
         weight_bytes=weights + outside,
         kv_bytes=kv,
         reserve_bytes=layout.reserve(weights + outside + kv),
         head=head,
-        seconds_per_token=machine.seconds(read, span.end - span.first),
-        batch_seconds=machine.seconds(further, 0),
+        seconds_per_token=decode_seconds(layout, machine, read, span.end - span.first),
+        batch_seconds=decode_seconds(layout, machine, further, 0),
         chunk_seconds=prefill_seconds(layout, machine, span.first, span.end, layout.chunk_tokens),
         hop_s=onward[0],
         hop_measured=onward[1],
+        engine=layout.engine,
+        finishes=layout.tail_bytes > 0 and span.end == layout.layers,
     )

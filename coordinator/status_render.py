@@ -59,7 +59,9 @@ class _Status:
         """The ring's machines; figures only while their head answers."""
         metrics = self.metrics
         table = new_table("")
+        told = any(stage.engine != "mlx" for stage in metrics.info.stages)
         add_names(table, "machine")
+        add_words(table, *["engine"] * told)
         add_numbers(table, "layers")
         add_words(table, "")
         add_numbers(table, "busy", "waiting", "ms/token", "hop ms", *["sent", "frames"] * wide)
@@ -67,6 +69,7 @@ class _Status:
         for index, stage in enumerate(metrics.info.stages):
             named: list[RenderableType] = [
                 cut(stage.node),
+                *[stage.engine] * told,
                 layer_range(stage.first_layer, stage.end_layer),
             ]
             if index not in by_stage:

@@ -126,6 +126,9 @@ class Agent(NodeServicer):
             draining=self._drain.is_set(),
             oldest_protocol=OLDEST_PROTOCOL,
             clock=time.time(),
+            engines=hardware.engines,
+            ggml_backend=hardware.ggml_backend,
+            ggml_bandwidth=hardware.ggml_bandwidth,
         )
 
     async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
@@ -273,6 +276,8 @@ class Agent(NodeServicer):
             hub_files=tuple(spec.hub_files),
             lanes=spec.lanes,
             kv_bytes=spec.kv_bytes,
+            engine=spec.engine or "mlx",
+            finishes=spec.finishes,
             kv_bits=spec.kv_bits,
             lookup=spec.lookup,
             draft=spec.draft.model,

@@ -2,7 +2,7 @@
 
 Run as a program it reads InspectRequests with a `config_json` from standard input, each with its
 length before it, and answers each with a ModelLayout in the same form. A request without one
-names where it is: the demo, a directory, or a hub repository.
+names where it is: the demo, a directory, a hub repository, or a GGUF.
 """
 
 import contextlib
@@ -21,10 +21,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, quantize_model
 
 from node.cache import DEMO
+from node.ggml.assumed import assumed
 from node.layout import layout_of
 from node.trace import trace
 from node.weights import BITS, GROUP_SIZE, stored_quant
+from unicluster.checkpoint import is_gguf
 from unicluster.errors import InputError, NotFoundError, UniclusterError, in_one_line
+from unicluster.fingerprint import whole
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # Experts in the float format they were trained in, all else in 8 bits: how mlx-community
@@ -46,7 +49,7 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
         raise InputError(f"{request.model}: its config is no JSON: {error}") from error
     model, quant = build(config, request.quant, request.model)
     found = trace(model, str(config["model_type"]))
-    return layout_of(
+    layout = layout_of(
         model,
         found,
         config,
@@ -56,6 +59,9 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
         request.users or 1,
         request.kv_bits,
     )
+    if not request.kv_bits and (gguf := assumed(layout)) is not None:
+        layout.gguf.CopyFrom(gguf)
+    return layout
 
 
 def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.Module, str]:
@@ -191,12 +197,28 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config") or {}
 
 
+def _answer(request: InspectRequest) -> ModelLayout:
+    if request.config_json or not is_gguf(request.model):
+        return inspect_config(request)
+    if not Path(request.model).is_absolute():
+        raise InputError(
+            f"{request.model}: a GGUF on the hub can't be looked into from here: give the file, "
+            "or plan over the machines of a cluster, without --fleet"
+        )
+    try:
+        from node.ggml.layout import inspect as inspect_gguf  # an extra
+    except ImportError as error:
+        reason = "there is no llama.cpp here: pip install 'unicluster[ggml]'"
+        raise InputError(f"{request.model}: {reason}") from error
+    return inspect_gguf(whole(Path(request.model)), request.context, request.users or 1)
+
+
 def main() -> None:
     asked, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
     try:
         while (request := parse_length_prefixed(InspectRequest, asked)) is not None:
             with contextlib.redirect_stdout(sys.stderr):  # libraries print
-                layout = inspect_config(request)
+                layout = _answer(request)
             serialize_length_prefixed(layout, answers)
     except UniclusterError as error:
         print(error, file=sys.stderr)

@@ -12,8 +12,10 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted, is_weights
-from unicluster.fingerprint import whole_directory
+from unicluster.checkpoint import Checkpoint, File, Manifest, is_small, is_wanted, is_weights
+from unicluster.errors import NotFoundError
+from unicluster.fingerprint import whole
+from unicluster.gguf_names import chosen, split_id
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -31,11 +33,11 @@ def find(model: str, revision: str) -> Checkpoint | None:
     path = DEMO if model == "demo" else Path(model)
     if not path.is_absolute():
         return _of_repository(model, revision or _newest(model))
-    if path.is_dir():
-        directory = whole_directory(path)
-        if revision in ("", directory.manifest.revision):
-            return directory
-    return Checkpoint.open(folder(model) / OURS / revision) if revision else None
+    if path.exists():
+        here = whole(path)
+        if revision in ("", here.manifest.revision):
+            return here
+    return Checkpoint.open(_copy(model, revision)) if revision else None
 
 
 def offered(model: str, revision: str) -> Checkpoint | None:
@@ -45,62 +47,91 @@ def offered(model: str, revision: str) -> Checkpoint | None:
 
 def create(manifest: Manifest) -> Checkpoint:
     """A copy to be filled, with what is here already."""
-    where = folder(manifest.model)
     # Without it the tools for the cache call the folder damaged.
-    (where / "snapshots").mkdir(parents=True, exist_ok=True)
-    if not _newest(manifest.model):
-        set_newest(manifest)
-    checkpoint = Checkpoint.create(where / OURS / manifest.revision, manifest)
+    (folder(manifest.model) / "snapshots").mkdir(parents=True, exist_ok=True)
+    _note(manifest, [ref for ref in _refs(manifest.model) if not ref.exists()])
+    checkpoint = Checkpoint.create(_copy(manifest.model, manifest.revision), manifest)
     _link_snapshot(checkpoint)
     return checkpoint
 
 
 def folder(model: str) -> Path:
-    """A model's folder in the cache."""
+    """A model's folder in the cache: that of its repository."""
+    repo, _ = split_id(model)
     if Path(model).is_absolute():
-        model = f"{OURS}/{re.sub(r'[^A-Za-z0-9._]+', '-', Path(model).name)}"
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+        repo = f"{OURS}/{re.sub(r'[^A-Za-z0-9._]+', '-', Path(model).name)}"
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _of_repository(repo: str, revision: str) -> Checkpoint | None:
+def stages(model: str) -> Path:
+    """Where files are kept that are made of a model for one stage."""
+    return folder(model) / OURS / "stages" / split_id(model)[1]
+
+
+def _copy(model: str, revision: str) -> Path:
+    """A directory for each quantization in a repository of GGUFs."""
+    _, quant = split_id(model)
+    return folder(model) / OURS / (f"{revision}-{quant}" if quant else revision)
+
+
+def _of_repository(model: str, revision: str) -> Checkpoint | None:
     if not revision:
         return None
-    checkpoint = Checkpoint.open(folder(repo) / OURS / revision)
+    checkpoint = Checkpoint.open(_copy(model, revision))
     if checkpoint is not None:
         _link_snapshot(checkpoint)
         return checkpoint
-    manifest = _of_snapshot(repo, revision)
+    manifest = _of_snapshot(model, revision)
     return create(manifest) if manifest is not None else None
 
 
 def set_newest(manifest: Manifest) -> None:
     """Notes what a repository's main branch is, for when the hub can't be asked."""
-    (refs := folder(manifest.model) / "refs").mkdir(parents=True, exist_ok=True)
-    (refs / "main").write_text(manifest.revision)
+    _note(manifest, _refs(manifest.model))
 
 
-def _newest(repo: str) -> str:
-    try:
-        return (folder(repo) / "refs" / "main").read_text().strip()
-    except OSError:
-        return ""
+def _note(manifest: Manifest, refs: list[Path]) -> None:
+    for ref in refs:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(manifest.revision)
 
 
-def _of_snapshot(repo: str, revision: str) -> Manifest | None:
+def _newest(model: str) -> str:
+    return next((ref.read_text().strip() for ref in _refs(model) if ref.is_file()), "")
+
+
+def _refs(model: str) -> list[Path]:
+    """Where it is noted which commit is the newest.
+
+    A quantization has its own note, for there may be newer commits that it was not fetched of.
+    """
+    main, (_, quant) = folder(model) / "refs" / "main", split_id(model)
+    return [folder(model) / OURS / "refs" / quant, main] if quant else [main]
+
+
+def _of_snapshot(model: str, revision: str) -> Manifest | None:
     """What another program fetched, if nothing is missing."""
-    snapshot = folder(repo) / "snapshots" / revision
-    if not (snapshot / "config.json").is_file():
-        return None
-    files = {
-        file.name: File(file.stat().st_size, _checksum(file))
-        for file in sorted(snapshot.iterdir())
-        if is_wanted(file.name) and file.is_file()
+    snapshot = folder(model) / "snapshots" / revision
+    found = {
+        file.relative_to(snapshot).as_posix(): file
+        for file in sorted(snapshot.rglob("*"))
+        if file.is_file()
     }
-    index = snapshot / "model.safetensors.index.json"
-    named = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-    if not any(map(is_weights, files)) or not set(named) <= set(files):
-        return None
-    return Manifest(repo, revision, files)
+    _, quant = split_id(model)
+    if quant:
+        try:
+            names = [*filter(is_small, found), *chosen(model, found)]
+        except NotFoundError:
+            return None
+    else:
+        names = [name for name in found if is_wanted(name)]
+        index = found.get("model.safetensors.index.json")
+        named = json.loads(index.read_text())["weight_map"].values() if index else ()
+        needed = {"config.json", *named}
+        if not needed <= found.keys() or not any(map(is_weights, names)):
+            return None
+    files = {name: File(found[name].stat().st_size, _checksum(found[name])) for name in names}
+    return Manifest(model, revision, files)
 
 
 def _checksum(file: Path) -> str:

@@ -30,3 +30,5 @@ class WorkerConfig:
     draft_revision: str = ""
     draft_hub_files: tuple[str, ...] = ()
     draft_tokens: int = 0
+    engine: str = "mlx"
+    finishes: bool = False  # a stage of ggml that gives logits

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ from node.obtain import OnProgress, describe, fetch
 from node.sources import Sources
 from node.speculate import DraftModel, Lookup, Speculation
 from node.weights import load_lazy
+from unicluster.checkpoint import Checkpoint, is_gguf
 from unicluster.errors import InputError
 from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest
@@ -30,13 +32,21 @@ def check_tokens(request: InspectRequest, draft: Path) -> None:
     if found is None:
         raise InputError(f"{request.drafts_for}: no longer on this machine")
     ours = load_tokenizer(draft).get_vocab()
-    theirs = load_tokenizer(found.root).get_vocab()
+    theirs = _tokenizer(found).get_vocab()
     fewer, more = sorted((ours, theirs), key=len)
     if not fewer.items() <= more.items():
         raise InputError(
             f"--draft: its tokens are not those of {Path(request.drafts_for).name}; "
             "a draft must be of the same family"
         )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    if any(map(is_gguf, checkpoint.manifest.weights)):
+        from node.ggml.worker import load_tokens  # an extra
+
+        return load_tokens(checkpoint)
+    return load_tokenizer(checkpoint.root)
 
 
 async def fetch_draft(config: WorkerConfig, sources: Sources, on_progress: OnProgress) -> Path:

@@ -10,18 +10,15 @@ from typing import Any
 
 import grpc
 import mlx.nn as nn
-from mlx_lm.utils import load_tokenizer
 
 from node.chat_service import ChatService
 from node.clocks import follow
 from node.config import WorkerConfig
 from node.draft import speculation
 from node.engine import Engine
-from node.hollow import HollowModel
 from node.mlx_thread import MLXThread
 from node.pipeline import PipelineModel
 from node.ring import Ring
-from node.weights import LazyModel
 from unicluster.channels import peer_name
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.status import abort
@@ -46,18 +43,18 @@ PREFILL_BYTES = 8 * 2**20
 
 
 def make_engine(
-    lazy: LazyModel,
+    path: Path,
+    tokenizer: Any,
     hidden_bytes: int,
     thread: MLXThread,
     config: WorkerConfig,
     draft: nn.Module | None = None,
 ) -> Engine:
-    """The engine for a loaded model; it answers once it is given the pipeline model."""
-    tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
+    """The engine for a model in `path`; it answers once it is given the pipeline model."""
     return Engine(
         thread,
         tokenizer,
-        model_name=lazy.path.name,
+        model_name=path.name,
         context=config.context,
         users=config.users,
         lanes=config.lanes or None,
@@ -65,16 +62,19 @@ def make_engine(
         kv_bits=config.kv_bits,
         speculation=speculation(config, draft, len(tokenizer)),
         prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
-        defaults=_generation_defaults(lazy.path),
+        defaults=_generation_defaults(path),
     )
 
 
 class Head(HeadServicer):
-    """Opens the ring when the coordinator says so, and gives the engine its model."""
+    """Opens the ring when the coordinator says so, and gives the engine its model.
+
+    `hollow`: stage 0, a HollowModel or what stands for one; see PipelineModel.
+    """
 
     def __init__(
         self,
-        hollow: HollowModel,
+        hollow: Any,
         info: StageInfo,
         engine: Engine,
         thread: MLXThread,

@@ -7,30 +7,33 @@ environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import get_hf_file_metadata, http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from node.cache import UNVERIFIED, folder
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted
-from unicluster.errors import InputError, NotFoundError, UnavailableError, in_one_line
+from node.hub_reasons import HTTPError, reasons
+from unicluster.checkpoint import (
+    Checkpoint,
+    File,
+    Manifest,
+    is_gguf,
+    is_small,
+    is_wanted,
+    is_weights,
+)
+from unicluster.errors import InputError, NotFoundError, in_one_line
+from unicluster.gguf import FIRST_BYTES, gguf_header_end
+from unicluster.gguf_names import check_named, chosen, split_id
 from unicluster.safetensors import LENGTH_BYTES, header_length
 
 log = logging.getLogger(__name__)
@@ -40,20 +43,19 @@ ATTEMPTS = 5
 READ_BYTES = 1 << 22
 GIT_DIGITS = 40
 
-# That of the HTTP library which huggingface_hub uses: it has changed between versions.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
-
 OnBytes = Callable[[int], None]
 
 disable_progress_bars()
 
 
-def resolve(repo: str, revision: str = "") -> Manifest:
-    """What the hub says is in a repository now.
+def resolve(model: str, revision: str = "") -> Manifest:
+    """What the hub says is in a repository now; of one of GGUFs, of the quantization asked for.
 
-    Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
+    Raises NotFoundError with the hub's reason or if there is no such GGUF, InputError if it is
+    not clear which is meant, UnavailableError when the hub can't be reached.
     """
-    with _reasons(repo):
+    repo, quant = split_id(model)
+    with reasons(repo):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(
             repo, revision=revision or None, files_metadata=True, timeout=timeout
@@ -61,18 +63,26 @@ def resolve(repo: str, revision: str = "") -> Manifest:
     files = {
         file.rfilename: File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
         for file in info.siblings or ()
-        if is_wanted(file.rfilename)
     }
-    return Manifest(repo, info.sha or revision, files)
+    if quant:
+        names = [*filter(is_small, files), *chosen(model, files)]
+    else:
+        names = [name for name in files if is_wanted(name)]
+        if not any(map(is_weights, names)):
+            check_named(repo, files)
+    return Manifest(model, info.sha or revision, {name: files[name] for name in names})
 
 
-def check(repo: str, revision: str) -> None:
-    """Asks the hub for the size of a small file, which it tells only those who may have the rest.
+def check(model: str, revision: str) -> None:
+    """Asks the hub for the size of a file, which it tells only those who may have the rest.
 
     Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
     """
-    with _reasons(repo):
-        url = hf_hub_url(repo, "config.json", revision=revision or None)
+    repo, quant = split_id(model)
+    # Repositories of GGUFs often have nothing else.
+    file = resolve(model, revision).weights[0] if quant else "config.json"
+    with reasons(repo):
+        url = hf_hub_url(repo, file, revision=revision or None)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
@@ -98,11 +108,12 @@ def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda c
             raise
 
 
-def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
+def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: None) -> None:
     manifest, size = checkpoint.manifest, checkpoint.manifest.files[name].size
     partial = checkpoint.root / (name + UNVERIFIED)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     # Two workers of one machine may want the same file.
-    with FileLock(f"{partial}.lock"), _reasons(manifest.model):
+    with FileLock(f"{partial}.lock"), reasons(manifest.model):
         if checkpoint.is_whole(name):
             on_bytes(size)
             return
@@ -112,7 +123,8 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes) -> None:
             blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
             blob.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(blob)
-        whole = hf_hub_download(manifest.model, name, revision=manifest.revision)
+        repo, _ = split_id(manifest.model)
+        whole = hf_hub_download(repo, name, revision=manifest.revision)
         checkpoint.link(name, Path(whole))
 
 
@@ -141,7 +153,7 @@ def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes)
     with partial.open("ab") as stream:
         here = stream.tell()
         http_get(
-            hf_hub_url(manifest.model, name, revision=manifest.revision),
+            _url(manifest, name),
             _Counted(stream, on_bytes),  # type: ignore[arg-type]
             resume_size=here,
             headers=build_hf_headers(),
@@ -167,19 +179,46 @@ class _Counted:
 
 def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
     manifest = checkpoint.manifest
-    with _reasons(manifest.model):
-        data = _start(manifest, name, LENGTH_BYTES)
-        length = header_length(data) if len(data) == LENGTH_BYTES else 0
-        if not LENGTH_BYTES < length <= manifest.files[name].size:
-            raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
-        data = _start(manifest, name, length)
-    checkpoint.write(name, 0, data)
-    checkpoint.list(name, ((0, length),))
+    with reasons(manifest.model):
+        data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
+    if len(data) == manifest.files[name].size:
+        # The first part of a split GGUF may have nothing else: so it is verified as the rest is.
+        _fetch(checkpoint, name)
+    else:
+        checkpoint.write(name, 0, data)
+        checkpoint.list(name, ((0, len(data)),))
+
+
+def _safetensors_header(manifest: Manifest, name: str) -> bytes:
+    data = _start(manifest, name, LENGTH_BYTES)
+    length = header_length(data) if len(data) == LENGTH_BYTES else 0
+    if not LENGTH_BYTES < length <= manifest.files[name].size:
+        raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
+    return _start(manifest, name, length)
+
+
+def _gguf_header(manifest: Manifest, name: str) -> bytes:
+    """Its length is known only when it is here, so more and more of the file is fetched."""
+    size, length, data = manifest.files[name].size, FIRST_BYTES, b""
+    while len(data) < length and len(data) < size:
+        data = _start(manifest, name, min(length, size))
+        try:
+            length = gguf_header_end(data)
+        except InputError as error:
+            raise InputError(f"{manifest.model}: {name} on the hub: {error}") from error
+    if length > size:
+        raise InputError(f"{manifest.model}: {name} on the hub: damaged GGUF: it is cut off")
+    return data[:length]
+
+
+def _url(manifest: Manifest, name: str) -> str:
+    repo, _ = split_id(manifest.model)
+    return hf_hub_url(repo, name, revision=manifest.revision)
 
 
 def _start(manifest: Manifest, name: str, length: int) -> bytes:
     """The first bytes of a file, whether or not the hub minds what range is asked for."""
-    url = hf_hub_url(manifest.model, name, revision=manifest.revision)
+    url = _url(manifest, name)
     headers = {**build_hf_headers(), "Range": f"bytes=0-{length - 1}"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     data = b""
@@ -213,39 +252,3 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno is None and not isinstance(error, OfflineModeIsEnabled)
     return True
-
-
-@contextmanager
-def _reasons(repo: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line with the hub's reason."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise NotFoundError(
-            f"{repo}: gated; accept its terms on the hub and set HF_TOKEN ({_said(error)})"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NotFoundError(f"{repo}: has no such revision on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"{repo}: no such repository on the hub, or HF_TOKEN does not open it ({_said(error)})"
-        ) from error
-    except HfHubHTTPError as error:
-        raise NotFoundError(f"{repo}: the hub says: {_said(error)}") from error
-    except HFValidationError as error:
-        raise NotFoundError(f"{repo}: neither a directory nor a valid repository id") from error
-    except OfflineModeIsEnabled as error:
-        raise UnavailableError(
-            f"{repo}: not in this machine's cache, and HF_HUB_OFFLINE is set"
-        ) from error
-    except HTTPError as error:
-        raise UnavailableError(
-            f"{repo}: the hub can't be reached ({in_one_line(error)}); connect this machine, or "
-            "copy the model here and give its directory"
-        ) from error
-    except OSError as error:
-        raise UnavailableError(f"{repo}: {in_one_line(error)}") from error
-
-
-def _said(error: HfHubHTTPError) -> str:
-    return error.server_message or f"status {error.response.status_code}"

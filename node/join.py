@@ -3,8 +3,10 @@
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import signal
+from dataclasses import replace
 
 from node.agent import Agent, how_to_get_mlx
 from node.cache import offered
@@ -32,6 +34,7 @@ DEFAULT_PORT = 47600
 ADVERTISE_SECONDS = 5.0
 # A change of free memory smaller than this part of it is not worth a multicast.
 NOTICEABLE = 0.02
+_PACKAGES = {"mlx": "mlx_lm", "ggml": "llama_cpp"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="an agent that multicast does not reach: makes the two known to each other",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "mlx", "ggml"),
+        default="auto",
+        help="offer only this engine (default: all that are installed; ggml is for GGUFs)",
+    )
     parser.add_argument("--token", help="join token of an existing cluster; it is kept")
     add_mqtt_argument(parser)
     parser.add_argument(
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--port {args.port}: between 0 and 65534")
     if args.replace and args.token is None:
         raise InputError("--replace: only makes sense with --token")
+    if args.engine != "auto" and importlib.util.find_spec(_PACKAGES[args.engine]) is None:
+        raise _not_installed(args.engine)
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
     broker = chosen_broker(args.mqtt)
@@ -93,7 +104,7 @@ async def _join(
     broker: BrokerUrl | None,
 ) -> int:
     identity = cluster.issue(args.name)
-    hardware = await asyncio.to_thread(probe, cap)
+    hardware = _offering(await asyncio.to_thread(probe, cap), args.engine)
     server = make_server()
     port = bind(server, args.host, args.port, identity)
     browser = Browser(Kind.NODE, cluster.fingerprint, host=args.host)
@@ -152,6 +163,21 @@ async def _join(
     return 0
 
 
+def _offering(hardware: Hardware, engine: str) -> Hardware:
+    """The machine with one of its engines, or with all: `auto`."""
+    if engine == "auto":
+        return hardware
+    if engine not in hardware.engines:
+        raise _not_installed(engine)
+    return replace(hardware, only=engine)
+
+
+def _not_installed(engine: str) -> InputError:
+    ggml = "pip install 'unicluster[ggml]', then join again"
+    how = how_to_get_mlx() if engine == "mlx" else ggml
+    return InputError(f"--engine {engine}: it is not installed on this machine: {how}")
+
+
 async def _keep_current(
     advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
 ) -> None:
@@ -185,6 +211,10 @@ def _greet_the_user(
         f"{format_bytes(usable)} of {format_bytes(hardware.total_memory)} to offer, "
         f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
     )
+    if hardware.only:
+        print(f"It offers {hardware.only} only.")
+    elif hardware.ggml_backend:
+        print(f"It also has ggml (llama.cpp, {hardware.ggml_backend}), for GGUFs.")
     if hardware.backend == "none":
         print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:

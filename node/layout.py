@@ -21,7 +21,7 @@ from node.quantize import UnquantizableError, check_quantizable, quantize
 from node.survey import Survey, survey
 from node.trace import Trace, watched
 from node.weights import nbytes
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoint import Checkpoint, is_gguf
 from unicluster.errors import InputError, UniclusterError, in_one_line
 from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
@@ -86,6 +86,7 @@ def layout_of(
         head_active_bytes=head_bytes - _unread(model, found, step.vocabulary),
         parameters=parameters(model),
         layer_active_parameters=[_active(layer, parameters, step) for layer in found.layers],
+        hidden_size=_hidden_size(found),
     )
 
 
@@ -105,6 +106,12 @@ def context_limit(config: dict[str, Any]) -> int:
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return int(limit or 0)
+
+
+def _hidden_size(found: Trace) -> int:
+    """Numbers of a token that cross every cut; 0 where they are not one hidden state."""
+    size, embedding = token_bytes(found), found.embeddings[0]
+    return embedding.dims if size == embedding.dims * embedding.dtype.size else 0
 
 
 def parameters(module: nn.Module) -> int:
@@ -214,6 +221,21 @@ def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
     return sum(size - size // count for size, count in rows)
 
 
+def inspect_any(
+    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1, kv_bits: int = 0
+) -> ModelLayout:
+    """The same for a GGUF too, as it is."""
+    if not any(map(is_gguf, checkpoint.manifest.weights)):
+        return inspect(checkpoint, quant, context, users, kv_bits)
+    from node.ggml.layout import inspect as inspect_gguf  # an extra
+
+    if kv_bits:
+        raise InputError("--kv-bits: not for a GGUF; its caches are float16")
+    if quant:
+        raise InputError(f"--quant {quant}: the weights of a GGUF stay as they are")
+    return inspect_gguf(checkpoint, context, users)
+
+
 def _answer(request: InspectRequest) -> ModelLayout:
     if request.config_json:
         from node.blueprint import inspect_config  # which needs this module
@@ -223,8 +245,10 @@ def _answer(request: InspectRequest) -> ModelLayout:
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
     asked = request.quant, request.context, request.users or 1, request.kv_bits
-    layout = inspect(checkpoint, *asked)
+    layout = inspect_any(checkpoint, *asked)
     if request.drafts_for:
+        if layout.engine == "ggml":
+            raise InputError(f"--draft {request.model}: a GGUF can't guess ahead; MLX weights can")
         check_tokens(request, checkpoint.root)
     return layout
 

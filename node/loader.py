@@ -5,27 +5,22 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import uvloop
-from mlx_lm.utils import load_tokenizer
 
 from node import cache
 from node.config import WorkerConfig
-from node.hollow import HollowModel
-from node.obtain import describe, fetch, is_whole
+from node.first_stage import FirstStage, GgufFirst, MlxFirst
+from node.obtain import describe
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
 from node.ring import Ring
 from node.sources import Sources
-from node.survey import survey
-from node.weights import LazyModel, load_lazy, load_parts
 from node.worker import SWITCH_INTERVAL
 from unicluster.channels import as_error, bind, connect, make_server
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoint import Checkpoint, is_gguf
 from unicluster.errors import StageError, UnavailableError
 from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import StageEvent, StageSpec
@@ -65,9 +60,9 @@ class LoadedModel(PipelineModel):
     """
 
     def __init__(
-        self, hollow: HollowModel, ring: Ring | None, closing: Any, *, foresee: bool = True
+        self, front: Any, ring: Ring | None, closing: Any, *, foresee: bool = True
     ) -> None:
-        super().__init__(hollow, ring, foresee=foresee)
+        super().__init__(front, ring, foresee=foresee)
         self._closing = closing
 
     def close(self) -> None:
@@ -81,6 +76,11 @@ class LoadedModel(PipelineModel):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def engine_of(checkpoint: Checkpoint) -> str:
+    """What computes a model."""
+    return "ggml" if any(map(is_gguf, checkpoint.manifest.weights)) else "mlx"
 
 
 def describe_here(model: str, identity: Identity, sources: Sequence[str] = ()) -> Checkpoint:
@@ -115,26 +115,29 @@ def load_local(
     """
     background = Background()
     workers: list[WorkerProcess] = []
+    engine = engine_of(checkpoint)
+    configs = [
+        WorkerConfig(
+            node=f"local-{index}",
+            model=checkpoint.manifest.model,
+            quant=quant,
+            first_layer=first,
+            end_layer=end,
+            context=0,
+            users=1,
+            host="127.0.0.1",
+            port=0,
+            identity=identity.to_dict(),
+            revision=checkpoint.manifest.revision,
+            hub_files=None,
+            foresee=foresee,
+            engine=engine,
+            finishes=engine == "ggml" and end == cuts[-1][1],
+        )
+        for index, (first, end) in enumerate(cuts)
+    ]
 
     async def start() -> list[RouteStop]:
-        configs = [
-            WorkerConfig(
-                node=f"local-{index}",
-                model=checkpoint.manifest.model,
-                quant=quant,
-                first_layer=first,
-                end_layer=end,
-                context=0,
-                users=1,
-                host="127.0.0.1",
-                port=0,
-                identity=identity.to_dict(),
-                revision=checkpoint.manifest.revision,
-                hub_files=None,
-                foresee=foresee,
-            )
-            for index, (first, end) in enumerate(cuts)
-        ]
         for config in configs[1:]:
             workers.append(await WorkerProcess.start(config))
         return [await _ready(worker, c) for worker, c in zip(workers, configs[1:], strict=True)]
@@ -142,7 +145,9 @@ def load_local(
     async def stop() -> None:
         await asyncio.gather(*(worker.stop() for worker in workers))
 
-    stage = _Head(checkpoint, quant, cuts[0][1], None, ())
+    stage: FirstStage = MlxFirst(checkpoint, quant, cuts[0][1], None, ())
+    if engine == "ggml":
+        stage, foresee = GgufFirst(configs[0]), False
     starting = start if len(cuts) > 1 else None
     return _assemble(stage, identity, background, starting, stop, foresee=foresee)
 
@@ -166,6 +171,7 @@ def load_on_nodes(
     channels: list[grpc.aio.Channel] = []
     servers: list[grpc.aio.Server] = []
     addresses = tuple(node.address for node in nodes)
+    engine = engine_of(checkpoint)
 
     async def start() -> list[RouteStop]:
         server = make_server()
@@ -185,6 +191,8 @@ def load_on_nodes(
                 revision=checkpoint.manifest.revision,
                 sources=[f":{port}", *addresses],
                 hub_files=files,
+                engine=engine,
+                finishes=engine == "ggml" and end == cuts[-1][1],
             )
             leases.append(NodeStub(channels[-1]).RunStage(spec))
         return [await _leased(lease, node) for lease, node in zip(leases, nodes, strict=True)]
@@ -197,43 +205,31 @@ def load_on_nodes(
         for server in servers:
             await server.stop(grace=None)
 
-    stage = _Head(checkpoint, quant, cuts[0][1], hub_files[0], addresses)
-    return _assemble(stage, identity, background, start, stop)
-
-
-def load_head(path: Path, quant: str, end: int) -> tuple[LazyModel, HollowModel]:
-    """Stage 0 with its weights in memory, layers [0, end) and all that is outside the layers."""
-    lazy = load_lazy(path, quant)
-    hollow = HollowModel(lazy.model, lazy.model_type, 0, end)
-    for _ in load_parts((*hollow.layers, lazy.model)):
-        pass
-    return lazy, hollow
-
-
-@dataclass(frozen=True)
-class _Head:
-    """Stage 0, layers [0, end), and where its files come from; see obtain.fetch."""
-
-    checkpoint: Checkpoint
-    quant: str
-    end: int
-    hub_files: Sequence[str] | None
-    sources: Sequence[str]
-
-    def load(self, identity: Identity, background: Background) -> tuple[LazyModel, HollowModel]:
-        checkpoint = self.checkpoint
-        if not is_whole(checkpoint):
-            tensors = survey(checkpoint.root, self.quant).of_stage(0, self.end)
-            background.run(self._fetch(tensors, identity))
-        return load_head(checkpoint.root, self.quant, self.end)
-
-    async def _fetch(self, tensors: frozenset[str], identity: Identity) -> None:
-        async with Sources(self.sources, identity) as sources:
-            await fetch(self.checkpoint, tensors, self.hub_files, sources)
+    first: FirstStage = MlxFirst(checkpoint, quant, cuts[0][1], hub_files[0], addresses)
+    if engine == "ggml":
+        first = GgufFirst(
+            WorkerConfig(
+                node="here",
+                model=checkpoint.manifest.model,
+                quant=quant,
+                first_layer=0,
+                end_layer=cuts[0][1],
+                context=0,
+                users=1,
+                host="",
+                port=0,
+                identity={},
+                revision=checkpoint.manifest.revision,
+                sources=addresses,
+                hub_files=tuple(hub_files[0]),
+                finishes=len(cuts) == 1,
+            )
+        )
+    return _assemble(first, identity, background, start, stop, foresee=engine == "mlx")
 
 
 def _assemble(
-    stage: _Head,
+    stage: FirstStage,
     identity: Identity,
     background: Background,
     start: Callable[[], Coroutine[Any, Any, list[RouteStop]]] | None,
@@ -252,14 +248,13 @@ def _assemble(
 
     try:
         stops = background.start(start()) if start is not None else None
-        lazy, hollow = stage.load(identity, background)
-        tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
+        front, tokenizer = stage.load(identity, background.run)
         if stops is not None:
             ring = background.run(_open(stops, identity))
     except BaseException:
         closing()
         raise
-    return LoadedModel(hollow, ring, closing, foresee=foresee), tokenizer
+    return LoadedModel(front, ring, closing, foresee=foresee), tokenizer
 
 
 async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:

@@ -2,13 +2,14 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from node import cache, hub
 from node.sources import Sources
-from unicluster.checkpoint import Checkpoint, Manifest
+from unicluster.checkpoint import Checkpoint, Manifest, is_gguf
 from unicluster.errors import InputError, UnavailableError
+from unicluster.gguf import gguf_header_end
 from unicluster.ranges import Ranges, merged, size
 from unicluster.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.units import format_bytes
@@ -56,6 +57,17 @@ async def fetch(
     Raises UnavailableError, before anything is fetched, when the disk is too small.
     """
     wanted = await asyncio.to_thread(_ranges, checkpoint, tensors)
+    await fetch_ranges(checkpoint, wanted, hub_files, sources, on_progress)
+
+
+async def fetch_ranges(
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, Ranges],
+    hub_files: Collection[str] | None,
+    sources: Sources,
+    on_progress: OnProgress = lambda done, total: None,
+) -> None:
+    """The same for parts of files."""
     missing = {n: r for n, ranges in wanted.items() if (r := checkpoint.missing(n, ranges))}
     asked = missing if hub_files is None else hub_files
     whole = [name for name in asked if not checkpoint.is_whole(name)]
@@ -123,11 +135,16 @@ async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
     if not small and not headers:
         return
     _check_space(checkpoint, sum(manifest.files[name].size for name in small))
-    if await sources.manifest(manifest.model, manifest.revision) is not None:
+    if starts := await sources.starts(manifest):
         first = {name: merged([(0, LENGTH_BYTES)]) for name in headers}
         await sources.fetch(checkpoint, {n: checkpoint.all_of(n) for n in small} | first)
-        rest = {name: merged([(0, _header_end(checkpoint, name))]) for name in headers}
-        await sources.fetch(checkpoint, rest)
+        # Nobody may have more of a GGUF than the header, whose end isn't known yet.
+        while rest := {
+            name: missing
+            for name in headers
+            if (missing := _missing_header(checkpoint, name, starts[name]))
+        }:
+            await sources.fetch(checkpoint, rest)
     else:
         await asyncio.to_thread(hub.fetch, checkpoint, small)
         await asyncio.to_thread(hub.fetch_headers, checkpoint, headers)
@@ -141,8 +158,17 @@ def _has_header(checkpoint: Checkpoint, name: str) -> bool:
     return not checkpoint.missing(name, ((0, _header_end(checkpoint, name)),))
 
 
+def _missing_header(checkpoint: Checkpoint, name: str, most: int) -> Ranges:
+    return checkpoint.missing(name, ((0, min(_header_end(checkpoint, name), most)),))
+
+
 def _header_end(checkpoint: Checkpoint, name: str) -> int:
-    return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
+    """Where the header ends; of a GGUF, which doesn't say, how far to read to know more."""
+    if not is_gguf(name):
+        return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
+    (first, *_) = checkpoint.held(name)
+    found = gguf_header_end(checkpoint.read(name, 0, first[1]))
+    return min(found, checkpoint.manifest.files[name].size)
 
 
 def _ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, Ranges]:

@@ -30,6 +30,21 @@ names = [n for n in ("metal", "cuda", "rocm") if hasattr(mx, n) and getattr(mx, 
 print(json.dumps({"backend": names[0] if names else "cpu", "device": mx.device_info()}))
 """
 
+_GGML_QUESTION = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from node.ggml.library import devices
+print(json.dumps(devices()))
+"""
+# How ggml calls its devices, and what people call what is behind them.
+_GGML_BACKENDS = {
+    "Vulkan": "vulkan",
+    "ROCm": "rocm",
+    "CUDA": "cuda",
+    "Metal": "metal",
+    "MTL": "metal",
+}
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -43,6 +58,15 @@ class Hardware:
     bandwidth: float
     bandwidth_measured: bool
     _available: Callable[[], int] = field(repr=False, compare=False)
+    ggml_backend: str = ""  # cpu, vulkan, rocm, cuda, metal; empty: there is no llama.cpp
+    ggml_bandwidth: float = 0.0
+    only: str = ""  # the one engine that it is to offer; empty: all
+
+    @property
+    def engines(self) -> list[str]:
+        """What it offers to compute stages with."""
+        found = ["mlx"] * (self.backend != "none") + ["ggml"] * bool(self.ggml_backend)
+        return [engine for engine in found if self.only in ("", engine)]
 
     def available(self) -> int:
         """Bytes that new stages could take now; no cap. Cheap: call it every few seconds."""
@@ -66,16 +90,21 @@ def probe(
     available = machine.available()
     # The table says what a GPU reaches. MLX on the CPU gets only what the cores reach, and
     # on an APU that is about half.
-    known = None if mlx.backend == "cpu" else known_bandwidth(machine.chip, machine.gpu_cores)
+    of_chip = known_bandwidth(machine.chip, machine.gpu_cores)
+    known = None if mlx.backend == "cpu" else of_chip
+    bandwidth = known or measure_bandwidth(available)
+    ggml = _ask_ggml(run)
     return Hardware(
         chip=machine.chip,
         backend=mlx.backend,
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         total_memory=machine.total,
         usable_memory=available if memory_cap is None else min(available, memory_cap),
-        bandwidth=known or measure_bandwidth(available),
+        bandwidth=bandwidth,
         bandwidth_measured=known is None,
         _available=machine.available,
+        ggml_backend=ggml,
+        ggml_bandwidth=of_chip or bandwidth if ggml not in ("", "cpu") else bandwidth,
     )
 
 
@@ -120,6 +149,16 @@ def _ask_mlx(run: Runner) -> _Mlx:
         return _Mlx("none", None)
     facts = json.loads(answer.splitlines()[-1])
     return _Mlx(facts["backend"], facts["device"].get("max_recommended_working_set_size"))
+
+
+def _ask_ggml(run: Runner) -> str:
+    """What ggml computes on here, in a process of its own; empty when it is not installed."""
+    answer = run([sys.executable, "-c", _GGML_QUESTION])
+    if answer is None:
+        return ""
+    names = [name for name, _ in json.loads(answer.splitlines()[-1])]
+    found = (b for name in names for start, b in _GGML_BACKENDS.items() if name.startswith(start))
+    return next(found, "cpu")
 
 
 class _Mac:

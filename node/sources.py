@@ -42,12 +42,22 @@ class Sources:
 
         An empty `revision` means the newest that the machine knows.
         """
-        request = HaveRequest(files=ModelFiles(model=model, revision=revision))
-        for found in await asyncio.gather(*(self._have(a, request) for a in self._channels)):
-            if found is not None and _is_described(found):
-                files = {file.name: File(file.size, file.checksum) for file in found.files}
-                return Manifest(model, found.revision, files)
+        for found in await self._described(model, revision):
+            files = {file.name: File(file.size, file.checksum) for file in found.files}
+            return Manifest(model, found.revision, files)
         return None
+
+    async def starts(self, manifest: Manifest) -> dict[str, int]:
+        """By file, how many bytes of its beginning some machine has: at least its header.
+
+        Nothing when no machine can describe the model in full.
+        """
+        starts: dict[str, int] = {}
+        for found in await self._described(manifest.model, manifest.revision):
+            for file in found.files:
+                if file.held:
+                    starts[file.name] = max(starts.get(file.name, 0), file.held[0].end)
+        return starts
 
     async def fetch(
         self,
@@ -77,6 +87,12 @@ class Sources:
             for task in pulls:
                 task.cancel()
             await asyncio.gather(*pulls, return_exceptions=True)
+
+    async def _described(self, model: str, revision: str) -> list[Holdings]:
+        """What machines have of a model that can describe it in full."""
+        request = HaveRequest(files=ModelFiles(model=model, revision=revision))
+        found = await asyncio.gather(*(self._have(a, request) for a in self._channels))
+        return [holdings for holdings in found if holdings is not None and _is_described(holdings)]
 
     async def _have(self, address: str, request: HaveRequest) -> Holdings | None:
         try:

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,36 +12,13 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from node.buffers import give_back
 from node.cacheview import Caches
-from node.foreseen import Foresight, Kind, Step, kind_of_leaves
+from node.foreseen import Foresight, kind_of_leaves
 from node.hollow import HollowModel
 from node.quantize import quantized
 from node.rewind import restore, snapshot
+from node.session import Session
 from node.tensors import decode_tree, encode_tree, leaf_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
-
-
-class Session:
-    """What one head has on this stage: its caches, and results kept until claimed."""
-
-    def __init__(self, stage: int, last: bool) -> None:
-        self.stage = stage
-        self.last = last
-        self.caches: dict[int, Caches] = {}
-        self.held: dict[int, Any] = {}
-        # By cache: the kind of what it was last stepped with, and the next step if it is such.
-        self.kinds: dict[int, Kind] = {}
-        self.foreseen: dict[int, Step] = {}
-        self.due: deque[int] = deque()  # caches of which a step may be foreseen
-
-    def forget_steps(self, cache: int) -> None:
-        """The next step over a cache can't be foreseen any more."""
-        self.kinds.pop(cache, None)
-        self.foreseen.pop(cache, None)
-
-    def clear(self) -> None:
-        """Lets go of everything."""
-        for kept in (self.caches, self.held, self.kinds, self.foreseen, self.due):
-            kept.clear()
 
 
 class Stage:
@@ -89,6 +65,10 @@ class Stage:
         elif frame.hold:
             give_back()
         report.compute_s = time.perf_counter() - started
+
+    def end(self, session: Session) -> None:
+        """Frees all that the session has."""
+        session.clear()
 
     def look_ahead(self, session: Session) -> None:
         """Builds the steps that are likely to come: to be called when a frame has left."""

@@ -10,7 +10,7 @@ import grpc
 
 from node.mlx_thread import MLXThread
 from node.ring import fault_message, open_hop, read_hop
-from node.stage import Session, Stage
+from node.session import Session, StageEngine
 from unicluster.channels import connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust import Identity
@@ -48,7 +48,7 @@ class StageService(StageServicer):
     """Serves one loaded stage to any number of heads, each with its own session."""
 
     def __init__(
-        self, stage: Stage, info: StageInfo, thread: MLXThread, identity: Identity
+        self, stage: StageEngine, info: StageInfo, thread: MLXThread, identity: Identity
     ) -> None:
         self._stage = stage
         self._info = info
@@ -172,7 +172,7 @@ class StageService(StageServicer):
 
         def release() -> None:
             live.closed = True
-            live.session.clear()
+            self._stage.end(live.session)
 
         self._thread.post(release)
 

@@ -13,20 +13,25 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import uvloop
-from mlx_lm.utils import maybe_set_recommended_wired_limit
+from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 
 from node.config import WorkerConfig
 from node.draft import fetch_draft, load_draft
+from node.engine import Engine
 from node.head import Head, HeadChat, make_engine
 from node.hollow import HollowModel
 from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.obtain import describe, fetch, is_whole
+from node.session import StageEngine
 from node.sources import Sources
 from node.stage import Stage
 from node.stage_service import StageService
@@ -50,9 +55,32 @@ TELL_SECONDS = 0.2
 TOKENS_SECONDS = 2.0
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """stage: of one that is not the first. front, engine: of the head; see PipelineModel."""
+
+    weight_bytes: int
+    stage: StageEngine | None = None
+    front: Any = None
+    engine: Engine | None = None
+
+
 def emit(event: str, **values: Any) -> None:
     """Tells whoever started this worker something."""
     print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
+
+
+def teller() -> Callable[[int, int], None]:
+    """Tells how far a download is, now and then."""
+    told = 0.0
+
+    def tell(fetched: int, total: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told > TELL_SECONDS or fetched in (0, total):
+            told = now
+            emit("fetching", fetched=fetched, to_fetch=total)
+
+    return tell
 
 
 async def fetch_weights(
@@ -62,15 +90,7 @@ async def fetch_weights(
 
     Also that of the draft model, if there is one.
     """
-
-    told = 0.0
-
-    def tell(fetched: int, total: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told > TELL_SECONDS or fetched in (0, total):
-            told = now
-            emit("fetching", fetched=fetched, to_fetch=total)
-
+    tell = teller()
     async with Sources(config.sources, identity) as sources:
         checkpoint = await describe(config.model, config.revision, sources)
         if not is_whole(checkpoint):
@@ -83,7 +103,7 @@ async def fetch_weights(
     return checkpoint.root, draft
 
 
-async def tell_tokens(meter: Stage | AnswerMeter) -> None:
+async def tell_tokens(meter: StageEngine | AnswerMeter) -> None:
     """Tells now and then how many more tokens were computed, if any were."""
     told = 0
     while True:
@@ -116,35 +136,76 @@ def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel
     return lazy, hollow, total
 
 
+async def load_mlx(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
+    """A stage of MLX."""
+    path, draft_path = await fetch_weights(config, identity, thread)
+    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
+    if hollow.start > 0:
+        return Loaded(weight_bytes, Stage(hollow, foresee=config.foresee))
+    draft = await _draft(draft_path, config, thread)
+    tokenizer = load_tokenizer(lazy.path, eos_token_ids=lazy.config.get("eos_token_id"))
+    engine = make_engine(lazy.path, tokenizer, hollow.hidden_bytes, thread, config, draft)
+    return Loaded(weight_bytes, front=hollow, engine=engine)
+
+
+async def load_ggml(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
+    """A stage of ggml."""
+    from node.ggml import worker as ggml  # an extra, not there on every machine
+
+    async with Sources(config.sources, identity) as sources:
+        tell = teller()
+        checkpoint = await ggml.obtain(config, sources, tell)
+        draft_path = await fetch_draft(config, sources, tell) if config.draft else None
+    count = config.end_layer - config.first_layer
+    emit("progress", layers=0, layers_total=count, bytes=0, bytes_total=0)
+    loaded = await thread.run(lambda: ggml.load_stage(checkpoint, config))
+    size = loaded.weight_bytes
+    emit("progress", layers=count, layers_total=count, bytes=size, bytes_total=size)
+    if loaded.front is None:
+        return Loaded(size, loaded.stage)
+    draft = await _draft(draft_path, config, thread)
+    tokenizer = await thread.run(lambda: ggml.load_tokens(checkpoint))
+    hidden_bytes = loaded.front.hidden_bytes
+    engine = make_engine(checkpoint.root, tokenizer, hidden_bytes, thread, config, draft)
+    return Loaded(size, front=loaded.front, engine=engine)
+
+
+async def _draft(path: Path | None, config: WorkerConfig, thread: MLXThread) -> nn.Module | None:
+    if path is None:
+        return None
+    return await thread.run(partial(load_draft, path, config.draft_quant))
+
+
 async def serve(config: WorkerConfig) -> None:
     """Loads and serves until told to end."""
     identity = Identity.from_dict(config.identity)
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    path, draft_path = await fetch_weights(config, identity, thread)
-    lazy, hollow, weight_bytes = await thread.run(lambda: load_stage(path, config))
+    load = load_ggml if config.engine == "ggml" else load_mlx
+    loaded = await load(config, identity, thread)
     info = StageInfo(
         node=config.node,
         first_layer=config.first_layer,
         end_layer=config.end_layer,
-        weight_bytes=weight_bytes,
+        weight_bytes=loaded.weight_bytes,
+        engine=config.engine,
     )
-    meter: Stage | AnswerMeter
-    if hollow.start == 0:
-        draft = None
-        if draft_path is not None:
-            draft = await thread.run(partial(load_draft, draft_path, config.draft_quant))
-        engine = make_engine(lazy, hollow.hidden_bytes, thread, config, draft)
+    meter: StageEngine | AnswerMeter
+    if loaded.engine is not None:
+        engine = loaded.engine
         meter = engine.meter
-        head = Head(hollow, info, engine, thread, identity, foresee=config.foresee)
+        # The other engine computes at once: there is nothing to build before.
+        foresee = config.foresee and config.engine == "mlx"
+        head = Head(loaded.front, info, engine, thread, identity, foresee=foresee)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(engine, head, thread), server)
     else:
-        stage = meter = Stage(hollow, foresee=config.foresee)
-        add_StageServicer_to_server(StageService(stage, info, thread, identity), server)
+        assert loaded.stage is not None  # noqa: S101  # one of the two is always there
+        meter = loaded.stage
+        add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
     await server.start()
-    emit("ready", port=port, weight_bytes=weight_bytes)
+    emit("ready", port=port, weight_bytes=loaded.weight_bytes)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,6 +1,7 @@
 """Fetches a whole repository as a worker of one stage would. `python -m tests.fetch REPO`.
 
-With a second argument it fetches only the description.
+With a second argument `description` it fetches only that; with `check` it asks the hub only
+whether it may.
 """
 
 import asyncio
@@ -8,9 +9,11 @@ import sys
 
 from huggingface_hub import constants
 
-from node.obtain import describe, fetch
+from node import hub
+from node.obtain import describe, fetch, fetch_ranges
 from node.sources import Sources
 from node.survey import survey
+from unicluster.checkpoint import is_gguf
 from unicluster.errors import UniclusterError
 from unicluster.trust import Cluster
 
@@ -18,10 +21,17 @@ from unicluster.trust import Cluster
 constants.DOWNLOAD_CHUNK_SIZE = 4096
 
 
-async def main(repo: str, *only: str) -> None:
+async def main(repo: str, only: str = "") -> None:
+    if only == "check":
+        hub.check(repo, "")
+        return
     async with Sources((), Cluster.new().issue("test")) as sources:
         checkpoint = await describe(repo, "", sources)
         if only:
+            return
+        if is_gguf(repo):
+            files = {name: checkpoint.all_of(name) for name in checkpoint.manifest.weights}
+            await fetch_ranges(checkpoint, files, None, sources)
             return
         surveyed = survey(checkpoint.root)
         tensors = surveyed.of_stage(0, len(surveyed.layers))

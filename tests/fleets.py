@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from coordinator.forms import Forms
 from coordinator.links import Link, Network
 from coordinator.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine
 
@@ -15,6 +16,11 @@ class Case:
     layout: Layout
     machines: list[Machine]
     network: Network
+    gguf: Layout | None = None
+
+    @property
+    def forms(self) -> Forms:
+        return Forms(self.layout, self.gguf)
 
 
 def a_layout(
@@ -67,19 +73,78 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
     return Case(layout, machines, Network(default, pairs))
 
 
+def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: int) -> Case:
+    """The same with a GGUF, and machines that have either engine or both, of unlike speeds."""
+    case = a_case(dice, most_machines, most_layers)
+    layout = replace(case.layout, forbidden_cuts=_some_cuts(dice, case.layout.layers))
+    tail = dice.randint(0, 5) * GB // 10
+    sizes = [size * dice.randint(7, 12) // 10 for size in layout.layer_bytes]
+    active = [size // dice.randint(1, 8) for size in sizes]
+    gguf = replace(
+        layout,
+        layer_bytes=(*sizes[:-1], sizes[-1] + tail),
+        layer_active_bytes=(*active[:-1], active[-1] + tail),
+        kv_bytes_per_layer=tuple(dice.randint(0, 5) * GB // 10 for _ in sizes),
+        head_bytes=dice.randint(0, 10) * GB // 10,
+        hidden_bytes=2 * layout.hidden_bytes,
+        forbidden_cuts=_some_cuts(dice, layout.layers),
+        engine="ggml",
+        tail_bytes=tail,
+    )
+    kinds = [
+        {
+            "engines": dice.choice([("mlx",), ("ggml",), ("mlx", "ggml"), ("mlx", "ggml")]),
+            "ggml_bandwidth": dice.choice([0.0, 100e9, 400e9]),
+            "ggml_pace": dice.choice([1.0, 1.0, 0.7]),
+        }
+        for _ in range(dice.choice([1, 2, 3]))
+    ]
+    machines = [replace(machine, **dice.choice(kinds)) for machine in case.machines]
+    return Case(layout, machines, case.network, gguf)
+
+
+def _some_cuts(dice: random.Random, layers: int) -> tuple[int, ...]:
+    return tuple(cut for cut in range(1, layers) if dice.random() < dice.choice([0.0, 0.0, 0.4]))
+
+
 def every_placement(case: Case) -> Iterator[tuple[float, float]]:
     """(latency, slowest stage) in seconds a token of each placement that fits."""
-    layout, n = case.layout, case.layout.layers
-    seconds = {
-        (m.name, a, b): _seconds(layout, m, a, b)
-        for m in case.machines
-        for a in range(n)
-        for b in range(a + 1, n + 1)
-        if _needs(layout, a, b) <= m.usable
-    }
+    layout = case.layout
+    yield from _placements(case, layout, [layout])
+    if case.gguf is not None:
+        yield from _placements(case, case.gguf, [case.gguf])
+        layers, active = list(case.gguf.layer_bytes), list(case.gguf.layer_active_bytes)
+        layers[-1] -= case.gguf.tail_bytes
+        active[-1] -= case.gguf.tail_bytes
+        apart = (*layout.forbidden_cuts, *case.gguf.forbidden_cuts)
+        without = replace(
+            case.gguf,
+            layer_bytes=tuple(layers),
+            layer_active_bytes=tuple(active),
+            forbidden_cuts=apart,
+        )
+        head = replace(layout, forbidden_cuts=apart)
+        yield from _placements(case, head, [head, without])
+
+
+def _placements(case: Case, head: Layout, forms: list[Layout]) -> Iterator[tuple[float, float]]:
+    """Those whose stages are of these forms, and whose first is of that one."""
+    n = head.layers
+    seconds: dict[tuple[str, int, int], float] = {}
+    for m in case.machines:
+        for form in forms:
+            if form.engine not in m.engines:
+                continue
+            for a in range(n):
+                for b in range(a + 1, n + 1):
+                    cut = {a, b} & set(form.forbidden_cuts)
+                    if cut or _needs(form, a, b) > m.usable or (a == 0 and form is not head):
+                        continue
+                    taken = _seconds(form, m, a, b)
+                    seconds[m.name, a, b] = min(taken, seconds.get((m.name, a, b), taken))
     names = [m.name for m in case.machines]
     hop = {
-        (one, other): case.network.between(one, other).seconds(layout.hidden_bytes)
+        (one, other): case.network.between(one, other).seconds(head.hidden_bytes)
         for one in names
         for other in names
     }
@@ -109,8 +174,11 @@ def _needs(layout: Layout, first: int, end: int) -> int:
 
 
 def _seconds(layout: Layout, machine: Machine, first: int, end: int) -> float:
+    bandwidth, pace = machine.bandwidth, machine.pace
+    if layout.engine == "ggml":
+        bandwidth, pace = machine.ggml_bandwidth or bandwidth, machine.ggml_pace
     read = sum(layout.layer_active_bytes[first:end])
     read += sum(layout.kv_bytes_per_layer[first:end]) / layout.users
     read += layout.head_bytes if first == 0 else 0
-    seconds = read / (BANDWIDTH_SHARE * machine.bandwidth) + LAYER_S * (end - first)
-    return seconds * machine.pace
+    seconds = read / (BANDWIDTH_SHARE * bandwidth) + LAYER_S * (end - first)
+    return seconds * pace

@@ -6,8 +6,8 @@
         hf_hub_download("org/name", "model.safetensors", endpoint=hub.endpoint, cache_dir=cache)
         assert hub.downloads() == {"model.safetensors": [(0, 1000), (1000, 4096)]}
 
-As at the real one, *.safetensors are in large file storage: their address answers a redirect to
-a CDN, which is another origin and refuses requests that carry a token.
+As at the real one, *.safetensors and *.gguf are in large file storage: their address answers a
+redirect to a CDN, which is another origin and refuses requests that carry a token.
 """
 
 import hashlib
@@ -156,7 +156,7 @@ def _describe(name: str, path: Path) -> _File:
     """With the fields of both model_info and the file tree, which differ in names only."""
     size = path.stat().st_size
     listing: dict[str, Any] = {"type": "file", "path": name, "rfilename": name, "size": size}
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         with path.open("rb") as file:
             etag = hashlib.file_digest(file, "sha256").hexdigest()
         version = "https://git-lfs.github.com/spec/v1"

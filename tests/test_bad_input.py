@@ -82,7 +82,7 @@ WRONG_WORDS = [
     ("serve /no/such/directory", "no directory /no/such/directory"),
     ("serve {file}", "is a file: give the model's directory"),
     ("serve {folder}", "has no config.json: it is not a model's directory"),
-    ("serve demo --quant q5", "argument --quant: invalid choice: 'q5'"),
+    ("serve demo --quant q5", "no quantization 'q5'"),
     ("serve demo --context many", "argument --context: invalid int value: 'many'"),
     ("serve demo --context 1", "--context 1: at least 2 tokens"),
     ("serve demo --users 0", "--users 0: at least 1"),

@@ -12,6 +12,7 @@ from coordinator.blueprints import layouts
 from coordinator.catalog import entries
 from node.blueprint import build, inspect_config
 from node.layout import inspect
+from tests import zoo
 from tests.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import InputError
 from unicluster.fingerprint import whole_directory
@@ -30,7 +31,22 @@ def test_a_config_weighs_what_its_checkpoint_does(name: str, quant: str, tmp_pat
     stored.ClearField("files")
     stored.ClearField("revision")
 
-    assert of_config(config, quant=quant, context=300, users=2) == stored
+    found = of_config(config, quant=quant, context=300, users=2)
+    found.ClearField("gguf")
+
+    assert found == stored
+
+
+def test_a_gguf_is_thought_of_where_one_could_be_cut() -> None:
+    tied = of_config(tiny_config("gemma3"), quant="q8", context=300)
+
+    assert tied.gguf.tail_bytes > tied.gguf.embed_bytes > 0  # the lm_head is the embedding again
+    assert set(tied.gguf.kv_bytes_per_layer) == {max(tied.kv_bytes_per_layer)}  # windows or not
+    assert (tied.gguf.quant, tied.gguf.engine) == ("q8_0", "ggml")
+    assert not of_config(zoo.config("lfm2"), quant="q4").HasField("gguf")
+    assert not of_config(tiny_config("llama") | {"head_dim": 32}, kv_bits=8, context=300).HasField(
+        "gguf"
+    )
 
 
 def test_a_checkpoint_quantized_by_layers_weighs_what_its_config_says() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.catalog import QUANTS, Source, entries, resolve
+from coordinator.catalog import QUANTS, Source, checked_engine, entries, resolve
 from unicluster.errors import InputError, NotFoundError
 
 
@@ -86,7 +86,7 @@ def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     with pytest.raises(InputError, match="is a file"):
         resolve(str(file))
@@ -116,3 +116,39 @@ def test_no_name_is_refused() -> None:
 def test_an_unknown_quantization_names_the_known() -> None:
     with pytest.raises(InputError, match="no quantization 'q5': it is one of q2, q3"):
         resolve("deepseek-r1", "q5")
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("me/Big-R1-GGUF", "UD-Q2_K_XL"),
+        ("me/Big-R1-GGUF:ud-q2_k_xl", None),
+        ("me/Big-R1-GGUF:UD-Q2_K_XL", "ud-Q2_k_xl"),
+    ],
+)
+def test_a_quantization_of_ggufs_names_those_of_a_repository(name: str, quant: str | None) -> None:
+    found = resolve(name, quant)
+    assert found == Source("me/Big-R1-GGUF:ud-q2_k_xl", "", "me/Big-R1-GGUF ud-q2_k_xl")
+    assert checked_engine(found, "ggml") == found
+    with pytest.raises(InputError, match=r"--engine mlx: .* is a GGUF, which ggml computes"):
+        checked_engine(found, "mlx")
+
+
+@pytest.mark.parametrize("name", ["demo", "deepseek-r1", "."])
+def test_a_quantization_of_ggufs_needs_their_repository(name: str) -> None:
+    with pytest.raises(InputError, match=r"'q4_k_m': .* such as owner/name:q4_k_m"):
+        resolve(name, "q4_k_m")
+
+
+@pytest.mark.parametrize(
+    ("name", "quant", "reason"),
+    [
+        ("me/big", "best", "no quantization 'best'"),
+        ("me/big:latest", None, "me/big:latest: latest is no quantization of a GGUF"),
+        ("me/big:q4_0", "q8_0", "--quant q8_0: me/big:q4_0 says q4_0 already"),
+        ("me/big.gguf", "q4_0", r"me/big\.gguf is a GGUF, whose weights stay as they are"),
+    ],
+)
+def test_quantizations_that_cannot_be(name: str, quant: str | None, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        resolve(name, quant)

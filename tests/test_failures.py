@@ -4,30 +4,29 @@ Each test lasts as long as loading the model again does; a machine that falls as
 only when its connections have been silent for 3.5 s.
 """
 
-import asyncio
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model, until
-from unicluster.answers import Delta
-from unicluster.client import AsyncClient
-from unicluster.errors import StageError, UnavailableError
+from tests.strikes import (
+    CONTEXT,
+    NOTICED_WITHIN,
+    assert_answers_again,
+    assert_answers_end,
+    errors_after,
+)
+from unicluster.errors import UnavailableError
 
 # Three machines hold the model, two do not: the others take the place of those that are lost.
 MACHINES = ("ann", "bob", "cat", "dee", "eve", "fay", "gus", "hal")
 MEMORY = 5_500_000
-CONTEXT = 4096
 SERVE = ("--context", str(CONTEXT), "--users", "2")
-# What the issue asks for, in seconds.
-NOTICED_WITHIN = 5.0
-ANSWERS_WITHIN = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -56,62 +55,6 @@ def stages(cluster: LocalCluster, server: ServeProgram) -> list[AgentProgram]:
         cluster.start_agents(f"ivy-{os.urandom(3).hex()}", memory=MEMORY)
     until(lambda: server.describe().state == "ready", "the model is served")
     return [cluster.agents[stage.node] for stage in server.describe().stages]
-
-
-async def hear_out(client: AsyncClient, begun: asyncio.Event) -> None:
-    """An answer of thousands of tokens; sets `begun` when its first one has come."""
-    async for event in client.stream("hello", temperature=0, max_tokens=CONTEXT - 100):
-        if isinstance(event, Delta):
-            begun.set()
-
-
-async def errors_after(
-    server: ServeProgram, strike: Callable[[], None]
-) -> list[tuple[float, BaseException | None]]:
-    """Strikes while two answers run; what ended each, and after how many seconds."""
-    async with server.async_client() as client:
-        begun = [asyncio.Event() for _ in range(2)]
-        answers = [asyncio.create_task(hear_out(client, event)) for event in begun]
-        async with asyncio.timeout(30):
-            await asyncio.gather(*(event.wait() for event in begun))
-        struck = time.monotonic()
-        strike()
-        ended = []
-        for answer in answers:
-            await asyncio.wait([answer], timeout=30)
-            ended.append((time.monotonic() - struck, answer.exception()))
-        return ended
-
-
-async def assert_answers_end(server: ServeProgram, strike: Callable[[], None], name: str) -> None:
-    """Every stream ends in time with a typed error that names the machine."""
-    for seconds, error in await errors_after(server, strike):
-        print(f"{seconds:.2f} s: {type(error).__name__}: {error}")
-        assert isinstance(error, UnavailableError | StageError)
-        assert f"machine {name} " in str(error)
-        assert "\n" not in str(error)
-        assert seconds < NOTICED_WITHIN
-
-
-async def assert_answers_again(server: ServeProgram) -> None:
-    """The next request works, perhaps after a while in which it is told why it does not."""
-    started = time.monotonic()
-    told = ""
-    async with server.async_client() as client:
-        while True:
-            try:
-                answer = await client.chat("hello", temperature=0, max_tokens=20)
-                break
-            except UnavailableError as error:
-                if str(error) != told:
-                    told = str(error)
-                    print(f"{time.monotonic() - started:.2f} s: {told}")
-                assert "\n" not in told
-                assert time.monotonic() - started < ANSWERS_WITHIN
-                await asyncio.sleep(0.25)
-        print(f"{time.monotonic() - started:.2f} s: answers again")
-        assert len(answer.token_ids) == 20
-        assert (await client.describe()).live_caches == 0
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,27 @@ def test_a_mac_offers_three_quarters_of_its_memory() -> None:
 def test_the_compute_of_a_chip_is_known_by_its_name() -> None:
     assert known_compute("Apple M3 Ultra") == 21.5e12  # the lesser of its two GPUs
     assert known_compute("nobody's") == 0.0
+
+
+def test_strix_halo_has_a_backend_for_each_engine() -> None:
+    (box,) = parse("framework-desktop-128").machines
+    (studio,) = parse("mac-studio-m3-ultra-512").machines
+
+    assert (box.using("mlx").backend, box.using("ggml").backend) == ("cpu", "vulkan")
+    assert box.using("mlx").bandwidth == 128e9
+    assert box.using("ggml").bandwidth == 256e9
+    assert studio.using("ggml").backend == studio.backend == "metal"
+
+
+def test_a_file_says_what_engines_there_are_and_how_fast(tmp_path: Path) -> None:
+    rows = "machines:\n- {hardware: dgx-spark, engines: [ggml]}\n"
+    rows += "- {name: b, memory: 9GB, bandwidth: 200, mlx_bandwidth: 50}\n"
+    (tmp_path / "fleet.yaml").write_text(rows)
+
+    spark, box = parse(str(tmp_path / "fleet.yaml")).machines
+
+    assert spark.engines == ("ggml",)
+    assert (box.using("mlx").bandwidth, box.using("ggml").bandwidth) == (50e9, 200e9)
+    (tmp_path / "odd.yaml").write_text("machines:\n- {hardware: dgx-spark, engines: [cuda]}\n")
+    with pytest.raises(InputError, match="a list of mlx, ggml"):
+        parse(str(tmp_path / "odd.yaml"))

@@ -99,6 +99,19 @@ def test_an_agent_without_mlx_joins_and_says_what_to_install(tmp_path: Path) -> 
         assert re.search(r"machine ann has no MLX: .* pip install 'unicluster\[", refused.err)
 
 
+def test_an_engine_that_is_not_installed_is_not_offered(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden" / "llama_cpp"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('no llama.cpp on this machine')\n")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        path = f"{hidden.parent}:{cluster.env['PYTHONPATH']}"
+        agent = cluster.start_agent("ann", "--engine", "ggml", PYTHONPATH=path)
+        result = agent.result()
+
+    assert result.code == 2
+    assert re.fullmatch(r"unicluster: --engine ggml: it is not installed .*\n", result.err)
+
+
 def test_the_token_is_for_its_owner_only(cluster: LocalCluster) -> None:
     assert stat.S_IMODE((cluster.home / "cluster.token").stat().st_mode) == 0o600
     assert stat.S_IMODE(cluster.home.stat().st_mode) == 0o700

@@ -1,9 +1,11 @@
 """What was measured, kept and used."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from coordinator.forms import Forms
 from coordinator.learned import Learned, Taken, shared_out
 from coordinator.links import Network
 from coordinator.placement import Machine, Stage
@@ -18,7 +20,7 @@ FLEET = [Machine("ann", "", 6 * GB, 100e9), Machine("bob", "", 6 * GB, 100e9)]
 def ring(*spans: tuple[int, int]) -> tuple[Stage, ...]:
     """Ann's layers, then bob's."""
     both = zip(FLEET, spans, strict=False)
-    return stages(LAYOUT, Network(), [Span(machine, *span) for machine, span in both])
+    return stages(Network(), [Span(machine, *span, LAYOUT) for machine, span in both])
 
 
 def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None:
@@ -50,6 +52,31 @@ def test_hops_known_to_take_longer_than_the_whole_token_are_measured_too() -> No
 
     assert taken.hops == pytest.approx((0.05e-3, 0.05e-3))
     assert sum(taken.stages) == pytest.approx(0.1e-3)
+
+
+def test_each_engine_has_a_pace_of_its_own(tmp_path: Path) -> None:
+    gguf = replace(LAYOUT, engine="ggml")
+    once = stages(Network(), [Span(FLEET[0], 0, 5, gguf)])
+    Learned.record("llama", once, Taken((0.125,)), tmp_path)
+    known = Learned.record("llama", ring((0, 5)), Taken((0.25,)), tmp_path)
+
+    ann, bob = known.paced(FLEET, "llama", Forms(LAYOUT, gguf))
+
+    assert ann.pace == pytest.approx(2 * ann.ggml_pace)
+    assert (ann.measured, ann.ggml_measured) == (True, True)
+    assert (bob.pace, bob.ggml_pace) == (ann.pace, ann.ggml_pace)
+    assert not bob.ggml_measured
+
+
+def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
+    gguf = replace(LAYOUT, engine="ggml", tail_bytes=GB // 2)
+    for form in (gguf, gguf.unfinished()):
+        (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, form)])
+        known = Learned.record("llama", [stage], Taken((stage.seconds_per_token,)), tmp_path)
+
+        paces = {m.name: m.ggml_pace for m in known.paced(FLEET, "llama", gguf)}
+
+        assert paces["bob"] == pytest.approx(1.0)
 
 
 def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:

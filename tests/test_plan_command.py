@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_model
+from tests.tiny_gguf import from_checkpoint, write_gguf
 
 
 def run(*words: str, home: Path | None = None) -> "subprocess.CompletedProcess[str]":
@@ -76,6 +77,8 @@ def test_the_machines_suggested_are_enough() -> None:
         ("deepseek-r1", "--fleet", "dgx-spark", "--link", "carrier-pigeon"),
         ("gpt-oss-120b", "--quant", "q2", "--fleet", "dgx-spark"),
         ("gemma-3-4b", "--context", "1000000", "--fleet", "dgx-spark"),
+        ("llama-4-scout", "--engine", "ggml", "--fleet", "4x framework-desktop-128"),
+        ("qwen3-14b", "--engine", "mlx", "--gguf", "a/b.gguf", "--fleet", "dgx-spark"),
     ],
 )
 def test_bad_input_exits_with_2_in_one_line(words: tuple[str, ...]) -> None:
@@ -95,6 +98,35 @@ def test_a_person_sees_who_holds_what_and_why_not_otherwise() -> None:
         assert part in shown
     assert "* " in shown
     assert "assumed: nothing was measured yet" in shown
+
+
+def test_strix_boxes_beside_a_mac_take_a_gguf_that_is_assumed() -> None:
+    fleet = "2x framework-desktop-128, mac-studio-m3-ultra-512"
+
+    shown = run("plan", "kimi-k2", "--fleet", fleet).stdout
+    found = planned("kimi-k2", "--fleet", fleet)
+    alone = planned("kimi-k2", "--fleet", fleet, "--engine", "mlx")
+
+    assert [stage["engine"] for stage in found["stages"]] == ["mlx", "ggml", "ggml"]
+    assert "(reads 205 GB/s there, MLX 5.1)" in " ".join(shown.split())
+    assert "serve it with --gguf" in shown
+    assert {stage["engine"] for stage in alone["stages"]} == {"mlx"}
+    faster = found["predicted"]["tokens_per_s_single"]
+    assert faster > alone["predicted"]["tokens_per_s_single"]
+
+
+def test_a_gguf_of_ones_own_is_planned_beside_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+    path = write_model(tmp_path / "mine", tiny_config("llama"))
+    file = from_checkpoint(path, tmp_path / "mine.gguf")
+    asked = (str(path), "--fleet", "framework-desktop-128", "--context", "512")
+
+    both = planned(*asked, "--gguf", str(file))
+    other = run("plan", *asked, "--gguf", str(write_gguf(tmp_path / "other.gguf", layers=4)))
+
+    assert [stage["engine"] for stage in both["stages"]] == ["ggml"]
+    assert other.returncode == 2
+    assert "it is another model: it has 4 layers, and mine 6" in other.stderr
 
 
 def test_a_config_file_of_ones_own_is_planned(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.forms import Forms, check_same
 from coordinator.placement import BANDWIDTH_SHARE, LAYER_S
 from coordinator.planner import Layout, Machine, Objective, Plan, plan, split_evenly
 from coordinator.shortfall import NoPlanError
@@ -202,6 +203,133 @@ def test_layouts_and_machines_come_from_the_wire() -> None:
 def test_a_layout_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(InputError, match="makes no sense"):
         Layout.from_proto(node_pb2.ModelLayout(model_type="llama", layer_bytes=[1], users=1))
+
+
+def gguf_of(layout: Layout, tail: int = 0) -> Layout:
+    """The same sizes as a GGUF, of whose head a part is with the last layer."""
+    last = layout.layer_bytes[-1] + tail
+    return replace(
+        layout,
+        layer_bytes=(*layout.layer_bytes[:-1], last),
+        layer_active_bytes=(*layout.layer_active_bytes[:-1], last),
+        head_bytes=layout.head_bytes - tail,
+        engine="ggml",
+        tail_bytes=tail,
+        hidden_size=layout.hidden_size,
+    )
+
+
+STUDIO = Machine("studio", "", 12 * GB, 800e9, engines=("mlx", "ggml"))
+BOX = Machine("box", "", 12 * GB, 128e9, backend="cpu", ggml_backend="vulkan", ggml_bandwidth=256e9)
+
+
+def test_each_stage_has_the_engine_that_is_faster_there() -> None:
+    layout = a_layout([GB] * 16, head=2 * GB)
+
+    found = plan(Forms(layout, gguf_of(layout, GB)), [BOX, STUDIO])
+
+    assert [(s.machine.name, s.engine, s.finishes) for s in found.stages] == [
+        ("studio", "mlx", False),
+        ("box", "ggml", False),
+    ]
+    assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
+
+
+def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
+    layout = a_layout([GB] * 16, head=2 * GB)
+    boxes = [replace(BOX, name=name) for name in ("box-1", "box-2")]
+
+    found = plan(Forms(layout, gguf_of(layout, GB)), boxes)
+
+    assert found.engines == ("ggml",)
+    assert [s.finishes for s in found.stages] == [False, True]
+    assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
+
+
+def test_where_engines_are_alike_it_is_mlx() -> None:
+    layout = a_layout([GB] * 16, head=2 * GB)
+    alike = [replace(STUDIO, name=name) for name in ("one", "two")]
+
+    assert plan(Forms(layout, gguf_of(layout, GB)), alike).engines == ("mlx",)
+
+
+def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
+    layout = a_layout([GB] * 4, quant="q4")
+    plain = Machine("plain", "", 12 * GB, 40e9, backend="cpu", ggml_backend="cpu")
+
+    found = plan(Forms(layout, gguf_of(layout)), [plain])
+
+    assert found.engines == ("ggml",)
+    assert found.seconds_per_token < plan(layout, [plain]).seconds_per_token / 10
+
+
+def test_a_gpu_is_told_from_a_cpu_with_the_same_memory() -> None:
+    layout = a_layout([GB] * 4, quant="q4")
+    cpu = Machine("cpu", "", 12 * GB, 100e9, backend="cpu")
+
+    found = plan(layout, [cpu, replace(cpu, name="gpu", backend="metal")])
+
+    assert ranges(found) == [("gpu", 0, 4)]
+
+
+def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
+    alone = replace(BOX, engines=("ggml",))
+
+    found = plan(a_layout([GB] * 4), [STUDIO, alone])
+
+    assert found.left_out[0][1] == (
+        "offers only ggml (llama.cpp), and the model is no GGUF: give it one with --gguf"
+    )
+
+
+def test_what_only_both_engines_can_hold_is_held() -> None:
+    layout = a_layout([GB] * 16, head=GB)
+    forms = Forms(layout, gguf_of(layout))
+    fleet = [replace(STUDIO, engines=("mlx",)), replace(BOX, engines=("ggml",))]
+
+    assert plan(forms, fleet).engines == ("mlx", "ggml")
+    with pytest.raises(NoPlanError):
+        plan(layout, fleet)
+    with pytest.raises(NoPlanError, match=r"are missing.*One more machine with [\d.]+ GB usable"):
+        plan(forms, [replace(machine, usable=8 * GB) for machine in fleet])
+
+
+def test_a_gguf_of_another_model_is_refused_by_what_differs() -> None:
+    layout = replace(a_layout([GB] * 4), hidden_size=64)
+    gguf = replace(gguf_of(layout), hidden_size=64)
+    names = ("mine", "other.gguf")
+    check_same(layout, gguf, names)
+
+    with pytest.raises(InputError, match="it has 5 layers, and mine 4"):
+        check_same(layout, replace(gguf_of(a_layout([GB] * 5)), hidden_size=64), names)
+    with pytest.raises(InputError, match="it has 128 numbers in a hidden state, and mine 64"):
+        check_same(layout, replace(gguf, hidden_size=128), names)
+    with pytest.raises(InputError, match=r"other\.gguf: it is no GGUF"):
+        check_same(layout, layout, names)
+    with pytest.raises(InputError, match="mine is a GGUF itself"):
+        check_same(gguf, gguf, names)
+    with pytest.raises(InputError, match="hand on more than a hidden state"):
+        check_same(replace(layout, hidden_size=0), gguf, names)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_forbidden_counts_are_not_used(objective: Objective) -> None:
+    layout = replace(a_layout([GB] * 12), forbidden_counts=(4, 5, 12))
+    free = plan(replace(layout, forbidden_counts=()), machines(*[9 * GB] * 3), objective)
+
+    found = plan(layout, machines(*[9 * GB] * 3), objective)
+
+    counts = [stage.end - stage.first for stage in found.stages]
+    assert sum(counts) == 12
+    assert not set(counts) & {4, 5}
+    assert {stage.end - stage.first for stage in free.stages} & {4, 5}
+    assert len(plan(layout, machines(20 * GB)).stages) == 1  # all of them are no stage of so many
+
+
+def test_what_fits_only_by_a_forbidden_count_is_refused() -> None:
+    layout = replace(a_layout([GB] * 4), forbidden_counts=(2,))
+    with pytest.raises(InputError, match=r"llama\.cpp takes for another model"):
+        plan(layout, machines(3 * GB, 3 * GB))
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])

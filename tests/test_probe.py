@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,17 @@ def write(root: Path, path: str, text: str | int) -> None:
     (root / path).write_text(f"{text}\n")
 
 
-def commands(mlx: str | None, working_set: int | None = None, **answers: str) -> Runner:
-    """Answers commands by their first word; MLX's child process says backend `mlx`."""
-    if mlx is not None:
-        device = {"max_recommended_working_set_size": working_set} if working_set else {}
-        answers[sys.executable] = json.dumps({"backend": mlx, "device": device})
+def commands(
+    mlx: str | None, working_set: int | None = None, ggml: str | None = None, **answers: str
+) -> Runner:
+    """Answers commands by their first word; child processes say backend `mlx`, device `ggml`."""
+    device = {"max_recommended_working_set_size": working_set} if working_set else {}
+    of_mlx = None if mlx is None else json.dumps({"backend": mlx, "device": device})
+    of_ggml = None if ggml is None else json.dumps([[ggml, "what it is"], ["CPU", "what it is"]])
 
     def run(command: Sequence[str]) -> str | None:
+        if command[0] == sys.executable:
+            return of_ggml if "ggml" in command[-1] else of_mlx
         return answers.get(" ".join(command), answers.get(command[0]))
 
     return run
@@ -134,6 +139,15 @@ def test_strix_halo_on_the_cpu_has_the_hosts_memory_and_what_the_cores_reach(
     assert hardware.chip == "AMD RYZEN AI MAX+ 395"
     assert hardware.total_memory == 96 * GIB
     assert hardware.bandwidth_measured
+
+
+def test_llama_cpp_reaches_the_gpu_of_strix_halo(tmp_path: Path) -> None:
+    hardware = look(strix_halo(tmp_path), commands("cpu", ggml="Vulkan0"))
+
+    assert hardware.engines == ["mlx", "ggml"]
+    assert (hardware.backend, hardware.ggml_backend) == ("cpu", "vulkan")
+    assert hardware.ggml_bandwidth == 256e9
+    assert replace(hardware, only="ggml").engines == ["ggml"]
 
 
 def test_gb10_shares_the_hosts_memory(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """What the tables say, and that they keep to the width of the terminal."""
 
 import io
+import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
 
+from coordinator.forms import Forms
 from coordinator.planner import Layout, Machine, Plan, plan
 from coordinator.render import LoadProgress, fleet_table, nodes_table, plan_table
 from unicluster.v1 import node_pb2
@@ -25,6 +28,15 @@ LAYOUT = Layout(
 )
 STUDIO = Machine("studio [1]", "192.168.1.21:7711", 100 * GB, 819e9, "Apple M3 Ultra")
 STRIX = Machine("framework", "192.168.1.30:7711", 110 * GB, 256e9, "AMD Ryzen AI Max+ 395")
+BOX = Machine(
+    "box",
+    "192.168.1.32:7711",
+    50 * GB,
+    128e9,
+    backend="cpu",
+    ggml_backend="vulkan",
+    ggml_bandwidth=256e9,
+)
 AIR = Machine("air-of-ann", "192.168.1.31:7711", 4 * GB, 100e9, "Apple M2", backend="metal")
 
 
@@ -143,3 +155,48 @@ def test_what_is_reported_after_loading_is_not_shown() -> None:
         pass
     loading.failed(found.stages[0].machine.name, "gone")
     assert out.getvalue() == ""
+
+
+def test_a_plan_of_two_engines_says_which_is_where_and_why() -> None:
+    boxes = [replace(BOX, name=f"box-{n}") for n in (1, 2)]
+    forms = Forms(LAYOUT, replace(LAYOUT, engine="ggml", quant="q4_0"), assumed=True)
+
+    shown = printed(plan_table(plan(forms, [STUDIO, *boxes]), forms, "llama-70b q4"), 160)
+
+    phrase = (
+        "mlx on studio [1] (reads 655 GB/s there, like ggml); "
+        "ggml on box-1, box-2 (reads 205 GB/s there, MLX 5.1)"
+    )
+    assert phrase in " ".join(shown.split())
+    assert "assuming a GGUF of about the same size (q4_0); serve it with --gguf" in shown
+    assert re.search(r"box-1 .* ggml ", shown)
+
+
+def test_of_one_engine_nothing_is_said_unless_the_model_is_a_gguf() -> None:
+    alone = printed(plan_table(the_plan(), LAYOUT, "it"))
+    gguf = replace(LAYOUT, engine="ggml")
+    shown = printed(plan_table(plan(gguf, [STUDIO, STRIX]), gguf, "it"))
+
+    assert "engine" not in alone
+    assert "ggml (llama.cpp), because the model is a GGUF" in shown
+
+
+def test_a_fleet_shows_what_each_engine_gets_at() -> None:
+    shown = printed(fleet_table([BOX, replace(BOX, name="other", engines=("ggml",))]))
+
+    assert "cpu, vulkan (ggml)" in shown
+    assert "128 GB/s, ggml 256 GB/s" in shown
+    assert re.search(r"other .* vulkan \(ggml\) .* 256 GB/s", shown)
+
+
+def test_machines_are_listed_with_the_engines_that_they_offer() -> None:
+    only = an_info("box", backend="cpu", ggml_backend="vulkan")
+    only.engines.append("ggml")
+    both = an_info("spark", backend="cuda", ggml_backend="cuda")
+    both.engines.extend(["mlx", "ggml"])
+
+    shown = printed(nodes_table([(only, "box:1"), (both, "spark:1"), (an_info("old"), "old:1")]))
+
+    assert re.search(r"box .* vulkan \(ggml\) ", shown)
+    assert re.search(r"spark .* cuda +\d", shown)
+    assert re.search(r"old .* metal +\d", shown)

@@ -9,7 +9,14 @@ import pytest
 from coordinator.links import Link, Network
 from coordinator.placement import Machine, Objective
 from coordinator.planner import plan
-from tests.fleets import GB, Case, a_case, a_layout, every_placement
+from tests.fleets import (
+    GB,
+    Case,
+    a_case,
+    a_case_of_two_engines,
+    a_layout,
+    every_placement,
+)
 from unicluster.errors import DoesNotFitError
 
 
@@ -17,15 +24,19 @@ def check(case: Case) -> None:
     possible = list(every_placement(case))
     if not possible:
         with pytest.raises(DoesNotFitError):
-            plan(case.layout, case.machines, network=case.network)
+            plan(case.forms, case.machines, network=case.network)
         return
-    fastest = plan(case.layout, case.machines, "latency", network=case.network)
+    fastest = plan(case.forms, case.machines, "latency", network=case.network)
     assert fastest.seconds_per_token == pytest.approx(min(possible)[0], rel=1e-9)
-    steady = plan(case.layout, case.machines, "throughput", network=case.network)
+    steady = plan(case.forms, case.machines, "throughput", network=case.network)
     slowest, latency = min((round(slow, 12), latency) for latency, slow in possible)
     assert steady.slowest.seconds_per_token == pytest.approx(slowest, rel=1e-9)
     assert steady.seconds_per_token == pytest.approx(latency, rel=1e-9)
     assert fastest.gap == steady.gap == 0.0
+    for found in (fastest, steady):
+        assert all(stage.engine in stage.machine.engines for stage in found.stages)
+        assert all(stage.free_bytes >= 0 for stage in found.stages)
+        assert found.engines[0] == "mlx" or found.engines == ("ggml",)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -41,6 +52,20 @@ def test_no_placement_on_up_to_eight_machines_is_better(seed: int) -> None:
     dice = random.Random(seed)
     for _ in range(20):
         check(a_case(dice, most_machines=8, most_layers=5))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_placement_of_two_engines_on_a_few_machines_is_better(seed: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(100):
+        check(a_case_of_two_engines(dice, most_machines=5, most_layers=6))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_placement_of_two_engines_on_up_to_seven_machines_is_better(seed: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(20):
+        check(a_case_of_two_engines(dice, most_machines=7, most_layers=5))
 
 
 def unequal(dice: random.Random, layers: int) -> list[int]:

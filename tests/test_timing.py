@@ -23,7 +23,7 @@ ANN = Machine("ann", "", 20 * GB, 100e9)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Stage, ...]:
     """Ten layers on one machine; what is learnt goes to a folder of its own."""
     monkeypatch.setenv("UNICLUSTER_HOME", str(tmp_path))
-    return stages(a_layout([GB] * 10), Network(), [Span(ANN, 0, 10)])
+    return stages(Network(), [Span(ANN, 0, 10, a_layout([GB] * 10))])
 
 
 def an_end(seconds_per_token: float, tokens: int = TOKENS) -> Finish:
@@ -83,7 +83,8 @@ async def test_what_counts_is_kept(alone: tuple[Stage, ...]) -> None:
 
 async def test_each_stage_and_hop_is_kept_as_it_reports(alone: tuple[Stage, ...]) -> None:
     bob = replace(ANN, name="bob")
-    two = stages(a_layout([GB] * 10), Network(), [Span(ANN, 0, 5), Span(bob, 5, 10)])
+    layout = a_layout([GB] * 10)
+    two = stages(Network(), [Span(ANN, 0, 5, layout), Span(bob, 5, 10, layout)])
     meters = Meters(
         stages=[StageMeter(decode_s=0.1), StageMeter(decode_s=0.3)],
         hops=[HopMeter(decode_s=0.01), HopMeter(decode_s=0.03)],

@@ -109,12 +109,16 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One machine's share of the model: layers [first_layer, end_layer)."""
+    """One machine's share of the model: layers [first_layer, end_layer).
+
+    `engine`: what computes it there, mlx or ggml.
+    """
 
     node: str
     first_layer: int
     end_layer: int
     weight_bytes: int
+    engine: str = "mlx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +253,13 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
         state=info.state,
         detail=info.detail,
         stages=tuple(
-            Stage(stage.node, stage.first_layer, stage.end_layer, stage.weight_bytes)
+            Stage(
+                stage.node,
+                stage.first_layer,
+                stage.end_layer,
+                stage.weight_bytes,
+                stage.engine or "mlx",
+            )
             for stage in info.stages
         ),
         live_caches=info.live_caches,

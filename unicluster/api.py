@@ -16,7 +16,7 @@ def load(
     """A model and its tokenizer for any mlx-lm function; this process becomes the head.
 
     Args:
-        model: a directory, a hub repository id, a catalogue name, or "demo".
+        model: a directory, a GGUF, a hub repository id, a catalogue name, or "demo".
         local_nodes: cut the model into that many stages on this machine; this process holds
             the first, worker processes the others.
         nodes: agents to put stages on besides this process, each `HOST:PORT` or the name of
@@ -41,13 +41,13 @@ def load(
         return _on_nodes(source.model, source.quant, nodes)
     from coordinator.placement import Layout
     from coordinator.planner import split_evenly
-    from node.layout import inspect
+    from node.layout import inspect_any
     from node.loader import describe_here, load_local
     from unicluster.trust import Cluster
 
     identity = Cluster.new().issue("local")
     checkpoint = describe_here(source.model, identity)
-    layout = Layout.from_proto(inspect(checkpoint, source.quant))
+    layout = Layout.from_proto(inspect_any(checkpoint, source.quant))
     if local_nodes is None or not 1 <= local_nodes <= layout.layers:
         raise InputError(f"local_nodes: between 1 and {layout.layers}, the layers of {model}")
     cuts = split_evenly(layout, local_nodes)
@@ -60,7 +60,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from coordinator.here import cut_in_order, find
     from coordinator.placement import Layout, Machine
     from coordinator.sourcing import hub_files
-    from node.layout import inspect
+    from node.layout import inspect_any
     from node.loader import describe_here, load_on_nodes
     from node.probe import probe
     from unicluster.trust import Store, default_name
@@ -73,7 +73,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     machines = find(cluster, identity, nodes)
     addresses = [machine.address for machine in machines]
     checkpoint = describe_here(model, identity, addresses)
-    inspected = inspect(checkpoint, quant)
+    inspected = inspect_any(checkpoint, quant)
     hardware = probe()
     here = Machine("this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unicluster.errors import InputError
+from unicluster.gguf_names import split_id
 from unicluster.ranges import Range, Ranges, merged, without
 
 WEIGHTS = "model*.safetensors"
+GGUF = ".gguf"
 # What mlx-lm looks for beside the weights: never *.py, which is other people's code.
 SMALL_FILES = ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
@@ -37,12 +39,19 @@ class File:
 class Manifest:
     """All files of a model that are of use here.
 
-    model: a directory or a hub repository. revision: a commit, or a directory's fingerprint.
+    model: a directory, a hub repository, or `owner/name:quant`. revision: a commit, or a
+    directory's fingerprint. files: by their paths in the repository or directory. Raises
+    InputError for a path that leads out of it.
     """
 
     model: str
     revision: str
     files: Mapping[str, File]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if not _is_inside(name):
+                raise InputError(f"{self.model}: a file can't be called {name!r}")
 
     @property
     def weights(self) -> list[str]:
@@ -54,13 +63,22 @@ class Manifest:
 
 
 def is_weights(name: str) -> bool:
-    return fnmatch.fnmatch(name, WEIGHTS)
+    return fnmatch.fnmatch(name, WEIGHTS) or name.lower().endswith(GGUF)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file is a GGUF, or a model is one: `owner/name:quant`."""
+    return name.lower().endswith(GGUF) or split_id(name)[1] != ""
+
+
+def is_small(name: str) -> bool:
+    """Whether a file is of those beside the weights."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file of a repository or directory belongs to the model."""
-    patterns = (WEIGHTS, *SMALL_FILES)
-    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    """Whether a file of a repository or directory belongs to the model; GGUFs are apart."""
+    return is_small(name) or ("/" not in name and fnmatch.fnmatch(name, WEIGHTS))
 
 
 class Checkpoint:
@@ -135,6 +153,7 @@ class Checkpoint:
 
     def put(self, name: str, data: bytes) -> None:
         """Writes a whole file, or none."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as stream:
             temporary = Path(stream.name)
             try:
@@ -148,10 +167,12 @@ class Checkpoint:
 
     def link(self, name: str, whole: Path) -> None:
         """Takes a whole file from elsewhere in place of what is here of it."""
+        file = self.root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            link = Path(folder) / name
-            link.symlink_to(os.path.relpath(whole, self.root))
-            link.replace(self.root / name)
+            link = Path(folder) / file.name
+            link.symlink_to(os.path.relpath(whole, file.parent))
+            link.replace(file)
         self._list(name).unlink(missing_ok=True)
 
     @contextmanager
@@ -160,6 +181,7 @@ class Checkpoint:
         if file.is_symlink():
             file.unlink()  # what it leads to is not ours to write to
         if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
             # First the list: a file of full length without one would look whole.
             self._list(name).write_text("")
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -171,6 +193,12 @@ class Checkpoint:
 
     def _list(self, name: str) -> Path:
         return self.root / (name + LIST)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path stays below the directory that it is taken from."""
+    parts = name.split("/")
+    return "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(parts)
 
 
 def _range(line: str) -> Range:

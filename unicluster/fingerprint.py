@@ -5,13 +5,45 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_wanted, is_weights
+from unicluster.checkpoint import (
+    Checkpoint,
+    File,
+    Manifest,
+    is_gguf,
+    is_small,
+    is_wanted,
+    is_weights,
+)
 from unicluster.errors import InputError
+from unicluster.gguf_names import parts
 from unicluster.safetensors import LENGTH_BYTES, header_length
 
 # Of a file of weights its header and some samples are read: all of 400 GB would take minutes.
 SAMPLES = 16
 SAMPLE_BYTES = 4096
+
+
+def whole(path: Path) -> Checkpoint:
+    """A directory or a GGUF as it is. Raises InputError when it can't be read."""
+    return whole_gguf(path) if is_gguf(path.name) and path.is_file() else whole_directory(path)
+
+
+def whole_gguf(path: Path) -> Checkpoint:
+    """A GGUF, with all its parts if it was split, and the tokenizer's files if they lie beside it.
+
+    Raises InputError when it can't be read or a part is missing.
+    """
+    names, folder = parts(path.name), path.parent
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing, though {path.name} is a part of the same")
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            files = sorted(folder.iterdir())
+            names += [file.name for file in files if is_small(file.name) and file.is_file()]
+        return _as_it_is(str(path), folder, names)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: can't be read: {error.strerror}") from error
 
 
 def whole_directory(path: Path) -> Checkpoint:
@@ -21,12 +53,16 @@ def whole_directory(path: Path) -> Checkpoint:
     """
     try:
         files = sorted(file for file in path.iterdir() if is_wanted(file.name) and file.is_file())
-        stamps = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-        fingerprint = _fingerprint(path, stamps)
+        return _as_it_is(str(path), path, [file.name for file in files])
     except OSError as error:
         raise InputError(f"{error.filename or path}: can't be read: {error.strerror}") from error
+
+
+def _as_it_is(model: str, folder: Path, names: list[str]) -> Checkpoint:
+    stats = [(name, (folder / name).stat()) for name in names]
+    stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     sizes = {name: File(size) for name, size, _ in stamps}
-    return Checkpoint(path, Manifest(str(path), fingerprint, sizes))
+    return Checkpoint(folder, Manifest(model, _fingerprint(folder, stamps), sizes))
 
 
 @lru_cache(maxsize=8)
@@ -44,7 +80,8 @@ def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 def _add_samples(digest: "hashlib._Hash", descriptor: int, size: int) -> None:
     start = os.pread(descriptor, LENGTH_BYTES, 0)
-    header = header_length(start) if len(start) == LENGTH_BYTES else 0
+    known = len(start) == LENGTH_BYTES and not start.startswith(b"GGUF")
+    header = header_length(start) if known else 0
     digest.update(os.pread(descriptor, min(header, size), 0))
     for index in range(SAMPLES):
         at = header + (size - header) * index // SAMPLES

@@ -107,6 +107,9 @@ class NodeInfo(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     CLOCK_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
+    GGML_BACKEND_FIELD_NUMBER: _builtins.int
+    GGML_BANDWIDTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -126,11 +129,19 @@ class NodeInfo(_message.Message):
     """that it still works with; 0: only its own"""
     clock: _builtins.float
     """its time, in seconds since 1970 UTC"""
+    ggml_backend: _builtins.str
+    """what ggml computes on: cpu, vulkan, rocm, cuda, metal"""
+    ggml_bandwidth: _builtins.float
+    """of the memory as ggml gets at it; 0: as `bandwidth`"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSpec]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """host:port of the other agents that this one knows"""
+
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """mlx, ggml: what it can compute stages with; empty: mlx"""
 
     def __init__(
         self,
@@ -150,10 +161,13 @@ class NodeInfo(_message.Message):
         draining: _builtins.bool = ...,
         oldest_protocol: _builtins.int = ...,
         clock: _builtins.float = ...,
+        engines: _abc.Iterable[_builtins.str] | None = ...,
+        ggml_backend: _builtins.str = ...,
+        ggml_bandwidth: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "draining", b"draining", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +288,11 @@ class ModelLayout(_message.Message):
     LAYER_ACTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    TAIL_BYTES_FIELD_NUMBER: _builtins.int
+    FORBIDDEN_COUNTS_FIELD_NUMBER: _builtins.int
+    GGUF_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
     """embedding, final norm, lm_head and the rest outside the layers"""
@@ -293,6 +312,12 @@ class ModelLayout(_message.Message):
     """of the whole model"""
     revision: _builtins.str
     """of the files looked at"""
+    engine: _builtins.str
+    """what computes it: mlx (or empty), ggml"""
+    hidden_size: _builtins.int
+    """numbers of a token's hidden state; 0: other things cross cuts too"""
+    tail_bytes: _builtins.int
+    """the part of the last layer's bytes that makes logits (of ggml)"""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -313,6 +338,14 @@ class ModelLayout(_message.Message):
 
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFile]: ...
+    @_builtins.property
+    def forbidden_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of layers: no stage may have so many, but for the whole"""
+
+    @_builtins.property
+    def gguf(self) -> Global___ModelLayout:
+        """of a GGUF of about the same bits; unset: it could not be cut"""
+
     def __init__(
         self,
         *,
@@ -333,10 +366,15 @@ class ModelLayout(_message.Message):
         layer_active_parameters: _abc.Iterable[_builtins.int] | None = ...,
         revision: _builtins.str = ...,
         files: _abc.Iterable[Global___WeightFile] | None = ...,
+        engine: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        tail_bytes: _builtins.int = ...,
+        forbidden_counts: _abc.Iterable[_builtins.int] | None = ...,
+        gguf: Global___ModelLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gguf", b"gguf"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "files", b"files", "forbidden_cuts", b"forbidden_cuts", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "forbidden_counts", b"forbidden_counts", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +429,8 @@ class StageSpec(_message.Message):
     HUB_FILES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    FINISHES_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     LOOKUP_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
@@ -411,6 +451,10 @@ class StageSpec(_message.Message):
     """batches that take turns; 0: one a stage"""
     kv_bytes: _builtins.int
     """for caches of all users, on all stages together"""
+    engine: _builtins.str
+    """mlx (or empty), ggml"""
+    finishes: _builtins.bool
+    """it computes norm and lm_head too, and gives logits"""
     kv_bits: _builtins.int
     """4 or 8: KV caches are quantized; 0: they are not"""
     lookup: _builtins.bool
@@ -447,6 +491,8 @@ class StageSpec(_message.Message):
         hub_files: _abc.Iterable[_builtins.str] | None = ...,
         lanes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
+        engine: _builtins.str = ...,
+        finishes: _builtins.bool = ...,
         kv_bits: _builtins.int = ...,
         lookup: _builtins.bool = ...,
         draft: Global___Draft | None = ...,
@@ -454,7 +500,7 @@ class StageSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,10 +143,13 @@ class StageInfo(_message.Message):
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     END_LAYER_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     first_layer: _builtins.int
     end_layer: _builtins.int
     weight_bytes: _builtins.int
+    engine: _builtins.str
+    """mlx (or empty), ggml"""
     def __init__(
         self,
         *,
@@ -154,10 +157,11 @@ class StageInfo(_message.Message):
         first_layer: _builtins.int = ...,
         end_layer: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "first_layer", b"first_layer", "node", b"node", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

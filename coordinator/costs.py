@@ -1,0 +1,63 @@
+"""What ranges of a model's layers take on a machine, in the form that one engine loads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator import cuts
+from coordinator.cuts import Matrix
+from coordinator.placement import LAYER_S, RESERVE_SHARE, Layout, Machine, reads
+from coordinator.reach import Bools
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure over ranges of layers: `head[k]` over [0, k) on a head, `rest[j, k]` later."""
+
+    head: Matrix
+    rest: Matrix
+
+    def values(self) -> list[float]:
+        both = np.concatenate([self.head, self.rest.ravel()])
+        return [float(value) for value in np.unique(both[np.isfinite(both)])]
+
+
+class Costs:
+    """Of each range the usable bytes it needs, and the bytes it reads for a token.
+
+    inf for those that are empty or begin or end at a forbidden cut.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        held = self._row(layout.held_bytes, layout.head_bytes)
+        self.needed = Row(self._with_reserve(held.head), self._with_reserve(held.rest))
+        self.read = self._row(layout.read_bytes, layout.head_read_bytes)
+        self._layers = self._row([1] * layout.layers, 0)
+
+    def fits(self, machine: Machine) -> tuple[Bools, Bools]:
+        """What the machine can hold, as a head and later."""
+        usable = machine.usable if machine.can(self.layout.engine) else -1
+        return self.needed.head <= usable, self.needed.rest <= usable
+
+    def seconds(self, machine: Machine) -> Row:
+        """For a token; inf where it does not fit."""
+        head, rest = self.fits(machine)
+        return Row(
+            np.where(head, self._seconds(machine, self.read.head, self._layers.head), np.inf),
+            np.where(rest, self._seconds(machine, self.read.rest, self._layers.rest), np.inf),
+        )
+
+    def _seconds(self, machine: Machine, read: Matrix, layers: Matrix) -> Matrix:
+        pace = machine.using(self.layout.engine).pace
+        return read / reads(self.layout, machine) + LAYER_S * layers * pace
+
+    def _with_reserve(self, held: Matrix) -> Matrix:
+        """As Layout.needed."""
+        return held + np.minimum(self.layout.full_reserve, np.floor(held / RESERVE_SHARE))
+
+    def _row(self, values: Sequence[float], head: float) -> Row:
+        edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))
+        first = np.where(np.arange(len(edges)) == 0, np.inf, edges + head)
+        return Row(*cuts.without(first, cuts.range_sums(edges), self.layout.forbidden_cuts))

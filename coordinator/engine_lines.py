@@ -1,0 +1,61 @@
+"""Which engine computes what in a plan, and why, in phrases with figures."""
+
+from collections.abc import Sequence
+
+from coordinator.forms import Forms
+from coordinator.placement import Plan, Stage, reads
+from unicluster.units import format_rate
+
+_CALLED = {"mlx": "MLX", "ggml": "ggml"}
+
+
+def engine_lines(plan: Plan, forms: Forms) -> list[str]:
+    """Nothing where there is nothing to choose: MLX alone."""
+    if forms.gguf is None:
+        return _of_one_form(forms)
+    if forms.assumed and plan.engines == ("mlx",):
+        return []
+    lines = ["; ".join(_told(plan, forms, engine) for engine in plan.engines)]
+    if forms.assumed and "ggml" in plan.engines:
+        lines.append(_assumed(forms.gguf.quant))
+    return lines
+
+
+def _of_one_form(forms: Forms) -> list[str]:
+    if forms.layout.engine == "mlx":
+        return []
+    if forms.assumed:
+        return ["ggml (llama.cpp), as was asked for", _assumed(forms.layout.quant)]
+    return ["ggml (llama.cpp), because the model is a GGUF"]
+
+
+def _assumed(quant: str) -> str:
+    return f"assuming a GGUF of about the same size ({quant}); serve it with --gguf"
+
+
+def _told(plan: Plan, forms: Forms, engine: str) -> str:
+    """`ggml on a, b (reads 205 GB/s there, MLX 102), c (the only one there)`."""
+    reasons: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        if stage.engine == engine:
+            reasons.setdefault(_why(stage, forms), []).append(stage.machine.name)
+    parts = [f"{_listed(names)}{reason}" for reason, names in reasons.items()]
+    return f"{engine} on {', '.join(parts)}"
+
+
+def _why(stage: Stage, forms: Forms) -> str:
+    own, other = sorted(forms.layouts, key=lambda form: form.engine != stage.engine)
+    if not stage.machine.can(other.engine):
+        return " (it offers no other)"
+    ours, theirs = reads(own, stage.machine), reads(other, stage.machine)
+    name = _CALLED[other.engine]
+    if abs(ours - theirs) < 0.005 * ours:
+        return f" (reads {format_rate(ours)} there, like {name})"
+    rate, slower = format_rate(ours), format_rate(theirs)
+    if rate.split()[1] == slower.split()[1]:
+        slower = slower.split()[0]
+    return f" (reads {rate} there, {name} {slower})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

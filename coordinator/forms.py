@@ -1,0 +1,100 @@
+"""The forms in which a model can be loaded, one for each engine, and which may share a ring.
+
+An MLX head takes hidden states back and computes the norm and the lm_head itself, so its other
+stages may be of either engine. A ggml head can't: the last stage of its ring must give logits,
+so all of it is ggml's. A stage of ggml in a ring with MLX can be cut off where both engines allow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from coordinator.placement import Layout, Machine
+from unicluster.errors import InputError
+from unicluster.v1.node_pb2 import ModelLayout
+
+
+@dataclass(frozen=True)
+class Forms:
+    """A model as it is asked for, and the same model as a GGUF, if there is one.
+
+    assumed: the GGUF is one thought of, of about the same bits.
+    """
+
+    layout: Layout
+    gguf: Layout | None = None
+    assumed: bool = False
+
+    @classmethod
+    def thought_of(cls, found: ModelLayout) -> "Forms":
+        """With a GGUF of about the same bits, if there could be one."""
+        gguf = Layout.from_proto(found.gguf) if found.HasField("gguf") else None
+        return cls(Layout.from_proto(found), gguf, assumed=gguf is not None)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (self.layout,) if self.gguf is None else (self.layout, self.gguf)
+
+    def only(self, engine: str) -> "Forms":
+        """The form of one engine, or of whichever there are: `auto`.
+
+        Raises InputError where there is none.
+        """
+        found = [layout for layout in self.layouts if engine in ("auto", layout.engine)]
+        if not found:
+            kind = "no GGUF: give one with --gguf" if engine == "ggml" else "a GGUF"
+            raise InputError(f"--engine {engine}: the model is {kind}")
+        gguf = found[1] if len(found) > 1 else None
+        return Forms(found[0], gguf, self.assumed and found[-1].engine == "ggml")
+
+    def map(self, change: Callable[[Layout], Layout]) -> "Forms":
+        """The same change to each."""
+        gguf = change(self.gguf) if self.gguf is not None else None
+        return replace(self, layout=change(self.layout), gguf=gguf)
+
+    def rings(self) -> "list[Ring]":
+        """All kinds of rings there may be; of equals the first is preferred."""
+        if self.gguf is None:
+            return [Ring((self.layout,))]
+        mlx, ggml = self.layout, self.gguf
+        apart = tuple(sorted({*mlx.forbidden_cuts, *ggml.forbidden_cuts}))
+        mixed = [replace(form, forbidden_cuts=apart) for form in (mlx, ggml.unfinished())]
+        # Where both can be cut alike, a ring of MLX alone is among the mixed ones.
+        alone = [] if apart == mlx.forbidden_cuts else [Ring((mlx,))]
+        return [*alone, Ring(tuple(mixed)), Ring((ggml,))]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What stages of a ring may load; the first of the forms is the head's."""
+
+    forms: tuple[Layout, ...]
+
+    @property
+    def head(self) -> Layout:
+        return self.forms[0]
+
+    def takes(self, machine: Machine) -> bool:
+        """Whether a machine could have a part in it."""
+        return any(machine.can(form.engine) for form in self.forms)
+
+
+def check_same(model: Layout, gguf: Layout, names: tuple[str, str]) -> None:
+    """Raises InputError unless both are forms of one model; `names` are how people call them."""
+    name, other = names
+    if model.engine == "ggml":
+        raise InputError(f"--gguf {other}: {name} is a GGUF itself")
+    if gguf.engine != "ggml":
+        raise InputError(f"--gguf {other}: it is no GGUF")
+    if not model.hidden_size:
+        raise InputError(
+            f"--gguf {other}: the layers of {name} hand on more than a hidden state, which GGUF "
+            "stages can't take: leave --gguf out"
+        )
+    for what, ours, theirs in (
+        ("layers", model.layers, gguf.layers),
+        ("numbers in a hidden state", model.hidden_size, gguf.hidden_size),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"--gguf {other}: it is another model: it has {theirs} {what}, and {name} {ours}"
+            )

@@ -1,0 +1,77 @@
+"""What a model weighs that is to be served, in all its forms, as the machines find it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.catalog import Source
+from coordinator.forms import Forms, check_same
+from coordinator.members import Members
+from coordinator.placement import Layout
+from coordinator.serve_options import ServeOptions
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a model weighs, the same as a GGUF, and the draft model that guesses ahead for it.
+
+    The last two if there are any.
+    """
+
+    model: ModelLayout
+    gguf: ModelLayout | None = None
+    draft: ModelLayout | None = None
+
+    @property
+    def forms(self) -> Forms:
+        gguf = Layout.from_proto(self.gguf) if self.gguf is not None else None
+        forms = Forms(Layout.from_proto(self.model), gguf)
+        if self.draft is None:
+            return forms
+        draft = Layout.from_proto(self.draft)
+        return forms.map(lambda form: form.with_draft(draft.weight_bytes + draft.kv_bytes))
+
+    @property
+    def by_engine(self) -> dict[str, ModelLayout]:
+        found = [self.model, *([self.gguf] if self.gguf is not None else [])]
+        return {layout.engine or "mlx": layout for layout in found}
+
+
+async def inspected(
+    options: ServeOptions,
+    members: Members,
+    revisions: Mapping[str, str],
+    sources: Sequence[str],
+) -> Inspected:
+    """Asks the machines. `revisions`: of what is offered from here; `sources`: see StageSpec.
+
+    Raises InputError where model and GGUF are not the same, or the draft has other tokens.
+    """
+    source, gguf, draft = options.source, options.gguf, options.serving.draft
+
+    async def ask(model: Source, **fields: Any) -> ModelLayout:
+        request = InspectRequest(
+            model=model.model,
+            quant=model.quant,
+            users=options.users,
+            revision=revisions.get(model.model, ""),
+            sources=sources,
+            **fields,
+        )
+        return await members.inspect(request, options.nodes)
+
+    found = await ask(source, context=options.context, kv_bits=options.serving.kv_bits)
+    as_gguf = drafting = None
+    if gguf is not None:
+        as_gguf = await ask(gguf, context=found.context)
+        names = source.display, gguf.display
+        check_same(Layout.from_proto(found), Layout.from_proto(as_gguf), names)
+    if draft is not None:
+        drafting = await ask(
+            draft,
+            context=found.context,
+            drafts_for=source.model,
+            drafts_for_revision=found.revision,
+        )
+    return Inspected(found, as_gguf, drafting)

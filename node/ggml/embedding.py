@@ -1,0 +1,39 @@
+"""The embedding of stage 0: rows of a tensor that stays in its file."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from node.ggml.architectures import known
+from node.ggml.cut import Gguf
+from node.ggml.library import Floats, to_floats
+from node.ggml.wire import Array
+from unicluster.gguf import nbytes
+
+
+class Embedding:
+    """Token ids to hidden states, as llama.cpp does it; `folder` has the model's files."""
+
+    def __init__(self, gguf: Gguf, folder: Path) -> None:
+        file, tensor = gguf.tensors["token_embd.weight"]
+        with (folder / file).open("rb") as stream:
+            self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._start = tensor.bytes[0]
+        self._type = tensor.type
+        self._width = gguf.hidden_size
+        self._row_bytes = nbytes((self._width,), tensor.type)
+        self._scale = np.sqrt(np.float32(self._width)) if known(gguf.header).scaled else None
+
+    def rows(self, tokens: Array) -> Floats:
+        """(batch, columns) to (batch, columns, hidden) in float32."""
+        flat = tokens.ravel()
+        raw = b"".join(self._row(int(token)) for token in flat)
+        found = to_floats(raw, self._type, len(flat) * self._width)
+        if self._scale is not None:
+            found = found * self._scale
+        return found.reshape(*tokens.shape, self._width)
+
+    def _row(self, token: int) -> bytes:
+        start = self._start + token * self._row_bytes
+        return self._data[start : start + self._row_bytes]

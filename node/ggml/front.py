@@ -1,0 +1,140 @@
+"""Stage 0 of ggml at the head, where a HollowModel of MLX would be."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
+
+from node.ggml.layers import Layers
+from node.ggml.stage import GgmlStage
+from node.ggml.wire import decode
+from node.pending import PendingLogits
+from node.remote import RemoteCache, RemoteStage
+from node.session import Session
+from unicluster.errors import InputError, StageError
+from unicluster.v1.stage_pb2 import Frame
+from unicluster.v1.tensor_pb2 import Leaf
+
+# As in the pipeline: of longer inputs the logits are computed only if somebody looks at them.
+PUSHED_TOKENS = 16
+
+
+class GgmlFront:
+    """Layers [0, end) here; what follows the last layer is computed by the last stage.
+
+    To a PipelineModel it is what a HollowModel is. Its cache is a handle, as those of other
+    stages are, but operations on it are carried out here.
+    """
+
+    def __init__(self, layers: Layers, stage: GgmlStage, *, is_whole: bool) -> None:
+        self.cache_view = _View(self)
+        self.model = _Whole(self)
+        self.hidden_bytes = 4 * layers.sizes.hidden
+        self.is_whole = is_whole
+        self.start = 0
+        self._recurrent = layers.recurrent
+        self._engine = stage
+        self._session = Session(stage=0, last=is_whole)
+        self._stage = RemoteStage(0, lambda _: self._serve(Frame()).reports[0], lambda: None)
+        self._dropped: deque[int] = deque()
+        self._frames = 0
+
+    def make_cache(self) -> RemoteCache:
+        return self._stage.make()
+
+    def fresh(self) -> list[Any]:
+        """A cache of MLX that grows and batches as those here do."""
+        return [ArraysCache(2) if self._recurrent else KVCache()]
+
+    def front(self, tokens: mx.array, caches: list[Any]) -> tuple[mx.array, list[Any]]:
+        """What leaves the last layer here, (batch, tokens, hidden), for tokens (batch, tokens)."""
+        frame = self._forward(tokens, caches, hold=False)
+        return _array(frame), []
+
+    def tail(self, tokens: mx.array, received: mx.array, caches: list[Any]) -> mx.array:
+        """The logits, which came from the last stage."""
+        return received
+
+    def logits(self, tokens: mx.array, caches: list[Any]) -> Any:
+        """The same of a model that is here as a whole."""
+        hold = tokens.shape[1] > PUSHED_TOKENS
+        frame = self._forward(tokens, caches, hold=hold)
+        if not hold:
+            return _array(frame)
+        number = frame.id
+        return PendingLogits(
+            lambda: _array(self._serve(Frame(claim=number))),
+            lambda: self._dropped.append(number),
+        )
+
+    def _forward(self, tokens: mx.array, caches: list[Any], hold: bool) -> Frame:
+        (handle,) = caches
+        if isinstance(handle, CacheList):
+            raise InputError("a saved prompt cache can't be loaded into a head of ggml")
+        self._frames += 1
+        ids = np.array(tokens).astype(np.uint32)
+        frame = Frame(id=self._frames, hold=hold)
+        leaf = Leaf()
+        leaf.tensor.dtype = "uint32"
+        leaf.tensor.shape.extend(ids.shape)
+        leaf.tensor.data = ids.tobytes()
+        frame.hidden.append(leaf)
+        version = handle.before_forward()
+        self._serve(frame, cache=handle.number)
+        handle.after_forward(version, frame.reports[0])
+        return frame
+
+    def _serve(self, frame: Frame, cache: int = 0) -> Frame:
+        """With all that was recorded of caches since the last time."""
+        operations = []
+        while self._stage.operations:
+            operations.append(self._stage.operations.popleft())
+        while self._dropped:
+            frame.dropped.append(self._dropped.popleft())
+        frame.parts.add(stage=0, ops=operations, cache=cache)
+        self._engine.serve(self._session, frame, time.perf_counter())
+        return frame
+
+
+class _View:
+    """The part of a stage's CacheView that a pipeline looks at."""
+
+    def __init__(self, front: GgmlFront) -> None:
+        self._front = front
+
+    def __len__(self) -> int:
+        return 1
+
+    def make(self) -> list[Any]:
+        return [self._front.make_cache()]
+
+    def fresh(self) -> list[Any]:
+        return self._front.fresh()
+
+    def full(self, caches: list[Any]) -> list[Any]:
+        return caches
+
+
+class _Whole(nn.Module):
+    """A model all of whose layers are here."""
+
+    def __init__(self, front: GgmlFront) -> None:
+        super().__init__()
+        # Kept from MLX, which takes attributes for parts of a module.
+        self._logits: Callable[..., Any] = front.logits
+        self.args = None
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> Any:
+        return self._logits(tokens, cache)
+
+
+def _array(frame: Frame) -> mx.array:
+    if not frame.hidden:
+        raise StageError("the stage gave nothing back")
+    array, _ = decode(frame.hidden)
+    return mx.array(array)

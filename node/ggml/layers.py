@@ -1,0 +1,227 @@
+"""Some layers of a GGUF in llama.cpp: hidden states in, hidden states or logits out."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from node.ggml.library import (
+    F16,
+    F32,
+    MULTIPLE_POSITIONS,
+    Floats,
+    amx_is_broken,
+    computes_on_cpu,
+    llama,
+)
+from node.ggml.tap import Tap
+from unicluster.errors import StageError
+
+# Tokens that llama.cpp computes at once.
+BATCH = 512
+# Rows of logits at once: enough for decoding and for checking a speculation.
+OUTPUTS = 64
+# On a CPU attention is faster when its scores are a matrix (`bench.ggml`), which takes no more room
+# than the planner keeps for the runtime: so steps are of few tokens, and not for a long context.
+CPU_STEP = 64
+MOST_SCORE_BYTES = 128 * 2**20
+# Sequences that llama.cpp can tell apart at most; with each step it looks at all pairs of those
+# that it is to tell apart.
+MOST_SEQUENCES = 256
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
+
+    vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
+    once. states: the same of a model with recurrent layers, each of which takes memory. entry:
+    see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
+    """
+
+    layers: int
+    hidden: int
+    cells: int
+    vocabulary: int = 0
+    sequences: int = 32
+    states: int = 4
+    threads: int = 0
+    entry: str = ""
+    exact: bool = False
+    heads: int = 0
+
+    @property
+    def score_bytes(self) -> int:
+        """Of the attention scores of CPU_STEP tokens over all cells, in float32."""
+        return 4 * self.heads * CPU_STEP * self.cells
+
+
+class Layers:
+    """A cut file loaded. For one thread. Raises StageError when llama.cpp can't load it."""
+
+    def __init__(self, file: Path, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._lib = lib = llama()
+        given = lib.llama_model_default_params()
+        given.n_gpu_layers = sizes.layers + 1
+        given.use_extra_bufts = not amx_is_broken()
+        given.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
+        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
+        if not self._model:
+            raise StageError(f"llama.cpp can't load {file}: its log says why")
+        self.recurrent = bool(
+            lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        )
+        rope = int(lib.llama_model_rope_type(self._model))
+        self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
+        leave = "" if sizes.vocabulary else f"l_out-{sizes.layers - 1}"
+        self._tap = Tap(sizes.entry, leave, sizes.hidden) if sizes.entry or leave else None
+        self._context = lib.llama_init_from_model(self._model, self._parameters())
+        if not self._context:
+            lib.llama_model_free(self._model)
+            raise StageError(f"llama.cpp has no room for the KV cache of {sizes.cells} tokens")
+        self._memory = lib.llama_get_memory(self._context)
+        self._positions = np.zeros(BATCH * self._position_copies, np.int32)
+        self._sequences = np.zeros(BATCH, np.int32)
+        self._tokens = np.zeros(BATCH, np.int32)
+        self._counts = np.ones(BATCH, np.int32)
+        self._wanted = np.zeros(BATCH, np.int8)
+        self._pointers = self._sequences.ctypes.data + 4 * np.arange(BATCH, dtype=np.uint64)
+        self._batch = lib.llama_batch()
+        self._batch.pos = _pointer(self._positions, ctypes.c_int32)
+        self._batch.n_seq_id = _pointer(self._counts, ctypes.c_int32)
+        self._batch.seq_id = ctypes.cast(
+            self._pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+        )
+        if sizes.entry:
+            self._batch.token = _pointer(self._tokens, ctypes.c_int32)
+            self._position_copies = 1
+        self._batch.logits = _pointer(self._wanted, ctypes.c_int8)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there may be at once."""
+        wanted = self.sizes.states if self.recurrent else self.sizes.sequences
+        return min(wanted, MOST_SEQUENCES)
+
+    def forward(
+        self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
+    ) -> Floats:
+        """Computes tokens, given row by row: hidden states (tokens, hidden), where they are.
+
+        A sequence's tokens follow one another. Returns (tokens, hidden), or logits (tokens,
+        vocabulary) of a stage that finishes; nothing of it, if not `wanted`.
+        Raises StageError when the KV cache is full.
+        """
+        width = self.sizes.vocabulary or self.sizes.hidden
+        step = OUTPUTS if self.sizes.vocabulary and wanted else BATCH
+        found = np.empty((len(hidden) if wanted else 0, width), np.float32)
+        for start in range(0, len(hidden), step):
+            piece = slice(start, min(start + step, len(hidden)))
+            self._compute(hidden[piece], positions[piece], sequences[piece], wanted, found[piece])
+        return found
+
+    def copy(self, source: int, to: int, tokens: int) -> None:
+        """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""
+        end = -1 if self.recurrent else tokens
+        self._lib.llama_memory_seq_cp(self._memory, source, to, 0 if end >= 0 else -1, end)
+
+    def cut_back(self, sequence: int, tokens: int) -> None:
+        """Leaves a sequence its first `tokens`. Raises StageError if it can't be done."""
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
+            raise StageError("a recurrent layer's state can't be taken back by some tokens")
+
+    def state_size(self, sequence: int) -> int:
+        """Bytes of all that is kept of a sequence."""
+        return int(self._lib.llama_state_seq_get_size(self._context, sequence))
+
+    def state(self, sequence: int) -> bytes:
+        """All that is kept of a sequence."""
+        size = self.state_size(sequence)
+        data = (ctypes.c_uint8 * size)()
+        written = self._lib.llama_state_seq_get_data(self._context, data, size, sequence)
+        return bytes(data[:written])
+
+    def restore(self, sequence: int, state: bytes) -> None:
+        """Raises StageError if it is the state of another model, or there is no room for it."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if not self._lib.llama_state_seq_set_data(self._context, data, len(state), sequence):
+            raise StageError("this saved cache does not fit the stage")
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._lib.llama_model_size(self._model))
+
+    def close(self) -> None:
+        """Frees everything. It is of no use afterwards."""
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def _compute(
+        self,
+        hidden: Floats,
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: bool,
+        into: Floats,
+    ) -> None:
+        count = len(hidden)
+        hidden = np.ascontiguousarray(hidden, np.float32)
+        for copy in range(min(self._position_copies, 3)):
+            self._positions[copy * count : (copy + 1) * count] = positions
+        if self._position_copies > 3:
+            self._positions[3 * count : 4 * count] = 0
+        self._sequences[:count] = sequences
+        # Of what is handed on, llama.cpp must compute the last layer for all tokens.
+        self._wanted[:count] = wanted or not self.sizes.vocabulary
+        batch = self._batch
+        batch.n_tokens = count
+        if not self.sizes.entry:
+            batch.embd = _pointer(hidden, ctypes.c_float)
+        if self._tap is not None:
+            self._tap.open(hidden, into)
+        status = self._lib.llama_decode(self._context, batch)
+        if status == 1:
+            raise StageError(
+                f"the KV cache of {self.sizes.cells} tokens is full: serve with a larger "
+                "--context, or more --users"
+            )
+        if status:
+            raise StageError(f"llama.cpp failed to compute {count} tokens (status {status})")
+        if self._tap is not None:
+            self._tap.check()
+        if wanted and self.sizes.vocabulary:
+            logits = self._lib.llama_get_logits(self._context)
+            into[:] = np.ctypeslib.as_array(logits, into.shape)
+
+    def _parameters(self) -> Any:
+        lib, sizes = self._lib, self.sizes
+        given = lib.llama_context_default_params()
+        given.n_ctx = sizes.cells
+        given.n_batch = given.n_ubatch = BATCH
+        on_cpu = computes_on_cpu()
+        if on_cpu:
+            given.n_ubatch = CPU_STEP
+        given.n_seq_max = self.sequences
+        given.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
+        given.kv_unified = True
+        given.swa_full = True  # or nothing could be taken back once the window is full
+        given.no_perf = True
+        given.type_k = given.type_v = F32 if sizes.exact else F16
+        # Flash attention sums up in float16.
+        if sizes.exact or (on_cpu and sizes.score_bytes <= MOST_SCORE_BYTES):
+            given.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if sizes.threads:
+            given.n_threads = given.n_threads_batch = sizes.threads
+        if self._tap is not None:
+            given.cb_eval = self._tap.callback
+        return given
+
+
+def _pointer(array: "np.ndarray[Any, Any]", kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

@@ -1,0 +1,174 @@
+"""What a GGUF weighs, layer by layer, from its header."""
+
+from math import prod
+
+from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
+from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
+from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, context_limit, open_gguf
+from unicluster.checkpoint import Checkpoint
+from unicluster.errors import InputError
+from unicluster.v1.node_pb2 import ModelLayout, WeightFile
+
+# llama.h: what general.file_type says of most tensors.
+FILE_TYPES = {
+    0: "f32",
+    1: "f16",
+    2: "q4_0",
+    3: "q4_1",
+    7: "q8_0",
+    8: "q5_0",
+    9: "q5_1",
+    10: "q2_k",
+    11: "q3_k_s",
+    12: "q3_k_m",
+    13: "q3_k_l",
+    14: "q4_k_s",
+    15: "q4_k_m",
+    16: "q5_k_s",
+    17: "q5_k_m",
+    18: "q6_k",
+    19: "iq2_xxs",
+    20: "iq2_xs",
+    21: "q2_k_s",
+    22: "iq3_xs",
+    23: "iq3_xxs",
+    24: "iq1_s",
+    25: "iq4_nl",
+    26: "iq3_s",
+    27: "iq3_m",
+    28: "iq2_s",
+    29: "iq2_m",
+    30: "iq4_xs",
+    31: "iq1_m",
+    32: "bf16",
+    36: "tq1_0",
+    37: "tq2_0",
+    38: "mxfp4",
+}
+HALF, SINGLE = 2, 4
+
+
+def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
+    """The exact bytes of weights and caches; of the files only the headers need be here.
+
+    Raises InputError for a damaged file or an impossible context, StageError for an architecture
+    that can't be cut.
+    """
+    gguf = open_gguf(checkpoint)
+    manifest, limit = checkpoint.manifest, context_limit(gguf)
+    if context and limit and context > limit:
+        raise InputError(
+            f"context: {context} tokens, and {manifest.model} is made for at most {limit}"
+        )
+    context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    layers = [gguf.of_layer(layer) for layer in range(gguf.layers)]
+    sizes = [sum(gguf.tensors[name][1].size for name in names) for names in layers]
+    active = [sum(_active(gguf, name) for name in names) for names in layers]
+    # What follows the last layer is where that is; at the head is the embedding.
+    after = sum(gguf.tensors[n][1].size for n in gguf.outside() if n not in (EMBEDDING, OUTPUT))
+    after += gguf.tensors[gguf.output_name][1].size
+    sizes[-1] += after
+    active[-1] += after
+    return ModelLayout(
+        model_type=gguf.header.architecture,
+        layer_bytes=sizes,
+        layer_active_bytes=active,
+        head_bytes=gguf.embedding.size,
+        kv_bytes_per_layer=cache_bytes(gguf, context, users),
+        context=context,
+        users=users,
+        hidden_bytes=SINGLE * gguf.hidden_size,
+        quant=_quant(gguf),
+        max_context=limit,
+        forbidden_cuts=_forbidden(gguf),
+        forbidden_counts=known(gguf.header).whole,
+        embed_bytes=gguf.embedding.size,
+        head_active_bytes=gguf.embedding.size // gguf.vocabulary,
+        parameters=sum(prod(tensor.shape) for _, tensor in gguf.tensors.values()),
+        layer_active_parameters=[
+            round(sum(_active_share(gguf, n) * prod(gguf.tensors[n][1].shape) for n in names))
+            for names in layers
+        ],
+        revision=manifest.revision,
+        files=[_file(checkpoint, gguf, name) for name in manifest.weights],
+        engine="ggml",
+        hidden_size=gguf.hidden_size,
+        tail_bytes=after,
+    )
+
+
+def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
+    """Of each layer, for all users at the full context, as llama.cpp allocates them."""
+    header = gguf.header
+    number = SINGLE if gguf.is_exact else HALF
+    recurrent = layer_kinds(header).get(RECURRENT_KEY, [False] * gguf.layers)
+    cells = -(-context * users // 256) * 256
+    found = []
+    for layer in range(gguf.layers):
+        if recurrent[layer]:
+            found.append((2 * users + SPARE_STATES) * _state_bytes(gguf))
+        else:
+            found.append(cells * number * _kv_width(gguf, layer))
+    return found
+
+
+def _kv_width(gguf: Gguf, layer: int) -> int:
+    """Numbers that are kept of a token in an attention layer."""
+    header = gguf.header
+    heads = header.own("attention.head_count")
+    kv_heads = header.own("attention.head_count_kv", heads)
+    kv = kv_heads[layer] if isinstance(kv_heads, list) else kv_heads
+    usual = gguf.hidden_size // (heads[layer] if isinstance(heads, list) else heads)
+    keys = header.own("attention.key_length", usual)
+    if header.own("attention.key_length_mla") is not None:
+        # The values are a part of the keys; beside them are keys to choose by.
+        chooses = layer_kinds(header).get(INDEXER_KEY, [True] * gguf.layers)[layer]
+        return int(keys) + chooses * int(header.own("attention.indexer.key_length", 0))
+    return int(kv * (keys + header.own("attention.value_length", usual)))
+
+
+def _state_bytes(gguf: Gguf) -> int:
+    """Of a recurrent layer's state of one sequence, which llama.cpp keeps in float32."""
+    own = gguf.header.own
+    inner, state = own("ssm.inner_size", 0), own("ssm.state_size", 0)
+    shift = (own("ssm.conv_kernel", 1) - 1) * (inner + 2 * own("ssm.group_count", 0) * state)
+    return int(SINGLE * (shift + inner * state))
+
+
+def _forbidden(gguf: Gguf) -> list[int]:
+    if gguf.layers in known(gguf.header).whole:
+        return list(range(1, gguf.layers))
+    return forbidden_cuts(gguf.header)
+
+
+def _active(gguf: Gguf, name: str) -> int:
+    return int(gguf.tensors[name][1].size * _active_share(gguf, name))
+
+
+def _active_share(gguf: Gguf, name: str) -> float:
+    """The part of a tensor that one token needs: of experts only those chosen."""
+    used, count = gguf.header.own("expert_used_count", 0), gguf.header.own("expert_count", 0)
+    if not count or "_exps." not in name:
+        return 1
+    return float(max(used) if isinstance(used, list) else used) / float(count)
+
+
+def _quant(gguf: Gguf) -> str:
+    """What the weights are, as people call it."""
+    stated = FILE_TYPES.get(gguf.header.get("general.file_type", -1))
+    if stated is not None:
+        return stated
+    by_type: dict[str, int] = {}
+    for _, tensor in gguf.tensors.values():
+        by_type[tensor.type_name] = by_type.get(tensor.type_name, 0) + tensor.size
+    return max(by_type, key=lambda name: by_type[name])
+
+
+def _file(checkpoint: Checkpoint, gguf: Gguf, name: str) -> WeightFile:
+    held = {tensor for tensor, (file, _) in gguf.tensors.items() if file == name}
+    return WeightFile(
+        name=name,
+        size=checkpoint.manifest.files[name].size,
+        layers=[layer for layer in range(gguf.layers) if held & set(gguf.of_layer(layer))],
+        outside=bool(held & set(gguf.outside())),
+    )

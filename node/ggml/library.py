@@ -1,0 +1,170 @@
+"""The parts of llama.cpp's C interface that are used here, by way of llama-cpp-python.
+
+All of it is public (llama.h, ggml.h, ggml-backend.h) but for one thing: what a callback is given
+of a computed tensor is read from its struct. Checked with llama-cpp-python 0.3.36.
+"""
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unicluster.errors import UnavailableError
+
+log = logging.getLogger("unicluster.llama")
+
+F32, F16 = 0, 1
+MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
+# llama.h: enum llama_rope_type.
+MULTIPLE_POSITIONS = (8, 40)
+# ggml.h: levels of the log.
+_LEVELS = {2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * MAX_DIMS),
+        ("nb", ctypes.c_size_t * MAX_DIMS),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * (MAX_OP_PARAMS // 4)),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * MAX_SRC),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * MAX_NAME),
+    )
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+NAME_OFFSET = Tensor.name.offset
+
+
+@functools.cache
+def llama() -> Any:
+    """llama-cpp-python's low-level module, with its backends loaded.
+
+    Raises UnavailableError when it is not installed.
+    """
+    try:
+        from llama_cpp import llama_cpp as found
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnavailableError(
+            "this machine has no llama.cpp: on it, pip install 'unicluster[ggml]', then join again"
+        ) from error
+    found.llama_log_set(_on_log, ctypes.c_void_p(0))
+    found.llama_backend_init()
+    return found
+
+
+@functools.cache
+def _log_callback() -> Any:
+    def note(level: int, text: bytes, _data: Any) -> None:
+        line = text.decode(errors="replace").strip()
+        if line and level in _LEVELS:
+            log.log(_LEVELS[level], "%s", line)
+
+    return ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(note)
+
+
+_on_log = _log_callback()
+
+
+@functools.cache
+def _ggml() -> Any:
+    """libggml-base, which libllama has loaded."""
+    folder = Path(llama()._lib._name).parent
+    (file, *_) = sorted(folder.glob("*ggml-base.*"))
+    library = ctypes.CDLL(str(file))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    for copy in (library.ggml_backend_tensor_get, library.ggml_backend_tensor_set):
+        copy.restype = None
+        copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    library.ggml_backend_dev_name.restype = ctypes.c_char_p
+    library.ggml_backend_dev_description.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _registry() -> Any:
+    """libggml, which knows the backends."""
+    folder = Path(llama()._lib._name).parent
+    (file, *_) = (f for f in sorted(folder.glob("*ggml.*")) if "-" not in f.name)
+    library = ctypes.CDLL(str(file))
+    for name, result in (
+        ("ggml_backend_dev_count", ctypes.c_size_t),
+        ("ggml_backend_dev_get", ctypes.c_void_p),
+    ):
+        getattr(library, name).restype = result
+    return library
+
+
+def to_floats(raw: bytes, kind: int, count: int) -> Floats:
+    """The numbers that `raw` stands for in ggml's type number `kind`, as ggml itself reads them."""
+    if kind == F32:
+        return np.frombuffer(raw, np.float32, count)
+    found = np.empty(count, np.float32)
+    convert = _ggml().ggml_get_type_traits(kind).contents.to_float
+    convert(raw, found.ctypes.data, count)
+    return found
+
+
+def read_tensor(address: int, into: int, nbytes: int) -> None:
+    """Copies what a tensor holds, on whatever device it is."""
+    _ggml().ggml_backend_tensor_get(address, into, 0, nbytes)
+
+
+def write_tensor(address: int, source: int, nbytes: int) -> None:
+    """Gives a tensor other contents."""
+    _ggml().ggml_backend_tensor_set(address, source, 0, nbytes)
+
+
+@functools.cache
+def computes_on_cpu() -> bool:
+    """Whether there is nothing better than the CPU here."""
+    return len(devices()) == 1
+
+
+@functools.cache
+def amx_is_broken() -> bool:
+    """Whether its matrix instructions for Intel Xeons may crash.
+
+    `_tile_loadconfig` of GCC 12 tells the compiler that 8 of the 64 bytes are read, so that the
+    rest may never be written. A library compiled without AMX doesn't list it.
+    """
+    return b"AMX_INT8 = 1" in llama().llama_print_system_info()
+
+
+def devices() -> list[tuple[str, str]]:
+    """What it can compute on: name and description, GPUs first, the CPU last."""
+    llama()
+    registry, library = _registry(), _ggml()
+    found = []
+    for index in range(registry.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(registry.ggml_backend_dev_get(index))
+        kind = int(library.ggml_backend_dev_type(device))
+        name = library.ggml_backend_dev_name(device).decode()
+        found.append((kind == 0, name, library.ggml_backend_dev_description(device).decode()))
+    return [(name, text) for _, name, text in sorted(found, key=lambda each: each[0])]

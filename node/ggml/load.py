@@ -1,0 +1,97 @@
+"""From a GGUF, whole or in part, to a stage that is ready to compute."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from node.ggml.architectures import known
+from node.ggml.cut import Gguf, write
+from node.ggml.embedding import Embedding
+from node.ggml.front import GgmlFront
+from node.ggml.layers import Layers, Sizes
+from node.ggml.stage import GgmlStage
+from unicluster.checkpoint import Checkpoint
+from unicluster.gguf import read_header
+
+# Where nobody says how much context there is to be.
+DEFAULT_CONTEXT = 8192
+# Beside those of the users: caches kept from before, and those that a copy is made of.
+SPARE_STATES = 4
+# Kept caches are many, where they take no more memory than their tokens do.
+SEQUENCES_PER_USER = 16
+THREADS_ENV = "UNICLUSTER_GGML_THREADS"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The layers [first, end) of a GGUF; `finishes`: and what follows the last one."""
+
+    first: int
+    end: int
+    finishes: bool
+    context: int = 0
+    users: int = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """front: of stage 0, for the head."""
+
+    stage: GgmlStage
+    front: GgmlFront | None
+    weight_bytes: int
+
+
+def open_gguf(checkpoint: Checkpoint) -> Gguf:
+    """Raises InputError for damaged headers; the tensors need not be here."""
+    names = checkpoint.manifest.weights
+    return Gguf({name: read_header(checkpoint.root / name) for name in names})
+
+
+def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> Path:
+    """A file of the stage's layers alone in `folder`, where it stays for the next time."""
+    name = f"{checkpoint.manifest.revision}-{part.first}-{part.end}"
+    file = folder / f"{name}{'-out' if part.finishes else ''}.gguf"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write(gguf, checkpoint.root, file, part.first, part.end, part.finishes)
+    return file
+
+
+def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
+    """Loads the stage in `file`; `folder` has the model's own files.
+
+    Raises StageError when llama.cpp can't load it.
+    """
+    sizes = Sizes(
+        layers=part.end - part.first,
+        hidden=gguf.hidden_size,
+        cells=(part.context or DEFAULT_CONTEXT) * part.users,
+        vocabulary=gguf.vocabulary if part.finishes else 0,
+        sequences=SEQUENCES_PER_USER * (part.users + 1),
+        states=2 * part.users + SPARE_STATES,
+        threads=int(os.environ.get(THREADS_ENV, "0")) or cores(),
+        entry=known(gguf.header).entry,
+        exact=gguf.is_exact,
+        heads=gguf.heads,
+    )
+    layers = Layers(file, sizes)
+    embedding = Embedding(gguf, folder) if part.first == 0 else None
+    stage = GgmlStage(layers, embedding)
+    front = GgmlFront(layers, stage, is_whole=part.finishes) if embedding is not None else None
+    return Loaded(stage, front, layers.weight_bytes)
+
+
+def cores() -> int:
+    """Cores this process may use; llama.cpp by itself takes four threads, whatever there are."""
+    real = psutil.cpu_count(logical=False) or 1
+    return min(real, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else real
+
+
+def context_limit(gguf: Gguf) -> int:
+    """The most tokens the model is made for; 0 when it doesn't say."""
+    limit: Any = gguf.header.own("context_length", 0)
+    return int(limit)

@@ -1,0 +1,70 @@
+"""Puts hidden states into llama.cpp's computation, and takes a layer's result out of it.
+
+llama.cpp asks a callback of every tensor whether it is wanted, some 20 times a layer.
+"""
+
+import ctypes
+from typing import Any
+
+from node.ggml.library import NAME_OFFSET, Floats, Tensor, read_tensor, write_tensor
+from unicluster.errors import StageError
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+
+
+class Tap:
+    """Overwrites the tensor `entry`, and gets the rows of `width` floats of the tensor `exit`.
+
+    After `exit` nothing more is computed. Either name may be empty: then that is not done.
+    `callback` is for llama.cpp; it must live as long as the context.
+    """
+
+    def __init__(self, entry: str, exit: str, width: int) -> None:  # noqa: A002
+        self.callback = _Callback(self._answer)
+        self._entry, self._exit = entry.encode(), exit.encode()
+        self._names = {name for name in (self._entry, self._exit) if name}
+        self._width = width
+        self._given: Floats | None = None
+        self._into: Floats | None = None
+        self._put = self._got = 0
+
+    def open(self, given: Floats, into: Floats) -> None:
+        """For the computation that follows: what goes in, and where to put what comes out."""
+        self._given, self._into = given, into
+        self._put = self._got = 0
+
+    def check(self) -> None:
+        """Raises StageError unless all rows went in and came out."""
+        assert self._given is not None  # noqa: S101
+        wanted = len(self._given)
+        for name, rows in ((self._entry, self._put), (self._exit, self._got)):
+            if name and rows != wanted:
+                raise StageError(
+                    f"llama.cpp had {rows} of {wanted} rows of {name.decode()}: this version "
+                    "builds the model otherwise than those known here"
+                )
+
+    def _answer(self, address: int, ask: bool, _data: Any) -> bool:
+        """Whether a tensor is wanted; and once it is computed, whether to go on."""
+        name = ctypes.string_at(address + NAME_OFFSET)
+        if ask:
+            return name in self._names
+        tensor = Tensor.from_address(address)
+        width, rows = int(tensor.ne[0]), int(tensor.ne[1])
+        # An exception would be lost in a callback: the counts tell.
+        if name == self._entry:
+            if self._fits(self._given, self._put, rows, width):
+                write_tensor(address, self._at(self._given, self._put), rows * width * 4)
+                self._put += rows
+            return True
+        if self._fits(self._into, self._got, rows, width):
+            read_tensor(address, self._at(self._into, self._got), rows * width * 4)
+            self._got += rows
+        return False
+
+    def _fits(self, array: Floats | None, at: int, rows: int, width: int) -> bool:
+        return array is not None and width == self._width and at + rows <= len(array)
+
+    def _at(self, array: Floats | None, row: int) -> int:
+        assert array is not None  # noqa: S101
+        return int(array.ctypes.data) + row * self._width * 4

@@ -1,0 +1,54 @@
+"""Why the hub refuses, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from unicluster.errors import NotFoundError, UnavailableError, in_one_line
+
+# That of the HTTP library which huggingface_hub uses: it has changed between versions.
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+@contextmanager
+def reasons(model: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line with the hub's reason."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise NotFoundError(
+            f"{model}: gated; accept its terms on the hub and set HF_TOKEN ({_said(error)})"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(f"{model}: has no such revision on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"{model}: no such repository on the hub, or HF_TOKEN does not open it ({_said(error)})"
+        ) from error
+    except HfHubHTTPError as error:
+        raise NotFoundError(f"{model}: the hub says: {_said(error)}") from error
+    except HFValidationError as error:
+        raise NotFoundError(f"{model}: neither a directory nor a valid repository id") from error
+    except OfflineModeIsEnabled as error:
+        raise UnavailableError(
+            f"{model}: not in this machine's cache, and HF_HUB_OFFLINE is set"
+        ) from error
+    except HTTPError as error:
+        raise UnavailableError(
+            f"{model}: the hub can't be reached ({in_one_line(error)}); connect this machine, or "
+            "copy the model here and give its directory"
+        ) from error
+    except OSError as error:
+        raise UnavailableError(f"{model}: {in_one_line(error)}") from error
+
+
+def _said(error: HfHubHTTPError) -> str:
+    return error.server_message or f"status {error.response.status_code}"

@@ -1,0 +1,60 @@
+"""A pipeline model whose head is of MLX, and whose other stages are of either engine."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from node.config import WorkerConfig
+from node.first_stage import load_head
+from node.loader import Background
+from node.pipeline import PipelineModel
+from node.process import WorkerProcess
+from node.ring import Ring
+from unicluster.fingerprint import whole
+from unicluster.trust import Cluster
+from unicluster.v1.stage_pb2 import RouteStop
+
+
+@contextmanager
+def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
+    """The model in `path`, also in the GGUF `file`: two layers here and two on each worker."""
+    identity, background = Cluster.new().issue("tests"), Background()
+    workers: list[WorkerProcess] = []
+
+    async def start(index: int, engine: str) -> RouteStop:
+        model = file if engine == "ggml" else path
+        config = WorkerConfig(
+            node=f"{engine}-{index}",
+            model=str(model),
+            quant="",
+            first_layer=2 * index,
+            end_layer=2 * index + 2,
+            context=512,
+            users=4,
+            host="127.0.0.1",
+            port=0,
+            identity=identity.to_dict(),
+            revision=whole(model).manifest.revision,
+            hub_files=None,
+            engine=engine,
+        )
+        workers.append(await WorkerProcess.start(config))
+        async for event in workers[-1].events():
+            if event["event"] == "ready":
+                return RouteStop(node=config.node, address=f"127.0.0.1:{event['port']}")
+        raise AssertionError((await workers[-1].exit()).reason)
+
+    async def open_ring() -> Ring:
+        stops = [await start(index, engine) for index, engine in enumerate(engines, start=1)]
+        return await Ring.open(stops, identity)
+
+    try:
+        ring = background.run(open_ring())
+        _, hollow = load_head(path, "", 2)
+        yield PipelineModel(hollow, ring)
+        background.run(ring.close())
+    finally:
+        for worker in workers:
+            background.run(worker.stop())
+        background.stop()

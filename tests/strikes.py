@@ -1,0 +1,71 @@
+"""What clients see when a process of the cluster is struck in the middle of answers."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from tests.cluster import ServeProgram
+from unicluster.answers import Delta
+from unicluster.client import AsyncClient
+from unicluster.errors import StageError, UnavailableError
+
+CONTEXT = 4096
+# The promises, in seconds.
+NOTICED_WITHIN = 5.0
+ANSWERS_WITHIN = 20.0
+
+
+async def hear_out(client: AsyncClient, begun: asyncio.Event) -> None:
+    """An answer of thousands of tokens; sets `begun` when its first one has come."""
+    async for event in client.stream("hello", temperature=0, max_tokens=CONTEXT - 100):
+        if isinstance(event, Delta):
+            begun.set()
+
+
+async def errors_after(
+    server: ServeProgram, strike: Callable[[], None]
+) -> list[tuple[float, BaseException | None]]:
+    """Strikes while two answers run; what ended each, and after how many seconds."""
+    async with server.async_client() as client:
+        begun = [asyncio.Event() for _ in range(2)]
+        answers = [asyncio.create_task(hear_out(client, event)) for event in begun]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(event.wait() for event in begun))
+        struck = time.monotonic()
+        strike()
+        ended = []
+        for answer in answers:
+            await asyncio.wait([answer], timeout=30)
+            ended.append((time.monotonic() - struck, answer.exception()))
+        return ended
+
+
+async def assert_answers_end(server: ServeProgram, strike: Callable[[], None], name: str) -> None:
+    """Every stream ends in time with a typed error that names the machine."""
+    for seconds, error in await errors_after(server, strike):
+        print(f"{seconds:.2f} s: {type(error).__name__}: {error}")
+        assert isinstance(error, UnavailableError | StageError)
+        assert f"machine {name} " in str(error)
+        assert "\n" not in str(error)
+        assert seconds < NOTICED_WITHIN
+
+
+async def assert_answers_again(server: ServeProgram) -> None:
+    """The next request works, perhaps after a while in which it is told why it does not."""
+    started = time.monotonic()
+    told = ""
+    async with server.async_client() as client:
+        while True:
+            try:
+                answer = await client.chat("hello", temperature=0, max_tokens=20)
+                break
+            except UnavailableError as error:
+                if str(error) != told:
+                    told = str(error)
+                    print(f"{time.monotonic() - started:.2f} s: {told}")
+                assert "\n" not in told
+                assert time.monotonic() - started < ANSWERS_WITHIN
+                await asyncio.sleep(0.25)
+        print(f"{time.monotonic() - started:.2f} s: answers again")
+        assert len(answer.token_ids) == 20
+        assert (await client.describe()).live_caches == 0

@@ -1,0 +1,106 @@
+"""The engine over stages of ggml: lanes, prompt reuse and guessing, as over those of MLX."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+
+import unicluster
+from node.speculate import Lookup, Speculation
+from tests.engines import THREAD, Split, Tiny, ask, listen, of_tokens
+from tests.tiny_gguf import write_gguf
+from unicluster.v1.chat_pb2 import GenerateRequest
+
+PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(6)]
+KV_BYTES = 50_000_000
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3next"])
+def split(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Split]:
+    """Over as many processes as it can be cut for; qwen3next needs both its kinds in each."""
+    layers = 8 if request.param == "qwen3next" else 6
+    folder = tmp_path_factory.mktemp("models")
+    file = str(write_gguf(folder / f"{request.param}.gguf", request.param, layers))
+    stages = 2 if request.param == "qwen3next" else 3
+
+    async def load() -> Split:
+        whole = Tiny(*await THREAD.run(lambda: unicluster.load(file, local_nodes=1)))
+        cut = await THREAD.run(lambda: unicluster.load(file, local_nodes=stages))
+        return Split(*cut, whole, request.param)
+
+    split = asyncio.run(load())
+    with split.model, split.whole.model:
+        yield split
+
+
+@pytest.mark.parametrize("lanes", [1, 2, None])
+async def test_answers_are_those_of_one_alone(split: Split, lanes: int | None) -> None:
+    engine = await split.engine(users=4, lanes=lanes)
+
+    told = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
+
+    engine.close()
+    assert told == [(await split.whole.alone(prompt)).tokens for prompt in PROMPTS]
+
+
+async def test_nothing_is_left_on_any_stage(split: Split) -> None:
+    engine = await split.engine(users=4)
+    tickets = []
+    for number in range(20):
+        request = GenerateRequest(token_ids=PROMPTS[number % 6], max_tokens=number % 7 + 1)
+        tickets.append(await engine.submit(request))
+        if number % 3 == 0:
+            tickets[-1].cancel()
+    for ticket in tickets:
+        await listen(ticket)
+
+    await split.until_free()
+    engine.close()
+
+
+async def test_a_chat_s_next_turn_prefills_only_what_is_new(split: Split) -> None:
+    engine = await split.engine(kv_bytes=KV_BYTES)
+    first = await listen(await engine.submit(of_tokens(PROMPTS[5])))
+    turn = [*PROMPTS[5], *first.tokens, *PROMPTS[1]]
+
+    second = await listen(await engine.submit(of_tokens(turn)))
+
+    engine.close()
+    assert second.tokens == (await split.whole.alone(turn)).tokens
+    assert second.finish is not None
+    assert second.finish.usage.cached_tokens == len(PROMPTS[5]) + len(first.tokens)
+
+
+async def test_what_can_be_trimmed_is_reused_in_part(split: Split) -> None:
+    engine = await split.engine(kv_bytes=KV_BYTES)
+    await ask(engine, [*PROMPTS[5][:80], 1, 2, 3])
+    prompt = [*PROMPTS[5][:80], *PROMPTS[2]]
+
+    told = await listen(await engine.submit(of_tokens(prompt)))
+
+    engine.close()
+    assert told.tokens == (await split.whole.alone(prompt)).tokens
+    assert told.finish is not None
+    trimmable = split.name != "qwen3next"
+    assert told.finish.usage.cached_tokens == (80 if trimmable else 0)
+
+
+async def test_guesses_change_nothing(split: Split) -> None:
+    answer = (await split.whole.alone(PROMPTS[2], 40)).tokens
+    # The text says already how it goes on, as when a page is to be corrected.
+    prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]
+    engine = await split.engine(users=2, speculation=Speculation(Lookup, 6))
+
+    tickets = [await engine.submit(of_tokens(p, max_tokens=40)) for p in (prompt, PROMPTS[3])]
+    told = [await listen(ticket) for ticket in tickets]
+
+    engine.close()
+    for each, asked in zip(told, (prompt, PROMPTS[3]), strict=True):
+        assert each.tokens == (await split.whole.alone(asked, 40)).tokens
+    assert told[0].finish is not None
+    assert told[0].finish.usage.drafted_tokens > 0
+    await split.until_free()

@@ -1,0 +1,79 @@
+"""Stages of ggml keep the promises of the others when a machine is lost in mid-answer."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+
+from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model
+from tests.strikes import CONTEXT, assert_answers_again, assert_answers_end
+from tests.tiny_gguf import from_checkpoint
+
+# Three of these machines hold the model, two do not.
+MACHINES = ("ann", "bob", "cat", "dee")
+MEMORY = 6_500_000
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with LocalCluster(folder, HF_HOME=str(folder / "hf")) as cluster:
+        cluster.start_agents(*MACHINES, memory=MEMORY)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def server(
+    cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServeProgram]:
+    folder = tmp_path_factory.mktemp("models")
+    file = from_checkpoint(endless_model(folder / "llama"), folder / "llama.gguf")
+    with cluster.serve(file, "--context", str(CONTEXT), "--users", "2") as server:
+        yield server
+
+
+def stage(cluster: LocalCluster, server: ServeProgram, place: int) -> AgentProgram:
+    stages = server.describe().stages
+    assert len(stages) == 3
+    return cluster.agents[stages[place].node]
+
+
+@pytest.mark.parametrize("place", [1, 0], ids=["middle", "head"])
+async def test_a_worker_is_killed(cluster: LocalCluster, server: ServeProgram, place: int) -> None:
+    agent = stage(cluster, server, place)
+    strike: Callable[[], None] = agent.worker.kill
+
+    await assert_answers_end(server, strike, agent.name)
+
+    await assert_answers_again(server)
+
+
+async def test_a_machine_falls_asleep(cluster: LocalCluster, server: ServeProgram) -> None:
+    agent = stage(cluster, server, 2)
+    machine = [agent.worker, psutil.Process(agent.pid)]
+
+    def sleep() -> None:
+        for process in machine:
+            process.suspend()
+
+    try:
+        await assert_answers_end(server, sleep, agent.name)
+        await assert_answers_again(server)
+    finally:
+        for process in machine:
+            process.resume()
+
+
+def test_status_has_the_figures_of_all_stages(cluster: LocalCluster, server: ServeProgram) -> None:
+    with server.client() as client:
+        events = client.stream("hello", temperature=0, max_tokens=300)
+        next(events)
+        told = json.loads(cluster.run("status", "--json", "--server", server.address).out)
+        events.close()
+
+    assert told["tokens_per_s"] > 0
+    assert all(0 < stage["busy"] <= 1 for stage in told["stages"])
+    assert all(hop["decode_s"] > 0 for hop in told["hops"])
