@@ -14,7 +14,7 @@ from node.obtain import fetch, is_whole
 from node.sources import Sources
 from node.survey import survey
 from node.weights import LazyModel, load_lazy, load_parts
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoint import Checkpoint, is_gguf
 from unicluster.trust import Identity
 
 # Runs a coroutine elsewhere, and waits for it.
@@ -54,21 +54,58 @@ class MlxFirst:
 
 @dataclass(frozen=True)
 class GgufFirst:
-    """The same of a GGUF; `config` is what a worker would be told."""
+    """The same of a GGUF; `finishes`: it is all of it."""
 
-    config: WorkerConfig
+    checkpoint: Checkpoint
+    end: int
+    finishes: bool
+    hub_files: Sequence[str] | None
+    sources: Sequence[str]
 
     def load(self, identity: Identity, run: Run) -> tuple[Any, Any]:
         from node.ggml import worker as ggml  # an extra
 
-        checkpoint = run(self._obtain(identity))
-        return ggml.load_stage(checkpoint, self.config).front, ggml.load_tokens(checkpoint)
+        config = WorkerConfig(
+            node="here",
+            model=self.checkpoint.manifest.model,
+            quant="",
+            first_layer=0,
+            end_layer=self.end,
+            context=0,
+            users=1,
+            host="",
+            port=0,
+            identity={},
+            revision=self.checkpoint.manifest.revision,
+            hub_files=None if self.hub_files is None else tuple(self.hub_files),
+            finishes=self.finishes,
+        )
 
-    async def _obtain(self, identity: Identity) -> Checkpoint:
-        from node.ggml import worker as ggml
+        async def obtain() -> Checkpoint:
+            async with Sources(self.sources, identity) as sources:
+                return await ggml.obtain(config, sources, lambda done, total: None)
 
-        async with Sources(self.config.sources, identity) as sources:
-            return await ggml.obtain(self.config, sources, lambda done, total: None)
+        checkpoint = run(obtain())
+        return ggml.load_stage(checkpoint, config).front, ggml.load_tokens(checkpoint)
+
+
+def first_stage(
+    checkpoint: Checkpoint,
+    quant: str,
+    cuts: Sequence[tuple[int, int]],
+    hub_files: Sequence[str] | None = None,
+    sources: Sequence[str] = (),
+) -> FirstStage:
+    """That of a model so cut, in its engine."""
+    end = cuts[0][1]
+    if engine_of(checkpoint) == "mlx":
+        return MlxFirst(checkpoint, quant, end, hub_files, sources)
+    return GgufFirst(checkpoint, end, len(cuts) == 1, hub_files, sources)
+
+
+def engine_of(checkpoint: Checkpoint) -> str:
+    """What computes a model."""
+    return "ggml" if any(map(is_gguf, checkpoint.manifest.weights)) else "mlx"
 
 
 def load_head(path: Path, quant: str, end: int) -> tuple[LazyModel, HollowModel]:

@@ -12,7 +12,7 @@ import uvloop
 
 from node import cache
 from node.config import WorkerConfig
-from node.first_stage import FirstStage, GgufFirst, MlxFirst
+from node.first_stage import FirstStage, engine_of, first_stage
 from node.obtain import describe
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
@@ -20,7 +20,7 @@ from node.ring import Ring
 from node.sources import Sources
 from node.worker import SWITCH_INTERVAL
 from unicluster.channels import as_error, bind, connect, make_server
-from unicluster.checkpoint import Checkpoint, is_gguf
+from unicluster.checkpoint import Checkpoint
 from unicluster.errors import StageError, UnavailableError
 from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import StageEvent, StageSpec
@@ -78,11 +78,6 @@ class LoadedModel(PipelineModel):
         self.close()
 
 
-def engine_of(checkpoint: Checkpoint) -> str:
-    """What computes a model."""
-    return "ggml" if any(map(is_gguf, checkpoint.manifest.weights)) else "mlx"
-
-
 def describe_here(model: str, identity: Identity, sources: Sequence[str] = ()) -> Checkpoint:
     """What a model is, from a directory, the cache, `sources` or the hub.
 
@@ -134,22 +129,21 @@ def load_local(
             engine=engine,
             finishes=engine == "ggml" and end == cuts[-1][1],
         )
-        for index, (first, end) in enumerate(cuts)
+        for index, (first, end) in enumerate(cuts[1:], start=1)
     ]
 
     async def start() -> list[RouteStop]:
-        for config in configs[1:]:
+        for config in configs:
             workers.append(await WorkerProcess.start(config))
-        return [await _ready(worker, c) for worker, c in zip(workers, configs[1:], strict=True)]
+        return [await _ready(worker, c) for worker, c in zip(workers, configs, strict=True)]
 
     async def stop() -> None:
         await asyncio.gather(*(worker.stop() for worker in workers))
 
-    stage: FirstStage = MlxFirst(checkpoint, quant, cuts[0][1], None, ())
-    if engine == "ggml":
-        stage, foresee = GgufFirst(configs[0]), False
+    first = first_stage(checkpoint, quant, cuts)
     starting = start if len(cuts) > 1 else None
-    return _assemble(stage, identity, background, starting, stop, foresee=foresee)
+    foresee = foresee and engine == "mlx"
+    return _assemble(first, identity, background, starting, stop, foresee=foresee)
 
 
 def load_on_nodes(
@@ -205,26 +199,7 @@ def load_on_nodes(
         for server in servers:
             await server.stop(grace=None)
 
-    first: FirstStage = MlxFirst(checkpoint, quant, cuts[0][1], hub_files[0], addresses)
-    if engine == "ggml":
-        first = GgufFirst(
-            WorkerConfig(
-                node="here",
-                model=checkpoint.manifest.model,
-                quant=quant,
-                first_layer=0,
-                end_layer=cuts[0][1],
-                context=0,
-                users=1,
-                host="",
-                port=0,
-                identity={},
-                revision=checkpoint.manifest.revision,
-                sources=addresses,
-                hub_files=tuple(hub_files[0]),
-                finishes=len(cuts) == 1,
-            )
-        )
+    first = first_stage(checkpoint, quant, cuts, hub_files[0], addresses)
     return _assemble(first, identity, background, start, stop, foresee=engine == "mlx")
 
 
