@@ -260,12 +260,15 @@ class PipelineModel(nn.Module):
         window: Window | None = None,
         on_reply: Callable[[Frame], None] | None = None,
         after: Callable[[Frame], None] | None = None,
+        last: tuple[RemoteStage, CacheOp] | None = None,
     ) -> Reply:
-        """Sends a frame with all operations recorded until now."""
+        """Sends a frame with all operations recorded until now, and `last` after them."""
         ring = self._ring
         assert ring is not None  # noqa: S101
         frame = message.frame
         with self._lock:
+            if last is not None:  # not before: another frame could take it along
+                last[0].operations.append(last[1])
             for remote in self._remotes:
                 operations = list(_drained(remote.operations))
                 number = (caches or {}).get(remote.index, 0)
@@ -274,8 +277,8 @@ class PipelineModel(nn.Module):
             frame.dropped.extend(_drained(self._dropped))
             return ring.send(message, window=window, on_reply=on_reply, after=after)
 
-    def _ask(self, remote: RemoteStage) -> StageReport:
-        frame = self._send(HopMessage()).wait()
+    def _ask(self, remote: RemoteStage, operation: CacheOp) -> StageReport:
+        frame = self._send(HopMessage(), last=(remote, operation)).wait()
         return next(report for report in frame.reports if report.stage == remote.index)
 
     def _on_free(self) -> None:

@@ -18,14 +18,14 @@ from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
 class RemoteStage:
     """The head's book on one remote stage: operations not yet sent, and numbers for caches.
 
-    `ask` sends what is recorded at once and returns that stage's report on it. `on_free` is
-    called, on any thread, when something waits that no forward may carry soon.
+    `ask` sends an operation with what is recorded, at once, and returns that stage's report on
+    it. `on_free` is called, on any thread, when something waits that no forward may carry soon.
     """
 
     def __init__(
         self,
         index: int,
-        ask: Callable[["RemoteStage"], StageReport],
+        ask: Callable[["RemoteStage", CacheOp], StageReport],
         on_free: Callable[[], None],
     ) -> None:
         self.index = index
@@ -46,8 +46,7 @@ class RemoteStage:
 
     def ask(self, operation: CacheOp) -> StageReport:
         """Sends `operation` with all before it and waits for the stage's report."""
-        self.operations.append(operation)
-        return self._ask(self)
+        return self._ask(self, operation)
 
     def free(self, number: int) -> None:
         """Called by the garbage collector at any moment: takes no lock."""

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +226,27 @@ def test_caches_know_their_size(pair: Pair) -> None:
         return [*fresh, cache[-1].empty(), cache[-1].size(), cache[-1].is_trimmable()]
 
     assert known(pair.split) == known(pair.plain)
+
+
+def test_what_a_stage_is_asked_is_answered_whatever_is_sent_meanwhile(llama: Path) -> None:
+    model, _ = unicluster.load(str(llama), local_nodes=2)
+
+    class Overtaken(deque[Any]):
+        """Another thread sends what is recorded, as when a cache was freed, as soon as it is."""
+
+        def append(self, operation: Any) -> None:
+            super().append(operation)
+            sender = threading.Thread(target=model._flush)
+            sender.start()
+            sender.join(0.2)  # it may have to wait for us
+
+    with model:
+        cache = make_prompt_cache(model)
+        model(mx.array([PROMPT]), cache=cache)
+        wanted = cache[-1].nbytes
+        cache[-1].stage.operations = Overtaken()
+
+        assert cache[-1].nbytes == wanted > 0
 
 
 def test_after_many_requests_no_cache_is_left_on_any_stage(pair: Pair) -> None:

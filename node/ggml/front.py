@@ -17,7 +17,7 @@ from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.session import Session
 from unicluster.errors import InputError, StageError
-from unicluster.v1.stage_pb2 import Frame
+from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
 
 # As in the pipeline: of longer inputs the logits are computed only if somebody looks at them.
@@ -40,7 +40,7 @@ class GgmlFront:
         self._recurrent = layers.recurrent
         self._engine = stage
         self._session = Session(stage=0, last=is_whole)
-        self._stage = RemoteStage(0, lambda _: self._serve(Frame()).reports[0], lambda: None)
+        self._stage = RemoteStage(0, self._ask, lambda: None)
         self._dropped: deque[int] = deque()
         self._frames = 0
 
@@ -88,6 +88,10 @@ class GgmlFront:
         self._serve(frame, cache=handle.number)
         handle.after_forward(version, frame.reports[0])
         return frame
+
+    def _ask(self, stage: RemoteStage, operation: CacheOp) -> StageReport:
+        stage.operations.append(operation)
+        return self._serve(Frame()).reports[0]
 
     def _serve(self, frame: Frame, cache: int = 0) -> Frame:
         """With all that was recorded of caches since the last time."""
