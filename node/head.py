@@ -17,7 +17,7 @@ from node.config import WorkerConfig
 from node.draft import speculation
 from node.engine import Engine
 from node.mlx_thread import MLXThread
-from node.pipeline import PipelineModel
+from node.pipeline import Front, PipelineModel
 from node.ring import Ring
 from unicluster.channels import peer_name
 from unicluster.errors import UnavailableError, UniclusterError
@@ -67,14 +67,11 @@ def make_engine(
 
 
 class Head(HeadServicer):
-    """Opens the ring when the coordinator says so, and gives the engine its model.
-
-    `hollow`: stage 0, a HollowModel or what stands for one; see PipelineModel.
-    """
+    """Opens the ring when the coordinator says so, and gives the engine its model."""
 
     def __init__(
         self,
-        hollow: Any,
+        hollow: Front,
         info: StageInfo,
         engine: Engine,
         thread: MLXThread,

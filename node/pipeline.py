@@ -5,14 +5,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
 from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
-from node.hollow import HollowModel
 from node.pending import PendingLogits
 from node.remote import RemoteCache, RemoteStage
 from node.ring import PrefillWindow, Reply, Ring, Window
@@ -42,6 +41,24 @@ class _Expected:
         return same and self.tokens == tokens
 
 
+class Front(Protocol):
+    """Stage 0: a HollowModel, or what stands for one in another engine."""
+
+    @property
+    def cache_view(self) -> Any:
+        """Makes the caches of its layers."""
+
+    @property
+    def model(self) -> Any:
+        """All of it, where all layers are here."""
+
+    def front(self, inputs: mx.array, caches: list[Any], /) -> tuple[Any, list[Any]]:
+        """What leaves its last layer, and what else is to be evaluated with that."""
+
+    def tail(self, inputs: mx.array, received: Any, caches: list[Any], /) -> mx.array:
+        """Logits, from what came back from the last stage."""
+
+
 class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
@@ -52,7 +69,7 @@ class PipelineModel(nn.Module):
 
     def __init__(
         self,
-        hollow: HollowModel,
+        hollow: Front,
         ring: Ring | None,
         machine: str = "head",
         *,
@@ -93,7 +110,8 @@ class PipelineModel(nn.Module):
 
     def layer_caches(self) -> list[Any]:
         """A fresh cache of each layer of the whole model: what kinds there are."""
-        return self._hollow.cache_view.fresh()
+        fresh: list[Any] = self._hollow.cache_view.fresh()
+        return fresh
 
     def make_cache(self) -> list[Any]:
         """The caches of the layers here, then one handle for each remote stage."""

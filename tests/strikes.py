@@ -4,7 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from tests.cluster import ServeProgram
+import psutil
+
+from tests.cluster import AgentProgram, ServeProgram
 from unicluster.answers import Delta
 from unicluster.client import AsyncClient
 from unicluster.errors import StageError, UnavailableError
@@ -48,6 +50,23 @@ async def assert_answers_end(server: ServeProgram, strike: Callable[[], None], n
         assert f"machine {name} " in str(error)
         assert "\n" not in str(error)
         assert seconds < NOTICED_WITHIN
+
+
+async def assert_sleep_is_survived(server: ServeProgram, agent: AgentProgram) -> psutil.Process:
+    """A machine falls asleep in mid-answer, and wakes up when others answer. Its worker."""
+    machine = [agent.worker, psutil.Process(agent.pid)]
+
+    def sleep() -> None:
+        for process in machine:
+            process.suspend()
+
+    try:
+        await assert_answers_end(server, sleep, agent.name)
+        await assert_answers_again(server)
+    finally:
+        for process in machine:
+            process.resume()
+    return machine[0]
 
 
 async def assert_answers_again(server: ServeProgram) -> None:

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model, until
@@ -19,6 +18,7 @@ from tests.strikes import (
     NOTICED_WITHIN,
     assert_answers_again,
     assert_answers_end,
+    assert_sleep_is_survived,
     errors_after,
 )
 from unicluster.errors import UnavailableError
@@ -92,20 +92,9 @@ async def test_a_machine_falls_asleep(
     server: ServeProgram, stages: list[AgentProgram], place: int
 ) -> None:
     agent = stages[place]
-    machine = [agent.worker, psutil.Process(agent.pid)]
+    worker = await assert_sleep_is_survived(server, agent)
 
-    def sleep() -> None:
-        for process in machine:
-            process.suspend()
-
-    try:
-        await assert_answers_end(server, sleep, agent.name)
-        await assert_answers_again(server)
-    finally:
-        for process in machine:
-            process.resume()
-
-    until(lambda: not machine[0].is_running(), "its worker is gone once it wakes up", 10)
+    until(lambda: not worker.is_running(), "its worker is gone once it wakes up", 10)
     assert agent.running
 
 

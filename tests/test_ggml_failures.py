@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable, Iterator
 
-import psutil
 import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model
-from tests.strikes import CONTEXT, assert_answers_again, assert_answers_end
+from tests.strikes import (
+    CONTEXT,
+    assert_answers_again,
+    assert_answers_end,
+    assert_sleep_is_survived,
+)
 from tests.tiny_gguf import from_checkpoint
 
 # Three of these machines hold the model, two do not.
@@ -52,19 +56,7 @@ async def test_a_worker_is_killed(cluster: LocalCluster, server: ServeProgram, p
 
 
 async def test_a_machine_falls_asleep(cluster: LocalCluster, server: ServeProgram) -> None:
-    agent = stage(cluster, server, 2)
-    machine = [agent.worker, psutil.Process(agent.pid)]
-
-    def sleep() -> None:
-        for process in machine:
-            process.suspend()
-
-    try:
-        await assert_answers_end(server, sleep, agent.name)
-        await assert_answers_again(server)
-    finally:
-        for process in machine:
-            process.resume()
+    await assert_sleep_is_survived(server, stage(cluster, server, 2))
 
 
 def test_status_has_the_figures_of_all_stages(cluster: LocalCluster, server: ServeProgram) -> None:

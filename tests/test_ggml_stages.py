@@ -60,7 +60,7 @@ class Tiny:
     def front(self) -> Any:
         """All layers, behind the interface of an mlx-lm model."""
         part = Part(0, self.gguf.layers, finishes=True, context=256, users=4)
-        return PipelineModel(load(self.gguf, self.folder, self.file, part).front, None)  # type: ignore[arg-type]
+        return PipelineModel(load(self.gguf, self.folder, self.file, part).front, None)
 
 
 class Hop:

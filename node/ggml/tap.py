@@ -6,6 +6,8 @@ llama.cpp asks a callback of every tensor whether it is wanted, some 20 times a 
 import ctypes
 from typing import Any
 
+import numpy as np
+
 from node.ggml.library import NAME_OFFSET, Floats, Tensor, read_tensor, write_tensor
 from unicluster.errors import StageError
 
@@ -13,19 +15,19 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctyp
 
 
 class Tap:
-    """Overwrites the tensor `entry`, and gets the rows of `width` floats of the tensor `exit`.
+    """Overwrites the tensor `entry`, and gets the rows of `width` floats of the tensor `final`.
 
-    After `exit` nothing more is computed. Either name may be empty: then that is not done.
+    After `final` nothing more is computed. Either name may be empty: then that is not done.
     `callback` is for llama.cpp; it must live as long as the context.
     """
 
-    def __init__(self, entry: str, exit: str, width: int) -> None:  # noqa: A002
+    def __init__(self, entry: str, final: str, width: int) -> None:
         self.callback = _Callback(self._answer)
-        self._entry, self._exit = entry.encode(), exit.encode()
-        self._names = {name for name in (self._entry, self._exit) if name}
+        self._entry, self._final = entry.encode(), final.encode()
+        self._names = {name for name in (self._entry, self._final) if name}
         self._width = width
-        self._given: Floats | None = None
-        self._into: Floats | None = None
+        self._given: Floats = np.empty((0, width), np.float32)
+        self._into = self._given
         self._put = self._got = 0
 
     def open(self, given: Floats, into: Floats) -> None:
@@ -35,9 +37,8 @@ class Tap:
 
     def check(self) -> None:
         """Raises StageError unless all rows went in and came out."""
-        assert self._given is not None  # noqa: S101
         wanted = len(self._given)
-        for name, rows in ((self._entry, self._put), (self._exit, self._got)):
+        for name, rows in ((self._entry, self._put), (self._final, self._got)):
             if name and rows != wanted:
                 raise StageError(
                     f"llama.cpp had {rows} of {wanted} rows of {name.decode()}: this version "
@@ -62,9 +63,8 @@ class Tap:
             self._got += rows
         return False
 
-    def _fits(self, array: Floats | None, at: int, rows: int, width: int) -> bool:
-        return array is not None and width == self._width and at + rows <= len(array)
+    def _fits(self, array: Floats, at: int, rows: int, width: int) -> bool:
+        return width == self._width and at + rows <= len(array)
 
-    def _at(self, array: Floats | None, row: int) -> int:
-        assert array is not None  # noqa: S101
+    def _at(self, array: Floats, row: int) -> int:
         return int(array.ctypes.data) + row * self._width * 4
