@@ -183,7 +183,7 @@ def _checked(path: Path) -> str:
     """The absolute path of a model's directory, or of a GGUF, that can be read."""
     try:
         if not path.exists():
-            raise InputError(f"no directory {path}")
+            raise InputError(f"no {'file' if is_gguf(path.name) else 'directory'} {path}")
         if is_gguf(path.name) and path.is_file():
             path.open("rb").close()
             return os.path.abspath(path)
