@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
-
+from node.buffers import give_all_back
 from node.meters import AnswerMeter
 from node.mlx_thread import MLXThread
 from node.request import check_request
@@ -205,7 +204,7 @@ class Engine:
         if self.scheduler is not None:
             self.scheduler.close()
         self.scheduler = None
-        mx.clear_cache()
+        give_all_back()
 
     def _admit(self, ticket: Ticket) -> None:
         if self.scheduler is not None and not ticket.ended:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.answer import Answer
 from node.batch import Batch, can_batch
-from node.buffers import give_back
+from node.buffers import give_all_back, give_back
 from node.kept import Kept, KeptCaches
 from node.lane import Lane
 from node.memory import Memory
@@ -269,7 +269,7 @@ class Scheduler:
 
     def _rest(self) -> None:
         if not self._prefilling and not any(lane.awake for lane in self.lanes):
-            mx.clear_cache()
+            give_all_back()
 
     def _start(self, work: Callable[[], None]) -> None:
         def guarded() -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import QuantizedKVCache
 
-from node.buffers import give_back
+from node.buffers import give_all_back, give_back
 from node.cacheview import Caches
 from node.foreseen import Foresight, kind_of_leaves
 from node.hollow import HollowModel
@@ -61,7 +61,7 @@ class Stage:
             if frame.claim:
                 encode_tree(session.held.pop(frame.claim), frame.hidden)
         if freed:
-            mx.clear_cache()
+            give_all_back()
         elif frame.hold:
             give_back()
         report.compute_s = time.perf_counter() - started
