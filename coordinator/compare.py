@@ -77,10 +77,10 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
                     kv_bits=spec.kv_bits,
                 )
                 layouts[stage.engine] = Layout.from_proto(await members.inspect(request))
-    head = served.stages[0].engine
-    forms = Forms(layouts[head])
-    if head == "mlx" and "ggml" in layouts:
-        forms = Forms(layouts[head], layouts["ggml"].unfinished())
+    # Only an MLX head makes logits itself.
+    ended = Layout.unfinished if served.stages[0].engine == "mlx" else Layout.finished
+    found = [ended(layout) for layout in layouts.values()]
+    forms = Forms(found[0], found[1] if len(found) > 1 else None)
     used = [machines[stage.node] for stage in served.stages]
     fleet = Learned.load().fleet(used, served.model, forms)
     by_engine = {form.engine: form for form in forms.layouts}

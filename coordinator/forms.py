@@ -1,8 +1,8 @@
 """The forms in which a model can be loaded, one for each engine, and which may share a ring.
 
-An MLX head takes hidden states back and computes the norm and the lm_head itself, so its other
-stages may be of either engine. A ggml head can't: the last stage of its ring must give logits,
-so all of it is ggml's. A stage of ggml in a ring with MLX can be cut off where both engines allow.
+The other stages may be of either engine, cut where both allow it. An MLX head takes hidden states
+back and computes the norm and the lm_head itself. A ggml head can't: the last stage of its ring
+must give logits, which one of MLX can if they are made of the last hidden state alone.
 """
 
 from collections.abc import Callable
@@ -57,10 +57,18 @@ class Forms:
             return [Ring((self.layout,))]
         mlx, ggml = self.layout, self.gguf
         apart = tuple(sorted({*mlx.forbidden_cuts, *ggml.forbidden_cuts}))
-        mixed = [replace(form, forbidden_cuts=apart) for form in (mlx, ggml.unfinished())]
-        # Where both can be cut alike, a ring of MLX alone is among the mixed ones.
-        alone = [] if apart == mlx.forbidden_cuts else [Ring((mlx,))]
-        return [*alone, Ring(tuple(mixed)), Ring((ggml,))]
+
+        def mixed(*forms: Layout) -> Ring:
+            return Ring(tuple(replace(form, forbidden_cuts=apart) for form in forms))
+
+        # Where both can be cut alike, a ring of one engine alone is among the mixed ones.
+        found = [] if apart == mlx.forbidden_cuts else [Ring((mlx,))]
+        found.append(mixed(mlx, ggml.unfinished()))
+        if apart != ggml.forbidden_cuts or not mlx.finish_bytes:
+            found.append(Ring((ggml,)))
+        if mlx.finish_bytes:
+            found.append(mixed(ggml, mlx.finished()))
+        return found
 
 
 @dataclass(frozen=True)

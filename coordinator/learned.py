@@ -190,7 +190,7 @@ class Learned:
         measured = self.stages.get(machine.name, {}).get(_key(model, layout.engine))
         if measured is None or not 0 <= measured.first < measured.end <= layout.layers:
             return None
-        form = layout if measured.finishes else layout.unfinished()
+        form = layout.finished() if measured.finishes else layout.unfinished()
         read = sum(form.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
         unpaced = machine.paced(layout.engine, 1.0, measured=False)

@@ -51,6 +51,7 @@ class Layout:
     draft_bytes: the part of head_bytes that is a draft model with its KV caches.
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
     tail_bytes: the part of the last layer's bytes that makes logits.
+    finish_bytes: what a last stage without that part would need to make them; 0: it can't.
     """
 
     model_type: str
@@ -73,6 +74,7 @@ class Layout:
     draft_bytes: int = 0
     hidden_size: int = 0
     tail_bytes: int = 0
+    finish_bytes: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -105,18 +107,26 @@ class Layout:
             engine=layout.engine or "mlx",
             hidden_size=layout.hidden_size,
             tail_bytes=layout.tail_bytes,
+            finish_bytes=layout.finish_bytes,
         )
 
     def unfinished(self) -> Layout:
         """The same where the head makes the logits: without the tail of the last layer."""
+        return self if not self.tail_bytes else self._with_tail(0, self.tail_bytes)
+
+    def finished(self) -> Layout:
+        """The same where the last stage makes the logits."""
+        return self if self.tail_bytes else self._with_tail(self.finish_bytes, 0)
+
+    def _with_tail(self, tail: int, finish: int) -> Layout:
+        more = tail - self.tail_bytes
+        active = self.layer_active_bytes
         return replace(
             self,
-            layer_bytes=(*self.layer_bytes[:-1], self.layer_bytes[-1] - self.tail_bytes),
-            layer_active_bytes=(
-                *self.layer_active_bytes[:-1],
-                self.layer_active_bytes[-1] - self.tail_bytes,
-            ),
-            tail_bytes=0,
+            layer_bytes=(*self.layer_bytes[:-1], self.layer_bytes[-1] + more),
+            layer_active_bytes=(*active[:-1], active[-1] + more),
+            tail_bytes=tail,
+            finish_bytes=finish,
         )
 
     def with_draft(self, draft_bytes: int) -> Layout:

@@ -8,6 +8,7 @@ from coordinator.links import Network
 from coordinator.placement import Machine, Objective, Plan
 from coordinator.planner import plan
 from coordinator.shortfall import NoPlanError
+from coordinator.tables import ms
 
 MOST = 3
 # What is nearer than that is the same plan by other names.
@@ -84,14 +85,12 @@ def _reason(other: Plan, best: Plan) -> str:
     more = _score(other, best.objective) - _score(best, best.objective)
     if best.objective == "throughput":
         slowest = other.slowest
-        return (
-            f"its slowest stage, {slowest.machine.name}, takes {more * 1e3:.3g} ms a token longer"
-        )
+        return f"its slowest stage, {slowest.machine.name}, takes {ms(more)} ms a token longer"
     if other.engines != best.engines and _machines(other) == _machines(best):
-        return f"{more * 1e3:.3g} ms a token longer: {' and '.join(other.engines)} only"
+        return f"{ms(more)} ms a token longer: {' and '.join(other.engines)} only"
     hops = other.hops_s - best.hops_s
     if hops >= more / 2:
         stages = len(other.stages) - len(best.stages)
         count = f"{stages} hop{'s' if stages > 1 else ''} more" if stages > 0 else "slower hops"
-        return f"{more * 1e3:.3g} ms a token longer: {count}"
-    return f"{more * 1e3:.3g} ms a token longer: more layers on slower memory"
+        return f"{ms(more)} ms a token longer: {count}"
+    return f"{ms(more)} ms a token longer: more layers on slower memory"

@@ -243,6 +243,7 @@ class Service:
                 [agents[i] for i in own],
                 addresses,
                 self._identity,
+                finishes=placed.stages[own[-1]].finishes,
             )
             for index, files in zip(own, found, strict=True):
                 from_hub[index] = files

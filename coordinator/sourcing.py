@@ -30,6 +30,8 @@ async def hub_files(
     others: Iterable[str],
     identity: Identity,
     held: Collection[str] = (),
+    *,
+    finishes: bool = False,
 ) -> list[list[str]]:
     """For each stage the files that it is to fetch from the hub.
 
@@ -38,13 +40,14 @@ async def hub_files(
         stages: where the agent of each stage answers; empty: it is this process.
         others: agents that may have files already.
         held: files that are known to be somewhere already.
+        finishes: the last stage makes the logits.
     """
     held = await whole_files(model, revision, others, identity) | set(held)
-    assigned = assign(model, files, ranges, held)
+    assigned = assign(model, files, ranges, held, finishes=finishes)
     if not any(assigned):
         return assigned
     tried = await asyncio.gather(*(_reaches_hub(model, revision, a, identity) for a in stages))
-    return assign(model, files, ranges, held, tried)
+    return assign(model, files, ranges, held, tried, finishes=finishes)
 
 
 async def whole_files(
@@ -67,24 +70,28 @@ def assign(
     ranges: Sequence[tuple[int, int]],
     held: Collection[str] = (),
     reaching: Sequence[bool] = (),
+    *,
+    finishes: bool = False,
 ) -> list[list[str]]:
     """For each stage, by its layers [first, end), the files that it fetches from the hub for all.
 
     Of the stages that need something of a file the one with the least to fetch so far fetches
     it. If `reaching` says that none of those reaches the hub, another stage does that can; if
     none can, it is tried all the same, for the reason. Files that are `held` already, and those
-    of a directory, nobody fetches.
+    of a directory, nobody fetches. `finishes`: the last stage makes the logits.
     """
     fetched: list[list[str]] = [[] for _ in ranges]
     if model == "demo" or os.path.isabs(model):
         return fetched
     able = {index for index, reaches in enumerate(reaching) if reaches} or set(range(len(ranges)))
     burden = [0] * len(ranges)
+    last = len(ranges) - 1
     for file in sorted(files, key=lambda file: (-file.size, file.name)):
         users = {
             index
             for index, (first, end) in enumerate(ranges)
-            if (file.outside and first == 0) or any(first <= i < end for i in file.layers)
+            if (file.outside and (first == 0 or (finishes and index == last)))
+            or any(first <= i < end for i in file.layers)
         }
         if file.name not in held and users:
             chosen = min(users & able or able, key=lambda index: (burden[index], index))

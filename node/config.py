@@ -31,4 +31,4 @@ class WorkerConfig:
     draft_hub_files: tuple[str, ...] = ()
     draft_tokens: int = 0
     engine: str = "mlx"
-    finishes: bool = False  # a stage of ggml that gives logits
+    finishes: bool = False  # the last stage, where the head can't make logits

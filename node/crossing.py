@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from node.trace import FromCache, FromEmbedding, FromInside, FromResult, FromWeight, Source, Trace
 from node.tree import Path
 
+# Where what a layer returns is in the tree that it hands on, if that is one array.
+RESULT: Path = (0,)
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -57,10 +60,34 @@ def token_bytes(found: Trace) -> int:
     return most
 
 
+def hidden_size(found: Trace) -> int:
+    """Numbers of a token that cross every cut; 0 where they are not one hidden state."""
+    embedding = found.embeddings[0]
+    size = embedding.dims * embedding.dtype.size
+    for cut in range(1, len(found.layers) + 1):
+        across, result = crossing(found, cut), found.results[cut - 1]
+        more = across.results or across.embeddings or across.caches
+        if more or across.paths != {RESULT} or result.token_bytes[RESULT] != size:
+            return 0
+    return embedding.dims
+
+
 def forbidden_cuts(found: Trace) -> dict[int, str]:
     """The layers before which the model can't be cut, each with the reason."""
     reasons = {cut: crossing(found, cut).reason for cut in range(1, len(found.layers))}
     return {cut: reason for cut, reason in reasons.items() if reason}
+
+
+def finishing(found: Trace) -> frozenset[str] | None:
+    """The modules outside the layers, by their paths, that make logits of the last hidden state.
+
+    None where logits are made of something else too, or more than that crosses cuts.
+    """
+    last = len(found.layers) - 1
+    modules = {source.module for source in found.needs[-1] if isinstance(source, FromWeight)}
+    others = [source for source in found.needs[-1] if not isinstance(source, FromWeight)]
+    alone = all(isinstance(source, FromResult) and source.layer == last for source in others)
+    return frozenset(modules) if alone and hidden_size(found) else None
 
 
 def _needed(found: Trace, cut: int) -> Iterator[Source]:

@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.cacheview import Caches, CacheView
-from node.crossing import Crossing, crossing, forbidden_cuts, token_bytes
-from node.trace import Embedding, FromCache, FromResult, replace_call, trace
+from node.crossing import Crossing, crossing, finishing, forbidden_cuts, token_bytes
+from node.trace import Embedding, FromCache, FromResult, Trace, replace_call, trace
 from node.tree import children, find, pack, put, unpack, write
 from unicluster.errors import StageError
 
@@ -49,11 +49,14 @@ class HollowModel:
     Args:
         model: the whole model with lazy weights; it is changed in place.
         start, end: the layers that stay; `end` is exclusive.
+        finishes: a later stage that makes the logits, for a head that can't.
 
     Raises StageError when the model can't be cut there.
     """
 
-    def __init__(self, model: nn.Module, model_type: str, start: int, end: int) -> None:
+    def __init__(
+        self, model: nn.Module, model_type: str, start: int, end: int, *, finishes: bool = False
+    ) -> None:
         self.model = model
         self.start, self.end = start, end
         found = trace(model, model_type)
@@ -69,6 +72,8 @@ class HollowModel:
                 )
         self.layer_count = count
         self.layers = found.layers[start:end]
+        self.finishes = finishes
+        self.outside = self._outside(found, model_type) if finishes else ()
         self.hidden_bytes = token_bytes(found)  # of one token
         self._trace = found
         self._before = crossing(found, start) if start else None
@@ -125,6 +130,16 @@ class HollowModel:
             self._received = None
         return logits
 
+    def finish(self, received: Any, caches: Caches) -> tuple[mx.array, list[Any]]:
+        """As `forward`, but on to the logits: of a stage that finishes."""
+        hidden, extra = self.forward(received, caches)
+        return self.logits(hidden), extra
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits, lazily, of what left the last layer: of a stage that finishes."""
+        # They are made of nothing else, so any tokens and caches will do.
+        return self.tail(mx.zeros(hidden.shape[:2], mx.int32), hidden, self.cache_view.make())
+
     def _run(self, tokens: mx.array, caches: Caches, **inputs: Any) -> tuple[Any, list[Any]]:
         received = self._received or _Values()
         self._seen = _Values(
@@ -162,9 +177,11 @@ class HollowModel:
         return {"result": result, **used} if used or not isinstance(result, mx.array) else result
 
     def _unpacked(self, packed: Any, across: Crossing) -> _Values:
+        before = self._trace.results[across.cut - 1]
         if isinstance(packed, mx.array):
-            packed = {"result": packed}
-        like, written = self._trace.results[across.cut - 1].like
+            # A stage of another engine may have computed it in another dtype.
+            packed = {"result": packed.astype(before.dtype) if before.dtype else packed}
+        like, written = before.like
         sides = packed.get("written", {})
         return _Values(
             tree=(
@@ -199,15 +216,24 @@ class HollowModel:
                 read |= {output[0]} if output is not None else set()
         return tuple(entry for entry in self._before.caches if entry in read)
 
+    def _outside(self, found: Trace, model_type: str) -> tuple[nn.Module, ...]:
+        """What is outside the layers and needed for logits."""
+        modules = finishing(found) if self.end == self.layer_count else None
+        if modules is None:
+            span = f"layers {self.start} to {self.end}"
+            raise StageError(f"{model_type}: a stage of {span} can't make the logits by itself")
+        return tuple(module for path, module in self.model.named_modules() if path in modules)
+
     def _hollow_out(self) -> None:
         kept = {id(part) for layer in self.layers for part in layer.modules()}
+        kept |= {id(module) for module in self.outside}
         for index, layer in enumerate(self._trace.layers):
             if not self.start <= index < self.end:
                 _drop_arrays(layer, kept)
             replace_call(layer, self._layer_call(index))
         for index, embedding in enumerate(self._trace.embeddings):
             if self.start > 0:
-                _drop_arrays(embedding.module, set())
+                _drop_arrays(embedding.module, kept)
             replace_call(embedding.module, self._embedding_call(index, embedding))
 
     def _layer_call(self, index: int) -> Callable[..., Any]:

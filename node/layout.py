@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from node import cache
-from node.crossing import forbidden_cuts, token_bytes
+from node.crossing import finishing, forbidden_cuts, hidden_size, token_bytes
 from node.draft import check_tokens
 from node.quantize import UnquantizableError, check_quantizable, quantize
 from node.survey import Survey, survey
@@ -86,7 +86,8 @@ def layout_of(
         head_active_bytes=head_bytes - _unread(model, found, step.vocabulary),
         parameters=parameters(model),
         layer_active_parameters=[_active(layer, parameters, step) for layer in found.layers],
-        hidden_size=_hidden_size(found),
+        hidden_size=hidden_size(found),
+        finish_bytes=_finish_bytes(model, found),
     )
 
 
@@ -108,10 +109,10 @@ def context_limit(config: dict[str, Any]) -> int:
     return int(limit or 0)
 
 
-def _hidden_size(found: Trace) -> int:
-    """Numbers of a token that cross every cut; 0 where they are not one hidden state."""
-    size, embedding = token_bytes(found), found.embeddings[0]
-    return embedding.dims if size == embedding.dims * embedding.dtype.size else 0
+def _finish_bytes(model: nn.Module, found: Trace) -> int:
+    """What is outside the layers and makes logits of a hidden state; 0 where that is not enough."""
+    paths = finishing(found) or ()
+    return sum(nbytes(module) for path, module in model.named_modules() if path in paths)
 
 
 def parameters(module: nn.Module) -> int:

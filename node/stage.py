@@ -27,6 +27,7 @@ class Stage:
     def __init__(self, hollow: HollowModel, *, foresee: bool = True) -> None:
         """foresee: decode steps are built before their input arrives."""
         self._hollow = hollow
+        self._run = hollow.finish if hollow.finishes else hollow.forward
         self._foresight = Foresight(foresee)
         self.computed_tokens = 0  # of prompts and answers that were computed here
 
@@ -59,7 +60,10 @@ class Stage:
             for dropped in frame.dropped:
                 session.held.pop(dropped, None)
             if frame.claim:
-                encode_tree(session.held.pop(frame.claim), frame.hidden)
+                held = session.held.pop(frame.claim)
+                if self._hollow.finishes:
+                    held = self._hollow.logits(held)
+                encode_tree(held, frame.hidden)
         if freed:
             give_all_back()
         elif frame.hold:
@@ -76,7 +80,7 @@ class Stage:
             number = session.due.popleft()
             kind = session.kinds.get(number)
             if kind and number not in session.foreseen:
-                step = self._foresight.step(kind, session.caches[number], self._hollow.forward)
+                step = self._foresight.step(kind, session.caches[number], self._run)
                 if step is not None:
                     session.foreseen[number] = step
 
@@ -85,6 +89,7 @@ class Stage:
     ) -> None:
         number = part.cache
         self.computed_tokens += math.prod(frame.hidden[0].tensor.shape[:2])
+        keeps = session.last and frame.hold
         kind = kind_of_leaves(frame.hidden) if not frame.hold else ()
         step = session.foreseen.pop(number, None)
         if step is not None and step.kind == kind:
@@ -94,10 +99,11 @@ class Stage:
         else:
             step = None  # it holds on to the caches' arrays, and MLX would copy them
             tree = decode_tree(frame.hidden)
-            result, extra = self._hollow.forward(tree, session.caches[number])
+            run = self._hollow.forward if keeps else self._run
+            result, extra = run(tree, session.caches[number])
         caches = session.caches[number]
         frame.ClearField("hidden")
-        if session.last and frame.hold:
+        if keeps:
             # A prefill chunk: nobody may ever read it, so only the caches are computed.
             session.held[frame.id] = result
             mx.eval([cache.state for cache in caches], extra)

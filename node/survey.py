@@ -23,11 +23,14 @@ class Survey:
     layers: tuple[frozenset[str], ...]
     outside: dict[str, frozenset[str]]
 
-    def of_stage(self, start: int, end: int) -> frozenset[str]:
-        """The tensors that the layers [start, end) need; stage 0 has all outside them too."""
+    def of_stage(self, start: int, end: int, finishes: bool = False) -> frozenset[str]:
+        """The tensors that the layers [start, end) need; stage 0 has all outside them too.
+
+        `finishes`: and those that make the logits.
+        """
         modules = set(self.outside)
         if start > 0:
-            needs = frozenset[object]().union(*self.found.needs[start:end])
+            needs = frozenset[object]().union(*self.found.needs[start : end + finishes])
             modules &= {source.module for source in needs if isinstance(source, FromWeight)}
         parts = [*self.layers[start:end], *(self.outside[module] for module in modules)]
         return frozenset().union(*parts)

@@ -80,6 +80,7 @@ class Result:
 
     like: a tree of that form, without arrays.
     token_path, token_axis: an array in it whose axes at token_axis are (batch, tokens).
+    dtype: of that array.
     token_bytes: bytes of each array per token.
     cache_outputs: arrays that are what a cache returned: (entry, which of its outputs).
     """
@@ -87,6 +88,7 @@ class Result:
     like: Any
     token_path: Path | None
     token_axis: int
+    dtype: mx.Dtype | None
     token_bytes: dict[Path, int]
     cache_outputs: dict[Path, tuple[int, int]]
 
@@ -269,14 +271,14 @@ class _Recorder:
 
 
 def _describe(tree: Any, outputs: dict[Path, tuple[int, int]]) -> Result:
-    token_path, token_axis = None, 0
+    token_path, token_axis, dtype = None, 0, None
     token_bytes = {}
     for path, array in arrays(tree):
         token_bytes[path] = array.nbytes // (BATCH * TOKENS)
         axes = [i for i in range(array.ndim - 1) if array.shape[i : i + 2] == (BATCH, TOKENS)]
         if token_path is None and axes:
-            token_path, token_axis = path, axes[0]
-    return Result(skeleton(tree), token_path, token_axis, token_bytes, outputs)
+            token_path, token_axis, dtype = path, axes[0], array.dtype
+    return Result(skeleton(tree), token_path, token_axis, dtype, token_bytes, outputs)
 
 
 @contextmanager

@@ -94,9 +94,9 @@ async def fetch_weights(
     async with Sources(config.sources, identity) as sources:
         checkpoint = await describe(config.model, config.revision, sources)
         if not is_whole(checkpoint):
-            first, end = config.first_layer, config.end_layer
+            span = config.first_layer, config.end_layer, config.finishes
             tensors = await thread.run(
-                lambda: survey(checkpoint.root, config.quant).of_stage(first, end)
+                lambda: survey(checkpoint.root, config.quant).of_stage(*span)
             )
             await fetch(checkpoint, tensors, config.hub_files, sources, tell)
         draft = await fetch_draft(config, sources, tell) if config.draft else None
@@ -117,9 +117,10 @@ def load_stage(path: Path, config: WorkerConfig) -> tuple[LazyModel, HollowModel
     """Loads the weights, telling progress; on the MLX thread. Also returns their bytes."""
     maybe_set_recommended_wired_limit()  # on Metal: else idle weights are paged out
     lazy = load_lazy(path, config.quant)
-    hollow = HollowModel(lazy.model, lazy.model_type, config.first_layer, config.end_layer)
+    first, end = config.first_layer, config.end_layer
+    hollow = HollowModel(lazy.model, lazy.model_type, first, end, finishes=config.finishes)
     count = len(hollow.layers)
-    parts = hollow.layers if hollow.start > 0 else (*hollow.layers, lazy.model)
+    parts = (*hollow.layers, *(hollow.outside if hollow.start > 0 else (lazy.model,)))
     total = nbytes(lazy.model) if hollow.start == 0 else sum(nbytes(part) for part in parts)
     done = 0
     emit("progress", layers=0, layers_total=count, bytes=0, bytes_total=total)

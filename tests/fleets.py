@@ -76,7 +76,11 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
 def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: int) -> Case:
     """The same with a GGUF, and machines that have either engine or both, of unlike speeds."""
     case = a_case(dice, most_machines, most_layers)
-    layout = replace(case.layout, forbidden_cuts=_some_cuts(dice, case.layout.layers))
+    layout = replace(
+        case.layout,
+        forbidden_cuts=_some_cuts(dice, case.layout.layers),
+        finish_bytes=dice.choice([0, dice.randint(1, 5) * GB // 10]),
+    )
     tail = dice.randint(0, 5) * GB // 10
     sizes = [size * dice.randint(7, 12) // 10 for size in layout.layer_bytes]
     active = [size // dice.randint(1, 8) for size in sizes]
@@ -125,6 +129,18 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
         )
         head = replace(layout, forbidden_cuts=apart)
         yield from _placements(case, head, [head, without])
+        if layout.finish_bytes:
+            more = layout.finish_bytes
+            finished = replace(
+                head,
+                layer_bytes=(*layout.layer_bytes[:-1], layout.layer_bytes[-1] + more),
+                layer_active_bytes=(
+                    *layout.layer_active_bytes[:-1],
+                    layout.layer_active_bytes[-1] + more,
+                ),
+            )
+            first = replace(case.gguf, forbidden_cuts=apart)
+            yield from _placements(case, first, [first, finished])
 
 
 def _placements(case: Case, head: Layout, forms: list[Layout]) -> Iterator[tuple[float, float]]:

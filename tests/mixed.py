@@ -1,4 +1,4 @@
-"""A pipeline model whose head is of MLX, and whose other stages are of either engine."""
+"""A pipeline model whose stages are of either engine."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from node.config import WorkerConfig
-from node.first_stage import load_head
+from node.first_stage import first_stage
 from node.loader import Background
 from node.pipeline import PipelineModel
 from node.process import WorkerProcess
@@ -18,7 +18,10 @@ from unicluster.v1.stage_pb2 import RouteStop
 
 @contextmanager
 def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
-    """The model in `path`, also in the GGUF `file`: two layers here and two on each worker."""
+    """The model in `path`, also in the GGUF `file`: two layers here, and on each worker.
+
+    `engines`: of each stage, the one here first.
+    """
     identity, background = Cluster.new().issue("tests"), Background()
     workers: list[WorkerProcess] = []
 
@@ -38,6 +41,7 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
             revision=whole(model).manifest.revision,
             hub_files=None,
             engine=engine,
+            finishes=engines[0] == "ggml" and index == len(engines) - 1,
         )
         workers.append(await WorkerProcess.start(config))
         async for event in workers[-1].events():
@@ -46,13 +50,16 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
         raise AssertionError((await workers[-1].exit()).reason)
 
     async def open_ring() -> Ring:
-        stops = [await start(index, engine) for index, engine in enumerate(engines, start=1)]
+        others = list(enumerate(engines))[1:]
+        stops = [await start(index, engine) for index, engine in others]
         return await Ring.open(stops, identity)
 
     try:
         ring = background.run(open_ring())
-        _, hollow = load_head(path, "", 2)
-        yield PipelineModel(hollow, ring)
+        checkpoint = whole(file if engines[0] == "ggml" else path)
+        cuts = [(2 * index, 2 * index + 2) for index in range(len(engines))]
+        front, _ = first_stage(checkpoint, "", cuts).load(identity, background.run)
+        yield PipelineModel(front, ring, foresee=engines[0] == "mlx")
         background.run(ring.close())
     finally:
         for worker in workers:

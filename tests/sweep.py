@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.cacheview import Caches
-from node.crossing import forbidden_cuts
+from node.crossing import finishing, forbidden_cuts
 from node.foreseen import Build, Foresight, kind_of_leaves, take_place
 from node.hollow import HollowModel
 from node.tensors import decode_tree
@@ -88,6 +88,9 @@ def judge(name: str) -> Verdict | None:
     allowed = [cut for cut in range(1, count) if cut not in forbidden]
     splits = list(_splits(allowed, count))
     differs = list(_differing(whole, splits))
+    if finishing(found) is not None:
+        at_the_end = _differing(whole, splits[-1:], finishes=True)
+        differs += [f"finished by the last stage: {s}" for s in at_the_end]
     dtypes = ["float32"]
     try:
         half = Whole.run(name, mx.bfloat16)
@@ -134,13 +137,16 @@ def _splits(allowed: list[int], count: int) -> Iterator[tuple[int, ...]]:
         yield 0, *allowed, count
 
 
-def _differing(whole: Whole, splits: list[tuple[int, ...]]) -> Iterator[str]:
+def _differing(
+    whole: Whole, splits: list[tuple[int, ...]], *, finishes: bool = False
+) -> Iterator[str]:
+    """`finishes`: the last stage makes the logits."""
     stages: dict[tuple[int, int], HollowModel] = {}
     for bounds in splits:
         for ends in pairwise(bounds):
             if ends not in stages:
-                model = zoo.build(whole.name, whole.dtype)
-                stages[ends] = HollowModel(model, whole.name, *ends)
+                model, last = zoo.build(whole.name, whole.dtype), ends[1] == bounds[-1]
+                stages[ends] = HollowModel(model, whole.name, *ends, finishes=finishes and last)
         try:
             logits = run_stages([stages[ends] for ends in pairwise(bounds)])
         except Exception as error:
@@ -158,7 +164,10 @@ def run_stages(stages: list[HollowModel]) -> list[mx.array]:
     for turn, chunk in enumerate(CHUNKS):
         out = _run(stages[0].front, chunk, caches[0], turn)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            out = _run(stage.forward, out, cache, turn)
+            out = _run(stage.finish if stage.finishes else stage.forward, out, cache, turn)
+        if stages[-1].finishes:
+            logits.append(out)
+            continue
 
         def tail(received: Any, _: Caches, tokens: mx.array = chunk) -> tuple[mx.array, list[Any]]:
             return stages[0].tail(tokens, received, caches[0]), []
@@ -193,8 +202,10 @@ def table(verdicts: list[Verdict]) -> str:
         "",
         "Each is a tiny random model of a module of mlx-lm, cut in two at every layer, in three,",
         "and into one stage a layer. *Identical*: prefill in two chunks and decode past the",
-        "windows give the unsplit model's logits, bit for bit. *Skipped*: mlx-lm itself can't run",
-        "it on this CPU; its own error is given. *Refused*: it can't be cut, and says why.",
+        "windows give the unsplit model's logits, bit for bit; also where the last stage makes",
+        "them instead of the head, as it can where only a hidden state crosses cuts. *Skipped*:",
+        "mlx-lm itself can't run it on this CPU; its own error is given. *Refused*: it can't be",
+        "cut, and says why.",
         "What can trim its cache never needs a copy of it to verify guesses or reuse a prompt.",
         "",
         "| module | verdict | dtypes | caches | can trim | remarks |",

@@ -90,3 +90,14 @@ def test_a_head_of_ggml_and_a_stage_of_mlx(both: tuple[Path, Tiny]) -> None:
 
     agree(got, alone(path))
     agree(got, unsplit(tiny.file, [CHUNKS])[0])
+
+
+def test_a_stage_of_mlx_keeps_its_dtype_behind_one_of_ggml(tmp_path: Path) -> None:
+    model = load_lazy(write_model(tmp_path, tiny_config("llama"))).model
+    model.set_dtype(mx.bfloat16)
+    last = HollowModel(model, "llama", 4, LAYERS, finishes=True)
+    cache = last.cache_view.make()
+
+    logits, _ = last.finish(mx.ones((1, 3, 64), mx.float32), cache)
+
+    assert logits.dtype == cache[0].keys.dtype == mx.bfloat16

@@ -20,7 +20,11 @@ from tests.tiny_gguf import from_checkpoint, write_gguf
 
 # Several processes start, each of which imports much.
 START_DEADLINE = 300.0
-MEMORY = 1_100_000  # two such machines hold the tiny model, one does not
+# A layer with the caches of two users is 0.28 MB, embedding and lm_head are 0.07 MB each. FIVE:
+# that many layers, and both. ONE: without either, so it can't be a head. LAST: and the lm_head
+# alone, so it can't be a head of MLX.
+FIVE, ONE, LAST = 1_700_000, 330_000, 400_000
+ROOM = ("--context", "256", "--users", "2")
 PROMPT = [(7 * i * i + 3) % 200 + 1 for i in range(40)]
 TOKENS = 24
 
@@ -34,7 +38,7 @@ class Both:
     cluster: LocalCluster
 
     def serve(self, *arguments: str) -> ServeProgram:
-        form = ("--gguf", str(self.file), "--context", "256")
+        form = ("--gguf", str(self.file), *ROOM)
         server = self.cluster.serve(self.path, *form, *arguments)
         server.wait_for("Ctrl-C unloads", START_DEADLINE)
         return server
@@ -52,8 +56,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     path = endless_model(folder / "it")
     file = from_checkpoint(path, folder / "it.gguf")
     with LocalCluster(folder / "cluster", HF_HOME=str(folder / "hf")) as cluster:
-        cluster.start_agent("ann", "--engine", "mlx", memory=MEMORY)
-        cluster.start_agent("bob", "--engine", "ggml", memory=MEMORY)
+        cluster.start_agent("ann", "--engine", "mlx", memory=FIVE)
+        cluster.start_agent("bob", "--engine", "ggml", memory=ONE)
         cluster.wait_for_agents()
         yield Both(path, file, cluster)
 
@@ -70,7 +74,7 @@ def held(server: ServeProgram) -> list[tuple[str, str]]:
 
 
 def test_a_mixed_ring_answers_as_the_plain_model_does(both: Both) -> None:
-    with both.serve("--users", "2") as server, server.client() as client:
+    with both.serve() as server, server.client() as client:
         stages = held(server)
         first = told(client, PROMPT)
         longer = [*PROMPT, *first.token_ids, 7]
@@ -100,7 +104,7 @@ def test_guesses_are_checked_by_both_engines(both: Both) -> None:
 
 def test_another_machine_takes_over_in_the_form_that_it_can_compute(both: Both) -> None:
     with both.serve() as server:
-        both.cluster.start_agent("cat", "--engine", "ggml", memory=MEMORY)
+        both.cluster.start_agent("cat", "--engine", "ggml", memory=ONE)
         both.cluster.wait_for_agents()
         both.cluster.agents.pop("bob").kill()
         until(lambda: held(server) == [("ann", "mlx"), ("cat", "ggml")], "cat holds bob's layers")
@@ -130,7 +134,17 @@ def test_what_does_not_go_together_is_refused(
     assert result.err.count("\n") == 1
 
 
-def test_both_forms_come_from_the_hub(both: Both, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ann", "bob", "ring"),
+    [
+        (FIVE, ONE, [("ann", "mlx"), ("bob", "ggml")]),
+        (LAST, FIVE, [("bob", "ggml"), ("ann", "mlx")]),
+    ],
+    ids=["mlx first", "ggml first"],
+)
+def test_both_forms_come_from_the_hub(
+    both: Both, tmp_path: Path, ann: int, bob: int, ring: list[tuple[str, str]]
+) -> None:
     (tmp_path / "gguf").mkdir()
     shutil.copy(both.file, tmp_path / "gguf" / "it-F32.gguf")
     with Hub() as hub:
@@ -138,15 +152,19 @@ def test_both_forms_come_from_the_hub(both: Both, tmp_path: Path) -> None:
         hub.add("me/it-GGUF", tmp_path / "gguf")
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         with LocalCluster(tmp_path / "cluster", **environment) as cluster:
-            for name, engine in (("ann", "mlx"), ("bob", "ggml")):
+            for name, engine, memory in (("ann", "mlx", ann), ("bob", "ggml", bob)):
                 home = str(tmp_path / name)
-                cluster.start_agent(name, "--engine", engine, memory=MEMORY, HF_HOME=home)
+                cluster.start_agent(name, "--engine", engine, memory=memory, HF_HOME=home)
             cluster.wait_for_agents()
-            server = cluster.serve("me/it", "--gguf", "me/it-GGUF:f32", "--context", "256")
+            server = cluster.serve("me/it", "--gguf", "me/it-GGUF:f32", *ROOM)
             server.wait_for("Ctrl-C unloads", START_DEADLINE)
             with server, server.client() as client:
                 stages = held(server)
-                answer = told(client, PROMPT)
+                first = told(client, PROMPT)
+                longer = [*PROMPT, *first.token_ids, 7]
+                second = told(client, longer)
 
-    assert stages == [("ann", "mlx"), ("bob", "ggml")]
-    assert list(answer.token_ids) == both.alone(PROMPT)
+    assert stages == ring
+    assert list(first.token_ids) == both.alone(PROMPT)
+    assert second.usage.cached_tokens >= len(PROMPT)
+    assert list(second.token_ids) == both.alone(longer)

@@ -246,6 +246,24 @@ def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
     assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
 
 
+def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
+    layout = replace(a_layout([GB] * 16, head=2 * GB), finish_bytes=GB)
+    forms = Forms(layout, gguf_of(layout, GB))
+    box = replace(BOX, usable=layout.needed(17 * GB), engines=("ggml",))
+    # No place for the embedding, the lm_head and a layer, as an MLX head would have to have.
+    mini = replace(STUDIO, name="mini", usable=layout.needed(5 * GB // 2), engines=("mlx",))
+
+    found = plan(forms, [mini, box])
+
+    assert [(s.machine.name, s.first, s.engine, s.finishes) for s in found.stages] == [
+        ("box", 0, "ggml", False),
+        ("mini", 15, "mlx", True),
+    ]
+    assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
+    with pytest.raises(NoPlanError):
+        plan(Forms(replace(layout, finish_bytes=0), forms.gguf), [mini, box])
+
+
 def test_where_engines_are_alike_it_is_mlx() -> None:
     layout = a_layout([GB] * 16, head=2 * GB)
     alike = [replace(STUDIO, name=name) for name in ("one", "two")]

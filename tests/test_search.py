@@ -36,7 +36,11 @@ def check(case: Case) -> None:
     for found in (fastest, steady):
         assert all(stage.engine in stage.machine.engines for stage in found.stages)
         assert all(stage.free_bytes >= 0 for stage in found.stages)
-        assert found.engines[0] == "mlx" or found.engines == ("ggml",)
+        head, last = found.stages[0], found.stages[-1]
+        if (head.engine, last.engine) == ("ggml", "mlx"):
+            assert case.layout.finish_bytes
+            assert last.finishes
+        assert head.engine == "ggml" or not last.finishes
 
 
 @pytest.mark.parametrize("seed", range(20))
