@@ -54,7 +54,7 @@ class Grower:
         self._history: list[_Labels] = []
         # Kinds that are alike in their hops need not be told apart in what a path has behind it.
         self._like_last = _classes(problem.hops)
-        self._like_head = _classes(problem.hops.T)
+        self._like_head = _classes(problem.back.T)
         detours = (problem.hops[:, :, None] + problem.hops[None, :, :]).min(axis=1)
         alone = np.diag(self._counts == 1)  # no hop leads from a machine to itself
         self._metric = bool(((problem.hops <= detours) | alone).all())
@@ -105,7 +105,7 @@ class Grower:
             return None
         reached = labels.cost[rows] + problem.hops[labels.last[rows], kind]
         costs = reached[:, None] + problem.step[kind][labels.end[rows]]
-        whole = costs[:, n] + problem.hops[kind, labels.head[rows]]
+        whole = costs[:, n] + problem.back[kind, labels.head[rows]]
         at = int(whole.argmin())
         if whole[at] < self._limit:
             tail = Piece(kind, int(labels.end[rows[at]]), n)

@@ -36,6 +36,8 @@ PREFILL_BYTES = 8 * 2**20
 # Arrays of a chunk's hidden size alive at once in a layer: q, k, v, the residual, and an MLP
 # or experts several times wider.
 WORKSPACE_COPIES = 16
+# Stages of ggml send them in float32; those of MLX may in half of that.
+LOGIT_BYTES = 4
 # A stage that holds megabytes needs no such reserve: it is at most this part of what it holds.
 RESERVE_SHARE = 16
 
@@ -52,6 +54,7 @@ class Layout:
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
     tail_bytes: the part of the last layer's bytes that makes logits.
     finish_bytes: what a last stage without that part would need to make them; 0: it can't.
+    vocabulary: logits of a token; 0: not known.
     """
 
     model_type: str
@@ -75,6 +78,7 @@ class Layout:
     hidden_size: int = 0
     tail_bytes: int = 0
     finish_bytes: int = 0
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -108,6 +112,7 @@ class Layout:
             hidden_size=layout.hidden_size,
             tail_bytes=layout.tail_bytes,
             finish_bytes=layout.finish_bytes,
+            vocabulary=layout.vocabulary,
         )
 
     def unfinished(self) -> Layout:
@@ -141,6 +146,12 @@ class Layout:
     @property
     def layers(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def returned_bytes(self) -> int:
+        """What comes back to a head of this form for a token: its hidden state, or its logits."""
+        logits = LOGIT_BYTES * self.vocabulary if self.tail_bytes else 0
+        return logits or self.hidden_bytes
 
     @property
     def quantized(self) -> bool:

@@ -48,7 +48,8 @@ class Pool:
             rest = np.minimum.reduce([row.rest for row in rows])
             for costs, found in ((rows[0].head, heads), (rest, rests)):
                 found.append(np.where(costs <= slowest, costs, np.inf))
-        return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), self._hops())
+        hops = [self._hops(size) for size in (self.layout.hidden_bytes, self.layout.returned_bytes)]
+        return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), *hops)
 
     def least_slowest(self) -> tuple[float, bool]:
         """The least that the slowest stage can take, and whether that is proven."""
@@ -129,18 +130,18 @@ class Pool:
     def _rate(self, machine: Machine) -> float:
         return max(reads(form, machine) for form in self.ring.forms if machine.can(form.engine))
 
-    def _hop(self, one: Machine, other: Machine) -> float:
-        return hop(self.layout, self.network, one, other)[0]
+    def _hop(self, size: int, one: Machine, other: Machine) -> float:
+        return hop(size, self.network, one, other)[0]
 
-    def _hops(self) -> Matrix:
+    def _hops(self, size: int) -> Matrix:
         kinds = len(self.groups)
         hops = np.zeros((kinds, kinds))
         for i, one in enumerate(self.groups):
             for j, other in enumerate(self.groups):
                 if i != j:
-                    hops[i, j] = self._hop(one[0], other[0])
+                    hops[i, j] = self._hop(size, one[0], other[0])
                 elif len(one) > 1:
-                    hops[i, i] = self._hop(one[0], one[1])
+                    hops[i, i] = self._hop(size, one[0], one[1])
         # A kind of one machine has no hop to itself; a number that is there already keeps the
         # search from telling it apart for that.
         for i in range(kinds):
@@ -151,7 +152,9 @@ class Pool:
     def _alike(self, one: Machine, other: Machine, machines: Sequence[Machine]) -> bool:
         others = [m for m in machines if m is not one and m is not other]
         return self._key(one) == self._key(other) and all(
-            self._hop(one, m) == self._hop(other, m) for m in others
+            self._hop(size, one, m) == self._hop(size, other, m)
+            for m in others
+            for size in (self.layout.hidden_bytes, self.layout.returned_bytes)
         )
 
     def _key(self, machine: Machine) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ class Prices:
         n, kinds = problem.layers, len(problem.counts)
         # rest[h, k, i]: with a head of kind h, layers [0, k) done and the last stage of kind i.
         self.rest = np.empty((kinds, n + 1, kinds))
-        self.rest[:, n, :] = problem.hops.T
+        self.rest[:, n, :] = problem.back.T
         self._ends = np.zeros((kinds, kinds, n + 1), np.int64)
         self._next = np.zeros((kinds, n + 1, kinds), np.int64)
         onward = problem.hops + prices

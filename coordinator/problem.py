@@ -22,13 +22,14 @@ class Problem:
 
     counts: machines of each kind. first[i, k]: layers [0, k) on a head of kind i.
     step[i, j, k]: layers [j, k) on a later stage. hops[i, l]: from a stage of kind i to one of
-    kind l; a ring of one stage has none.
+    kind l. back[i, l]: from the last stage to the head. A ring of one stage has neither.
     """
 
     counts: tuple[int, ...]
     first: Matrix
     step: Matrix
     hops: Matrix
+    back: Matrix
 
     @property
     def layers(self) -> int:
@@ -46,7 +47,7 @@ class Problem:
         for before, piece in pairwise(pieces):
             cost += float(self.hops[before.kind, piece.kind])
             cost += float(self.step[piece.kind, piece.first, piece.end])
-        return cost + (float(self.hops[pieces[-1].kind, head.kind]) if len(pieces) > 1 else 0.0)
+        return cost + (float(self.back[pieces[-1].kind, head.kind]) if len(pieces) > 1 else 0.0)
 
 
 @dataclass(frozen=True)

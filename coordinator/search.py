@@ -56,7 +56,7 @@ def _along(problem: Problem, order: Sequence[int]) -> Found | None:
         before = np.stack(rows) + hops[:, None]
         rows.append((before.min(axis=0)[:, None] + problem.step[kind]).min(axis=0))
         origins.append(before)
-    closing = [0.0, *(float(problem.hops[kind, head]) for kind in order[1:])]
+    closing = [0.0, *(float(problem.back[kind, head]) for kind in order[1:])]
     ends = [row[n] + hop for row, hop in zip(rows, closing, strict=True)]
     at = int(np.argmin(ends))
     cost, end = float(ends[at]), n

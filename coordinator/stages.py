@@ -20,21 +20,20 @@ class Span:
 def stages(network: Network, ring: Sequence[Span]) -> tuple[Stage, ...]:
     """The stages of a ring, the head first. One that is alone has no hop."""
     following, head = [*ring[1:], ring[0]], ring[0].form
+    # Hidden states go round as they come from the head.
+    sizes = [*[head.hidden_bytes] * (len(ring) - 1), head.returned_bytes]
     return tuple(
-        _stage(span, hop(head, network, span.machine, after.machine))
-        for span, after in zip(ring, following, strict=True)
+        _stage(span, hop(size, network, span.machine, after.machine))
+        for size, span, after in zip(sizes, ring, following, strict=True)
     )
 
 
-def hop(layout: Layout, network: Network, one: Machine, other: Machine) -> tuple[float, bool]:
-    """Seconds for a token's hidden state between two machines, and whether they were measured.
-
-    `layout` is the head's: hidden states go round as they come from there.
-    """
+def hop(size: int, network: Network, one: Machine, other: Machine) -> tuple[float, bool]:
+    """Seconds for so many bytes between two machines, and whether they were measured."""
     if one.name == other.name:
         return 0.0, False
     link = network.between(one.name, other.name, (one.link, other.link))
-    return link.seconds(layout.hidden_bytes), link.measured
+    return link.seconds(size), link.measured
 
 
 def _stage(span: Span, onward: tuple[float, bool]) -> Stage:

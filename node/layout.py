@@ -88,6 +88,7 @@ def layout_of(
         layer_active_parameters=[_active(layer, parameters, step) for layer in found.layers],
         hidden_size=hidden_size(found),
         finish_bytes=_finish_bytes(model, found),
+        vocabulary=step.vocabulary,
     )
 
 

@@ -94,6 +94,7 @@ def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: 
         forbidden_cuts=_some_cuts(dice, layout.layers),
         engine="ggml",
         tail_bytes=tail,
+        vocabulary=dice.choice([1_000, 300_000]),
     )
     kinds = [
         {
@@ -164,12 +165,14 @@ def _placements(case: Case, head: Layout, forms: list[Layout]) -> Iterator[tuple
         for one in names
         for other in names
     }
+    returned = 4 * head.vocabulary if head.tail_bytes else head.hidden_bytes
 
     def onward(
         row: tuple[str, ...], first: int, total: float, slowest: float
     ) -> Iterator[tuple[float, float]]:
         if first == n:
-            yield total + (hop[row[-1], row[0]] if len(row) > 1 else 0.0), slowest
+            back = case.network.between(row[-1], row[0]).seconds(returned)
+            yield total + (back if len(row) > 1 else 0.0), slowest
             return
         for name in names:
             if name in row:

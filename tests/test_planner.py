@@ -264,6 +264,15 @@ def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
         plan(Forms(replace(layout, finish_bytes=0), forms.gguf), [mini, box])
 
 
+def test_logits_that_come_back_take_their_time() -> None:
+    layout = replace(gguf_of(a_layout([GB] * 16, head=2 * GB), GB), vocabulary=125_000)
+    boxes = [replace(BOX, name=name, link="1gbe") for name in ("box-1", "box-2")]
+
+    there, back = (stage.hop_s for stage in plan(layout, boxes).stages)
+
+    assert back - there == pytest.approx((4 * 125_000 - layout.hidden_bytes) / 125e6)
+
+
 def test_where_engines_are_alike_it_is_mlx() -> None:
     layout = a_layout([GB] * 16, head=2 * GB)
     alike = [replace(STUDIO, name=name) for name in ("one", "two")]

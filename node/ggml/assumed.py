@@ -55,6 +55,7 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
         engine="ggml",
         hidden_size=mlx.hidden_size,
         tail_bytes=tail,
+        vocabulary=mlx.vocabulary,
     )
 
 

@@ -94,6 +94,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         engine="ggml",
         hidden_size=gguf.hidden_size,
         tail_bytes=after,
+        vocabulary=gguf.vocabulary,
     )
 
 
