@@ -1,8 +1,8 @@
 """The forms in which a model can be loaded, one for each engine, and which may share a ring.
 
-The other stages may be of either engine, cut where both allow it. An MLX head takes hidden states
-back and computes the norm and the lm_head itself. A ggml head can't: the last stage of its ring
-must give logits, which one of MLX can if they are made of the last hidden state alone.
+Stages behind the head may be of either engine, cut where both allow it. An MLX head takes hidden
+states back and computes the norm and the lm_head itself. A ggml head can't: the last stage of its
+ring must give logits, which one of MLX can if they are made of the last hidden state alone.
 """
 
 from collections.abc import Callable
