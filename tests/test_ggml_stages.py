@@ -182,17 +182,18 @@ def test_logits_are_those_of_the_whole_at_every_cut(model: tuple[Tiny, list[Any]
             assert same(got, logits), f"cut {bounds}, {len(chunk)} tokens"
 
 
+@pytest.mark.parametrize("users", [2, 8])
 def test_caches_take_what_the_planner_counts(
-    model: tuple[Tiny, list[Any]], caplog: pytest.LogCaptureFixture
+    model: tuple[Tiny, list[Any]], caplog: pytest.LogCaptureFixture, users: int
 ) -> None:
     tiny, _ = model
     caplog.set_level("DEBUG", "unicluster.llama")
 
-    tiny.stages(0, tiny.gguf.layers, users=2)
+    tiny.stages(0, tiny.gguf.layers, users=users)
 
     kinds = r"(?:llama_kv_cache|llama_memory_recurrent): size = +([\d.]+) MiB"
     told = [float(size) for size in re.findall(kinds, caplog.text)]
-    counted = sum(cache_bytes(tiny.gguf, 256, users=2)) / 2**20
+    counted = sum(cache_bytes(tiny.gguf, 256, users)) / 2**20
     assert counted == pytest.approx(sum(told), abs=0.011 * len(told))  # told with two digits
 
 

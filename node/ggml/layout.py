@@ -4,7 +4,7 @@ from math import prod
 
 from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
-from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, context_limit, open_gguf
+from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, cells, context_limit, open_gguf
 from unicluster.checkpoint import Checkpoint
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
@@ -103,13 +103,13 @@ def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     header = gguf.header
     number = SINGLE if gguf.is_exact else HALF
     recurrent = layer_kinds(header).get(RECURRENT_KEY, [False] * gguf.layers)
-    cells = -(-context * users // 256) * 256
+    tokens = cells(context, users)
     found = []
     for layer in range(gguf.layers):
         if recurrent[layer]:
             found.append((2 * users + SPARE_STATES) * _state_bytes(gguf))
         else:
-            found.append(cells * number * _kv_width(gguf, layer))
+            found.append(tokens * number * _kv_width(gguf, layer))
     return found
 
 
