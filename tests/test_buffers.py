@@ -12,7 +12,7 @@ ARRAYS = 2000
 BYTES = 32 * 2**10  # less than glibc takes from the system one by one
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc has the call")
 def test_what_lies_between_arrays_still_in_use_goes_back_too() -> None:
     arrays = [mx.full((BYTES // 4,), number) for number in range(ARRAYS)]
     mx.eval(arrays)
