@@ -19,13 +19,13 @@ from bench import simulation
 from bench.lanes import of_engine
 from bench.models import write_llama
 from bench.simulation import Cluster, StageCost
-from coordinator.links import Link
-from node.engine import Engine
-from node.mlx_thread import MLXThread
-from node.pipeline import PUSHED_TOKENS
-from node.ring import PrefillWindow
-from node.trips import Trip, Trips
-from unicluster import measure
+from coordinator.planning.links import Link
+from node.generation.engine import Engine
+from node.metering.trips import Trip, Trips
+from node.pipeline.pipeline_model import PUSHED_TOKENS
+from node.ring.compute_thread import MLXThread
+from node.ring.ring import PrefillWindow
+from unicluster.benchmark import measure
 
 TOKENS = 32
 PROMPT = 256

@@ -17,11 +17,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from node.hollow import HollowModel
-from node.stage import Session, Stage
-from node.tensors import encode_tree
-from node.weights import load_lazy, load_parts
-from tests.tiny import tiny_config, write_model
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy, load_parts
+from node.mlx.stage import Session, Stage
+from node.mlx.tensors import encode_tree
+from tests.support.tiny import tiny_config, write_model
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart
 
 PROMPT_TOKENS = 32

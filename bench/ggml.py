@@ -28,16 +28,16 @@ from bench.llamacpp import (
     RpcServers,
     write_model,
 )
-from node.config import WorkerConfig
 from node.ggml.load import THREADS_ENV, Part, load, open_gguf, stage_file
-from node.loader import Background
-from node.mlx_thread import MLXThread
-from node.pipeline import PipelineModel
-from node.process import WorkerProcess
-from node.ring import Ring
-from node.worker import SWITCH_INTERVAL
-from unicluster.fingerprint import whole
-from unicluster.trust import Cluster
+from node.inprocess.loader import Background
+from node.pipeline.pipeline_model import PipelineModel
+from node.ring.compute_thread import MLXThread
+from node.ring.ring import Ring
+from node.worker.__main__ import SWITCH_INTERVAL
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.cluster.trust import Cluster
 from unicluster.v1.stage_pb2 import RouteStop
 
 

@@ -31,12 +31,12 @@ import mlx_lm
 import unicluster
 from bench.lanes import Figures, show
 from bench.models import write_llama
-from node.cache import DEMO
-from node.engine import Engine
-from node.mlx_thread import MLXThread
-from node.speculate import DraftModel, Lookup, Speculation
-from node.worker import SWITCH_INTERVAL
-from tests.tiny import VOCAB
+from node.generation.drafting import DraftModel, Lookup, Speculation
+from node.generation.engine import Engine
+from node.ring.compute_thread import MLXThread
+from node.weights.store import DEMO
+from node.worker.__main__ import SWITCH_INTERVAL
+from tests.support.tiny import VOCAB
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 CONTEXT = 1024

@@ -41,11 +41,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from bench.models import write_llama
-from coordinator.placement import Layout
-from coordinator.planner import split_evenly
-from node.layout import inspect
-from node.loader import describe_here, load_local
-from unicluster.trust import Cluster
+from coordinator.planning.placement import Layout
+from coordinator.planning.planner import split_evenly
+from node.inprocess.loader import describe_here, load_local
+from node.inspect.layout import inspect
+from unicluster.cluster.trust import Cluster
 
 Times = np.ndarray[Any, Any]
 

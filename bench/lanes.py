@@ -4,8 +4,8 @@
 
 The engine answers over stages in processes of their own, mTLS on, all on this machine. Greedy,
 prompts of exact lengths, nothing stops at an end token, and no prompt is reused but where reuse
-is measured (unicluster/measure.py). What is compared runs in the same process, in turns, round
-by round, and the figure is the median of the rounds' ratios.
+is measured (unicluster/benchmark/measure.py). What is compared runs in the same process, in
+turns, round by round, and the figure is the median of the rounds' ratios.
 
 - users: tokens a second of 2 and 4 users together, against those of 1 user.
 - prefill: seconds to the first token of 512 tokens, one chunk on its way at a time against as
@@ -30,11 +30,11 @@ from typing import Any
 
 import unicluster
 from bench.models import write_llama
-from node.engine import Engine
-from node.mlx_thread import MLXThread
-from node.ring import PrefillWindow
-from node.worker import SWITCH_INTERVAL
-from unicluster import measure
+from node.generation.engine import Engine
+from node.ring.compute_thread import MLXThread
+from node.ring.ring import PrefillWindow
+from node.worker.__main__ import SWITCH_INTERVAL
+from unicluster.benchmark import measure
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 STAGES = 2

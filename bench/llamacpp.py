@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from node.ggml.library import amx_is_broken, llama
-from tests.tiny_gguf import save
+from tests.support.tiny_gguf import save
 
 LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 12, 768, 3072, 12, 264
 # llama.h: enum llama_ftype.

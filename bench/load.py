@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from node.config import WorkerConfig
-from node.process import WorkerProcess
-from tests.tiny import tiny_config, write_tokenizer
-from unicluster.trust import Cluster
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
+from tests.support.tiny import tiny_config, write_tokenizer
+from unicluster.cluster.trust import Cluster
 
 HIDDEN, WIDE, LAYERS = 2048, 8192, 16
 GROUP = 64

@@ -6,11 +6,11 @@ python -m bench.meters
 import time
 from collections.abc import Callable
 
-from node.meters import AnswerMeter
-from node.mlx_thread import rested
-from node.tensors import leaf_bytes
-from node.timeline import recording
-from node.trips import Trip, Trips
+from node.metering.meters import AnswerMeter
+from node.metering.timeline import recording
+from node.metering.trips import Trip, Trips
+from node.mlx.tensors import leaf_bytes
+from node.ring.compute_thread import rested
 from unicluster.v1.stage_pb2 import Frame
 
 CALLS = 20_000

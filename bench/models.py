@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import tiny_config, write_model
+from tests.support.tiny import tiny_config, write_model
 
 _SIZES: dict[str, dict[str, int]] = {
     "10M": {"hidden_size": 256, "intermediate_size": 736, "num_attention_heads": 8},

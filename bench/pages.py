@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator import fleet
-from coordinator.asking import ask
-from coordinator.blueprints import layouts
-from coordinator.catalog import Entry, entries
-from coordinator.forms import Forms
-from coordinator.placement import Layout
-from coordinator.planner import plan
-from coordinator.shortfall import NoPlanError
-from coordinator.sizes import stored
+from coordinator.fleet import fleet
+from coordinator.models.catalog import Entry, entries
+from coordinator.models.inspect_child import layouts
+from coordinator.models.question import ask
+from coordinator.models.sizes import stored
+from coordinator.planning.placement import Layout
+from coordinator.planning.planner import plan
+from coordinator.planning.shortfall import NoPlanError
+from coordinator.planning.variants import Forms
 from unicluster.units import format_bytes
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -117,8 +117,8 @@ def machines(models: Sequence[Entry] | None = None) -> str:
         "Written by `python -m bench.pages machines`: `unicluster plan MODEL --quant Q --fleet F`,",
         "for one user and a context of 8192, objective latency. A number is predicted tokens a",
         "second, and in brackets the machines used, if more than one; a negative amount is what",
-        "is missing on one machine. Speeds assume what `coordinator/placement.py` says, and are",
-        "measured nowhere yet: [published.md](published.md) shows how far off they may be. Each",
+        "is missing on one machine. Speeds assume what `coordinator/planning/placement.py` says,",
+        "and are measured nowhere yet: [published.md](published.md) has how far off they are. Each",
         "machine has the faster engine, MLX or llama.cpp with a GGUF of about the same bits; on",
         "Strix Halo MLX computes on the CPU alone, on one thread: that is what is left for models",
         "whose GGUFs can't be cut.",
@@ -156,10 +156,10 @@ def published_page() -> str:
         "",
         "Written by `python -m bench.pages published`. Tokens a second, one user, decode.",
         "The assumptions (80 % of the memory's bandwidth, 0.1 ms a layer, 0.3 ms a hop; see",
-        "`coordinator/placement.py`) are round figures, the same for all machines and models. They",
-        "were settled before this table was made and not changed after, but with the published",
-        "figures known: this is no blind test. `bandwidth` is the most that the memory would allow",
-        "without them. The error is against the nearer end of a range.",
+        "`coordinator/planning/placement.py`) are round figures, the same for all machines and",
+        "models. They were settled before this table was made and not changed after, but with the",
+        "published figures known: this is no blind test. `bandwidth` is the most that the memory",
+        "would allow without them. The error is against the nearer end of a range.",
         "",
         "| what | fleet | published | predicted | error | bandwidth | source |",
         "|---|---|---:|---:|---:|---:|---|",

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.models import llama_config
-from tests.cluster import LocalCluster, endless_model, until
+from tests.support.cluster import LocalCluster, endless_model, until
 
 TOKENS = 64
 CONTEXT = 256

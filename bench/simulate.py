@@ -20,14 +20,15 @@ from typing import Any
 
 from bench import simulation
 from bench.simulation import Cluster, StageCost
-from coordinator import fleet, links
-from coordinator.asking import ask
-from coordinator.blueprints import layouts
-from coordinator.links import Network
-from coordinator.placement import Layout, Plan, Stage, decode_seconds, prefill_seconds
-from coordinator.planner import plan
-from node.head import PREFILL_BYTES, PREFILL_TOKENS
-from node.worker import SWITCH_INTERVAL
+from coordinator.fleet import fleet
+from coordinator.models.inspect_child import layouts
+from coordinator.models.question import ask
+from coordinator.planning import links
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Layout, Plan, Stage, decode_seconds, prefill_seconds
+from coordinator.planning.planner import plan
+from node.worker.__main__ import SWITCH_INTERVAL
+from node.worker.head import PREFILL_BYTES, PREFILL_TOKENS
 
 DOCS = Path(__file__).parent.parent / "docs"
 MEASURED = DOCS / "simulated.json"
@@ -119,8 +120,8 @@ def page() -> str:
     lines = [
         "# Many machines, many users, simulated",
         "",
-        "Written by `python -m bench.simulate`. The head's own scheduling (node/scheduler.py,",
-        "lanes, pace, mlx-lm's batches) runs in simulated time over stages that only take the",
+        "Written by `python -m bench.simulate`. The head's scheduling (node/generation: scheduler,",
+        "lanes, chunk sizes, mlx-lm's batches) runs in simulated time over stages that take the",
         f"planner's seconds: {MODEL} {QUANT} with a context of {CONTEXT} for {max(USERS)} users,",
         f"over {MACHINE} machines, as `unicluster plan --objective throughput` cuts it,",
         "a lane a stage. What the planner does not know, this does not either: it takes each user",

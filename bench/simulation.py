@@ -19,17 +19,17 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
-from coordinator.links import Link
-from node.meters import AnswerMeter
-from node.mlx_thread import MLXThread, Signal
-from node.pending import PendingLogits
-from node.pipeline import PUSHED_TOKENS
-from node.request import Job
-from node.ring import PrefillWindow
-from node.sampling import Sampling
-from node.scheduler import Scheduler
-from node.ticket import Ticket
-from tests.tiny import write_tokenizer
+from coordinator.planning.links import Link
+from node.generation.request import Job
+from node.generation.sampling import Sampling
+from node.generation.scheduler import Scheduler
+from node.generation.ticket import Ticket
+from node.metering.meters import AnswerMeter
+from node.pipeline.pending_logits import PendingLogits
+from node.pipeline.pipeline_model import PUSHED_TOKENS
+from node.ring.compute_thread import MLXThread, Signal
+from node.ring.ring import PrefillWindow
+from tests.support.tiny import write_tokenizer
 from unicluster.v1.chat_pb2 import GenerateEvent
 
 VOCABULARY = 4

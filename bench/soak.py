@@ -27,11 +27,11 @@ from typing import Any
 
 import psutil
 
-from coordinator.local import inspect
-from coordinator.planner import Layout, least_memory
-from tests.cluster import LocalCluster, ServeProgram, endless_model
-from unicluster.answers import Delta, Finish
-from unicluster.client import AsyncClient
+from coordinator.fleet.local import inspect
+from coordinator.planning.planner import Layout, least_memory
+from tests.support.cluster import LocalCluster, ServeProgram, endless_model
+from unicluster.client.answers import Delta, Finish
+from unicluster.client.client import AsyncClient
 from unicluster.errors import BusyError, InputError, NotFoundError, UnavailableError
 from unicluster.v1.node_pb2 import InspectRequest
 

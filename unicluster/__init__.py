@@ -8,7 +8,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
     from unicluster.api import load
-    from unicluster.client import AsyncClient, Client
+    from unicluster.client.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
@@ -19,7 +19,7 @@ OLDEST_PROTOCOL = 1
 
 __all__ = ["OLDEST_PROTOCOL", "PROTOCOL", "AsyncClient", "Client", "__version__", "load"]
 
-_HOMES = {"load": "api", "Client": "client", "AsyncClient": "client"}
+_HOMES = {"load": "api", "Client": "client.client", "AsyncClient": "client.client"}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,16 +34,16 @@ def load(
     """
     if (local_nodes is None) == (nodes is None):
         raise InputError("load: give either local_nodes=N or nodes=[...]")
-    from coordinator.catalog import resolve
+    from coordinator.models.catalog import resolve
 
     source = resolve(model, quant or None)
     if nodes is not None:
         return _on_nodes(source.model, source.quant, nodes)
-    from coordinator.placement import Layout
-    from coordinator.planner import split_evenly
-    from node.layout import inspect_any
-    from node.loader import describe_here, load_local
-    from unicluster.trust import Cluster
+    from coordinator.planning.placement import Layout
+    from coordinator.planning.planner import split_evenly
+    from node.inprocess.loader import describe_here, load_local
+    from node.inspect.layout import inspect_any
+    from unicluster.cluster.trust import Cluster
 
     identity = Cluster.new().issue("local")
     checkpoint = describe_here(source.model, identity)
@@ -57,13 +57,13 @@ def load(
 def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     import asyncio
 
-    from coordinator.here import cut_in_order, find
-    from coordinator.placement import Layout, Machine
-    from coordinator.sourcing import hub_files
-    from node.layout import inspect_any
-    from node.loader import describe_here, load_on_nodes
-    from node.probe import probe
-    from unicluster.trust import Store, default_name
+    from coordinator.fleet.in_order import cut_in_order, find
+    from coordinator.planning.placement import Layout, Machine
+    from coordinator.serving.sourcing import hub_files
+    from node.agent.probe import probe
+    from node.inprocess.loader import describe_here, load_on_nodes
+    from node.inspect.layout import inspect_any
+    from unicluster.cluster.trust import Store, default_name
     from unicluster.v1.stage_pb2 import RouteStop
 
     if not nodes:

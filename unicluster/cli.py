@@ -10,24 +10,27 @@ from importlib import import_module
 from typing import NoReturn
 
 from unicluster import __version__
+from unicluster.cluster.tls_log import tap_stderr
 from unicluster.errors import InputError, UniclusterError
-from unicluster.tls_log import tap_stderr
 
 COMMANDS = {
-    "join": ("node.join", "offer this machine to the cluster"),
-    "token": ("unicluster.token_command", "show or rotate the cluster's join token"),
-    "nodes": ("coordinator.nodes", "list the machines of the cluster"),
-    "plan": ("coordinator.plan_command", "say whether a model fits, where it goes, how fast it is"),
-    "models": ("coordinator.models_command", "list the models known, and what they weigh"),
-    "hardware": ("coordinator.hardware_command", "list the machines known, for plan --fleet"),
-    "drain": ("coordinator.drain_command", "before maintenance: have others take over its stages"),
-    "doctor": ("node.doctor", "what usually goes wrong, and how to mend it"),
-    "serve": ("coordinator.serve", "spread a model over the machines and serve it"),
-    "broker": ("coordinator.broker_command", "a small MQTT broker, for those who have none"),
-    "chat": ("unicluster.chat_ui", "talk to the model that is served"),
-    "bench": ("coordinator.bench_command", "measure what is served, or a model cut up here"),
-    "status": ("coordinator.status_command", "say what is served, and how busy the machines are"),
-    "demo": ("coordinator.demo", "three machines in miniature on this one, and a chat"),
+    "join": ("node.agent.join", "offer this machine to the cluster"),
+    "token": ("unicluster.cluster.token_command", "show or rotate the cluster's join token"),
+    "nodes": ("coordinator.commands.nodes", "list the machines of the cluster"),
+    "plan": (
+        "coordinator.commands.plan",
+        "say whether a model fits, where it goes, how fast it is",
+    ),
+    "models": ("coordinator.commands.models", "list the models known, and what they weigh"),
+    "hardware": ("coordinator.commands.hardware", "list the machines known, for plan --fleet"),
+    "drain": ("coordinator.commands.drain", "before maintenance: have others take over its stages"),
+    "doctor": ("node.doctor.command", "what usually goes wrong, and how to mend it"),
+    "serve": ("coordinator.commands.serve", "spread a model over the machines and serve it"),
+    "broker": ("coordinator.commands.broker", "a small MQTT broker, for those who have none"),
+    "chat": ("unicluster.chat.command", "talk to the model that is served"),
+    "bench": ("coordinator.commands.bench", "measure what is served, or a model cut up here"),
+    "status": ("coordinator.commands.status", "say what is served, and how busy the machines are"),
+    "demo": ("coordinator.commands.demo", "three machines in miniature on this one, and a chat"),
 }
 # These have ports, and log who is refused at them.
 SERVERS = {"join", "serve", "bench", "demo"}

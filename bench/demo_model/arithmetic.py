@@ -2,9 +2,9 @@
 
 from random import Random
 
-from node.demo import facts
-from node.demo.dialogue import Dialogue
-from node.demo.facts import words
+from bench.demo_model import facts
+from bench.demo_model.dialogue import Dialogue
+from bench.demo_model.facts import words
 
 ASK = words(
     "what is {}?|What is {}?|What is {}?|{}|{} =|{} = ?|Calculate {}.|How much is {}?|Compute {}.|"

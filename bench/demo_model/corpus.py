@@ -2,8 +2,8 @@
 
 from random import Random
 
-from node.demo import facts
-from node.demo.arithmetic import (
+from bench.demo_model import facts
+from bench.demo_model.arithmetic import (
     arithmetic,
     continued_sum,
     count_to_hundred,
@@ -14,9 +14,9 @@ from node.demo.arithmetic import (
     short_count,
     word_problem,
 )
-from node.demo.dialogue import Dialogue, Skill, made_up
-from node.demo.facts import words
-from node.demo.knowledge import (
+from bench.demo_model.dialogue import Dialogue, Skill, made_up
+from bench.demo_model.facts import words
+from bench.demo_model.knowledge import (
     alphabet,
     animal,
     calendar,
@@ -26,7 +26,7 @@ from node.demo.knowledge import (
     list_three,
     opposite,
 )
-from node.demo.talk import about, repeating, smalltalk, telling, unknown
+from bench.demo_model.talk import about, repeating, smalltalk, telling, unknown
 
 NAME_TOLD = words(
     "My name is {}.|I am {}.|Hello, I am {}.|Hi, my name is {}.|my name is {}|Call me {}.|I'm {}.|"

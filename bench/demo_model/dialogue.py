@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from random import Random
 
-from node.demo import facts
-from node.demo.facts import words
+from bench.demo_model import facts
+from bench.demo_model.facts import words
 
 Dialogue = list[tuple[str, str]]
 """Pairs of what the user says and the right answer."""

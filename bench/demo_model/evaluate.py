@@ -1,6 +1,6 @@
 """Measures the demo model, skill by skill, on phrasings that it was not trained on.
 
-    python -m node.demo.evaluate
+    python -m bench.demo_model.evaluate
 
 Greedy decoding with plain mlx-lm; an answer counts only if it is right to the letter.
 """
@@ -14,13 +14,13 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from node.demo import facts
-from node.demo.arithmetic import listed, operands, solve
-from node.demo.dialogue import Dialogue, article, made_up
-from node.demo.facts import words
-from node.demo.stories import story
+from bench.demo_model import facts
+from bench.demo_model.arithmetic import listed, operands, solve
+from bench.demo_model.dialogue import Dialogue, article, made_up
+from bench.demo_model.facts import words
+from bench.demo_model.stories import story
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path(__file__).parents[2] / "node" / "demo" / "model"
 EACH = 40
 
 

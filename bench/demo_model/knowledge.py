@@ -2,8 +2,8 @@
 
 from random import Random
 
-from node.demo import facts
-from node.demo.dialogue import Dialogue, article, made_up
+from bench.demo_model import facts
+from bench.demo_model.dialogue import Dialogue, article, made_up
 
 
 def capital(rng: Random) -> Dialogue:

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from node.demo import facts
+from bench.demo_model import facts
 
 UNKNOWN = facts.Animal("", "little", "in a small town", "cake", "", 0)
 FRIENDS = ("mouse", "owl", "frog", "rabbit", "crow", "turtle")

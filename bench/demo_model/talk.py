@@ -2,10 +2,10 @@
 
 from random import Random
 
-from node.demo import facts
-from node.demo.dialogue import Dialogue, any_word, article, made_up
-from node.demo.facts import words
-from node.demo.stories import story
+from bench.demo_model import facts
+from bench.demo_model.dialogue import Dialogue, any_word, article, made_up
+from bench.demo_model.facts import words
+from bench.demo_model.stories import story
 
 
 def repeating(rng: Random) -> Dialogue:

@@ -1,8 +1,8 @@
 """Trains the bundled demo model from nothing, on dialogues that corpus.py makes up.
 
     pip install "unicluster[train]"
-    python -m node.demo.train
-    python -m node.demo.train --more --rate 0.4 --steps 800
+    python -m bench.demo_model.train
+    python -m bench.demo_model.train --more --rate 0.4 --steps 800
 
 The seeds are fixed. The passes took 37 and 12 minutes on two busy Xeon cores with AMX. Of the
 bundled weights, the first pass saw an earlier corpus: no `short_count`, fewer divisions.
@@ -25,11 +25,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from node.demo.corpus import conversation
-from node.demo.network import CONFIG, CONTEXT, Llama
-from node.demo.tokenizer import END, SPECIAL, VOCABULARY, save_tokenizer, train_tokenizer
+from bench.demo_model.corpus import conversation
+from bench.demo_model.network import CONFIG, CONTEXT, Llama
+from bench.demo_model.tokenizer import END, SPECIAL, VOCABULARY, save_tokenizer, train_tokenizer
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path(__file__).parents[2] / "node" / "demo" / "model"
 SEED = 7
 CHUNK_TOKENS = 2048
 LENGTHS = (16, 20, 24, 28, 32, 40, 48, 64, 80, 104, 128, 160, 224, 320, 448, 640)

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
-from coordinator import local
+from coordinator.fleet import local
+from unicluster.benchmark.measure import Ask
 from unicluster.errors import UnavailableError
-from unicluster.measure import Ask
 
 ONE = "mlx-lm in one process"
 
@@ -75,7 +75,7 @@ async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
             ]
         ranks = [
             await local.start(
-                *("-m", "node.baseline", model),
+                *("-m", "node.worker.baseline", model),
                 pipes=True,
                 env={**os.environ, **each},
             )

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from coordinator import local
-from coordinator.baselines import baselines
-from coordinator.catalog import resolve
-from coordinator.planner import Layout, least_memory
-from coordinator.serve import served
-from coordinator.serve_options import ServeOptions
-from unicluster import bench
-from unicluster.client import AsyncClient
+from coordinator.commands.baselines import baselines
+from coordinator.commands.serve import served
+from coordinator.fleet import local
+from coordinator.models.catalog import resolve
+from coordinator.planning.planner import Layout, least_memory
+from coordinator.serving.options import ServeOptions
+from unicluster.benchmark import bench
+from unicluster.benchmark.measure import Ask
+from unicluster.client.client import AsyncClient
 from unicluster.errors import InputError, UniclusterError
-from unicluster.measure import Ask
 from unicluster.v1.node_pb2 import InspectRequest
 
 

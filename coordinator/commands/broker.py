@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from unicluster.broker_url import CLUSTER_USER
-from unicluster.channels import check_free, join_address
+from unicluster.cluster.channels import check_free, join_address
+from unicluster.cluster.systemd import notify
+from unicluster.cluster.trust import Store, default_name
 from unicluster.errors import InputError, UnavailableError
-from unicluster.service_manager import notify
-from unicluster.trust import Store, default_name
+from unicluster.telemetry.broker_url import CLUSTER_USER
 
 DEFAULT_PORT = 8883
 CONNECTIONS = 256
@@ -68,7 +68,10 @@ def _settings(host: str, port: int, folder: Path, password: str) -> dict[str, An
             }
         },
         "plugins": {
-            "coordinator.broker_auth.PasswordPlugin": {"user": CLUSTER_USER, "password": password}
+            "coordinator.commands.broker_auth.PasswordPlugin": {
+                "user": CLUSTER_USER,
+                "password": password,
+            }
         },
     }
 

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from coordinator.forms import Forms
-from coordinator.learned import Learned, taken
-from coordinator.members import Members
-from coordinator.placement import Layout, Stage
-from coordinator.render import comparison_table
-from coordinator.stages import Span, stages
-from unicluster.answers import ChatInfo
-from unicluster.answers import Stage as Served
-from unicluster.client import Client
+from coordinator.fleet.measured import Learned, taken
+from coordinator.fleet.members import Members
+from coordinator.planning.placement import Layout, Stage
+from coordinator.planning.stages import Span, stages
+from coordinator.planning.variants import Forms
+from coordinator.terminal.plan import comparison_table
+from unicluster.client.answers import ChatInfo
+from unicluster.client.answers import Stage as Served
+from unicluster.client.client import Client
+from unicluster.cluster.trust import Cluster, Store, default_name
 from unicluster.errors import UnavailableError
-from unicluster.trust import Cluster, Store, default_name
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec
 
 PROMPT = "Tell me a tiny story about a fox."

@@ -6,13 +6,13 @@ import signal
 
 from rich.console import Console
 
-from coordinator import local
-from coordinator.catalog import resolve
-from coordinator.placement import Layout
-from coordinator.serve import served
-from coordinator.serve_options import ServeOptions
-from unicluster.chat_ui import chat
-from unicluster.trust import Cluster
+from coordinator.commands.serve import served
+from coordinator.fleet import local
+from coordinator.models.catalog import resolve
+from coordinator.planning.placement import Layout
+from coordinator.serving.options import ServeOptions
+from unicluster.chat.command import chat
+from unicluster.cluster.trust import Cluster
 from unicluster.v1.node_pb2 import InspectRequest
 
 MACHINES = ("north", "east", "south")

@@ -5,9 +5,9 @@ import asyncio
 
 import grpc
 
-from unicluster.channels import as_error, connect
+from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.trust import Store, default_name
 from unicluster.errors import InputError, UnavailableError
-from unicluster.trust import Store, default_name
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DrainRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 

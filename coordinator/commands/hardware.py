@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.hardware import boxes
+from coordinator.planning.hardware import boxes
 from unicluster.units import format_bytes, format_rate
 
 

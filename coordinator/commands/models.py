@@ -1,6 +1,6 @@
 """`unicluster models`: the catalogue, and what its models weigh in each quantization.
 
-The sizes are computed from the configurations, and committed: `python -m coordinator.sizes`.
+The sizes are computed from the configurations, and committed: `python -m coordinator.models.sizes`.
 """
 
 import argparse
@@ -8,9 +8,9 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.catalog import QUANTS, entries
-from coordinator.sizes import stored
-from coordinator.tables import add_numbers, new_table
+from coordinator.models.catalog import QUANTS, entries
+from coordinator.models.sizes import stored
+from coordinator.terminal.tables import add_numbers, new_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,10 @@ import asyncio
 from rich.console import Console
 from rich.live import Live
 
-from coordinator.members import NOBODY, Members
-from coordinator.render import nodes_table
+from coordinator.fleet.members import NOBODY, Members
+from coordinator.terminal.plan import nodes_table
+from unicluster.cluster.trust import Store, default_name
 from unicluster.errors import UnavailableError
-from unicluster.trust import Store, default_name
 
 REFRESH_SECONDS = 2.0
 

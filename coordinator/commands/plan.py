@@ -9,23 +9,24 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from coordinator import blueprints, fleet
-from coordinator.asking import Asked, alternatives, ask, forms_of, with_gguf
-from coordinator.catalog import QUANTS
-from coordinator.compare import compare
-from coordinator.engines import add_engine_arguments, check_gguf
-from coordinator.fleet import Fleet
-from coordinator.forms import Forms
-from coordinator.learned import Learned
-from coordinator.members import Members
-from coordinator.placement import Objective, Plan
-from coordinator.planner import plan
-from coordinator.render import fleet_table, plan_table, rivals_table
-from coordinator.rivals import rivals
-from coordinator.serving import add_kv_bits
-from coordinator.shortfall import Alternatives, NoPlanError, scaled
+from coordinator.commands.compare import compare
+from coordinator.fleet import fleet
+from coordinator.fleet.fleet import Fleet
+from coordinator.fleet.measured import Learned
+from coordinator.fleet.members import Members
+from coordinator.models import inspect_child
+from coordinator.models.catalog import QUANTS
+from coordinator.models.question import Asked, alternatives, ask, forms_of, with_gguf
+from coordinator.planning.placement import Objective, Plan
+from coordinator.planning.planner import plan
+from coordinator.planning.rivals import rivals
+from coordinator.planning.shortfall import Alternatives, NoPlanError, scaled
+from coordinator.planning.variants import Forms
+from coordinator.serving.engine_options import add_engine_arguments, check_gguf
+from coordinator.serving.generation_options import add_kv_bits
+from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
+from unicluster.cluster.trust import Store, default_name
 from unicluster.errors import InputError
-from unicluster.trust import Store, default_name
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 
@@ -203,12 +204,12 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
 
 
 def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:
-    if not blueprints.possible_here():
+    if not inspect_child.possible_here():
         raise InputError(
             "a model's sizes come from its mlx-lm class, and there is no MLX here: "
             "pip install 'unicluster[cpu]', or plan without --fleet where a machine has it"
         )
-    return blueprints.layouts(requests)
+    return inspect_child.layouts(requests)
 
 
 async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
@@ -218,7 +219,7 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
         await members.search()
         machines = await members.machines()
         options: Alternatives
-        if asked.request.config_json and asked.gguf is None and blueprints.possible_here():
+        if asked.request.config_json and asked.gguf is None and inspect_child.possible_here():
             forms = forms_of(asked, _inspect_here(asked.requests))
             options = alternatives(asked, _inspect_here)
         else:

@@ -11,26 +11,26 @@ from typing import get_args
 import grpc
 from rich.console import Console
 
-from coordinator.catalog import QUANTS
-from coordinator.deployment import Listener
-from coordinator.engines import add_engine_arguments, models_of
-from coordinator.front import Front
-from coordinator.inspected import inspected
-from coordinator.members import Members
-from coordinator.offer import Offered, offer
-from coordinator.placement import Objective, Plan
-from coordinator.render import LoadProgress, fleet_table, plan_table
-from coordinator.serve_options import DEFAULT_PORT, ServeOptions
-from coordinator.service import Service
-from coordinator.serving import add_serving_arguments, serving_of
-from coordinator.telemetry import root_of, tell
-from unicluster.broker_url import add_mqtt_argument, chosen_broker
-from unicluster.channels import bind, join_address, make_server
-from unicluster.discovery import Advertisement, Kind
+from coordinator.fleet.members import Members
+from coordinator.models.catalog import QUANTS
+from coordinator.planning.placement import Objective, Plan
+from coordinator.serving.deployment import Listener
+from coordinator.serving.engine_options import add_engine_arguments, models_of
+from coordinator.serving.gateway import Front
+from coordinator.serving.generation_options import add_serving_arguments, serving_of
+from coordinator.serving.inspected import inspected
+from coordinator.serving.offer import Offered, offer
+from coordinator.serving.options import DEFAULT_PORT, ServeOptions
+from coordinator.serving.service import Service
+from coordinator.serving.telemetry import root_of, tell
+from coordinator.terminal.plan import LoadProgress, fleet_table, plan_table
+from unicluster.cluster.channels import bind, join_address, make_server
+from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.systemd import notify
+from unicluster.cluster.trust import Cluster, Identity, Store, default_name
 from unicluster.errors import InputError
-from unicluster.mqtt import Publisher, in_background
-from unicluster.service_manager import notify
-from unicluster.trust import Cluster, Identity, Store, default_name
+from unicluster.telemetry.broker_url import add_mqtt_argument, chosen_broker
+from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 
 
@@ -232,7 +232,7 @@ async def _measured(
         yield None
         return
     # Here, because most don't ask for them.
-    from coordinator.metrics_port import PATH, metrics_port
+    from coordinator.serving.metrics_port import PATH, metrics_port
 
     async with metrics_port(cluster, options.host, options.metrics_port, front.measure) as port:
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"

@@ -12,12 +12,12 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from coordinator.status_render import status_table
-from unicluster.client import AsyncClient
-from unicluster.discovery import Browser, Kind
+from coordinator.terminal.status import status_table
+from unicluster.client.client import AsyncClient
+from unicluster.client.metrics import Metrics
+from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.trust import Cluster, Store
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.metrics import Metrics
-from unicluster.trust import Cluster, Store
 
 # Rates are of the time between two readings.
 REFRESH_SECONDS = 1.0

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from coordinator import hardware, links
-from coordinator.catalog import ENGINES
-from coordinator.links import Link, Network
-from coordinator.placement import Machine
+from coordinator.models.catalog import ENGINES
+from coordinator.planning import hardware, links
+from coordinator.planning.links import Link, Network
+from coordinator.planning.placement import Machine
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coordinator.costs import Costs
-from coordinator.members import Members
-from coordinator.placement import Layout, Machine
+from coordinator.fleet.members import Members
+from coordinator.planning.costs import Costs
+from coordinator.planning.placement import Layout, Machine
+from unicluster.cluster.trust import Cluster, Identity
 from unicluster.errors import DoesNotFitError, InputError
-from unicluster.trust import Cluster, Identity
 from unicluster.units import format_bytes
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from coordinator.fleet import Fleet
-from coordinator.forms import Forms
-from coordinator.hardware import known_compute
-from coordinator.links import Link, Network
-from coordinator.placement import Layout, Machine, Stage, decode_seconds
-from unicluster.trust import default_folder
+from coordinator.fleet.fleet import Fleet
+from coordinator.planning.hardware import known_compute
+from coordinator.planning.links import Link, Network
+from coordinator.planning.placement import Layout, Machine, Stage, decode_seconds
+from coordinator.planning.variants import Forms
+from unicluster.cluster.trust import default_folder
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from types import TracebackType
 
 import grpc
 
-from coordinator.placement import Machine
-from unicluster.channels import as_error, connect
-from unicluster.discovery import Browser, Kind
+from coordinator.planning.placement import Machine
+from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.trust import Cluster, Identity
+from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
-from unicluster.trust import Cluster, Identity
 from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
-from unicluster.versions import mismatch
 
 log = logging.getLogger(__name__)
 

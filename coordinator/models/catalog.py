@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from unicluster.checkpoint import GGUF, is_gguf
+from unicluster.checkpoints.checkpoint import GGUF, is_gguf
+from unicluster.checkpoints.gguf_names import is_quant, model_id, split_id
 from unicluster.errors import InputError, NotFoundError
-from unicluster.gguf_names import is_quant, model_id, split_id
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
 ENGINES = ("mlx", "ggml")
@@ -70,7 +70,7 @@ class Source:
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    text = resources.files("coordinator").joinpath("catalog.json").read_text("utf-8")
+    text = resources.files("coordinator.models").joinpath("catalog.json").read_text("utf-8")
     return tuple(
         Entry(row["id"], tuple(row["aliases"]), row["hf"], row["mlx"], row.get("recipes", {}))
         for row in json.loads(text)
@@ -79,7 +79,7 @@ def entries() -> tuple[Entry, ...]:
 
 @cache
 def _configs() -> dict[str, Any]:
-    text = resources.files("coordinator").joinpath("configs.json").read_text("utf-8")
+    text = resources.files("coordinator.models").joinpath("configs.json").read_text("utf-8")
     return {row["id"]: row for row in json.loads(text)}
 
 

@@ -31,11 +31,11 @@ def layouts(requests: Sequence[InspectRequest]) -> list[ModelLayout]:
         serialize_length_prefixed(request, stream)
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "node.blueprint"],
+            [sys.executable, "-m", "node.inspect.from_config"],
             input=stream.getvalue(),
             capture_output=True,
             timeout=SECONDS,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
     except subprocess.TimeoutExpired as error:
         reason = f"no answer after {SECONDS:.0f} s: this machine is too busy, try again"

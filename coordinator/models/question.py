@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from coordinator import catalog
-from coordinator.forms import Forms, check_same
-from coordinator.placement import Layout
-from coordinator.shortfall import Alternative, for_users, halves
+from coordinator.models import catalog
+from coordinator.planning.placement import Layout
+from coordinator.planning.shortfall import Alternative, for_users, halves
+from coordinator.planning.variants import Forms, check_same
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 

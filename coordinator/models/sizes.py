@@ -1,4 +1,4 @@
-"""What the catalogue's models weigh: `python -m coordinator.sizes` computes and stores it anew."""
+"""Sizes of the catalogue's models: `python -m coordinator.models.sizes` stores them."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from coordinator.asking import ask
-from coordinator.blueprints import layouts
-from coordinator.catalog import QUANTS, Entry, entries
-from coordinator.placement import Layout
+from coordinator.models.catalog import QUANTS, Entry, entries
+from coordinator.models.inspect_child import layouts
+from coordinator.models.question import ask
+from coordinator.planning.placement import Layout
 
 FILE = "sizes.json"
 
@@ -18,7 +18,7 @@ FILE = "sizes.json"
 @cache
 def stored() -> dict[str, Any]:
     """By model: its parameters, and bytes of weights by quantization."""
-    text = resources.files("coordinator").joinpath(FILE).read_text("utf-8")
+    text = resources.files("coordinator.models").joinpath(FILE).read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator import cuts
-from coordinator.cuts import Matrix
-from coordinator.placement import LAYER_S, RESERVE_SHARE, Layout, Machine, reads
-from coordinator.reach import Bools
+from coordinator.planning import cuts
+from coordinator.planning.cuts import Matrix
+from coordinator.planning.placement import LAYER_S, RESERVE_SHARE, Layout, Machine, reads
+from coordinator.planning.search.reach import Bools
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from importlib import resources
 
 import yaml
 
-from coordinator.placement import Machine
+from coordinator.planning.placement import Machine
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 
@@ -55,7 +55,7 @@ class Box:
 @cache
 def boxes() -> dict[str, Box]:
     """The catalogue by name, in the order of its file."""
-    text = resources.files("coordinator").joinpath("hardware.yaml").read_text("utf-8")
+    text = resources.files("coordinator.planning").joinpath("hardware.yaml").read_text("utf-8")
     found = {}
     for row in yaml.safe_load(text):
         for option in row["memory"]:

@@ -6,14 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import get_args
 
-from coordinator import cuts
-from coordinator.forms import Forms
-from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Objective, Plan, Stage
-from coordinator.pool import Pool
-from coordinator.problem import Found
-from coordinator.search import cheapest
-from coordinator.shortfall import Alternatives, refusal, scaled
+from coordinator.planning import cuts
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Layout, Machine, Objective, Plan, Stage
+from coordinator.planning.pool import Pool
+from coordinator.planning.search.cheapest import cheapest
+from coordinator.planning.search.problem import Found
+from coordinator.planning.shortfall import Alternatives, refusal, scaled
+from coordinator.planning.variants import Forms
 from unicluster.errors import InputError
 from unicluster.units import format_bytes
 

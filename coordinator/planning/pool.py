@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from coordinator.costs import Costs
-from coordinator.cuts import Matrix
-from coordinator.forms import Ring
-from coordinator.links import Network
-from coordinator.placement import Machine, Stage, reads
-from coordinator.problem import Piece, Problem
-from coordinator.reach import Reach
-from coordinator.stages import Span, hop, stages
+from coordinator.planning.costs import Costs
+from coordinator.planning.cuts import Matrix
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Machine, Stage, reads
+from coordinator.planning.search.problem import Piece, Problem
+from coordinator.planning.search.reach import Reach
+from coordinator.planning.stages import Span, hop, stages
+from coordinator.planning.variants import Ring
 
 
 class Pool:

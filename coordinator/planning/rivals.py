@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from coordinator.forms import Forms
-from coordinator.links import Network
-from coordinator.placement import Machine, Objective, Plan
-from coordinator.planner import plan
-from coordinator.shortfall import NoPlanError
-from coordinator.tables import ms
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Machine, Objective, Plan
+from coordinator.planning.planner import plan
+from coordinator.planning.shortfall import NoPlanError
+from coordinator.planning.variants import Forms
+from coordinator.terminal.tables import ms
 
 MOST = 3
 # What is nearer than that is the same plan by other names.

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from coordinator import hardware
-from coordinator.forms import Forms
-from coordinator.placement import Layout
-from coordinator.pool import Pool
+from coordinator.planning import hardware
+from coordinator.planning.placement import Layout
+from coordinator.planning.pool import Pool
+from coordinator.planning.variants import Forms
 from unicluster.errors import DoesNotFitError
 from unicluster.units import format_bytes
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.links import Network
-from coordinator.placement import Layout, Machine, Stage, decode_seconds, prefill_seconds
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Layout, Machine, Stage, decode_seconds, prefill_seconds
 
 
 @dataclass(frozen=True)

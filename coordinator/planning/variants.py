@@ -8,7 +8,7 @@ ring must give logits, which one of MLX can if they are made of the last hidden 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coordinator.placement import Layout, Machine
+from coordinator.planning.placement import Layout, Machine
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from coordinator.catalog import Source
-from coordinator.placement import Layout, Plan, Stage
-from coordinator.serving import Serving
-from coordinator.timing import Timing
-from unicluster.channels import as_error, connect
+from coordinator.models.catalog import Source
+from coordinator.planning.placement import Layout, Plan, Stage
+from coordinator.serving.generation_options import Serving
+from coordinator.serving.timing import Timing
+from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError, UniclusterError
-from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (

@@ -2,8 +2,8 @@
 
 import argparse
 
-from coordinator.catalog import ENGINES, Source, checked_engine, resolve
-from coordinator.serving import Serving
+from coordinator.models.catalog import ENGINES, Source, checked_engine, resolve
+from coordinator.serving.generation_options import Serving
 from unicluster.errors import InputError
 
 

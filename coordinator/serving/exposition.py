@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from unicluster.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+from unicluster.client.metrics import Histogram, HopMetrics, Metrics, StageMetrics
 
 STATES = ("loading", "ready", "recovering", "failed")
 STAGE = ("stage", "machine")

@@ -6,10 +6,10 @@ from typing import Any
 
 import grpc
 
-from coordinator.service import Service
-from unicluster.channels import as_error, channel_was_closed, peer_name
+from coordinator.serving.service import Service
+from unicluster.cluster.abort import abort
+from unicluster.cluster.channels import as_error, channel_was_closed, peer_name
 from unicluster.errors import NotFoundError, UnavailableError
-from unicluster.status import abort
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
     DescribeChatRequest,

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from coordinator.catalog import Source, resolve
+from coordinator.models.catalog import Source, resolve
 from unicluster.errors import InputError
 
 KV_BITS = (4, 8)

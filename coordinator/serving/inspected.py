@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.catalog import Source
-from coordinator.forms import Forms, check_same
-from coordinator.members import Members
-from coordinator.placement import Layout
-from coordinator.serve_options import ServeOptions
+from coordinator.fleet.members import Members
+from coordinator.models.catalog import Source
+from coordinator.planning.placement import Layout
+from coordinator.planning.variants import Forms, check_same
+from coordinator.serving.options import ServeOptions
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 

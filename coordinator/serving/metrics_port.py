@@ -19,10 +19,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from coordinator.exposition import Deployment
-from unicluster.channels import check_free
-from unicluster.metrics import Metrics, metrics_from_wire
-from unicluster.trust import Cluster, Identity, default_name
+from coordinator.serving.exposition import Deployment
+from unicluster.client.metrics import Metrics, metrics_from_wire
+from unicluster.cluster.channels import check_free
+from unicluster.cluster.trust import Cluster, Identity, default_name
 from unicluster.v1.chat_pb2 import Measured
 
 log = logging.getLogger(__name__)

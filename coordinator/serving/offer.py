@@ -7,10 +7,10 @@ from pathlib import Path
 
 import grpc
 
-from unicluster.checkpoint import Checkpoint
-from unicluster.fingerprint import whole
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
-from unicluster.weights_service import WeightsService
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coordinator.catalog import Source
-from coordinator.placement import Objective
-from coordinator.serving import Serving
-from unicluster.broker_url import BrokerUrl
+from coordinator.models.catalog import Source
+from coordinator.planning.placement import Objective
+from coordinator.serving.generation_options import Serving
+from unicluster.telemetry.broker_url import BrokerUrl
 
 DEFAULT_PORT = 47700
 

@@ -8,19 +8,19 @@ from typing import TypeVar
 
 import grpc
 
-from coordinator.catalog import Source
-from coordinator.deployment import Deployment, Files, Listener
-from coordinator.inspected import Inspected
-from coordinator.learned import Learned
-from coordinator.members import Members
-from coordinator.placement import Objective, Plan
-from coordinator.planner import plan
-from coordinator.serving import Serving
-from coordinator.shortfall import scaled
-from coordinator.sourcing import hub_files
-from unicluster.channels import channel_was_closed
+from coordinator.fleet.measured import Learned
+from coordinator.fleet.members import Members
+from coordinator.models.catalog import Source
+from coordinator.planning.placement import Objective, Plan
+from coordinator.planning.planner import plan
+from coordinator.planning.shortfall import scaled
+from coordinator.serving.deployment import Deployment, Files, Listener
+from coordinator.serving.generation_options import Serving
+from coordinator.serving.inspected import Inspected
+from coordinator.serving.sourcing import hub_files
+from unicluster.cluster.channels import channel_was_closed
+from unicluster.cluster.trust import Identity
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import Draft
 

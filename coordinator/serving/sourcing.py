@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import grpc
 
-from unicluster.channels import as_error, connect
-from unicluster.trust import Identity
+from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.trust import Identity
 from unicluster.v1.node_pb2 import TryHubRequest, WeightFile
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles

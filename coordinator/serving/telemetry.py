@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.front import Front
-from coordinator.members import Members
-from coordinator.service import Service
+from coordinator.fleet.members import Members
+from coordinator.serving.gateway import Front
+from coordinator.serving.service import Service
 from unicluster import __version__
-from unicluster.home_assistant import Sensor, discovery
-from unicluster.mqtt import Publisher
-from unicluster.rate import Rate
+from unicluster.telemetry.home_assistant import Sensor, discovery
+from unicluster.telemetry.mqtt import Publisher
+from unicluster.telemetry.rate import Rate
 
 LOOK_SECONDS = 0.5
 READ_SECONDS = 10.0

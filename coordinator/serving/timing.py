@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from statistics import median
 
-from coordinator.learned import Learned, taken
-from coordinator.placement import Stage
+from coordinator.fleet.measured import Learned, taken
+from coordinator.planning.placement import Stage
 from unicluster.v1.chat_pb2 import Finish, Measured
 
 log = logging.getLogger(__name__)

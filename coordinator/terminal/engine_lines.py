@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from coordinator.forms import Forms
-from coordinator.placement import Plan, Stage, reads
+from coordinator.planning.placement import Plan, Stage, reads
+from coordinator.planning.variants import Forms
 from unicluster.units import format_rate
 
 _CALLED = {"mlx": "MLX", "ggml": "ggml"}

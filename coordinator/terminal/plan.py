@@ -11,12 +11,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.engine_lines import engine_lines
-from coordinator.forms import Forms
-from coordinator.learned import Taken
-from coordinator.placement import Layout, Machine, Plan, Stage
-from coordinator.rivals import Rival
-from coordinator.tables import (
+from coordinator.fleet.measured import Taken
+from coordinator.planning.placement import Layout, Machine, Plan, Stage
+from coordinator.planning.rivals import Rival
+from coordinator.planning.variants import Forms
+from coordinator.terminal.engine_lines import engine_lines
+from coordinator.terminal.tables import (
     FREE,
     KV,
     RESERVE,

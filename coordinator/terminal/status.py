@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.tables import (
+from coordinator.terminal.tables import (
     FREE,
     WEIGHTS,
     WIDE,
@@ -21,7 +21,7 @@ from coordinator.tables import (
     ms,
     new_table,
 )
-from unicluster.metrics import Metrics
+from unicluster.client.metrics import Metrics
 from unicluster.units import format_bytes
 
 _STATES = {"ready": "green", "failed": "bold red"}

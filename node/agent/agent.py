@@ -13,19 +13,20 @@ from typing import Any
 
 import grpc
 
-from node import hub
-from node.config import WorkerConfig
-from node.obtain import describe
-from node.peers import Peers
-from node.probe import Hardware
-from node.process import WorkerProcess
-from node.sources import Sources
+from node.agent.peers import Peers
+from node.agent.probe import Hardware
+from node.weights import hub
+from node.weights.fetch import describe
+from node.weights.sources import Sources
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
-from unicluster.channels import host_of, join_address, peer_name
-from unicluster.checkpoint import Manifest
+from unicluster.checkpoints.checkpoint import Manifest
+from unicluster.cluster.abort import abort
+from unicluster.cluster.channels import host_of, join_address, peer_name
+from unicluster.cluster.trust import Identity
+from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
-from unicluster.status import abort
-from unicluster.trust import Identity
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
@@ -44,7 +45,6 @@ from unicluster.v1.node_pb2 import (
     TryHubRequest,
 )
 from unicluster.v1.node_pb2_grpc import NodeServicer
-from unicluster.versions import mismatch
 
 log = logging.getLogger(__name__)
 
@@ -300,11 +300,11 @@ async def inspect_in_child(request: InspectRequest) -> ModelLayout:
     Raises InputError with the child's one-line reason.
     """
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "node.layout"),
+        *(sys.executable, "-m", "node.inspect.layout"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     try:
         out, err = await child.communicate(request.SerializeToString())

@@ -8,25 +8,25 @@ import logging
 import signal
 from dataclasses import replace
 
-from node.agent import Agent, how_to_get_mlx
-from node.cache import offered
-from node.peers import Peers
-from node.probe import Hardware, probe
-from node.telemetry import tell
+from node.agent.agent import Agent, how_to_get_mlx
+from node.agent.peers import Peers
+from node.agent.probe import Hardware, probe
+from node.agent.telemetry import tell
+from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
-from unicluster.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
-from unicluster.channels import bind, check_free, make_server
-from unicluster.discovery import Advertisement, Browser, Kind, one_address
+from unicluster.checkpoints.weights_service import WeightsService
+from unicluster.cluster.channels import bind, check_free, make_server
+from unicluster.cluster.discovery import Advertisement, Browser, Kind, one_address
+from unicluster.cluster.systemd import notify
+from unicluster.cluster.trust import Cluster, Store, check_name, default_name
+from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError
-from unicluster.mqtt import Publisher, in_background
-from unicluster.service_manager import notify
-from unicluster.trust import Cluster, Store, check_name, default_name
+from unicluster.telemetry.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
+from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
-from unicluster.versions import mismatch
-from unicluster.weights_service import WeightsService
 
 log = logging.getLogger(__name__)
 

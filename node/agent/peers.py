@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
-from unicluster.channels import as_error, connect, join_address
-from unicluster.discovery import Browser
+from unicluster.cluster.channels import as_error, connect, join_address
+from unicluster.cluster.discovery import Browser
+from unicluster.cluster.trust import Identity
 from unicluster.errors import InputError, UniclusterError
-from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import NodeStub
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from node.chips import known_bandwidth
+from node.agent.chips import known_bandwidth
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -32,7 +32,7 @@ print(json.dumps({"backend": names[0] if names else "cpu", "device": mx.device_i
 
 _GGML_QUESTION = f"""
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from node.ggml.library import devices
 print(json.dumps(devices()))
 """

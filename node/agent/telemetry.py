@@ -4,12 +4,12 @@ import asyncio
 import time
 from typing import Any
 
-from node.agent import Agent
-from node.sensors import Warmth, read_warmth
+from node.agent.agent import Agent
+from node.agent.sensors import Warmth, read_warmth
 from unicluster import PROTOCOL, __version__
-from unicluster.home_assistant import Sensor, discovery
-from unicluster.mqtt import Publisher
-from unicluster.rate import Rate
+from unicluster.telemetry.home_assistant import Sensor, discovery
+from unicluster.telemetry.mqtt import Publisher
+from unicluster.telemetry.rate import Rate
 
 READ_SECONDS = 10.0
 

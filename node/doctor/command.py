@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 
-from node import doctor_host, doctor_network
-from node.doctor_finding import Finding, Level
-from unicluster.trust import Store
+from node.doctor import host, network
+from node.doctor.finding import Finding, Level
+from unicluster.cluster.trust import Store
 
 _MARKS = {
     Level.GOOD: "[green]✓[/green]",
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     cluster = Store().load()
     console = Console()
     with console.status("Looking"):
-        findings = doctor_host.examine()
+        findings = host.examine()
         if cluster is None:
             findings.append(
                 Finding(
@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             )
         else:
-            network = doctor_network.examine(cluster, args.peer, args.host)
-            findings += asyncio.run(network)
+            findings += asyncio.run(network.examine(cluster, args.peer, args.host))
     _print(console, findings)
     return int(any(finding.level is Level.BAD for finding in findings))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from node.doctor_finding import Finding, Level
-from node.probe import GIB, Runner, run_command
+from node.agent.probe import GIB, Runner, run_command
+from node.doctor.finding import Finding, Level
 from unicluster.units import format_bytes
 
 # No machine that runs this can rightly think that it is earlier.

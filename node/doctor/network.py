@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import grpc
 import psutil
 
-from node.doctor_finding import Finding, Level
+from node.doctor.finding import Finding, Level
 from unicluster import __version__
-from unicluster.channels import as_error, connect, split_address
-from unicluster.discovery import Browser, Kind
+from unicluster.cluster.channels import as_error, connect, split_address
+from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.trust import Cluster, Identity, default_name
+from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.trust import Cluster, Identity, default_name
 from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
-from unicluster.versions import mismatch
 
 LISTEN_SECONDS = 4.0
 ANSWER_SECONDS = 5.0

@@ -5,10 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from node.meters import AnswerMeter
-from node.request import Job
-from node.text import Segment, TextStream
-from node.timeline import Timeline
+from node.generation.request import Job
+from node.generation.text import Segment, TextStream
+from node.metering.meters import AnswerMeter
+from node.metering.timeline import Timeline
 from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Timings, TokenLogprob, Usage
 
 _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import CacheList
 
-from node.sequence import Sequence
+from node.generation.sequence import Sequence
 
 
 class Token(NamedTuple):

@@ -4,9 +4,9 @@ from typing import Any
 
 import grpc.aio
 
-from node.engine import Engine
+from node.generation.engine import Engine
+from unicluster.cluster.abort import abort
 from unicluster.errors import UniclusterError
-from unicluster.status import abort
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
     DescribeChatRequest,

@@ -2,8 +2,8 @@
 
 import math
 
-from node.pending import Way
-from node.pipeline import PUSHED_TOKENS
+from node.pipeline.pending_logits import Way
+from node.pipeline.pipeline_model import PUSHED_TOKENS
 
 # What a running answer may have to wait for its next token while a prompt is prefilled: seconds,
 # or that many times what a token takes undisturbed, if that is more.

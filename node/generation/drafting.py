@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.rewind import cut, cuttable_below, restore, snapshot
+from node.mlx.rollback import cut, cuttable_below, restore, snapshot
 
 # Of the end of a text, how many tokens must have occurred before, and how many may be looked for.
 LEAST_MATCH = 2

@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from node.buffers import give_all_back
-from node.meters import AnswerMeter
-from node.mlx_thread import MLXThread
-from node.request import check_request
-from node.sampling import Sampling
-from node.scheduler import Scheduler
-from node.speculate import Speculation
-from node.ticket import Ticket
+from node.generation.drafting import Speculation
+from node.generation.request import check_request
+from node.generation.sampling import Sampling
+from node.generation.scheduler import Scheduler
+from node.generation.ticket import Ticket
+from node.metering.meters import AnswerMeter
+from node.mlx.memory import give_all_back
+from node.ring.compute_thread import MLXThread
 from unicluster.errors import (
     BusyError,
     NotFoundError,

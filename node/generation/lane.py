@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from node.batch import Batch
-from node.sequence import Sequence
-from node.solo import Solo
-from node.timeline import Timeline
+from node.generation.batch import Batch
+from node.generation.sequence import Sequence
+from node.generation.single import Solo
+from node.metering.timeline import Timeline
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.lane")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from node.sampling import Sampling
+from node.generation.sampling import Sampling
 from unicluster.errors import InputError, in_one_line
 from unicluster.v1 import chat_pb2
 

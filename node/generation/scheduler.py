@@ -15,22 +15,22 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
-from node.answer import Answer
-from node.batch import Batch, can_batch
-from node.buffers import give_all_back, give_back
-from node.kept import Kept, KeptCaches
-from node.lane import Lane
-from node.memory import Memory
-from node.meters import AnswerMeter
-from node.mlx_thread import MLXThread, give_way, rested
-from node.pace import GPU_KNEE, KNEE, Beginning, Pace
-from node.pending import PendingLogits
-from node.quantize import quantize
-from node.sequence import Sequence
-from node.solo import Solo
-from node.speculate import Speculation
-from node.ticket import Ticket
-from node.timeline import Timeline, recorded
+from node.generation.answer import Answer
+from node.generation.batch import Batch, can_batch
+from node.generation.chunking import GPU_KNEE, KNEE, Beginning, Pace
+from node.generation.drafting import Speculation
+from node.generation.kv_budget import Memory
+from node.generation.lane import Lane
+from node.generation.prefix_cache import Kept, KeptCaches
+from node.generation.sequence import Sequence
+from node.generation.single import Solo
+from node.generation.ticket import Ticket
+from node.metering.meters import AnswerMeter
+from node.metering.timeline import Timeline, recorded
+from node.mlx.kv_quant import quantize
+from node.mlx.memory import give_all_back, give_back
+from node.pipeline.pending_logits import PendingLogits
+from node.ring.compute_thread import MLXThread, give_way, rested
 
 
 class Scheduler:

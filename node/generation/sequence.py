@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from node.answer import Answer
-from node.kept import Kept
-from node.pace import Beginning
-from node.request import Job
-from node.ticket import Ticket
+from node.generation.answer import Answer
+from node.generation.chunking import Beginning
+from node.generation.prefix_cache import Kept
+from node.generation.request import Job
+from node.generation.ticket import Ticket
 
 
 @dataclass(eq=False)

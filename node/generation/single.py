@@ -5,12 +5,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from node.batch import Token
-from node.pipeline import PUSHED_TOKENS
-from node.quantize import quantize
-from node.rewind import cut, cuttable_below, restore, snapshot
-from node.sequence import Sequence
-from node.speculate import Drafter
+from node.generation.batch import Token
+from node.generation.drafting import Drafter
+from node.generation.sequence import Sequence
+from node.mlx.kv_quant import quantize
+from node.mlx.rollback import cut, cuttable_below, restore, snapshot
+from node.pipeline.pipeline_model import PUSHED_TOKENS
 
 # Guessed ahead at first.
 FIRST_AHEAD = 4

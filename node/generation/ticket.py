@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from node.request import Job
+from node.generation.request import Job
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2 import GenerateEvent
 

@@ -7,8 +7,8 @@ with it, and are refused by name. Checked with llama.cpp as in llama-cpp-python 
 
 from dataclasses import dataclass
 
+from unicluster.checkpoints.gguf import Header
 from unicluster.errors import StageError
-from unicluster.gguf import Header
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from node.ggml.architectures import (
     layer_count,
     layer_kinds,
 )
+from unicluster.checkpoints.gguf import ALIGNMENT, MAGIC, PLAIN, Header, TensorInfo, Value, nbytes
+from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError, StageError
-from unicluster.gguf import ALIGNMENT, MAGIC, PLAIN, Header, TensorInfo, Value, nbytes
-from unicluster.ranges import Range
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")

@@ -9,7 +9,7 @@ from node.ggml.architectures import known
 from node.ggml.cut import Gguf
 from node.ggml.library import Floats, to_floats
 from node.ggml.wire import Array
-from unicluster.gguf import nbytes
+from unicluster.checkpoints.gguf import nbytes
 
 
 class Embedding:

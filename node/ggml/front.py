@@ -13,9 +13,9 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 from node.ggml.layers import Layers
 from node.ggml.stage import GgmlStage
 from node.ggml.wire import decode
-from node.pending import PendingLogits
-from node.remote import RemoteCache, RemoteStage
-from node.session import Session
+from node.pipeline.pending_logits import PendingLogits
+from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.ring.session import Session
 from unicluster.errors import InputError, StageError
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf

@@ -5,7 +5,7 @@ from math import prod
 from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
 from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, cells, context_limit, open_gguf
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 

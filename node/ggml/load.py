@@ -13,8 +13,8 @@ from node.ggml.embedding import Embedding
 from node.ggml.front import GgmlFront
 from node.ggml.layers import Layers, Sizes
 from node.ggml.stage import GgmlStage
-from unicluster.checkpoint import Checkpoint
-from unicluster.gguf import read_header
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.gguf import read_header
 
 # Where nobody says how much context there is to be.
 DEFAULT_CONTEXT = 8192

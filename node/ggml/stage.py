@@ -10,8 +10,8 @@ from node.ggml.layers import Layers
 from node.ggml.library import Floats
 from node.ggml.rows import Cache, Row, Sequences
 from node.ggml.wire import decode, encode
-from node.session import Session
-from node.tensors import leaf_bytes
+from node.mlx.tensors import leaf_bytes
+from node.ring.session import Session
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 # What a saved cache is called: mlx-lm has to know the name to load it. Its state is a list of

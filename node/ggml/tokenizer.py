@@ -8,8 +8,8 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizer
 
 from node.ggml.library import llama
+from unicluster.checkpoints.gguf import Header
 from unicluster.errors import InputError
-from unicluster.gguf import Header
 
 TEMPLATE = "tokenizer.chat_template"
 # Its types are stricter than what it takes.

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 from mlx_lm.utils import load_tokenizer
 
-from node.config import WorkerConfig
-from node.hollow import HollowModel
-from node.obtain import fetch, is_whole
-from node.sources import Sources
-from node.survey import survey
-from node.weights import LazyModel, load_lazy, load_parts
-from unicluster.checkpoint import Checkpoint, is_gguf
-from unicluster.trust import Identity
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import LazyModel, load_lazy, load_parts
+from node.mlx.survey import survey
+from node.weights.fetch import fetch, is_whole
+from node.weights.sources import Sources
+from node.worker.config import WorkerConfig
+from unicluster.checkpoints.checkpoint import Checkpoint, is_gguf
+from unicluster.cluster.trust import Identity
 
 # Runs a coroutine elsewhere, and waits for it.
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -63,7 +63,7 @@ class GgufFirst:
     sources: Sequence[str]
 
     def load(self, identity: Identity, run: Run) -> tuple[Any, Any]:
-        from node.ggml import worker as ggml  # an extra
+        from node.worker import load_ggml as ggml  # an extra
 
         config = WorkerConfig(
             node="here",

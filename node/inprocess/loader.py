@@ -10,24 +10,24 @@ from typing import Any, TypeVar
 import grpc
 import uvloop
 
-from node import cache
-from node.config import WorkerConfig
-from node.first_stage import FirstStage, engine_of, first_stage
-from node.obtain import describe
-from node.pipeline import PipelineModel
-from node.process import WorkerProcess
-from node.ring import Ring
-from node.sources import Sources
-from node.worker import SWITCH_INTERVAL
-from unicluster.channels import as_error, bind, connect, make_server
-from unicluster.checkpoint import Checkpoint
+from node.inprocess.first_stage import FirstStage, engine_of, first_stage
+from node.pipeline.pipeline_model import PipelineModel
+from node.ring.ring import Ring
+from node.weights import store
+from node.weights.fetch import describe
+from node.weights.sources import Sources
+from node.worker.__main__ import SWITCH_INTERVAL
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.weights_service import WeightsService
+from unicluster.cluster.channels import as_error, bind, connect, make_server
+from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError
-from unicluster.trust import Identity
 from unicluster.v1.node_pb2 import StageEvent, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
-from unicluster.weights_service import WeightsService
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def load_on_nodes(
 
     async def start() -> list[RouteStop]:
         server = make_server()
-        add_WeightsServicer_to_server(WeightsService(cache.offered), server)
+        add_WeightsServicer_to_server(WeightsService(store.offered), server)
         port = bind(server, "", 0, identity)
         await server.start()
         servers.append(server)

@@ -20,14 +20,14 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes, quantize_model
 
-from node.cache import DEMO
-from node.ggml.assumed import assumed
-from node.layout import layout_of
-from node.trace import trace
-from node.weights import BITS, GROUP_SIZE, stored_quant
-from unicluster.checkpoint import is_gguf
+from node.inspect.assumed_gguf import assumed
+from node.inspect.layout import layout_of
+from node.mlx.dataflow import trace
+from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
+from node.weights.store import DEMO
+from unicluster.checkpoints.checkpoint import is_gguf
+from unicluster.checkpoints.fingerprint import whole
 from unicluster.errors import InputError, NotFoundError, UniclusterError, in_one_line
-from unicluster.fingerprint import whole
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # Experts in the float format they were trained in, all else in 8 bits: how mlx-community

@@ -14,16 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
-from node import cache
-from node.crossing import finishing, forbidden_cuts, hidden_size, token_bytes
-from node.draft import check_tokens
-from node.quantize import UnquantizableError, check_quantizable, quantize
-from node.survey import Survey, survey
-from node.trace import Trace, watched
-from node.weights import nbytes
-from unicluster.checkpoint import Checkpoint, is_gguf
+from node.mlx.crossing import finishing, forbidden_cuts, hidden_size, token_bytes
+from node.mlx.dataflow import Trace, watched
+from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
+from node.mlx.lazy import nbytes
+from node.mlx.survey import Survey, survey
+from node.weights import store
+from node.worker.draft import check_tokens
+from unicluster.checkpoints.checkpoint import Checkpoint, is_gguf
+from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import InputError, UniclusterError, in_one_line
-from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
 
 DEFAULT_CONTEXT = 8192
@@ -240,10 +240,10 @@ def inspect_any(
 
 def _answer(request: InspectRequest) -> ModelLayout:
     if request.config_json:
-        from node.blueprint import inspect_config  # which needs this module
+        from node.inspect.from_config import inspect_config  # which needs this module
 
         return inspect_config(request)
-    checkpoint = cache.find(request.model, request.revision)
+    checkpoint = store.find(request.model, request.revision)
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
     asked = request.quant, request.context, request.users or 1, request.kv_bits

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from unicluster.channels import connect
-from unicluster.trust import Identity
+from unicluster.cluster.channels import connect
+from unicluster.cluster.trust import Identity
 from unicluster.v1.stage_pb2 import ClockRequest, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 

@@ -18,8 +18,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from itertools import groupby
 
-from node.clocks import shifts
-from node.trips import Trip, Trips
+from node.metering.clocks import shifts
+from node.metering.trips import Trip, Trips
 from unicluster.v1.meters_pb2 import Span, Trace
 from unicluster.v1.stage_pb2 import StageReport
 

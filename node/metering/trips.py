@@ -1,14 +1,14 @@
 """Frames that came back to the head, and what they say of stages and hops.
 
 Each stage writes into a frame when it came, by its own clock, how long it waited and how long it
-was computed on. What is left of the round trip is the hops; see node/clocks.py.
+was computed on. What is left of the round trip is the hops; see node/metering/clocks.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.clocks import Clocks
-from node.meters import HopMeter, StageMeter
+from node.metering.clocks import Clocks
+from node.metering.meters import HopMeter, StageMeter
 from unicluster.v1.stage_pb2 import StageReport
 
 

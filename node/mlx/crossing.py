@@ -3,8 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from node.trace import FromCache, FromEmbedding, FromInside, FromResult, FromWeight, Source, Trace
-from node.tree import Path
+from node.mlx.dataflow import (
+    FromCache,
+    FromEmbedding,
+    FromInside,
+    FromResult,
+    FromWeight,
+    Source,
+    Trace,
+)
+from node.mlx.tree import Path
 
 # Where what a layer returns is in the tree that it hands on, if that is one array.
 RESULT: Path = (0,)

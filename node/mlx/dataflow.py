@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.graph import dependencies, marked
-from node.tree import Path, arrays, children, is_mutable, replace_arrays, skeleton
+from node.mlx.graph import dependencies, marked
+from node.mlx.tree import Path, arrays, children, is_mutable, replace_arrays, skeleton
 from unicluster.errors import StageError
 
 # Two sizes that occur nowhere else, by which the axes of batch and tokens are found.

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.cacheview import Caches, CacheView
-from node.crossing import Crossing, crossing, finishing, forbidden_cuts, token_bytes
-from node.trace import Embedding, FromCache, FromResult, Trace, replace_call, trace
-from node.tree import children, find, pack, put, unpack, write
+from node.mlx.cache_view import Caches, CacheView
+from node.mlx.crossing import Crossing, crossing, finishing, forbidden_cuts, token_bytes
+from node.mlx.dataflow import Embedding, FromCache, FromResult, Trace, replace_call, trace
+from node.mlx.tree import children, find, pack, put, unpack, write
 from unicluster.errors import StageError
 
 

@@ -12,10 +12,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_config, load_model, quantize_model
 
-from node.graph import dependencies, marked
-from unicluster.checkpoint import WEIGHTS
+from node.mlx.graph import dependencies, marked
+from unicluster.checkpoints.checkpoint import WEIGHTS
+from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import InputError, UniclusterError, in_one_line
-from unicluster.safetensors import read_header
 
 # For each weight by its name in the model, the tensors of the checkpoint that it is made of.
 Origins = dict[str, frozenset[str]]

@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from node.cacheview import Caches
-from node.tensors import DTYPES, NAMES
-from node.tree import is_object
+from node.mlx.cache_view import Caches
+from node.mlx.tensors import DTYPES, NAMES
+from node.mlx.tree import is_object
 from unicluster.v1.tensor_pb2 import Leaf
 
 log = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import QuantizedKVCache
 
-from node.buffers import give_all_back, give_back
-from node.cacheview import Caches
-from node.foreseen import Foresight, kind_of_leaves
-from node.hollow import HollowModel
-from node.quantize import quantized
-from node.rewind import restore, snapshot
-from node.session import Session
-from node.tensors import decode_tree, encode_tree, leaf_bytes
+from node.mlx.cache_view import Caches
+from node.mlx.hollow import HollowModel
+from node.mlx.kv_quant import quantized
+from node.mlx.memory import give_all_back, give_back
+from node.mlx.prebuilt import Foresight, kind_of_leaves
+from node.mlx.rollback import restore, snapshot
+from node.mlx.tensors import decode_tree, encode_tree, leaf_bytes
+from node.ring.session import Session
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
 
 

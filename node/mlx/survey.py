@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from node.trace import FromWeight, Trace, trace
-from node.weights import LazyModel, Origins, load_lazy
+from node.mlx.dataflow import FromWeight, Trace, trace
+from node.mlx.lazy import LazyModel, Origins, load_lazy
 
 
 @dataclass(frozen=True)

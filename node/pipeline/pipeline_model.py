@@ -11,13 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from node.foreseen import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
-from node.pending import PendingLogits
-from node.remote import RemoteCache, RemoteStage
-from node.ring import PrefillWindow, Reply, Ring, Window
-from node.tensors import decode_tree, encode_tree, leaf_bytes
-from node.timeline import Timeline, recording
-from node.trips import Trip, Trips
+from node.metering.timeline import Timeline, recording
+from node.metering.trips import Trip, Trips
+from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
+from node.mlx.tensors import decode_tree, encode_tree, leaf_bytes
+from node.pipeline.pending_logits import PendingLogits
+from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.ring.ring import PrefillWindow, Reply, Ring, Window
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_lm.models.cache import CacheList
 
-from node.tensors import decode_tree, encode_tree
+from node.mlx.tensors import decode_tree, encode_tree
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
 
 

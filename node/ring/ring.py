@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from node.mlx_thread import Signal
-from unicluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
+from node.ring.compute_thread import Signal
+from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
+from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError, UniclusterError
-from unicluster.trust import Identity
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 

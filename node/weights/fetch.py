@@ -5,13 +5,13 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from node import cache, hub
-from node.sources import Sources
-from unicluster.checkpoint import Checkpoint, Manifest, is_gguf
+from node.weights import hub, store
+from node.weights.sources import Sources
+from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
+from unicluster.checkpoints.gguf import gguf_header_end
+from unicluster.checkpoints.ranges import Ranges, merged, size
+from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.errors import InputError, UnavailableError
-from unicluster.gguf import gguf_header_end
-from unicluster.ranges import Ranges, merged, size
-from unicluster.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.units import format_bytes
 
 # Told (bytes fetched, bytes to fetch).
@@ -30,10 +30,10 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
     """
     checkpoint = None
     if revision or model == "demo" or Path(model).is_absolute():
-        checkpoint = await asyncio.to_thread(cache.find, model, revision)
+        checkpoint = await asyncio.to_thread(store.find, model, revision)
     if checkpoint is None:
         manifest = await _manifest(model, revision, sources)
-        checkpoint = await asyncio.to_thread(cache.create, manifest)
+        checkpoint = await asyncio.to_thread(store.create, manifest)
     await _fetch_description(checkpoint, sources)
     return checkpoint
 
@@ -112,10 +112,10 @@ async def _manifest(model: str, revision: str, sources: Sources) -> Manifest:
     if not revision and not Path(model).is_absolute():
         try:
             newest = await asyncio.to_thread(hub.resolve, model)
-            cache.set_newest(newest)
+            store.set_newest(newest)
             return newest
         except UnavailableError:
-            known = await asyncio.to_thread(cache.find, model, "")
+            known = await asyncio.to_thread(store.find, model, "")
             manifest = known.manifest if known else await sources.manifest(model, "")
             if manifest is None:
                 raise

@@ -20,9 +20,9 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from node.cache import UNVERIFIED, folder
-from node.hub_reasons import HTTPError, reasons
-from unicluster.checkpoint import (
+from node.weights.hub_errors import HTTPError, reasons
+from node.weights.store import UNVERIFIED, folder
+from unicluster.checkpoints.checkpoint import (
     Checkpoint,
     File,
     Manifest,
@@ -31,10 +31,10 @@ from unicluster.checkpoint import (
     is_wanted,
     is_weights,
 )
+from unicluster.checkpoints.gguf import FIRST_BYTES, gguf_header_end
+from unicluster.checkpoints.gguf_names import check_named, chosen, split_id
+from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
 from unicluster.errors import InputError, NotFoundError, in_one_line
-from unicluster.gguf import FIRST_BYTES, gguf_header_end
-from unicluster.gguf_names import check_named, chosen, split_id
-from unicluster.safetensors import LENGTH_BYTES, header_length
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from unicluster.channels import as_error
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.ranges import Ranges, batches, merged, size, within, without
+from unicluster.cluster.channels import as_error
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.ranges import Ranges, batches, merged, size, within, without
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Self
 
 import grpc
 
-from node.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
-from unicluster.channels import as_error, connect
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_weights
-from unicluster.ranges import Ranges
-from unicluster.trust import Identity
+from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
+from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_weights
+from unicluster.checkpoints.ranges import Ranges
+from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.trust import Identity
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 

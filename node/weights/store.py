@@ -12,12 +12,19 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from unicluster.checkpoint import Checkpoint, File, Manifest, is_small, is_wanted, is_weights
+from unicluster.checkpoints.checkpoint import (
+    Checkpoint,
+    File,
+    Manifest,
+    is_small,
+    is_wanted,
+    is_weights,
+)
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.checkpoints.gguf_names import chosen, split_id
 from unicluster.errors import NotFoundError
-from unicluster.fingerprint import whole
-from unicluster.gguf_names import chosen, split_id
 
-DEMO = Path(__file__).parent / "demo" / "model"
+DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OURS = "unicluster"
 # A file that was being fetched and has not been verified.

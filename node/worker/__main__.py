@@ -23,23 +23,23 @@ import mlx.nn as nn
 import uvloop
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 
-from node.config import WorkerConfig
-from node.draft import fetch_draft, load_draft
-from node.engine import Engine
-from node.head import Head, HeadChat, make_engine
-from node.hollow import HollowModel
-from node.meters import AnswerMeter
-from node.mlx_thread import MLXThread
-from node.obtain import describe, fetch, is_whole
-from node.session import StageEngine
-from node.sources import Sources
-from node.stage import Stage
-from node.stage_service import StageService
-from node.survey import survey
-from node.weights import LazyModel, load_lazy, load_parts, nbytes
-from unicluster.channels import bind, make_server
+from node.generation.engine import Engine
+from node.metering.meters import AnswerMeter
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import LazyModel, load_lazy, load_parts, nbytes
+from node.mlx.stage import Stage
+from node.mlx.survey import survey
+from node.ring.compute_thread import MLXThread
+from node.ring.session import StageEngine
+from node.ring.stage_service import StageService
+from node.weights.fetch import describe, fetch, is_whole
+from node.weights.sources import Sources
+from node.worker.config import WorkerConfig
+from node.worker.draft import fetch_draft, load_draft
+from node.worker.head import Head, HeadChat, make_engine
+from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.trust import Identity
 from unicluster.errors import UniclusterError
-from unicluster.trust import Identity
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
 from unicluster.v1.stage_pb2 import StageInfo
 from unicluster.v1.stage_pb2_grpc import add_StageServicer_to_server
@@ -151,7 +151,7 @@ async def load_mlx(config: WorkerConfig, identity: Identity, thread: MLXThread) 
 
 async def load_ggml(config: WorkerConfig, identity: Identity, thread: MLXThread) -> Loaded:
     """A stage of ggml."""
-    from node.ggml import worker as ggml  # an extra, not there on every machine
+    from node.worker import load_ggml as ggml  # an extra, not there on every machine
 
     async with Sources(config.sources, identity) as sources:
         tell = teller()

@@ -1,4 +1,4 @@
-"""mlx-lm itself, to compare with: `python -m node.baseline MODEL`, in one process or in a ring.
+"""mlx-lm itself, to compare with: `python -m node.worker.baseline MODEL`, one process or a ring.
 
 MODEL is a directory or `demo`. Reads requests from standard input, a line of JSON each,
 {"prompt": [ids], "tokens": count}, and writes the tokens' ids to standard output, a line each as
@@ -17,12 +17,12 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from node import cache
+from node.weights import store
 
 
 def load(name: str, group: Any) -> Any:
     """The model, or this rank's part of it. Raises ValueError where mlx-lm can't cut it."""
-    checkpoint = cache.find(name, "")
+    checkpoint = store.find(name, "")
     if checkpoint is None:
         raise ValueError(f"{name} is not on this machine")
     model: Any = load_model(checkpoint.root, lazy=True)[0]

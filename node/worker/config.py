@@ -22,7 +22,7 @@ class WorkerConfig:
     hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
     lanes: int = 0
     kv_bytes: int = 0
-    foresee: bool = True  # decode steps are built before their input is there; see node.foreseen
+    foresee: bool = True  # decode steps are built before their input is there; see mlx/prebuilt
     kv_bits: int = 0
     lookup: bool = False
     draft: str = ""  # a model that guesses ahead, if any

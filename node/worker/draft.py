@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer
 
-from node import cache
-from node.config import WorkerConfig
-from node.obtain import OnProgress, describe, fetch
-from node.sources import Sources
-from node.speculate import DraftModel, Lookup, Speculation
-from node.weights import load_lazy
-from unicluster.checkpoint import Checkpoint, is_gguf
+from node.generation.drafting import DraftModel, Lookup, Speculation
+from node.mlx.lazy import load_lazy
+from node.weights import store
+from node.weights.fetch import OnProgress, describe, fetch
+from node.weights.sources import Sources
+from node.worker.config import WorkerConfig
+from unicluster.checkpoints.checkpoint import Checkpoint, is_gguf
+from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import InputError
-from unicluster.safetensors import read_header
 from unicluster.v1.node_pb2 import InspectRequest
 
 # Guessed ahead at most, if nothing else was asked for.
@@ -28,7 +28,7 @@ def check_tokens(request: InspectRequest, draft: Path) -> None:
 
     One of them may have some more, as models of one family do.
     """
-    found = cache.find(request.drafts_for, request.drafts_for_revision)
+    found = store.find(request.drafts_for, request.drafts_for_revision)
     if found is None:
         raise InputError(f"{request.drafts_for}: no longer on this machine")
     ours = load_tokenizer(draft).get_vocab()
@@ -43,7 +43,7 @@ def check_tokens(request: InspectRequest, draft: Path) -> None:
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     if any(map(is_gguf, checkpoint.manifest.weights)):
-        from node.ggml.worker import load_tokens  # an extra
+        from node.worker.load_ggml import load_tokens  # an extra
 
         return load_tokens(checkpoint)
     return load_tokenizer(checkpoint.root)

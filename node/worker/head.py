@@ -11,18 +11,18 @@ from typing import Any
 import grpc
 import mlx.nn as nn
 
-from node.chat_service import ChatService
-from node.clocks import follow
-from node.config import WorkerConfig
-from node.draft import speculation
-from node.engine import Engine
-from node.mlx_thread import MLXThread
-from node.pipeline import Front, PipelineModel
-from node.ring import Ring
-from unicluster.channels import peer_name
+from node.generation.chat_service import ChatService
+from node.generation.engine import Engine
+from node.metering.clocks import follow
+from node.pipeline.pipeline_model import Front, PipelineModel
+from node.ring.compute_thread import MLXThread
+from node.ring.ring import Ring
+from node.worker.config import WorkerConfig
+from node.worker.draft import speculation
+from unicluster.cluster.abort import abort
+from unicluster.cluster.channels import peer_name
+from unicluster.cluster.trust import Identity
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.status import abort
-from unicluster.trust import Identity
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
     DescribeChatRequest,

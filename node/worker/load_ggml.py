@@ -6,16 +6,16 @@ from typing import Any
 
 from mlx_lm.utils import load_config, load_tokenizer
 
-from node import cache
-from node.config import WorkerConfig
 from node.ggml.load import Loaded, Part, load, open_gguf, stage_file
 from node.ggml.tokenizer import TEMPLATE, tokenizer_of
-from node.obtain import describe, fetch_ranges, is_whole
-from node.sources import Sources
-from unicluster.checkpoint import Checkpoint
+from node.weights import store
+from node.weights.fetch import describe, fetch_ranges, is_whole
+from node.weights.sources import Sources
+from node.worker.config import WorkerConfig
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.gguf import Header, read_header
+from unicluster.checkpoints.ranges import merged
 from unicluster.errors import InputError
-from unicluster.gguf import Header, read_header
-from unicluster.ranges import merged
 
 OnFetched = Callable[[int, int], None]
 
@@ -42,7 +42,7 @@ def load_stage(checkpoint: Checkpoint, config: WorkerConfig) -> Loaded:
         gguf.check_cut(part.first, part.end)
         file = checkpoint.root / checkpoint.manifest.weights[0]
     else:
-        file = stage_file(gguf, checkpoint, cache.stages(config.model), part)
+        file = stage_file(gguf, checkpoint, store.stages(config.model), part)
     return load(gguf, checkpoint.root, file, part)
 
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from node.config import WorkerConfig
-from unicluster.tls_log import TRACE_ENV, HandshakeLog
+from node.worker.config import WorkerConfig
+from unicluster.cluster.tls_log import TRACE_ENV, HandshakeLog
 
 log = logging.getLogger("unicluster.worker")
 
@@ -129,7 +129,7 @@ def _environment() -> dict[str, str]:
 
     The worker's gRPC traces handshakes, so that we can log who was refused at its port.
     """
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     path = os.pathsep.join(path for path in paths if path)
     return {**TRACE_ENV, **os.environ, "PYTHONPATH": path}

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import HOST, LocalCluster, Result, ServeProgram, endless_model, until
-from unicluster.trust import Cluster, Store
+from tests.support.cluster import HOST, LocalCluster, Result, ServeProgram, endless_model, until
+from unicluster.cluster.trust import Cluster, Store
 
 BAD, TOO_BIG, FAILED = 2, 3, 1
 STAYING = ("ann", "bob")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import LocalCluster
-from tests.tiny import tiny_config, write_model
+from tests.support.cluster import LocalCluster
+from tests.support.tiny import tiny_config, write_model
 
 
 @pytest.fixture(scope="module")

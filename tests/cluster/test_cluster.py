@@ -15,9 +15,9 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from tests.cluster import LocalCluster, ServeProgram, endless_model, until
-from tests.tiny import ARCHITECTURES
-from unicluster.answers import Answer, Delta
+from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.tiny import ARCHITECTURES
+from unicluster.client.answers import Answer, Delta
 from unicluster.errors import NotFoundError, UnavailableError
 
 MACHINES = ("ann", "bob", "cat")

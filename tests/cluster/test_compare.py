@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from tests.cluster import LocalCluster, Result, endless_model, until
+from tests.support.cluster import LocalCluster, Result, endless_model, until
 
 
 def run(cluster: LocalCluster, *words: str) -> Result:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster import DEADLINE, LocalCluster
-from unicluster.trust import Store
+from tests.support.cluster import DEADLINE, LocalCluster
+from unicluster.cluster.trust import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
 LAUNCHD = ROOT / "deploy" / "launchd"
 PLIST = LAUNCHD / "unicluster.agent.plist"

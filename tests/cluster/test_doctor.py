@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from node.doctor_finding import Level
-from node.doctor_host import SOCKET_FILTER, examine, swap
-from node.doctor_network import Answer, judge, multicast
-from tests.cluster import LocalCluster
+from node.doctor.finding import Level
+from node.doctor.host import SOCKET_FILTER, examine, swap
+from node.doctor.network import Answer, judge, multicast
+from tests.support.cluster import LocalCluster
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
+from unicluster.cluster.versions import mismatch
 from unicluster.v1.node_pb2 import NodeInfo
-from unicluster.versions import mismatch
 
 GIB = 1 << 30
 

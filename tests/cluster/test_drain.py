@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import LocalCluster, endless_model, until
+from tests.support.cluster import LocalCluster, endless_model, until
 
 # One such machine does not hold the tiny model, two do.
 MEMORY = 1_100_000

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model, until
-from tests.strikes import (
+from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model, until
+from tests.support.strikes import (
     CONTEXT,
     NOTICED_WITHIN,
     assert_answers_again,

@@ -16,12 +16,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from tests.cluster import DEADLINE, ROOT, LocalCluster, endless_model, until
-from tests.hub import Hub
-from tests.mounts import behind_a_disk, can_mount
-from tests.tiny import tiny_config, write_model
-from unicluster.checkpoint import Checkpoint, is_weights
-from unicluster.ranges import size
+from tests.support.cluster import DEADLINE, ROOT, LocalCluster, endless_model, until
+from tests.support.hub import Hub
+from tests.support.mounts import behind_a_disk, can_mount
+from tests.support.tiny import tiny_config, write_model
+from unicluster.checkpoints.checkpoint import Checkpoint, is_weights
+from unicluster.checkpoints.ranges import size
 
 REPO = "org/tiny"
 FILE = "model-00003-of-00009.safetensors"
@@ -104,7 +104,7 @@ def fetch(
 ) -> subprocess.CompletedProcess[str]:
     """Fetches a whole repository in a process of its own: a hub's address is read at import."""
     return subprocess.run(
-        [*prefix, sys.executable, "-m", "tests.fetch", *(arguments or [REPO])],
+        [*prefix, sys.executable, "-m", "tests.support.fetch", *(arguments or [REPO])],
         env=environment(hub, home, **more),
         capture_output=True,
         text=True,
@@ -251,7 +251,7 @@ def test_what_came_before_the_end_of_a_process_is_not_fetched_again(
     length = (model / FILE).stat().st_size
     hub.throttle = length
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.fetch", REPO],
+        [sys.executable, "-m", "tests.support.fetch", REPO],
         env=environment(hub, tmp_path / "hf"),
         stderr=subprocess.DEVNULL,
     ) as first:

@@ -7,14 +7,14 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
-from tests.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model
-from tests.strikes import (
+from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model
+from tests.support.strikes import (
     CONTEXT,
     assert_answers_again,
     assert_answers_end,
     assert_sleep_is_survived,
 )
-from tests.tiny_gguf import from_checkpoint
+from tests.support.tiny_gguf import from_checkpoint
 
 # Three of these machines hold the model, two do not.
 MACHINES = ("ann", "bob", "cat", "dee")

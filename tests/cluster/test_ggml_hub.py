@@ -9,21 +9,21 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
-from node.draft import check_tokens
 from node.ggml.load import open_gguf
 from node.ggml.tokenizer import GgufTokenizer
-from node.ggml.worker import load_tokens
-from tests.cluster import LocalCluster, ServeProgram
-from tests.hub import Hub
-from tests.test_fetching import copies, held_bytes
-from tests.test_gguf_fetching import REPO, SPLIT, WHOLE, write_repository
-from tests.tiny import EOS, tiny_config, write_model, write_tokenizer
-from tests.tiny_gguf import write_gguf
-from unicluster.checkpoint import Checkpoint
+from node.worker.draft import check_tokens
+from node.worker.load_ggml import load_tokens
+from tests.cluster.test_fetching import copies, held_bytes
+from tests.process.test_gguf_fetching import REPO, SPLIT, WHOLE, write_repository
+from tests.support.cluster import LocalCluster, ServeProgram
+from tests.support.hub import Hub
+from tests.support.tiny import EOS, tiny_config, write_model, write_tokenizer
+from tests.support.tiny_gguf import write_gguf
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.checkpoints.gguf import FIRST_BYTES
+from unicluster.checkpoints.ranges import merged, size
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole
-from unicluster.gguf import FIRST_BYTES
-from unicluster.ranges import merged, size
 from unicluster.v1.node_pb2 import InspectRequest
 
 # Three processes start, each of which imports much.

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
-from tests.cluster import LocalCluster
-from tests.tiny_gguf import write_gguf
+from tests.support.cluster import LocalCluster
+from tests.support.tiny_gguf import write_gguf
 
 # Three processes start, each of which imports much.
 START_DEADLINE = 300.0

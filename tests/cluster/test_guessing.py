@@ -9,10 +9,10 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from tests.cluster import LocalCluster, ServeProgram, endless_model, until
-from tests.tiny import tiny_config, write_model
-from unicluster.answers import Answer, Finish, Timings, Usage
-from unicluster.chat_repl import summary
+from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.tiny import tiny_config, write_model
+from unicluster.chat.repl import summary
+from unicluster.client.answers import Answer, Finish, Timings, Usage
 
 # Two machines hold the model and its draft, and one does not.
 MEMORY = 3_300_000

@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
-from unicluster.channels import CHANNEL_OPTIONS, connect
-from unicluster.trust import Cluster, Identity, Store
+from tests.support.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
+from unicluster.cluster.channels import CHANNEL_OPTIONS, connect
+from unicluster.cluster.trust import Cluster, Identity, Store
 from unicluster.v1.chat_pb2 import DescribeChatRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub
 from unicluster.v1.node_pb2 import DescribeNodeRequest

@@ -18,11 +18,11 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster import ROOT, LocalCluster, ServeProgram, endless_model, until
-from unicluster.answers import Answer
-from unicluster.channels import connect_sync, split_address
-from unicluster.trace import Span, Trace
-from unicluster.trust import SERVER_NAME, Cluster, Identity
+from tests.support.cluster import ROOT, LocalCluster, ServeProgram, endless_model, until
+from unicluster.client.answers import Answer
+from unicluster.client.trace import Span, Trace
+from unicluster.cluster.channels import connect_sync, split_address
+from unicluster.cluster.trust import SERVER_NAME, Cluster, Identity
 from unicluster.v1.chat_pb2 import DescribeChatRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub
 

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import generate_step
 
-from tests.cluster import LocalCluster, ServeProgram, endless_model, until
-from tests.hub import Hub
-from tests.tiny_gguf import from_checkpoint, write_gguf
+from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.hub import Hub
+from tests.support.tiny_gguf import from_checkpoint, write_gguf
 
 # Several processes start, each of which imports much.
 START_DEADLINE = 300.0

@@ -11,11 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.brokers import PASSWORD, USER, Ear, Mosquitto, answers, free_port, listening
-from tests.cluster import HOST, ROOT, LocalCluster, endless_model, until
-from unicluster.broker_url import CLUSTER_USER, chosen_broker, parse_broker
+from tests.support.brokers import PASSWORD, USER, Ear, Mosquitto, answers, free_port, listening
+from tests.support.cluster import HOST, ROOT, LocalCluster, endless_model, until
+from unicluster.cluster.trust import Store
 from unicluster.errors import InputError
-from unicluster.trust import Store
+from unicluster.telemetry.broker_url import CLUSTER_USER, chosen_broker, parse_broker
 
 NAMES = ("ann", "bob")
 # One such machine does not hold the tiny model, two do.

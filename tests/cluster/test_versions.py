@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cluster import HOST, LocalCluster
-from unicluster.trust import Store
+from tests.support.cluster import HOST, LocalCluster
+from unicluster.cluster.trust import Store
 
 # `unicluster`, as a later version would speak.
 FUTURE = """

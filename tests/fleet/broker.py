@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tests.brokers import CONFIGURATION, PASSWORD, USER
-from tests.cluster import ROOT
 from tests.fleet.host import Host
 from tests.fleet.network import Network
-from unicluster.trust import Cluster
+from tests.support.brokers import CONFIGURATION, PASSWORD, USER
+from tests.support.cluster import ROOT
+from unicluster.cluster.trust import Cluster
 
 PORT = 8883
 PREFIX = "lab"

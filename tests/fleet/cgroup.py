@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from tests.cluster import until
+from tests.support.cluster import until
 
 # Puts itself into the groups before `--`, and becomes the command behind it.
 _ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs"; shift; done; shift; exec "$@"'

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import ROOT
 from tests.fleet.fleet import Fleet
+from tests.support.cluster import ROOT
 
 PROGRAMS = {
     "systemd-nspawn": "systemd-container",

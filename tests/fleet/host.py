@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster import until
 from tests.fleet.cgroup import ControlGroup
 from tests.fleet.network import Network
 from tests.fleet.tree import copy_tree
+from tests.support.cluster import until
 
 BOOT_SECONDS = 120.0
 # systemd-nspawn's way to say that the host asked to be started again.

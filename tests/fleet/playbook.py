@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from tests.cluster import ROOT
 from tests.fleet.host import Host
 from tests.fleet.network import Network
+from tests.support.cluster import ROOT
 
 PLAY_SECONDS = 900.0
 _RECAP = re.compile(r"^(\S+)\s*: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)

@@ -7,10 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
-from tests.cluster import ROOT, until
 from tests.fleet.conftest import build_wheel
 from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
-from unicluster.trust import Cluster
+from tests.support.cluster import ROOT, until
+from unicluster.cluster.trust import Cluster
 
 QUESTION, ANSWER = "'What is the capital of Spain?'", "The capital of Spain is Madrid."
 LONG = "'Tell me a tiny story about a fox.'"

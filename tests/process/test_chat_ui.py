@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.chat_server import ChatServer, chat_server, until
-from unicluster.client import Client
-from unicluster.trust import Store
+from tests.support.chat_server import ChatServer, chat_server, until
+from unicluster.client.client import Client
+from unicluster.cluster.trust import Store
 
 CHAT = [sys.executable, "-m", "unicluster", "chat"]
 # Ctrl-C is a signal only in the terminal that controls the process.

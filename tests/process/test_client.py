@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.chat_server import ChatServer, chat_server, until
-from unicluster.answers import Delta, Finish
-from unicluster.client import AsyncClient, Client
-from unicluster.discovery import Advertisement, Kind
+from tests.support.chat_server import ChatServer, chat_server, until
+from unicluster.client.answers import Delta, Finish
+from unicluster.client.client import AsyncClient, Client
+from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.trust import Cluster
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -19,7 +20,6 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
-from unicluster.trust import Cluster
 
 
 @pytest.fixture(scope="module")

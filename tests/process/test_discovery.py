@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from unicluster import discovery
-from unicluster.discovery import Advertisement, Browser, Kind
+from unicluster.cluster import discovery
+from unicluster.cluster.discovery import Advertisement, Browser, Kind
 from unicluster.errors import InputError
 
 HOST = "127.0.0.1"
@@ -18,8 +18,8 @@ HOST = "127.0.0.1"
 # python -c ADVERTISE name port fingerprint host ttl: advertises until its stdin ends.
 ADVERTISE = """
 import asyncio, sys
-from unicluster import discovery
-from unicluster.discovery import Advertisement, Kind
+from unicluster.cluster import discovery
+from unicluster.cluster.discovery import Advertisement, Kind
 
 async def main(name, port, fingerprint, host, ttl):
     discovery.TTL = int(ttl)

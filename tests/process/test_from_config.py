@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from bench.pages import published
-from coordinator import sizes
-from coordinator.blueprints import layouts
-from coordinator.catalog import entries
-from node.blueprint import build, inspect_config
-from node.layout import inspect
-from tests import zoo
-from tests.tiny import ARCHITECTURES, tiny_config, write_model
+from coordinator.models import sizes
+from coordinator.models.catalog import entries
+from coordinator.models.inspect_child import layouts
+from node.inspect.from_config import build, inspect_config
+from node.inspect.layout import inspect
+from tests.support import zoo
+from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
+from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 import unicluster
-from node.speculate import Lookup, Speculation
-from tests.engines import THREAD, Split, Tiny, ask, listen, of_tokens
-from tests.tiny_gguf import write_gguf
+from node.generation.drafting import Lookup, Speculation
+from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
+from tests.support.tiny_gguf import write_gguf
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(6)]

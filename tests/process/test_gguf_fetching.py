@@ -11,11 +11,11 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.hub import Hub
-from tests.test_fetching import fetch
-from tests.tiny_gguf import write_gguf
-from unicluster.checkpoint import Checkpoint
-from unicluster.gguf import FIRST_BYTES, read_header
+from tests.cluster.test_fetching import fetch
+from tests.support.hub import Hub
+from tests.support.tiny_gguf import write_gguf
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.gguf import FIRST_BYTES, read_header
 
 REPO = "org/tiny"
 SMALL, BIG = f"{REPO}:q4_0", f"{REPO}:ud-q2_k_xl"

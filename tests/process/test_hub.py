@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.chat_server import until
-from tests.hub import Hub
+from tests.support.chat_server import until
+from tests.support.hub import Hub
 
 REPO, FIRST, SECOND = "org/name", "model-00001.safetensors", "model-00002.safetensors"
 RIGHT, WRONG = "hf_right", "hf_wrong"

@@ -8,14 +8,14 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from node.engine import Engine
-from node.layout import inspect
-from node.speculate import Lookup, Speculation
-from tests import zoo
-from tests.engines import THREAD, Split, Told, ask, listen, of_tokens, until
-from tests.tiny import EOS, VOCAB, tiny_config, write_model
+from node.generation.drafting import Lookup, Speculation
+from node.generation.engine import Engine
+from node.inspect.layout import inspect
+from tests.support import zoo
+from tests.support.engines import THREAD, Split, Told, ask, listen, of_tokens, until
+from tests.support.tiny import EOS, VOCAB, tiny_config, write_model
+from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 1)] for k in range(4)]
 STEP = 16  # tokens of a chunk: mlx-lm quantizes after the first

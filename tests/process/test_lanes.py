@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engines import Split, ask, listen, of_tokens, until
-from tests.tiny import tiny_config, write_model
+from tests.support.engines import Split, ask, listen, of_tokens, until
+from tests.support.tiny import tiny_config, write_model
 from unicluster.v1.chat_pb2 import GenerateRequest
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(6)]

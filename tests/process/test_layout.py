@@ -7,11 +7,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from node.layout import inspect
-from node.weights import load_lazy
-from tests.tiny import ARCHITECTURES, tiny_config, write_model
+from node.inspect.layout import inspect
+from node.mlx.lazy import load_lazy
+from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
+from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
-from unicluster.fingerprint import whole_directory
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 
@@ -167,7 +167,7 @@ def test_inspecting_reads_and_computes_nothing(moe: Path) -> None:
 
 def run(request: InspectRequest) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [sys.executable, "-m", "node.layout"],
+        [sys.executable, "-m", "node.inspect.layout"],
         input=request.SerializeToString(),
         capture_output=True,
         timeout=60,

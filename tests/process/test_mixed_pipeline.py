@@ -21,10 +21,10 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from node.rewind import restore, snapshot
-from tests.mixed import mixed
-from tests.tiny import tiny_config, write_model
-from tests.tiny_gguf import from_checkpoint
+from node.mlx.rollback import restore, snapshot
+from tests.support.mixed import mixed
+from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import from_checkpoint
 from unicluster.errors import InputError
 
 PROMPT = [(7 * i * i + 3) % 200 + 1 for i in range(70)]

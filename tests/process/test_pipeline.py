@@ -29,8 +29,8 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import unicluster
-from node.weights import load_lazy
-from tests.tiny import ARCHITECTURES, tiny_config, write_model
+from node.mlx.lazy import load_lazy
+from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.errors import (
     InputError,
     NotFoundError,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_config, write_model
-from tests.tiny_gguf import from_checkpoint, write_gguf
+from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import from_checkpoint, write_gguf
 
 
 def run(*words: str, home: Path | None = None) -> "subprocess.CompletedProcess[str]":

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import uvloop
 
-from node.config import WorkerConfig
-from node.layout import inspect
-from node.process import STOP_SECONDS, Exit, WorkerProcess
-from tests.tiny import tiny_config, write_model
-from unicluster.fingerprint import whole_directory
-from unicluster.trust import Cluster
+from node.inspect.layout import inspect
+from node.worker.config import WorkerConfig
+from node.worker.process import STOP_SECONDS, Exit, WorkerProcess
+from tests.support.tiny import tiny_config, write_model
+from unicluster.checkpoints.fingerprint import whole_directory
+from unicluster.cluster.trust import Cluster
 
 DEADLINE = 60.0
 
@@ -249,8 +249,8 @@ def test_a_worker_ends_with_whoever_started_it(
 ) -> None:
     program = f"""
 import asyncio
-from node.config import WorkerConfig
-from node.process import WorkerProcess
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
 
 async def main():
     worker = await WorkerProcess.start({config!r})

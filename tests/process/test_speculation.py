@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from node.engine import Engine
-from node.speculate import Drafter, DraftModel, Lookup, Speculation
-from tests import zoo
-from tests.engines import THREAD, Split, Tiny, Told, ask, listen, of_tokens
-from tests.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
+from node.generation.drafting import Drafter, DraftModel, Lookup, Speculation
+from node.generation.engine import Engine
+from tests.support import zoo
+from tests.support.engines import THREAD, Split, Tiny, Told, ask, listen, of_tokens
+from tests.support.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
 from unicluster.v1.chat_pb2 import Sampling
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(4)]

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from unicluster.channels import (
+from unicluster.cluster.channels import (
     CHANNEL_OPTIONS,
     as_error,
     bind,
@@ -29,6 +29,8 @@ from unicluster.channels import (
     split_address,
     status_of,
 )
+from unicluster.cluster.tls_log import HandshakeLog
+from unicluster.cluster.trust import Cluster, Identity, Store, check_name, default_name
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -38,20 +40,18 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
-from unicluster.tls_log import HandshakeLog
-from unicluster.trust import Cluster, Identity, Store, check_name, default_name
 
 # python -c SERVER: reads the token from stdin, serves /test/Echo and /test/Who at a free port of
 # all addresses, prints the port, and logs to stderr as an agent does.
 SERVER = """
 import logging
-from unicluster.tls_log import tap_stderr
+from unicluster.cluster.tls_log import tap_stderr
 logging.basicConfig(level=logging.DEBUG, format="LOG %(message)s")
 tap_stderr()
 import asyncio, sys
 import grpc
-from unicluster.channels import bind, make_server, peer_name
-from unicluster.trust import Cluster
+from unicluster.cluster.channels import bind, make_server, peer_name
+from unicluster.cluster.trust import Cluster
 
 async def echo(messages, context):
     async for message in messages:
@@ -272,7 +272,7 @@ def test_creating_never_replaces(tmp_path: Path) -> None:
 
 def test_agents_that_start_together_end_up_in_one_cluster(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from unicluster.trust import Store;"
+        "import sys; from pathlib import Path; from unicluster.cluster.trust import Store;"
         "sys.stdin.read(); print(Store(Path(sys.argv[1])).load_or_create()[0].fingerprint)"
     )
     agents = [

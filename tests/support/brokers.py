@@ -13,8 +13,8 @@ from typing import Any
 
 import paho.mqtt.client as paho
 
-from tests.cluster import HOST, ROOT, until
-from unicluster.trust import Cluster
+from tests.support.cluster import HOST, ROOT, until
+from unicluster.cluster.trust import Cluster
 
 USER, PASSWORD = "fleet", "not a secret: #1"
 CONFIGURATION = ROOT / "deploy" / "mosquitto" / "unicluster.conf"

@@ -16,8 +16,8 @@ import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToJson
 
-from unicluster.channels import bind, make_server
-from unicluster.trust import Cluster
+from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.trust import Cluster
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1 import stage_pb2
 from unicluster.v1.chat_pb2_grpc import ChatServicer, add_ChatServicer_to_server
@@ -127,7 +127,7 @@ class ChatServer:
 def chat_server(cluster: Cluster) -> Iterator[ChatServer]:
     """A server of `cluster` on a free port of this machine."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.chat_server"],
+        [sys.executable, "-m", "tests.support.chat_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -23,14 +23,14 @@ from typing import Any, Self
 import mlx.core as mx
 import psutil
 
-from tests.tiny import EOS, tiny_config, write_model
+from tests.support.tiny import EOS, tiny_config, write_model
 from unicluster import Client
-from unicluster.answers import ChatInfo
-from unicluster.channels import join_address
-from unicluster.client import AsyncClient
-from unicluster.trust import Cluster, Store
+from unicluster.client.answers import ChatInfo
+from unicluster.client.client import AsyncClient
+from unicluster.cluster.channels import join_address
+from unicluster.cluster.trust import Cluster, Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 # For what takes a second or two on an idle machine; tests may share it with others.
 DEADLINE = 60.0

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx_lm
 
 import unicluster
-from node.engine import Engine
-from node.mlx_thread import MLXThread
-from tests.tiny import EOS, VOCAB
+from node.generation.engine import Engine
+from node.ring.compute_thread import MLXThread
+from tests.support.tiny import EOS, VOCAB
 from unicluster.v1.chat_pb2 import Finish, GenerateRequest
 
 DEADLINE = 120.0

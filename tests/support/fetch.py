@@ -1,4 +1,4 @@
-"""Fetches a whole repository as a worker of one stage would. `python -m tests.fetch REPO`.
+"""Fetches a whole repository as a worker of one stage would. `python -m tests.support.fetch REPO`.
 
 With a second argument `description` it fetches only that; with `check` it asks the hub only
 whether it may.
@@ -9,13 +9,13 @@ import sys
 
 from huggingface_hub import constants
 
-from node import hub
-from node.obtain import describe, fetch, fetch_ranges
-from node.sources import Sources
-from node.survey import survey
-from unicluster.checkpoint import is_gguf
+from node.mlx.survey import survey
+from node.weights import hub
+from node.weights.fetch import describe, fetch, fetch_ranges
+from node.weights.sources import Sources
+from unicluster.checkpoints.checkpoint import is_gguf
+from unicluster.cluster.trust import Cluster
 from unicluster.errors import UniclusterError
-from unicluster.trust import Cluster
 
 # What has come of a chunk is lost when the connection breaks, and the files here are small.
 constants.DOWNLOAD_CHUNK_SIZE = 4096

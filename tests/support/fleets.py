@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from coordinator.forms import Forms
-from coordinator.links import Link, Network
-from coordinator.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine
+from coordinator.planning.links import Link, Network
+from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine
+from coordinator.planning.variants import Forms
 
 GB = 10**9
 

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from node.config import WorkerConfig
-from node.first_stage import first_stage
-from node.loader import Background
-from node.pipeline import PipelineModel
-from node.process import WorkerProcess
-from node.ring import Ring
-from unicluster.fingerprint import whole
-from unicluster.trust import Cluster
+from node.inprocess.first_stage import first_stage
+from node.inprocess.loader import Background
+from node.pipeline.pipeline_model import PipelineModel
+from node.ring.ring import Ring
+from node.worker.config import WorkerConfig
+from node.worker.process import WorkerProcess
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.cluster.trust import Cluster
 from unicluster.v1.stage_pb2 import RouteStop
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import psutil
 
-from tests.cluster import AgentProgram, ServeProgram
-from unicluster.answers import Delta
-from unicluster.client import AsyncClient
+from tests.support.cluster import AgentProgram, ServeProgram
+from unicluster.client.answers import Delta
+from unicluster.client.client import AsyncClient
 from unicluster.errors import StageError, UnavailableError
 
 CONTEXT = 4096

@@ -1,6 +1,6 @@
 """Every architecture of the installed mlx-lm, cut in every way, against the unsplit model.
 
-`python -m tests.sweep` prints a verdict for each; `--table` writes docs/architectures.md.
+`python -m tests.support.sweep` prints a verdict for each; `--table` writes docs/architectures.md.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.cacheview import Caches
-from node.crossing import finishing, forbidden_cuts
-from node.foreseen import Build, Foresight, kind_of_leaves, take_place
-from node.hollow import HollowModel
-from node.tensors import decode_tree
-from node.trace import trace
-from tests import zoo
-from tests.wire import on_the_wire
+from node.mlx.cache_view import Caches
+from node.mlx.crossing import finishing, forbidden_cuts
+from node.mlx.dataflow import trace
+from node.mlx.hollow import HollowModel
+from node.mlx.prebuilt import Build, Foresight, kind_of_leaves, take_place
+from node.mlx.tensors import decode_tree
+from tests.support import zoo
+from tests.support.wire import on_the_wire
 from unicluster.errors import StageError
 
-TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 # Prefill in two chunks, the first within the windows of 8 and the second across their end; then
 # decode until rotating caches have gone round.
@@ -198,7 +198,8 @@ def table(verdicts: list[Verdict]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Written by `python -m tests.sweep --table` with mlx-lm {version('mlx-lm')}: {counted}.",
+        "Written by `python -m tests.support.sweep --table` with mlx-lm "
+        f"{version('mlx-lm')}: {counted}.",
         "",
         "Each is a tiny random model of a module of mlx-lm, cut in two at every layer, in three,",
         "and into one stage a layer. *Identical*: prefill in two chunks and decode past the",

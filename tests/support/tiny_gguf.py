@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from tests.tiny import CHAT_TEMPLATE, END, EOS, MARKS, START, VOCAB, tiny_config
+from tests.support.tiny import CHAT_TEMPLATE, END, EOS, MARKS, START, VOCAB, tiny_config
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, WIDE, EXPERTS = 6, 64, 4, 2, 16, 128, 4
 
@@ -287,7 +287,7 @@ def save(
 
 
 def from_checkpoint(path: Path, file: Path) -> Path:
-    """The same llama as the checkpoint in `path`, which tests.tiny wrote."""
+    """The same llama as the checkpoint in `path`, which tests.support.tiny wrote."""
     stored: Any = mx.load(str(path / "model.safetensors"))
     arrays = {name: np.array(array) for name, array in stored.items()}
     weights = {
@@ -347,7 +347,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """That of tests.tiny: token i is byte i for i < 256; then come END, START and six more."""
+    """Tokenizer of tests.support.tiny: token i < 256 is byte i; then END, START and six more."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     above = iter(sorted(c for c in alphabet if ord(c) > 255))
     tokens = [chr(b) if chr(b) in alphabet else next(above) for b in range(256)]

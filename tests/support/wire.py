@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from node.tensors import decode_tree, encode_tree
+from node.mlx.tensors import decode_tree, encode_tree
 from unicluster.v1.stage_pb2 import Frame
 from unicluster.v1.tensor_pb2 import Leaf
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OURS = {"unicluster", "node", "coordinator"}
 MAY_IMPORT = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluster"}}
 # The command, and the public `load`, stand above all packages.
@@ -42,12 +42,12 @@ def test_mlx_is_imported_only_by_nodes(package):
 @pytest.mark.parametrize(
     "module",
     [
-        "unicluster.client",
-        "unicluster.chat_ui",
-        "coordinator.serve",
-        "coordinator.nodes",
-        "coordinator.status_command",
-        "coordinator.metrics_port",
+        "unicluster.client.client",
+        "unicluster.chat.command",
+        "coordinator.commands.serve",
+        "coordinator.commands.nodes",
+        "coordinator.commands.status",
+        "coordinator.serving.metrics_port",
     ],
 )
 def test_client_and_coordinator_run_without_mlx(module):

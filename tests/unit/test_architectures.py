@@ -13,9 +13,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.hollow import HollowModel
-from tests import sweep, zoo
-from tests.wire import over_the_wire
+from node.mlx.hollow import HollowModel
+from tests.support import sweep, zoo
+from tests.support.wire import over_the_wire
 from unicluster.errors import StageError
 
 ROWS = [line.split(" | ") for line in sweep.TABLE.read_text().splitlines()]
@@ -30,10 +30,10 @@ def test_every_cut_gives_the_unsplit_logits(name: str) -> None:
     if verdict is None:
         pytest.skip("what models share, no model")
     assert not verdict.differs
-    assert name in TOLD, "run python -m tests.sweep --table"
+    assert name in TOLD, "run python -m tests.support.sweep --table"
     if verdict.skipped:
         pytest.skip(f"mlx-lm can't run it here: {verdict.skipped}")
-    assert TOLD[name] in (verdict.word, "skipped"), "run python -m tests.sweep --table"
+    assert TOLD[name] in (verdict.word, "skipped"), "run python -m tests.support.sweep --table"
 
 
 @pytest.mark.parametrize("name", ["iquestloopcoder", "nanbeige: loops"])

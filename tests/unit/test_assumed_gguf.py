@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
-from node.blueprint import inspect_config
 from node.ggml.layout import inspect
-from tests.tiny import tiny_config, write_model
-from tests.tiny_gguf import from_checkpoint
-from unicluster.fingerprint import whole
+from node.inspect.from_config import inspect_config
+from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import from_checkpoint
+from unicluster.checkpoints.fingerprint import whole
 from unicluster.v1.node_pb2 import InspectRequest
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.catalog import QUANTS, Source, checked_engine, entries, resolve
+from coordinator.models.catalog import QUANTS, Source, checked_engine, entries, resolve
 from unicluster.errors import InputError, NotFoundError
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from node.pace import GAP, LEAST_TOKENS, Beginning, Pace
+from node.generation.chunking import GAP, LEAST_TOKENS, Beginning, Pace
 
 
 def cost(tokens: int, knee: int) -> float:

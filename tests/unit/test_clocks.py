@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from node.clocks import Clocks, shifts
+from node.metering.clocks import Clocks, shifts
 
 HOPS = [0.0003, 0.0012, 0.0005]
 # Of the machines' clocks to the head's.

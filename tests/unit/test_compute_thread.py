@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from node.mlx_thread import MLXThread, Signal, give_way
+from node.ring.compute_thread import MLXThread, Signal, give_way
 
 THREAD = MLXThread()
 

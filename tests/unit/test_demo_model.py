@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from node.demo.evaluate import MODEL, DemoModel
+from bench.demo_model.evaluate import MODEL, DemoModel
 
 
 @cache

@@ -10,11 +10,11 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from node.engine import Engine
-from node.ticket import Ticket
-from tests import zoo
-from tests.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
-from tests.tiny import ARCHITECTURES, EOS, tiny_config, write_model
+from node.generation.engine import Engine
+from node.generation.ticket import Ticket
+from tests.support import zoo
+from tests.support.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
+from tests.support.tiny import ARCHITECTURES, EOS, tiny_config, write_model
 from unicluster.errors import (
     BusyError,
     InputError,

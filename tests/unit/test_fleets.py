@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fleet import parse, with_links, with_memory
-from coordinator.hardware import boxes, find, known_compute
-from coordinator.links import LINKS
+from coordinator.fleet.fleet import parse, with_links, with_memory
+from coordinator.planning.hardware import boxes, find, known_compute
+from coordinator.planning.links import LINKS
 from unicluster.errors import InputError
 
 

@@ -22,12 +22,12 @@ from node.ggml.layers import BATCH
 from node.ggml.layout import cache_bytes
 from node.ggml.library import computes_on_cpu, llama
 from node.ggml.load import Part, load, open_gguf, stage_file
-from node.pipeline import PipelineModel
-from node.session import Session
-from tests.tiny_gguf import ARCHITECTURES, write_gguf
+from node.pipeline.pipeline_model import PipelineModel
+from node.ring.session import Session
+from tests.support.tiny_gguf import ARCHITECTURES, write_gguf
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.checkpoints.gguf import read_header
 from unicluster.errors import InputError, StageError
-from unicluster.fingerprint import whole
-from unicluster.gguf import read_header
 from unicluster.v1.stage_pb2 import CacheOp, Frame
 from unicluster.v1.tensor_pb2 import Leaf
 

@@ -2,9 +2,17 @@
 
 import pytest
 
-from unicluster.checkpoint import File, Manifest, is_gguf
+from unicluster.checkpoints.checkpoint import File, Manifest, is_gguf
+from unicluster.checkpoints.gguf_names import (
+    check_named,
+    chosen,
+    is_quant,
+    parts,
+    quant_of,
+    quants,
+    split_id,
+)
 from unicluster.errors import InputError, NotFoundError
-from unicluster.gguf_names import check_named, chosen, is_quant, parts, quant_of, quants, split_id
 
 SPLIT = [f"UD-Q2_K_XL/Big-R1-UD-Q2_K_XL-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
 FILES = [

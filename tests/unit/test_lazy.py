@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from node.weights import load_lazy, load_parts, nbytes
-from tests.tiny import tiny_config, write_model
+from node.mlx.lazy import load_lazy, load_parts, nbytes
+from tests.support.tiny import tiny_config, write_model
 from unicluster.errors import InputError
 
 

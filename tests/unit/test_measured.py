@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.forms import Forms
-from coordinator.learned import Learned, Taken, shared_out
-from coordinator.links import Network
-from coordinator.placement import Machine, Stage
-from coordinator.planner import plan
-from coordinator.stages import Span, stages
-from tests.fleets import GB, a_layout
+from coordinator.fleet.measured import Learned, Taken, shared_out
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Machine, Stage
+from coordinator.planning.planner import plan
+from coordinator.planning.stages import Span, stages
+from coordinator.planning.variants import Forms
+from tests.support.fleets import GB, a_layout
 
 LAYOUT = a_layout([GB] * 10)
 FLEET = [Machine("ann", "", 6 * GB, 100e9), Machine("bob", "", 6 * GB, 100e9)]

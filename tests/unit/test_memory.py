@@ -6,7 +6,7 @@ import mlx.core as mx
 import psutil
 import pytest
 
-from node.buffers import give_all_back
+from node.mlx.memory import give_all_back
 
 ARRAYS = 2000
 BYTES = 32 * 2**10  # less than glibc takes from the system one by one

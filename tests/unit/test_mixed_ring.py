@@ -12,12 +12,12 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.ggml.load import Part, open_gguf
-from node.hollow import HollowModel
-from node.weights import load_lazy
-from tests.test_ggml_stages import CHUNKS, Hop, Tiny, make, unsplit
-from tests.tiny import tiny_config, write_model
-from tests.tiny_gguf import from_checkpoint
-from unicluster.fingerprint import whole
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy
+from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import from_checkpoint
+from tests.unit.test_ggml_stages import CHUNKS, Hop, Tiny, make, unsplit
+from unicluster.checkpoints.fingerprint import whole
 
 LAYERS = 6
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import pages
-from coordinator.catalog import entries
+from coordinator.models.catalog import entries
 
 
 @pytest.mark.parametrize("name", ["memory", "published"])

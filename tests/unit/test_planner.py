@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.forms import Forms, check_same
-from coordinator.placement import BANDWIDTH_SHARE, LAYER_S
-from coordinator.planner import Layout, Machine, Objective, Plan, plan, split_evenly
-from coordinator.shortfall import NoPlanError
-from tests.fleets import GB, a_layout
+from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S
+from coordinator.planning.planner import Layout, Machine, Objective, Plan, plan, split_evenly
+from coordinator.planning.shortfall import NoPlanError
+from coordinator.planning.variants import Forms, check_same
+from tests.support.fleets import GB, a_layout
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.v1 import node_pb2
 

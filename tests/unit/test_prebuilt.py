@@ -19,14 +19,22 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from node.foreseen import Blank, Foresight, Step, kind_of_array, kind_of_leaves, take_place, twins
-from node.hollow import HollowModel
-from node.stage import Session, Stage
-from node.tensors import DTYPES, decode_tree, encode_tree
-from node.weights import load_lazy
-from tests import zoo
-from tests.tiny import tiny_config, write_model
-from tests.wire import on_the_wire
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy
+from node.mlx.prebuilt import (
+    Blank,
+    Foresight,
+    Step,
+    kind_of_array,
+    kind_of_leaves,
+    take_place,
+    twins,
+)
+from node.mlx.stage import Session, Stage
+from node.mlx.tensors import DTYPES, decode_tree, encode_tree
+from tests.support import zoo
+from tests.support.tiny import tiny_config, write_model
+from tests.support.wire import on_the_wire
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart
 
 HIDDEN = 64

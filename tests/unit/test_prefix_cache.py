@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from node.kept import LEAST_TOKENS, Kept, KeptCaches
-from node.memory import STEP, Memory
+from node.generation.kv_budget import STEP, Memory
+from node.generation.prefix_cache import LEAST_TOKENS, Kept, KeptCaches
 
 STORY = list(range(100))
 

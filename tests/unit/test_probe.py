@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from node.chips import known_bandwidth
-from node.probe import GIB, MIB, Hardware, Runner, measure_bandwidth, probe
+from node.agent.chips import known_bandwidth
+from node.agent.probe import GIB, MIB, Hardware, Runner, measure_bandwidth, probe
 
 STRIX = "AMD RYZEN AI MAX+ 395 w/ Radeon 8060S"
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits"

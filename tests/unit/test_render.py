@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from coordinator.forms import Forms
-from coordinator.planner import Layout, Machine, Plan, plan
-from coordinator.render import LoadProgress, fleet_table, nodes_table, plan_table
+from coordinator.planning.planner import Layout, Machine, Plan, plan
+from coordinator.planning.variants import Forms
+from coordinator.terminal.plan import LoadProgress, fleet_table, nodes_table, plan_table
 from unicluster.v1 import node_pb2
 
 GB = 10**9

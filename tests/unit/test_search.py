@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.links import Link, Network
-from coordinator.placement import Machine, Objective
-from coordinator.planner import plan
-from tests.fleets import (
+from coordinator.planning.links import Link, Network
+from coordinator.planning.placement import Machine, Objective
+from coordinator.planning.planner import plan
+from tests.support.fleets import (
     GB,
     Case,
     a_case,

@@ -6,7 +6,7 @@ import pytest
 
 from bench import simulate, simulation
 from bench.simulation import Cluster, StageCost
-from coordinator.links import Link
+from coordinator.planning.links import Link
 
 STEP, HOP, USER, TAIL = 0.010, 0.0003, 0.001, 0.002
 

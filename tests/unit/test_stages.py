@@ -11,13 +11,13 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from node.hollow import HollowModel
-from node.layout import inspect
-from node.weights import load_lazy, load_parts, nbytes
-from tests.tiny import ARCHITECTURES, tiny_config, write_model
-from tests.wire import over_the_wire
+from node.inspect.layout import inspect
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy, load_parts, nbytes
+from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
+from tests.support.wire import over_the_wire
+from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import StageError
-from unicluster.fingerprint import whole_directory
 
 LAYERS = 6
 TWO_WAY = [(0, cut, LAYERS) for cut in range(1, LAYERS)]

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from coordinator.status_render import status_table
-from unicluster.answers import ChatInfo, Stage
-from unicluster.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+from coordinator.terminal.status import status_table
+from unicluster.client.answers import ChatInfo, Stage
+from unicluster.client.metrics import Histogram, HopMetrics, Metrics, StageMetrics
 
 GB = 10**9
 NAMES = ("studio-of-ann", "framework [2]")

@@ -12,13 +12,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.crossing import finishing, forbidden_cuts
-from node.hollow import HollowModel
-from node.survey import survey
-from node.weights import load_lazy
-from tests import sweep, zoo
+from node.mlx.crossing import finishing, forbidden_cuts
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy
+from node.mlx.survey import survey
+from tests.support import sweep, zoo
+from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import StageError
-from unicluster.safetensors import read_header
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from node.tensors import decode_tree
-from tests.wire import over_the_wire
+from node.mlx.tensors import decode_tree
+from tests.support.wire import over_the_wire
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
 BITS = np.arange(64, dtype=np.uint8)  # as any dtype: 16 values of 4 bytes, 8 of 8, ...

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.learned import Learned
-from coordinator.links import Network
-from coordinator.placement import Machine, Stage
-from coordinator.stages import Span, stages
-from coordinator.timing import RECENT, TOKENS, Timing
-from tests.cluster import until
-from tests.fleets import GB, a_layout
+from coordinator.fleet.measured import Learned
+from coordinator.planning.links import Network
+from coordinator.planning.placement import Machine, Stage
+from coordinator.planning.stages import Span, stages
+from coordinator.serving.timing import RECENT, TOKENS, Timing
+from tests.support.cluster import until
+from tests.support.fleets import GB, a_layout
 from unicluster.v1.chat_pb2 import Finish, Measured, Timings, Usage
 from unicluster.v1.meters_pb2 import HopMeter, Meters, StageMeter
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-from unicluster import measure
-from unicluster.answers import ChatInfo
-from unicluster.client import AsyncClient
+from unicluster.benchmark import measure
+from unicluster.benchmark.measure import Ask
+from unicluster.client.answers import ChatInfo
+from unicluster.client.client import AsyncClient
 from unicluster.errors import InputError
-from unicluster.measure import Ask
 
 MEASURES = ("decode", "users", "prefill", "turns", "gap", "hops")
 FRAMES = 20

@@ -6,11 +6,11 @@ import os
 import sys
 from typing import cast
 
-from unicluster.answers import Delta, Options
-from unicluster.chat_screen import Screen
-from unicluster.client import AsyncClient
+from unicluster.chat.screen import Screen
+from unicluster.client.answers import Delta, Options
+from unicluster.client.client import AsyncClient
+from unicluster.cluster.trust import Store
 from unicluster.errors import InputError, UnavailableError
-from unicluster.trust import Store
 
 _SAMPLING = {
     "temperature": (float, "0: always the most likely token"),
@@ -90,7 +90,7 @@ async def chat(
             await _answer(client, prompt, system, options, trace)
             return
         # Here, because one answer to a pipe needs no prompt_toolkit.
-        from unicluster.chat_repl import Conversation, Repl, terminal_session
+        from unicluster.chat.repl import Conversation, Repl, terminal_session
 
         screen = Screen(sys.stdout)
         session = terminal_session(Store().folder / "chat_history", screen)

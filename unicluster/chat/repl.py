@@ -12,9 +12,9 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from unicluster.answers import ChatInfo, Finish, Options
-from unicluster.chat_screen import Screen
-from unicluster.client import AsyncClient
+from unicluster.chat.screen import Screen
+from unicluster.client.answers import ChatInfo, Finish, Options
+from unicluster.client.client import AsyncClient
 from unicluster.errors import UniclusterError
 
 COMMANDS = {

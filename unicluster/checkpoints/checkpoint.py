@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from unicluster.checkpoints.gguf_names import split_id
+from unicluster.checkpoints.ranges import Range, Ranges, merged, without
 from unicluster.errors import InputError
-from unicluster.gguf_names import split_id
-from unicluster.ranges import Range, Ranges, merged, without
 
 WEIGHTS = "model*.safetensors"
 GGUF = ".gguf"

@@ -5,7 +5,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from unicluster.checkpoint import (
+from unicluster.checkpoints.checkpoint import (
     Checkpoint,
     File,
     Manifest,
@@ -14,9 +14,9 @@ from unicluster.checkpoint import (
     is_wanted,
     is_weights,
 )
+from unicluster.checkpoints.gguf_names import parts
+from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
 from unicluster.errors import InputError
-from unicluster.gguf_names import parts
-from unicluster.safetensors import LENGTH_BYTES, header_length
 
 # Of a file of weights its header and some samples are read: all of 400 GB would take minutes.
 SAMPLES = 16

@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError
-from unicluster.ranges import Range
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

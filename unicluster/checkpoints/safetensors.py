@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError, in_one_line
-from unicluster.ranges import Range
 
 # The length of the header comes first.
 LENGTH_BYTES = 8

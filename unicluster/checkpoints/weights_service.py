@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
-from unicluster.checkpoint import Checkpoint
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.ranges import merged, without
+from unicluster.cluster.abort import abort
 from unicluster.errors import InputError, NotFoundError
-from unicluster.ranges import merged, without
-from unicluster.status import abort
 from unicluster.v1.weights_pb2 import (
     Block,
     ByteRange,

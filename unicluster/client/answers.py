@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
+from unicluster.client.trace import Trace, from_wire
 from unicluster.errors import InputError, UnavailableError
-from unicluster.trace import Trace, from_wire
 from unicluster.v1 import chat_pb2 as wire
 
 Messages = str | Iterable[Mapping[str, str]] | Sequence[int]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 import grpc
 import grpc.aio
 
-from unicluster.answers import (
+from unicluster.client.answers import (
     Answer,
     ChatInfo,
     Event,
@@ -30,13 +30,13 @@ from unicluster.answers import (
     info_from_wire,
     request_to_wire,
 )
-from unicluster.channels import as_error, connect, connect_sync
+from unicluster.client.metrics import Metrics, metrics_from_wire
+from unicluster.cluster.channels import as_error, connect, connect_sync
+from unicluster.cluster.trust import Cluster, Identity, Store, default_name
+from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError
-from unicluster.metrics import Metrics, metrics_from_wire
-from unicluster.trust import Cluster, Identity, Store, default_name
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1.chat_pb2_grpc import ChatStub
-from unicluster.versions import mismatch
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
@@ -210,7 +210,7 @@ class _Target:
         """The address: the one given, else that of the first front door that answers."""
         if not self.address:
             # Here, because zeroconf is slow to import and an address makes it needless.
-            from unicluster.discovery import Browser, Kind
+            from unicluster.cluster.discovery import Browser, Kind
 
             async with Browser(Kind.CHAT, self._cluster.fingerprint) as browser:
                 if not await browser.wait_for(bool, self.timeout):

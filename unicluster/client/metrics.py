@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from unicluster.answers import ChatInfo, info_from_wire
+from unicluster.client.answers import ChatInfo, info_from_wire
 from unicluster.v1 import chat_pb2, meters_pb2
 
 

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import grpc.aio
 
-from unicluster.channels import OUR_OWN, status_of
+from unicluster.cluster.channels import OUR_OWN, status_of
 from unicluster.errors import UniclusterError
 
 

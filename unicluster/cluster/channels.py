@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from unicluster.cluster.trust import SERVER_NAME, Identity
 from unicluster.errors import (
     BusyError,
     DoesNotFitError,
@@ -22,7 +23,6 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
-from unicluster.trust import SERVER_NAME, Identity
 
 MAX_MESSAGE = 1 << 30
 

@@ -23,9 +23,9 @@ from zeroconf import (
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 import unicluster
-from unicluster.channels import join_address
+from unicluster.cluster.channels import join_address
+from unicluster.cluster.trust import check_name
 from unicluster.errors import InputError, UnavailableError
-from unicluster.trust import check_name
 
 log = logging.getLogger(__name__)
 

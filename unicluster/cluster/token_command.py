@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from unicluster.cluster.trust import SERVER_NAME, Cluster, Store
 from unicluster.errors import InputError
-from unicluster.trust import SERVER_NAME, Cluster, Store
 
 SCRAPER = "scraper"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from unicluster.cluster.trust import Cluster
 from unicluster.errors import InputError
-from unicluster.trust import Cluster
 
 VARIABLE = "UNICLUSTER_MQTT"
 FILE_VARIABLE = "UNICLUSTER_MQTT_FILE"

@@ -11,9 +11,9 @@ from typing import Any
 
 import aiomqtt
 
-from unicluster.broker_url import BrokerUrl
+from unicluster.cluster.trust import Cluster
 from unicluster.errors import in_one_line
-from unicluster.trust import Cluster
+from unicluster.telemetry.broker_url import BrokerUrl
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from itertools import chain, repeat
 
 import numpy as np
 
-from coordinator.paths import Grower
-from coordinator.prices import Prices, raise_prices
-from coordinator.problem import Found, Piece, Problem
-from coordinator.reach import Reach
+from coordinator.planning.search.paths import Grower
+from coordinator.planning.search.prices import Prices, raise_prices
+from coordinator.planning.search.problem import Found, Piece, Problem
+from coordinator.planning.search.reach import Reach
 
 
 def cheapest(problem: Problem) -> Found | None:

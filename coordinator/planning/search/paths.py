@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.prices import Prices
-from coordinator.problem import EXACT, Found, Matrix, Piece, Problem
-from coordinator.reach import Ints, Reach
+from coordinator.planning.search.prices import Prices
+from coordinator.planning.search.problem import EXACT, Found, Matrix, Piece, Problem
+from coordinator.planning.search.reach import Ints, Reach
 
 # Open paths, by the most machines there may be for it: what keeps a search to a few seconds.
 LABELS = {EXACT: 200_000, 12: 20_000}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from coordinator.problem import EQUAL, Found, Matrix, Piece, Problem
+from coordinator.planning.search.problem import EQUAL, Found, Matrix, Piece, Problem
 
 PRICE_ROUNDS = 60
 
