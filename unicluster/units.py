@@ -39,3 +39,9 @@ def format_rate(bytes_per_second: float) -> str:
     """ "256 GB/s", or "1.2 GB/s" where the digit after the point tells something."""
     number, unit = format_bytes(bytes_per_second).split()
     return f"{float(number):.0f} {unit}/s" if float(number) >= 100 else f"{number} {unit}/s"
+
+
+def format_ms(seconds: float) -> str:
+    """Milliseconds, three digits: 0.042, 1.24, 125."""
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

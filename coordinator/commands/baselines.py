@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 from coordinator.fleet import local
+from coordinator.programs import BASELINE
 from unicluster.benchmark.measure import Ask
 from unicluster.errors import UnavailableError
 
@@ -75,7 +76,7 @@ async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
             ]
         ranks = [
             await local.start(
-                *("-m", "node.worker.baseline", model),
+                *("-m", BASELINE, model),
                 pipes=True,
                 env={**os.environ, **each},
             )

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 
+from coordinator.programs import INSPECT
 from unicluster.cluster.trust import Cluster, Store
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
@@ -32,7 +33,7 @@ def own_cluster() -> Iterator[Cluster]:
 
 async def inspect(request: InspectRequest) -> ModelLayout:
     """A model's layout, found by a child: the coordinator never imports MLX."""
-    child = await start("-m", "node.inspect.layout", pipes=True)
+    child = await start("-m", INSPECT, pipes=True)
     out, err = await child.communicate(request.SerializeToString())
     if child.returncode != 0:
         lines = err.decode(errors="replace").strip().splitlines() or ["no reason given"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 
+from coordinator.programs import INSPECT_CONFIG
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
@@ -31,7 +32,7 @@ def layouts(requests: Sequence[InspectRequest]) -> list[ModelLayout]:
         serialize_length_prefixed(request, stream)
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "node.inspect.from_config"],
+            [sys.executable, "-m", INSPECT_CONFIG],
             input=stream.getvalue(),
             capture_output=True,
             timeout=SECONDS,

@@ -8,7 +8,7 @@ from coordinator.planning.placement import Machine, Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import NoPlanError
 from coordinator.planning.variants import Forms
-from coordinator.terminal.tables import ms
+from unicluster.units import format_ms
 
 MOST = 3
 # What is nearer than that is the same plan by other names.
@@ -85,12 +85,14 @@ def _reason(other: Plan, best: Plan) -> str:
     more = _score(other, best.objective) - _score(best, best.objective)
     if best.objective == "throughput":
         slowest = other.slowest
-        return f"its slowest stage, {slowest.machine.name}, takes {ms(more)} ms a token longer"
+        return (
+            f"its slowest stage, {slowest.machine.name}, takes {format_ms(more)} ms a token longer"
+        )
     if other.engines != best.engines and _machines(other) == _machines(best):
-        return f"{ms(more)} ms a token longer: {' and '.join(other.engines)} only"
+        return f"{format_ms(more)} ms a token longer: {' and '.join(other.engines)} only"
     hops = other.hops_s - best.hops_s
     if hops >= more / 2:
         stages = len(other.stages) - len(best.stages)
         count = f"{stages} hop{'s' if stages > 1 else ''} more" if stages > 0 else "slower hops"
-        return f"{ms(more)} ms a token longer: {count}"
-    return f"{ms(more)} ms a token longer: more layers on slower memory"
+        return f"{format_ms(more)} ms a token longer: {count}"
+    return f"{format_ms(more)} ms a token longer: more layers on slower memory"

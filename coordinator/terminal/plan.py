@@ -30,11 +30,10 @@ from coordinator.terminal.tables import (
     counted,
     cut,
     layer_range,
-    ms,
     new_table,
     who,
 )
-from unicluster.units import format_bytes, format_rate
+from unicluster.units import format_bytes, format_ms, format_rate
 from unicluster.v1 import node_pb2
 
 
@@ -74,7 +73,7 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
         spans = [f"{s.machine.name} {layer_range(s.first, s.end)}" for s in other.plan.stages]
         shown = ", ".join(spans[:3]) + (f" and {len(spans) - 3} more" if len(spans) > 3 else "")
         seconds = other.plan.seconds_per_token
-        table.add_row(cut(shown), ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
+        table.add_row(cut(shown), format_ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
     return table
 
 
@@ -91,7 +90,7 @@ def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> Rende
     if taken.hops is not None:
         table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_taken))
     elif hops:
-        table.add_row(counted(len(stages), "hop"), "", ms(hops), "not known")
+        table.add_row(counted(len(stages), "hop"), "", format_ms(hops), "not known")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
     whole = _compared(predicted, hops_taken + sum(taken.stages))
     table.add_row(Text("together", "bold"), "", *whole)
@@ -99,7 +98,7 @@ def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> Rende
 
 
 def _compared(predicted: float, measured: float) -> tuple[str, str, str]:
-    return ms(predicted), ms(measured), f"{(predicted / measured - 1) * 100:+.0f} %"
+    return format_ms(predicted), format_ms(measured), f"{(predicted / measured - 1) * 100:+.0f} %"
 
 
 @dataclass(frozen=True)
@@ -216,8 +215,8 @@ class _Planned:
                 format_bytes(stage.kv_bytes),
                 format_bytes(stage.free_bytes),
                 Bar(_memory(stage)),
-                ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
-                *[ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
+                format_ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
+                *[format_ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
             )
         return table
 
@@ -242,7 +241,7 @@ class _Planned:
             facts.add_row("" if i else "engine", Text(line))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
-            hops = f"{len(plan.stages)}, together {ms(plan.hops_s)} ms a token, {known}"
+            hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms a token, {known}"
             facts.add_row("hops", hops)
         facts.add_row("binds", Text(plan.binds))
         for i, (machine, reason) in enumerate(plan.left_out):
@@ -265,7 +264,7 @@ class _Planned:
             speed = f"{speed} for one user, {together}"
         if plan.prefill_tokens_per_s is not None:
             speed = f"{speed}; prompts at {plan.prefill_tokens_per_s:.3g}"
-        return f"{speed}; {ms(plan.seconds_per_token)} ms a token"
+        return f"{speed}; {format_ms(plan.seconds_per_token)} ms a token"
 
 
 _STATE_STYLES = {

@@ -18,11 +18,10 @@ from coordinator.terminal.tables import (
     counted,
     cut,
     layer_range,
-    ms,
     new_table,
 )
 from unicluster.client.metrics import Metrics
-from unicluster.units import format_bytes
+from unicluster.units import format_bytes, format_ms
 
 _STATES = {"ready": "green", "failed": "bold red"}
 
@@ -82,8 +81,8 @@ class _Status:
                 Bar([(busy, WEIGHTS), (1000 - busy, FREE)], width=16),
                 f"{meter.busy * 100:.0f} %",
                 f"{meter.waiting:.2f}",
-                ms(meter.decode_s) if meter.decode_s else "",
-                ms(hop.decode_s) if hop is not None and hop.decode_s else "",
+                format_ms(meter.decode_s) if meter.decode_s else "",
+                format_ms(hop.decode_s) if hop is not None and hop.decode_s else "",
                 *[format_bytes(hop.bytes) if hop is not None else "", str(meter.frames)] * wide,
             )
         return table
@@ -101,7 +100,10 @@ class _Status:
         yield "requests", ", ".join(requests)
         if metrics.time_to_first_token.count:
             first = f"first after {metrics.time_to_first_token.mean:.2f} s"
-            yield "on average", f"{first}, then one every {ms(metrics.between_tokens.mean)} ms"
+            yield (
+                "on average",
+                f"{first}, then one every {format_ms(metrics.between_tokens.mean)} ms",
+            )
         if metrics.prompt_tokens:
             reused = f"{metrics.reused_tokens} of them kept from before"
             yield "prompts", f"{metrics.prompt_tokens} tokens, {reused}"

@@ -97,9 +97,3 @@ def layer_range(first: int, end: int) -> str:
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def ms(seconds: float) -> str:
-    """Three digits: 0.042, 1.24, 125."""
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

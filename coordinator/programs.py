@@ -1,0 +1,9 @@
+"""The programs of `node` that a coordinator runs as processes of their own.
+
+They are named here and nowhere else, because the coordinator never imports `node`: MLX stays in
+the child.
+"""
+
+INSPECT = "node.inspect.layout"
+INSPECT_CONFIG = "node.inspect.from_config"
+BASELINE = "node.worker.baseline"
