@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from node.worker.config import WorkerConfig
-from unicluster.cluster.tls_log import TRACE_ENV, HandshakeLog
 
 log = logging.getLogger("unicluster.worker")
 
@@ -116,23 +115,18 @@ class WorkerProcess:
     async def _read_stderr(self) -> None:
         if self._process.stderr is None:
             return
-        handshakes = HandshakeLog()
         async for raw in self._process.stderr:
-            line = handshakes.feed(raw.decode(errors="replace").rstrip())
-            if line is not None:
-                self._tail.append(line)
-                log.info("[%s] %s", self._name, line)
+            line = raw.decode(errors="replace").rstrip()
+            self._tail.append(line)
+            log.info("[%s] %s", self._name, line)
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this project importable wherever the agent was started.
-
-    The worker's gRPC traces handshakes, so that we can log who was refused at its port.
-    """
+    """This process's environment, with the project importable wherever the agent was started."""
     root = str(Path(__file__).parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     path = os.pathsep.join(path for path in paths if path)
-    return {**TRACE_ENV, **os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _oom_kills() -> int:
