@@ -1,6 +1,42 @@
-"""What holds for all tests."""
+"""What holds for all tests: the options, the order, and a limit for each."""
 
 import os
 
+import pytest
+
+from tests.support.deadlines import scaled
+
 # Stages share this machine, and llama.cpp's threads wait for one another without sleeping.
 os.environ.setdefault("UNICLUSTER_GGML_THREADS", "1")
+
+# A test may take this many seconds on an idle machine, its fixtures included; most take one.
+LIMIT_S = 200.0
+# Beside other workers the rooms with the longest files go first, so that none is left at the end.
+LONGEST_FIRST = ("cluster", "process", "unit")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sweep",
+        action="store_true",
+        help="run whole sweeps too, of which representatives run without it",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sweep"):
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left_out)
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=_room)  # stable: within a room the order stays
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(scaled(LIMIT_S)))
+
+
+def _room(item: pytest.Item) -> int:
+    """The place of an item's room in LONGEST_FIRST."""
+    room = item.path.parent.name
+    return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST)

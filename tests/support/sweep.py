@@ -191,6 +191,30 @@ def _run(build: Build, tree: Any, caches: Caches, turn: int) -> Any:
     return result
 
 
+def verdicts_in_table() -> dict[str, str]:
+    """The verdict of each configuration in docs/architectures.md."""
+    return {name: cells[0] for name, cells in _rows().items()}
+
+
+def representatives() -> list[str]:
+    """For each verdict and kind of caches in the table one configuration.
+
+    The first of its kind, and of those that run in bfloat16 where there are any.
+    """
+    chosen: dict[tuple[str, str, str], str] = {}
+    rows = _rows()
+    for name in sorted(rows, key=lambda name: "bfloat16" not in rows[name][1]):
+        verdict, _, caches, trimmable = rows[name][:4]
+        chosen.setdefault((verdict, caches, trimmable), name)
+    return list(chosen.values())
+
+
+def _rows() -> dict[str, list[str]]:
+    """The cells beside each name in the table."""
+    lines = [line.removeprefix("| ").split(" | ") for line in TABLE.read_text().splitlines()]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) > 4 and cells[0] != "module"}
+
+
 def table(verdicts: list[Verdict]) -> str:
     """docs/architectures.md."""
     words = Counter(verdict.word for verdict in verdicts)

@@ -17,6 +17,7 @@ from tests.support.fleets import (
     a_layout,
     every_placement,
 )
+from tests.support.sampled import sampled
 from unicluster.errors import DoesNotFitError
 
 
@@ -43,29 +44,29 @@ def check(case: Case) -> None:
         assert head.engine == "ggml" or not last.finishes
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", sampled(range(20), range(3)))
 def test_no_placement_on_a_few_machines_is_better(seed: int) -> None:
-    """2000 fleets, in ten seconds as a whole."""
+    """In sweeps 2000 fleets, in ten seconds as a whole."""
     dice = random.Random(seed)
     for _ in range(100):
         check(a_case(dice, most_machines=5, most_layers=6))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", sampled(range(10), range(2)))
 def test_no_placement_on_up_to_eight_machines_is_better(seed: int) -> None:
     dice = random.Random(seed)
     for _ in range(20):
         check(a_case(dice, most_machines=8, most_layers=5))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", sampled(range(10), range(2)))
 def test_no_placement_of_two_engines_on_a_few_machines_is_better(seed: int) -> None:
     dice = random.Random(seed)
     for _ in range(100):
         check(a_case_of_two_engines(dice, most_machines=5, most_layers=6))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), range(1)))
 def test_no_placement_of_two_engines_on_up_to_seven_machines_is_better(seed: int) -> None:
     dice = random.Random(seed)
     for _ in range(20):

@@ -17,11 +17,12 @@ from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from node.mlx.survey import survey
 from tests.support import sweep, zoo
+from tests.support.sampled import sampled
 from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import StageError
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", sampled(zoo.names(), sweep.representatives()))
 def test_a_stage_reads_only_its_own_tensors(name: str, tmp_path: Path) -> None:
     """All other tensors of the file are made NaN before each stage is loaded.
 
