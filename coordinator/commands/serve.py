@@ -172,7 +172,12 @@ async def served(
     """
     identity = cluster.issue(default_name())
     server = make_server()
-    port = bind(server, options.host, options.port, identity, flag="--grpc-port")
+    clients = cluster.client_access.authority.ca_pem
+    port = bind(
+        *(server, options.host, options.port, identity),
+        admitted_ca_pem=clients,
+        flag="--grpc-port",
+    )
     front = Front(options.source.display)
     add_ChatServicer_to_server(front, server)
     named = (options.source, options.gguf, options.serving.draft)

@@ -16,7 +16,7 @@ from coordinator.terminal.status import status_table
 from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
 from unicluster.cluster.discovery import Browser, Kind
-from unicluster.cluster.trust import Cluster, Store
+from unicluster.cluster.trust import ClientAccess, Store
 from unicluster.errors import UnavailableError, UniclusterError
 
 # Rates are of the time between two readings.
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _status(server: str, watch: bool, as_json: bool) -> int:
-    cluster = Store().require()
+    access = Store().require_access()
     console = Console()
     async with contextlib.AsyncExitStack() as stack:
-        addresses = await _search(cluster, server, stack)
-        servers = _Servers(cluster, addresses)
+        addresses = await _search(access, server, stack)
+        servers = _Servers(access, addresses)
         stack.push_async_callback(servers.close)
         await servers.read()
         await asyncio.sleep(REFRESH_SECONDS)
@@ -65,12 +65,12 @@ async def _status(server: str, watch: bool, as_json: bool) -> int:
 
 
 async def _search(
-    cluster: Cluster, server: str, stack: contextlib.AsyncExitStack
+    access: ClientAccess, server: str, stack: contextlib.AsyncExitStack
 ) -> Callable[[], Sequence[str]]:
     """What tells who serves at any time, until the stack is closed."""
     if server:
         return lambda: [server]
-    browser = await stack.enter_async_context(Browser(Kind.CHAT, cluster.fingerprint))
+    browser = await stack.enter_async_context(Browser(Kind.CHAT, access.fingerprint))
     if not await browser.wait_for(bool, SEARCH_SECONDS):
         raise UnavailableError(NOTHING)
     return lambda: sorted(machine.address for machine in browser.found.values())
@@ -79,8 +79,8 @@ async def _search(
 class _Servers:
     """All that serve, and what each said last."""
 
-    def __init__(self, cluster: Cluster, addresses: Callable[[], Sequence[str]]) -> None:
-        self._cluster = cluster
+    def __init__(self, access: ClientAccess, addresses: Callable[[], Sequence[str]]) -> None:
+        self._access = access
         self._addresses = addresses
         self._clients: dict[str, AsyncClient] = {}
         self._last: dict[str, Metrics] = {}
@@ -98,7 +98,7 @@ class _Servers:
     async def _ask(self, address: str) -> Metrics | UniclusterError:
         if address not in self._clients:
             self._clients[address] = AsyncClient(
-                address, cluster=self._cluster, timeout=ANSWER_SECONDS
+                address, cluster=self._access, timeout=ANSWER_SECONDS
             )
         try:
             now = await self._clients[address].measure()

@@ -154,10 +154,13 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 async def serve() -> None:
     """Reads the token from stdin, writes the port to stdout, serves until killed."""
-    identity = Cluster.from_token(sys.stdin.readline()).issue("parrot")
+    cluster = Cluster.from_token(sys.stdin.readline())
+    clients = cluster.client_access.authority.ca_pem
     server = make_server()
     add_ChatServicer_to_server(ScriptedChat(), server)
-    port = bind(server, "", 0, identity)  # everywhere: mDNS gives any address
+    port = bind(
+        server, "", 0, cluster.issue("parrot"), admitted_ca_pem=clients
+    )  # everywhere: mDNS gives any address
     await server.start()
     print(port, flush=True)
     await server.wait_for_termination()

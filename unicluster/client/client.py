@@ -32,7 +32,7 @@ from unicluster.client.answers import (
 )
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import as_error, connect, connect_sync
-from unicluster.cluster.trust import Cluster, Identity, Store, default_name
+from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError
 from unicluster.v1 import chat_pb2 as wire
@@ -56,7 +56,11 @@ class Client:
     """
 
     def __init__(
-        self, server: str | None = None, *, cluster: Cluster | None = None, timeout: float = 10.0
+        self,
+        server: str | None = None,
+        *,
+        cluster: Cluster | ClientAccess | None = None,
+        timeout: float = 10.0,
     ) -> None:
         self._target = _Target(server, cluster, timeout)
         self._channel: grpc.Channel | None = None
@@ -128,7 +132,11 @@ class AsyncClient:
     """The same as Client, for programs with an event loop."""
 
     def __init__(
-        self, server: str | None = None, *, cluster: Cluster | None = None, timeout: float = 10.0
+        self,
+        server: str | None = None,
+        *,
+        cluster: Cluster | ClientAccess | None = None,
+        timeout: float = 10.0,
     ) -> None:
         self._target = _Target(server, cluster, timeout)
         self._channel: grpc.aio.Channel | None = None
@@ -197,14 +205,16 @@ class AsyncClient:
 class _Target:
     """The server to talk to, and who we are."""
 
-    def __init__(self, server: str | None, cluster: Cluster | None, timeout: float) -> None:
+    def __init__(
+        self, server: str | None, cluster: Cluster | ClientAccess | None, timeout: float
+    ) -> None:
         self.timeout = timeout
         self.address = server or os.environ.get("UNICLUSTER_SERVER", "")
-        self._given_cluster = cluster
+        self._cluster = cluster
 
     @cached_property
     def identity(self) -> Identity:
-        return self._cluster.issue(default_name())
+        return self._access.issue(default_name())
 
     async def find(self) -> str:
         """The address: the one given, else that of the first front door that answers."""
@@ -212,7 +222,7 @@ class _Target:
             # Here, because zeroconf is slow to import and an address makes it needless.
             from unicluster.cluster.discovery import Browser, Kind
 
-            async with Browser(Kind.CHAT, self._cluster.fingerprint) as browser:
+            async with Browser(Kind.CHAT, self._access.fingerprint) as browser:
                 if not await browser.wait_for(bool, self.timeout):
                     raise UnavailableError(
                         f"no machine of this cluster was found serving within {self.timeout:g} s: "
@@ -233,8 +243,11 @@ class _Target:
         return self.address
 
     @cached_property
-    def _cluster(self) -> Cluster:
-        return self._given_cluster or Store().require()
+    def _access(self) -> ClientAccess:
+        if self._cluster is None:
+            return Store().require_access()
+        # A member too shows a client's certificate here: it needs no more.
+        return self._cluster.client_access if isinstance(self._cluster, Cluster) else self._cluster
 
 
 def _check_finished(last: Event | None, server: str) -> None:

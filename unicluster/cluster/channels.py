@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from unicluster.cluster.roles import RoleCheck
 from unicluster.cluster.trust import SERVER_NAME, Identity
 from unicluster.errors import (
     BusyError,
@@ -72,21 +73,31 @@ CHANNEL_OPTIONS: _Options = [
 def make_server(
     interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = (),
 ) -> grpc.aio.Server:
-    """A server without ports or services yet. Call it within a running event loop."""
-    return grpc.aio.server(interceptors=list(interceptors), options=SERVER_OPTIONS)
+    """A server without ports or services yet, which checks its callers' roles.
+
+    Call it within a running event loop.
+    """
+    return grpc.aio.server(interceptors=[RoleCheck(), *interceptors], options=SERVER_OPTIONS)
 
 
 def bind(
-    server: grpc.aio.Server, host: str, port: int, identity: Identity, *, flag: str = "--port"
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    identity: Identity,
+    *,
+    admitted_ca_pem: str = "",
+    flag: str = "--port",
 ) -> int:
     """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
 
+    Members are admitted, and holders of certificates of the authority `admitted_ca_pem`.
     Raises InputError when that can't be; it tells to choose another port with `flag`.
     """
     check_free(host, port, flag)
     try:
         return server.add_secure_port(
-            join_address(host or "::", port), identity.server_credentials()
+            join_address(host or "::", port), identity.server_credentials(admitted_ca_pem)
         )
     except RuntimeError:
         raise _taken(host, port, flag) from None

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from unicluster.cluster.trust import SERVER_NAME, Cluster, Store
+from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
 from unicluster.errors import InputError
 
 SCRAPER = "scraper"
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_certificate(cluster: Cluster, folder: Path) -> None:
     """ca.pem, cert.pem and key.pem, for a year. Raises InputError when they can't be written."""
-    identity = cluster.scrapers.issue(SCRAPER)
+    identity = cluster.scrapers.issue(SCRAPER, YEAR, cluster.ca_pem)
     files = {"ca.pem": cluster.ca_pem, "cert.pem": identity.cert_pem, "key.pem": identity.key_pem}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,128 @@
+"""Roles of a cluster's certificates, and the methods that each role may call.
+
+A role is the authority that issued a certificate. It is read from the issuer's name, which TLS
+has proven by then: a certificate verifies only against the authority that it names.
+"""
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
+
+audit = logging.getLogger("unicluster.audit")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Role(StrEnum):
+    """MEMBER: agents, coordinators, workers. CLIENT: chat and status. SCRAPER: metrics."""
+
+    MEMBER = "member"
+    CLIENT = "client"
+    SCRAPER = "scraper"
+
+    def authority_name(self, fingerprint: str) -> str:
+        """Common name of this role's authority in the cluster of that fingerprint."""
+        return f"unicluster {self} {fingerprint}"
+
+
+MEMBERS = frozenset({Role.MEMBER})
+CLIENTS = frozenset({Role.MEMBER, Role.CLIENT})
+
+# Metrics have a port of their own, over HTTPS: no gRPC method is for scrapers.
+_BY_SERVICE = {
+    node_pb2.DESCRIPTOR.services_by_name["Node"]: MEMBERS,
+    weights_pb2.DESCRIPTOR.services_by_name["Weights"]: MEMBERS,
+    stage_pb2.DESCRIPTOR.services_by_name["Stage"]: MEMBERS,
+    chat_pb2.DESCRIPTOR.services_by_name["Head"]: MEMBERS,
+    chat_pb2.DESCRIPTOR.services_by_name["Chat"]: CLIENTS,
+}
+
+WHO_MAY_CALL: dict[str, frozenset[Role]] = {
+    f"/{service.full_name}/{method.name}": roles
+    for service, roles in _BY_SERVICE.items()
+    for method in service.methods
+}
+
+
+def roles_for(method: str) -> frozenset[Role]:
+    """Roles that may call the gRPC method "/package.Service/Method"; members, if it is unknown."""
+    return WHO_MAY_CALL.get(method, MEMBERS)
+
+
+def role_of(context: Context) -> Role | None:
+    """Role of the caller; None without a certificate that names one."""
+    pem = next(iter(context.auth_context().get("x509_pem_cert", [])), None)
+    if pem is None:
+        return None
+    issuer = x509.load_pem_x509_certificate(pem).issuer
+    for attribute in issuer.get_attributes_for_oid(NameOID.COMMON_NAME):
+        _, role, *_ = [*str(attribute.value).split(" "), ""]
+        if role in list(Role):
+            return Role(role)
+    return None
+
+
+class RoleCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
+    """Refuses calls that the caller's role does not allow, before anything is read of them."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler: Handler | None = await continuation(handler_call_details)
+        if handler is None:  # gRPC says that there is no such method
+            return handler  # type: ignore[return-value]
+        method: str = handler_call_details.method
+        return _checked(handler, method, roles_for(method))
+
+
+def _checked(handler: Handler, method: str, allowed: frozenset[Role]) -> Handler:
+    """`handler`, which first looks at who calls."""
+
+    async def check(context: Context) -> None:
+        role = role_of(context)
+        if role in allowed:
+            return
+        audit.warning("refused %s to %s, whose role is %s", method, context.peer(), role)
+        needed = " or ".join(sorted(allowed))
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"{method} is for the role {needed}, and this certificate's role is {role or 'none'}",
+        )
+
+    makers: dict[tuple[bool, bool], tuple[Any, Any]] = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+    }
+    make, behavior = makers[handler.request_streaming, handler.response_streaming]
+
+    async def answer(request: Any, context: Context) -> Any:
+        await check(context)
+        return await behavior(request, context)
+
+    async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+        await check(context)
+        async for response in behavior(request, context):
+            yield response
+
+    # gRPC tells by this whether responses are yielded, or written to the context.
+    yields = inspect.isasyncgenfunction(behavior)
+    made: Handler = make(
+        generate if yields else answer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
