@@ -13,14 +13,16 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy, load_parts
-from node.mlx.stage import Session, Stage
+from node.mlx.stage import Stage, StageCache
 from node.mlx.tensors import encode_tree
+from node.ring.session import Session
 from tests.support.tiny import tiny_config, write_model
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StagePart
 
@@ -35,10 +37,13 @@ class Subject:
 
     stage: Stage
     hidden: int
-    session: Session = field(default_factory=lambda: Session(1, last=True))
+    session: Session[StageCache, Any] = field(init=False)
     walls: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     numbers: int = 0
+
+    def __post_init__(self) -> None:
+        self.session = self.stage.open(1, last=True)
 
     def prefill(self) -> None:
         make = CacheOp(cache=1, make=CacheOp.Make())

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from node.metering.meters import AnswerMeter
 from node.metering.timeline import recording
 from node.metering.trips import Trip, Trips
-from node.mlx.tensors import leaf_bytes
 from node.ring.compute_thread import rested
+from node.ring.leaves import leaf_bytes
 from unicluster.v1.stage_pb2 import Frame
 
 CALLS = 20_000

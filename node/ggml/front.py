@@ -15,7 +15,6 @@ from node.ggml.stage import GgmlStage
 from node.ggml.wire import decode
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
-from node.ring.session import Session
 from unicluster.errors import InputError, StageError
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
@@ -39,7 +38,7 @@ class GgmlFront:
         self.start = 0
         self._recurrent = layers.recurrent
         self._engine = stage
-        self._session = Session(stage=0, last=is_whole)
+        self._session = stage.open(0, last=is_whole)
         self._stage = RemoteStage(0, self._ask, lambda: None)
         self._dropped: deque[int] = deque()
         self._frames = 0

@@ -148,6 +148,11 @@ class Cache:
         for row in self._rows or ():
             self._sequences.own(row, max(row.length - tokens, 0))
 
+    def take(self, other: "Cache") -> None:
+        """Has the rows of another cache instead of its present ones; the other is used up."""
+        self.free()
+        self._rows, other._rows = other._rows, []
+
     def free(self) -> None:
         for row in self._rows or ():
             self._sequences.release(row)

@@ -1,10 +1,8 @@
-"""One remote stage: caches by handle, and the two verbs of an engine, apply and forward."""
+"""A stage of MLX: mlx-lm's caches of its layers, and the forward of a hollow model."""
 
 import copy
-import math
-import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
@@ -14,207 +12,176 @@ from node.mlx.cache_view import Caches
 from node.mlx.hollow import HollowModel
 from node.mlx.kv_quant import quantized
 from node.mlx.memory import give_all_back, give_back
-from node.mlx.prebuilt import Foresight, kind_of_leaves
+from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_leaves
 from node.mlx.rollback import restore, snapshot
-from node.mlx.tensors import decode_tree, encode_tree, leaf_bytes
-from node.ring.session import Session
-from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, Frame, StagePart, StageReport
+from node.mlx.tensors import decode_tree, encode_tree
+from node.ring.frame_server import FrameServer
+from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
+
+if TYPE_CHECKING:
+    from node.ring.cache_table import Leaves
 
 
-class Stage:
-    """Serves frames over one hollow model. All calls come from one thread."""
+class StageCache:
+    """The caches of a stage's layers.
+
+    kind: of the input of the last decode step; empty after anything else. step: the next one,
+    if it was prebuilt.
+    """
+
+    def __init__(self, entries: Caches) -> None:
+        self.entries = entries
+        self.kind: Kind = ()
+        self.step: Step | None = None
+
+
+class Stage(FrameServer[StageCache, Any]):
+    """Serves frames over one hollow model. All calls come from one thread.
+
+    A held result is what leaves the last layer: an array, or a tree of arrays.
+    """
+
+    engine: ClassVar[str] = "mlx"
 
     def __init__(self, hollow: HollowModel, *, foresee: bool = True) -> None:
         """foresee: decode steps are built before their input arrives."""
         self._hollow = hollow
         self._run = hollow.finish if hollow.finishes else hollow.forward
         self._foresight = Foresight(foresee)
-        self.computed_tokens = 0  # of prompts and answers that were computed here
 
-    def serve(self, session: Session, frame: Frame, arrived: float) -> None:
-        """Does this stage's part of a frame, which becomes the frame for the next hop.
-
-        `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
-        Raises whatever the model or a cache raises; the session is then of no more use.
-        """
-        started = time.perf_counter()
-        report = frame.reports.add(
-            stage=session.stage,
-            arrived_s=arrived,
-            queue_s=started - arrived,
-            received_bytes=leaf_bytes(frame.hidden),
-        )
-        freed = False
-        for index, part in enumerate(frame.parts):
-            if part.stage == session.stage:
-                for op in part.ops:
-                    for number in _touched(op):
-                        session.forget_steps(number)
-                    self._apply(session, op, report)
-                    freed |= op.HasField("free")
-                if part.cache:
-                    self._forward(session, part, frame, report)
-                del frame.parts[index]
-                break
-        if session.last:
-            for dropped in frame.dropped:
-                session.held.pop(dropped, None)
-            if frame.claim:
-                held = session.held.pop(frame.claim)
-                if self._hollow.finishes:
-                    held = self._hollow.logits(held)
-                encode_tree(held, frame.hidden)
-        if freed:
-            give_all_back()
-        elif frame.hold:
-            give_back()
-        report.compute_s = time.perf_counter() - started
-
-    def end(self, session: Session) -> None:
-        """Frees all that the session has."""
-        session.clear()
-
-    def look_ahead(self, session: Session) -> None:
-        """Builds the steps that are likely to come: to be called when a frame has left."""
-        while session.due:
-            number = session.due.popleft()
-            kind = session.kinds.get(number)
-            if kind and number not in session.foreseen:
-                step = self._foresight.step(kind, session.caches[number], self._run)
-                if step is not None:
-                    session.foreseen[number] = step
-
-    def _forward(
-        self, session: Session, part: StagePart, frame: Frame, report: StageReport
-    ) -> None:
-        number = part.cache
-        self.computed_tokens += math.prod(frame.hidden[0].tensor.shape[:2])
-        keeps = session.last and frame.hold
-        kind = kind_of_leaves(frame.hidden) if not frame.hold else ()
-        step = session.foreseen.pop(number, None)
+    def forward(self, cache: StageCache, hidden: "Leaves", *, prefill: bool) -> bool:
+        kind = () if prefill else kind_of_leaves(hidden)
+        step, cache.step = cache.step, None
         if step is not None and step.kind == kind:
-            step.blank.fill(frame.hidden)
-            session.caches[number] = step.after
+            step.blank.fill(hidden)
+            cache.entries = step.after
             result, extra = step.result, step.extra
         else:
             step = None  # it holds on to the caches' arrays, and MLX would copy them
-            tree = decode_tree(frame.hidden)
-            run = self._hollow.forward if keeps else self._run
-            result, extra = run(tree, session.caches[number])
-        caches = session.caches[number]
-        frame.ClearField("hidden")
-        if keeps:
-            # A prefill chunk: nobody may ever read it, so only the caches are computed.
-            session.held[frame.id] = result
-            mx.eval([cache.state for cache in caches], extra)
-        else:
-            encode_tree(result, frame.hidden, extra)
-        if kind and session.kinds.get(number) == kind:
-            session.due.append(number)
-        session.kinds[number] = kind
-        report.trimmable = all(cache.is_trimmable() for cache in caches)
-        report.size = _size(caches)
+            result, extra = self._run(decode_tree(hidden), cache.entries)
+        del hidden[:]
+        encode_tree(result, hidden, extra)
+        again = bool(kind) and cache.kind == kind
+        cache.kind = kind
+        return again
 
-    def _apply(self, session: Session, op: CacheOp, report: StageReport) -> None:
-        caches = session.caches
-        kind = op.WhichOneof("op")
-        if kind == "make":
-            caches[op.cache] = self._hollow.cache_view.make()
-        elif kind == "merge":
-            rows = zip(*(caches[source] for source in op.merge.sources), strict=True)
-            caches[op.cache] = [row[0].merge(list(row)) for row in rows]
-        elif kind == "filter":
-            for cache in caches[op.cache]:
-                cache.filter(list(op.filter.rows))
-        elif kind == "extend":
-            for cache, other in zip(caches[op.cache], caches[op.extend.other], strict=True):
-                cache.extend(other)
-        elif kind == "extract":
-            source = caches[op.extract.source]
-            extracted = [cache.extract(op.extract.row) for cache in source]
-            # Else it would hold on to the whole batch.
-            mx.eval([cache.state for cache in extracted])
-            caches[op.cache] = extracted
-        elif kind == "prepare":
-            for cache in caches[op.cache]:
-                cache.prepare(**_prepare_arguments(op.prepare))
-        elif kind == "finalize":
-            for cache in caches[op.cache]:
-                cache.finalize()
-            mx.eval([cache.state for cache in caches[op.cache]])
-        elif kind == "trim":
-            for cache in caches[op.cache]:
-                cache.trim(op.trim.tokens)
-        elif kind == "copy":
-            caches[op.cache] = copy.deepcopy(caches[op.copy.source])
-        elif kind == "free":
-            caches.pop(op.cache, None)
-        elif kind == "query":
-            report.answer.CopyFrom(_answer(caches.get(op.cache), len(caches)))
-        elif kind == "fetch":
-            entry = caches[op.cache][op.fetch.entry]
-            report.state.kind = type(entry).__name__
-            encode_tree(entry.state, report.state.state)
-        elif kind == "store":
-            caches[op.cache][op.store.entry] = _stored(op.store)
-        elif kind == "quantize":
-            source, asked = caches[op.quantize.source], op.quantize
-            made = quantized(copy.deepcopy(source), asked.bits, asked.group_size)
-            mx.eval([cache.state for cache in made])
-            caches[op.cache] = made
-        elif kind == "snapshot":
-            caches[op.cache] = snapshot(caches[op.snapshot.source])
-        elif kind == "restore":
-            saved = caches.pop(op.restore.snapshot)
-            restore(caches[op.cache], saved, op.restore.tokens)
-        else:
-            raise ValueError(f"unknown cache operation {kind}")
+    def hold(self, cache: StageCache, hidden: "Leaves") -> Any:
+        # Nobody may ever read the result of a prefill chunk, so only the caches are computed.
+        self.touch(cache)
+        result, extra = self._hollow.forward(decode_tree(hidden), cache.entries)
+        del hidden[:]
+        mx.eval(_states(cache), extra)
+        return result
+
+    def claim(self, held: Any, hidden: "Leaves") -> None:
+        encode_tree(self._hollow.logits(held) if self._hollow.finishes else held, hidden)
+
+    def prebuild(self, cache: StageCache) -> None:
+        if cache.kind and cache.step is None:
+            cache.step = self._foresight.step(cache.kind, cache.entries, self._run)
+
+    def tidy(self, *, freed: bool, prefill: bool) -> None:
+        if freed:
+            give_all_back()
+        elif prefill:
+            give_back()
+
+    def touch(self, cache: StageCache) -> None:
+        """Forgets the next step, which would not know of the change."""
+        cache.kind, cache.step = (), None
+
+    def make(self) -> StageCache:
+        return StageCache(self._hollow.cache_view.make())
+
+    def merge(self, sources: Sequence[StageCache]) -> StageCache:
+        rows = zip(*(source.entries for source in sources), strict=True)
+        return StageCache([row[0].merge(list(row)) for row in rows])
+
+    def filter(self, cache: StageCache, rows: Sequence[int]) -> None:
+        for entry in cache.entries:
+            entry.filter(list(rows))
+
+    def extend(self, cache: StageCache, other: StageCache) -> None:
+        for entry, more in zip(cache.entries, other.entries, strict=True):
+            entry.extend(more)
+
+    def extract(self, cache: StageCache, row: int) -> StageCache:
+        extracted = StageCache([entry.extract(row) for entry in cache.entries])
+        mx.eval(_states(extracted))  # else it would hold on to the whole batch
+        return extracted
+
+    def prepare(self, cache: StageCache, padding: CacheOp.Prepare) -> None:
+        named = {
+            "left_padding": list(padding.left_padding),
+            "lengths": list(padding.lengths),
+            "right_padding": list(padding.right_padding),
+        }
+        for entry in cache.entries:
+            entry.prepare(**{name: values for name, values in named.items() if values})
+
+    def finalize(self, cache: StageCache) -> None:
+        for entry in cache.entries:
+            entry.finalize()
+        mx.eval(_states(cache))
+
+    def trim(self, cache: StageCache, tokens: int) -> None:
+        for entry in cache.entries:
+            entry.trim(tokens)
+
+    def copy(self, cache: StageCache) -> StageCache:
+        return StageCache(copy.deepcopy(cache.entries))
+
+    def free(self, cache: StageCache) -> None:
+        """Nothing: the garbage collector frees it."""
+
+    def query(self, cache: StageCache) -> CacheAnswer:
+        return CacheAnswer(
+            trimmable=self.trimmable(cache),
+            size=self.size(cache),
+            nbytes=sum(entry.nbytes for entry in cache.entries),
+            empty=all(entry.empty() for entry in cache.entries),
+            entries=len(cache.entries),
+        )
+
+    def fetch(self, cache: StageCache, entry: int, into: CacheState) -> None:
+        saved = cache.entries[entry]
+        into.kind = type(saved).__name__
+        encode_tree(saved.state, into.state)
+
+    def store(self, cache: StageCache, entry: int, kind: str, state: "Leaves") -> None:
+        """Only mlx-lm's own cache classes are made."""
+        cache.entries[entry] = _cache_class(kind).from_state(decode_tree(state))
+
+    def quantize(self, cache: StageCache, bits: int, group_size: int) -> StageCache:
+        made = StageCache(quantized(copy.deepcopy(cache.entries), bits, group_size))
+        mx.eval(_states(made))
+        return made
+
+    def snapshot(self, cache: StageCache) -> StageCache:
+        return StageCache(snapshot(cache.entries))
+
+    def restore(self, cache: StageCache, snapshot: StageCache, tokens: int) -> None:
+        restore(cache.entries, snapshot.entries, tokens)
+
+    def trimmable(self, cache: StageCache) -> bool:
+        return all(entry.is_trimmable() for entry in cache.entries)
+
+    def size(self, cache: StageCache) -> int:
+        """Tokens, as far as the entries count them: state-space caches don't."""
+        return max((_tokens(entry) for entry in cache.entries), default=0)
 
 
-def _touched(op: CacheOp) -> Iterator[int]:
-    """The caches that an operation reads or changes."""
-    yield op.cache
-    yield from op.merge.sources
-    yield from (op.extend.other, op.extract.source, op.copy.source)
-    yield from (op.quantize.source, op.snapshot.source, op.restore.snapshot)
+def _cache_class(kind: str) -> Any:
+    made = getattr(mlx_cache, kind, None)
+    if not (isinstance(made, type) and issubclass(made, mlx_cache._BaseCache)):
+        raise ValueError(f"{kind!r} is no cache class of this mlx-lm")
+    return made
 
 
-def _answer(caches: Caches | None, live: int) -> CacheAnswer:
-    if caches is None:
-        return CacheAnswer(live=live)
-    return CacheAnswer(
-        trimmable=all(cache.is_trimmable() for cache in caches),
-        size=_size(caches),
-        nbytes=sum(cache.nbytes for cache in caches),
-        empty=all(cache.empty() for cache in caches),
-        entries=len(caches),
-        live=live,
-    )
+def _states(cache: StageCache) -> list[Any]:
+    return [entry.state for entry in cache.entries]
 
 
-def _size(caches: Caches) -> int:
-    """Tokens in it, as far as its members count them: state-space caches don't."""
-    return max((_tokens(cache) for cache in caches), default=0)
-
-
-def _tokens(cache: Any) -> int:
+def _tokens(entry: Any) -> int:
     # mlx-lm's quantized caches say 0.
-    return int(cache.offset if isinstance(cache, QuantizedKVCache) else cache.size())
-
-
-def _prepare_arguments(prepare: CacheOp.Prepare) -> dict[str, list[int]]:
-    named = {
-        "left_padding": list(prepare.left_padding),
-        "lengths": list(prepare.lengths),
-        "right_padding": list(prepare.right_padding),
-    }
-    return {name: values for name, values in named.items() if values}
-
-
-def _stored(store: CacheOp.Store) -> Any:
-    """A cache made from a saved state. Only mlx-lm's own cache classes are made."""
-    kind: Any = getattr(mlx_cache, store.kind, None)
-    known = isinstance(kind, type) and issubclass(kind, mlx_cache._BaseCache)
-    if not known:
-        raise ValueError(f"{store.kind!r} is no cache class of this mlx-lm")
-    return kind.from_state(decode_tree(store.state))
+    return int(entry.offset if isinstance(entry, QuantizedKVCache) else entry.size())

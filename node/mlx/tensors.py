@@ -1,7 +1,6 @@
 """Trees of MLX arrays to and from their wire form: raw bytes with dtype and shape."""
 
 import json
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ _NUMPY: dict[str, Any] = {
     "bfloat16": np.uint16,
     "complex64": np.complex64,
 }
-_SIZES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()}
 # mlx's dtypes by the names they have on the wire, and the names by dtype.
 DTYPES: dict[str, mx.Dtype] = {
     name: getattr(mx, "bool_" if name == "bool" else name) for name in _NUMPY
@@ -69,12 +67,6 @@ def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]", also
 def decode_tree(leaves: Iterable[Leaf]) -> Any:
     """The tree again; tuples come back as lists."""
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
-
-
-def leaf_bytes(leaves: Iterable[Leaf]) -> int:
-    """The bytes of their arrays, told from shapes: looking at the data would copy it."""
-    tensors = [leaf.tensor for leaf in leaves]
-    return sum([math.prod(tensor.shape) * _SIZES.get(tensor.dtype, 0) for tensor in tensors])
 
 
 def _bits(array: mx.array) -> Any:

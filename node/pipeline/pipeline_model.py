@@ -14,9 +14,10 @@ from mlx_lm.models.cache import CacheList
 from node.metering.timeline import Timeline, recording
 from node.metering.trips import Trip, Trips
 from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
-from node.mlx.tensors import decode_tree, encode_tree, leaf_bytes
+from node.mlx.tensors import decode_tree, encode_tree
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.ring.leaves import leaf_bytes
 from node.ring.ring import PrefillWindow, Reply, Ring, Window
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 

@@ -1,52 +1,50 @@
-"""What the two sides of a stage agree on: the engine's two verbs, and a head's book with it."""
+"""One head's caches and held results on a stage, and the engine behind a stage's service."""
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+from node.ring.cache_table import C, CacheTable
 from unicluster.v1.stage_pb2 import Frame
 
+H = TypeVar("H")  # an engine's result that waits until it is claimed
 
-class Session:
-    """What one head has on this stage: its caches, and results kept until claimed."""
 
-    def __init__(self, stage: int, last: bool) -> None:
+class Session(Generic[C, H]):
+    """The state of one head on this stage.
+
+    stage: its index in the ring, from 0 at the head. last: nothing follows it in the ring.
+    held: results by the number of their frame, until they are claimed or dropped.
+    due: caches whose next decode step may be prebuilt.
+    """
+
+    def __init__(self, stage: int, last: bool, caches: CacheTable[C]) -> None:
         self.stage = stage
         self.last = last
-        self.caches: dict[int, Any] = {}
-        self.held: dict[int, Any] = {}
-        # By cache: the kind of what it was last stepped with, and the next step if it is such.
-        self.kinds: dict[int, Any] = {}
-        self.foreseen: dict[int, Any] = {}
-        self.due: deque[int] = deque()  # caches of which a step may be foreseen
-
-    def forget_steps(self, cache: int) -> None:
-        """The next step over a cache can't be foreseen any more."""
-        self.kinds.pop(cache, None)
-        self.foreseen.pop(cache, None)
-
-    def clear(self) -> None:
-        """Lets go of everything."""
-        for kept in (self.caches, self.held, self.kinds, self.foreseen, self.due):
-            kept.clear()
+        self.caches = caches
+        self.held: dict[int, H] = {}
+        self.due: deque[int] = deque()
 
 
 class StageEngine(Protocol):
-    """Computes a stage's layers. All calls come from one thread.
+    """Computes a stage's layers. All calls but `open` come from one thread.
 
     `computed_tokens` of prompts and answers went through them until now.
     """
 
     computed_tokens: int
 
-    def serve(self, session: Session, frame: Frame, arrived: float) -> None:
+    def open(self, stage: int, last: bool) -> Session[Any, Any]:
+        """A new session, for the stage of that index."""
+
+    def serve(self, session: Session[Any, Any], frame: Frame, arrived: float) -> None:
         """Does this stage's part of a frame, which becomes the frame for the next hop.
 
         `arrived` is the time (perf_counter seconds) at which the frame reached the machine.
         Raises whatever a forward or a cache raises; the session is then of no more use.
         """
 
-    def look_ahead(self, session: Session) -> None:
-        """Prepares what is likely to come: called when a frame has left."""
+    def look_ahead(self, session: Session[Any, Any]) -> None:
+        """Prepares the steps that are likely to come: called when a frame has left."""
 
-    def end(self, session: Session) -> None:
+    def end(self, session: Session[Any, Any]) -> None:
         """Frees all that the session has."""

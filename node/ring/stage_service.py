@@ -33,8 +33,8 @@ Context = grpc.aio.ServicerContext[HopMessage, HopMessage]
 class _LiveSession:
     """A session with its way out and the error that ended it, if one did."""
 
-    def __init__(self, stage: int, last: bool) -> None:
-        self.session = Session(stage, last)
+    def __init__(self, session: Session[Any, Any]) -> None:
+        self.session = session
         self.outgoing: asyncio.Queue[HopMessage | None] = asyncio.Queue()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
@@ -84,7 +84,7 @@ class StageService(StageServicer):
             self._look_ahead(live)
 
     async def _serve_session(self, opening: Open, context: Context) -> None:
-        live = _LiveSession(opening.stage, last=not opening.route)
+        live = _LiveSession(self._stage.open(opening.stage, last=not opening.route))
         self._sessions[opening.session] = live
         tasks: list[asyncio.Task[None]] = []
         try:

@@ -23,7 +23,6 @@ from node.ggml.layout import cache_bytes
 from node.ggml.library import computes_on_cpu, llama
 from node.ggml.load import Part, load, open_gguf, stage_file
 from node.pipeline.pipeline_model import PipelineModel
-from node.ring.session import Session
 from tests.support.tiny_gguf import ARCHITECTURES, write_gguf
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.checkpoints.gguf import read_header
@@ -71,7 +70,7 @@ class Hop:
         file = stage_file(tiny.gguf, checkpoint, tiny.folder / "stages", part)
         self.index = index
         self.stage = load(tiny.gguf, tiny.folder, file, part).stage
-        self.session = Session(index, last=part.finishes)
+        self.session = self.stage.open(index, last=part.finishes)
 
     def serve(self, given: Any = None, cache: int = 0, *ops: CacheOp, **fields: Any) -> Frame:
         """The frame after the stage's part of it. `given`: token ids or hidden states."""

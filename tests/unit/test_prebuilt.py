@@ -1,6 +1,7 @@
 """Steps built before their input is there: the same bits, and no trace of those not used."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from node.mlx.prebuilt import (
     take_place,
     twins,
 )
-from node.mlx.stage import Session, Stage
+from node.mlx.stage import Stage
 from node.mlx.tensors import DTYPES, decode_tree, encode_tree
 from tests.support import zoo
 from tests.support.tiny import tiny_config, write_model
@@ -173,7 +174,7 @@ class Head:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.session = Session(1, last=True)
+        self.session = stage.open(1, last=True)
         self.replies: list[bytes] = []
         self.used = 0
         self._numbers = 0
@@ -195,7 +196,8 @@ class Head:
         return frame
 
     def _is_foreseen(self, cache: int, frame: Frame, ops: tuple[CacheOp, ...]) -> bool:
-        step = self.session.foreseen.get(cache)
+        caches = self.session.caches
+        step = caches[cache].step if cache in caches else None
         return not ops and step is not None and step.kind == kind_of_leaves(frame.hidden)
 
 
@@ -259,12 +261,15 @@ def test_freed_caches_leave_no_step_behind(hollow: HollowModel) -> None:
     head.send(1, make(1))
     head.send(1)
     head.send(1)
-    assert head.session.foreseen
+    step = head.session.caches[1].step
+    assert step is not None
+    left = weakref.ref(step)
+    del step
 
     head.send(2, CacheOp(cache=1, free=CacheOp.Free()), make(2))
 
-    assert 1 not in head.session.foreseen
-    assert 1 not in head.session.kinds
+    assert 1 not in head.session.caches
+    assert left() is None
 
 
 def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
@@ -282,7 +287,7 @@ def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
         for _ in range(4):
             head.send(1)
         peaks.append(mx.get_peak_memory() - before)
-        size = sum(cache.nbytes for cache in head.session.caches[1])
+        size = sum(cache.nbytes for cache in head.session.caches[1].entries)
         assert (head.used > 0) == foresee
 
     assert peaks[1] < peaks[0] + size / 100
