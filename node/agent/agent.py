@@ -225,8 +225,8 @@ class Agent(NodeServicer):
                     ready = ready or event["event"] == "ready"
                     if event["event"] == "tokens":
                         self.computed_tokens += event["more"]
-                    if (told := _told(event)) is not None:
-                        yield told
+                    if (progress := _stage_event(event)) is not None:
+                        yield progress
                 ended = await worker.exit()
             finally:
                 # The coordinator may have gone in the middle: the worker must not stay.
@@ -337,7 +337,8 @@ def _of(request: InspectRequest, manifest: Manifest) -> InspectRequest:
     )
 
 
-def _told(event: dict[str, Any]) -> StageEvent | None:
+def _stage_event(event: dict[str, Any]) -> StageEvent | None:
+    """A worker's event as the coordinator gets it, if it is for the coordinator."""
     if event["event"] == "progress":
         return StageEvent(
             progress=LoadProgress(

@@ -1,8 +1,8 @@
 """A stage worker: the process that holds layers. Started by an agent or by `unicluster.load`.
 
-It reads its configuration, certificate included, as one line of JSON from standard input,
-writes events as lines of JSON to standard output, logs to standard error, and ends when
-standard input closes: a worker never outlives who started it.
+It reads its configuration, certificate included, as one line of JSON from standard input, sends
+events and log records to the file descriptor whose number is its argument, and ends when standard
+input closes: a worker never outlives who started it. Only libraries print.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from node.ring.session import StageEngine
 from node.ring.stage_service import StageService
 from node.weights.fetch import describe, fetch, is_whole
 from node.weights.sources import Sources
+from node.worker.channel import emit, open_channel
 from node.worker.config import WorkerConfig
 from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat, make_engine
@@ -63,11 +64,6 @@ class Loaded:
     stage: StageEngine | None = None
     front: Any = None
     engine: Engine | None = None
-
-
-def emit(event: str, **values: Any) -> None:
-    """Tells whoever started this worker something."""
-    print(json.dumps({"event": event, **values}), file=sys.__stdout__, flush=True)
 
 
 def teller() -> Callable[[int, int], None]:
@@ -206,11 +202,11 @@ async def serve(config: WorkerConfig) -> None:
         meter = loaded.stage
         add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
     await server.start()
-    emit("ready", port=port, weight_bytes=loaded.weight_bytes)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    emit("ready", port=port, weight_bytes=loaded.weight_bytes)
     counting = asyncio.create_task(tell_tokens(meter))
     await ended.wait()
     counting.cancel()
@@ -223,9 +219,11 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if len(sys.argv) != 2:
+        sys.exit("node.worker: started by `unicluster join` and unicluster.load only")
+    open_channel(int(sys.argv[1]))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    sys.stdout = sys.stderr  # libraries print, and standard output is for events
+    sys.stdout = sys.stderr  # it goes to the same place, and line by line
     config = WorkerConfig(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -6,19 +6,28 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from node.worker.config import WorkerConfig
+from node.worker.lines import LineReader
+from node.worker.report import WorkerReport
 
 log = logging.getLogger("unicluster.worker")
 
-STDERR_LINES = 20
+# Gets the number of the file descriptor that its events go to as its last argument.
+COMMAND = (sys.executable, "-m", "node.worker")
+
 STOP_SECONDS = 5.0
+# A worker that ends closes its channel a moment before it is gone.
+CLOSED_SECONDS = 5.0
+# For the last bytes of a process that has ended. Its children may hold the pipes open for longer.
+DRAIN_SECONDS = 1.0
+REASON_CHARS = 500
 
 # What MLX, Metal and the C++ runtime say when an allocation fails.
 _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "memoryerror")
@@ -26,7 +35,7 @@ _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "mem
 
 @dataclass(frozen=True)
 class Exit:
-    """Why a worker ended, in one line, with the end of what it wrote to standard error."""
+    """Why a worker ended, in one line, with the end of what it logged and printed."""
 
     reason: str
     stderr_tail: tuple[str, ...]
@@ -36,56 +45,71 @@ class Exit:
 class WorkerProcess:
     """One child process. `events` ends when the process does; then `exit` says why."""
 
-    def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        report: WorkerReport,
+        transports: Sequence[asyncio.BaseTransport],
+    ) -> None:
+        """`transports`: this end of all that the worker reads and writes."""
         self._process = process
-        self._name = name
-        self._tail: deque[str] = deque(maxlen=STDERR_LINES)
-        self._failure: str | None = None
+        self._report = report
+        self._transports = transports
         self._stopped = False
         self._kills_before = _oom_kills()
-        self._reader = asyncio.create_task(self._read_stderr())
+        self._ending = asyncio.create_task(self._end())
 
     @classmethod
-    async def start(cls, config: WorkerConfig) -> "WorkerProcess":
-        """Starts a worker. Its certificate goes through the pipe, never the command line."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "node.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in the terminal is for the agent, which stops us
-            env=_environment(),
-        )
-        worker = cls(process, f"{config.node}, layers {config.first_layer}-{config.end_layer - 1}")
-        # One that ended at once has closed its pipe; `exit` tells why it ended.
-        if process.stdin is not None and not process.stdin.is_closing():
+    async def start(cls, config: WorkerConfig, command: Sequence[str] = COMMAND) -> "WorkerProcess":
+        """Starts a worker. Its certificate goes through a socket, never the command line."""
+        report = WorkerReport(f"{config.node}, layers {config.first_layer}-{config.end_layer - 1}")
+        loop = asyncio.get_running_loop()
+        # Not asyncio's own pipes, with which it waits for the worker's children as well.
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            ours_in, stdin = socket.socketpair()
+            theirs.callback(stdin.close)
+            giving, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours_in)
+            ours.callback(giving.close)
+            channel, events = await _read_pipe(report.channel)
+            theirs.callback(os.close, channel)
+            ours.callback(events.close)
+            output, printed = await _read_pipe(report.output)
+            theirs.callback(os.close, output)
+            ours.callback(printed.close)
+            process = await asyncio.create_subprocess_exec(
+                *(*command, str(channel)),
+                stdin=stdin.fileno(),
+                stdout=output,
+                stderr=output,
+                pass_fds=(channel,),
+                start_new_session=True,  # Ctrl-C in the terminal is for the agent, which stops us
+                env=_environment(),
+            )
+            worker = cls(process, report, (giving, events, printed))
+            ours.pop_all()
+        # One that ended at once has closed its end; `exit` tells why it ended.
+        if not giving.is_closing():
             # Not drained: it is small, and who is cancelled here would leave the worker behind.
-            process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
+            giving.write(json.dumps(asdict(config)).encode() + b"\n")
         return worker
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """What the worker tells: progress, ready, failed."""
-        if self._process.stdout is None:
-            return
-        async for line in self._process.stdout:
-            event = json.loads(line)
-            if event["event"] == "failed":
-                self._failure = event["reason"]
-            yield event
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """What the worker reports: fetching, progress, ready, tokens, failed."""
+        return self._report.events()
 
     async def exit(self) -> Exit:
         """Waits for the end of the process and says why it came."""
         code = await self._process.wait()
-        await self._reader
-        tail = tuple(self._tail)
+        await asyncio.shield(self._ending)
+        tail = self._report.tail
         killed = code == -signal.SIGKILL and _oom_kills() > self._kills_before
         said = any(words in line.lower() for words in _OUT_OF_MEMORY for line in tail)
-        if self._failure is not None:
-            reason = self._failure
+        if self._report.failure is not None:
+            reason = self._report.failure
         elif self._stopped:
             reason = "stopped"
         elif killed:
@@ -94,13 +118,17 @@ class WorkerProcess:
             reason = f"ended by signal {-code} ({signal.Signals(-code).name})"
         else:
             reason = f"exited with code {code}"
-            if tail:
-                reason += f": {tail[-1]}"
+            if last := self._report.last_printed or "".join(tail[-1:]):
+                reason += f": {last[:REASON_CHARS]}"
         return Exit(reason, tail, killed or (said and not self._stopped))
 
     async def stop(self) -> None:
         """Ends the process, gently for a few seconds, and waits until it is gone."""
         self._stopped = True
+        await self._terminate()
+        await asyncio.shield(self._ending)
+
+    async def _terminate(self) -> None:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
@@ -110,23 +138,55 @@ class WorkerProcess:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
         await self._process.wait()
-        await self._reader
 
-    async def _read_stderr(self) -> None:
-        if self._process.stderr is None:
-            return
-        async for raw in self._process.stderr:
-            line = raw.decode(errors="replace").rstrip()
-            self._tail.append(line)
-            log.info("[%s] %s", self._name, line)
+    async def _end(self) -> None:
+        """Ends the events with the process, and a process whose channel is of no more use."""
+        try:
+            await self._ended()
+        finally:
+            for transport in self._transports:
+                transport.close()
+            self._report.end()
+
+    async def _ended(self) -> None:
+        report = self._report
+        exited = asyncio.create_task(self._process.wait())
+        waiting = [
+            asyncio.create_task(report.broken.wait()),
+            asyncio.create_task(report.channel.closed.wait()),
+        ]
+        await asyncio.wait([exited, *waiting], return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if not report.broken.is_set():
+            await asyncio.wait([exited], timeout=CLOSED_SECONDS)
+        if not exited.done():
+            report.break_off("closed its event channel, and did not end")
+            await self._terminate()
+        await exited
+        closed = (report.channel.closed.wait(), report.output.closed.wait())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*closed), DRAIN_SECONDS)
+
+
+async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
+    """A new pipe that `reader` reads: the file descriptor to write to, and the reading end."""
+    source, sink = os.pipe()
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: reader, os.fdopen(source, "rb", 0))
+    return sink, transport
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, with the project importable wherever the agent was started."""
+    """This process's environment, with the project importable wherever the agent was started.
+
+    gRPC prints each client that it refuses: only for who debugs.
+    """
     root = str(Path(__file__).parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     path = os.pathsep.join(path for path in paths if path)
-    return {**os.environ, "PYTHONPATH": path}
+    quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
+    return {**quiet, **os.environ, "PYTHONPATH": path}
 
 
 def _oom_kills() -> int:

@@ -1,0 +1,102 @@
+"""All that a worker says while it runs: events, log records, and what it prints."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from node.worker.events import is_known, parse_event
+from node.worker.lines import LineReader, Tail, printable
+
+log = logging.getLogger("unicluster.worker")
+
+# A longer line of the channel is no event. Printed lines come in pieces that a log can show.
+EVENT_BYTES = 16 * 2**20
+PRINTED_BYTES = 8 * 2**10
+TAIL_LINES = 20
+TAIL_CHARS = 32 * 2**10
+# Events that nobody has asked for yet. The oldest go first: a worker never waits for a reader.
+PENDING_EVENTS = 1000
+
+
+class WorkerReport:
+    """Two streams of a worker: `channel` brings its events, `output` what it prints.
+
+    Log records come through the channel and appear in this process's log with their level and
+    logger, behind the worker's name; what is printed appears there at level INFO.
+
+    failure: the reason that the worker gave for its end, or what is wrong with its channel.
+    broken: whether nothing more can be learned from its channel.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._tail = Tail(TAIL_LINES, TAIL_CHARS)
+        self.channel = LineReader(EVENT_BYTES, self._on_event, self._on_partial_event)
+        self.output = LineReader(PRINTED_BYTES, self._on_printed, self._on_printed)
+        self.last_printed = ""
+        self.failure: str | None = None
+        self.broken = asyncio.Event()
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last lines that were logged or printed."""
+        return tuple(self._tail)
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Events, but for log records, until `end` is called."""
+        while (event := await self._events.get()) is not None:
+            yield event
+        self.end()  # for whoever else asks
+
+    def end(self) -> None:
+        """Ends `events` after those that have come."""
+        self._events.put_nowait(None)
+
+    def break_off(self, reason: str) -> None:
+        """Takes no more events; `reason` is why, unless the worker gave one."""
+        if self.failure is None:
+            self.failure = reason
+        self.broken.set()
+
+    def _on_event(self, line: bytes) -> None:
+        if self.broken.is_set():
+            return
+        try:
+            event = parse_event(line)
+        except ValueError as error:
+            beginning = printable(line[:40].decode(errors="replace"))
+            self.break_off(f"broke its event channel: {error}: {beginning}")
+            return
+        if not is_known(event):
+            log.debug("[%s] ignored an event of kind %s", self._name, printable(event["event"]))
+        elif event["event"] == "log":
+            self._on_record(event["level"], event["logger"], event["message"])
+        else:
+            self._on_progress(event)
+
+    def _on_progress(self, event: dict[str, Any]) -> None:
+        if event["event"] == "failed":
+            event["reason"] = self.failure = printable(event["reason"])
+        if self._events.qsize() >= PENDING_EVENTS:
+            self._events.get_nowait()
+        self._events.put_nowait(event)
+
+    def _on_partial_event(self, line: bytes) -> None:
+        log.debug("[%s] ended within an event of %d bytes or more", self._name, len(line))
+
+    def _on_record(self, level: str, logger: str, message: str) -> None:
+        lines = [printable(line) for line in message.splitlines()]
+        for line in lines:
+            self._tail.append(line)
+        number = logging.getLevelNamesMapping().get(level, logging.INFO)
+        logging.getLogger(logger).log(number, "[%s] %s", self._name, "\n".join(lines))
+
+    def _on_printed(self, line: bytes) -> None:
+        # Progress bars overwrite their line: its last state is what a terminal would show.
+        shown = line.rstrip().rpartition(b"\r")[2]
+        if text := printable(shown.decode(errors="replace")):
+            self.last_printed = text
+            self._tail.append(text)
+            log.info("[%s] %s", self._name, text)
