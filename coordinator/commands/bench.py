@@ -16,7 +16,9 @@ from coordinator.commands.serve import served
 from coordinator.fleet import local
 from coordinator.models.catalog import resolve
 from coordinator.planning.planner import Layout, least_memory
+from coordinator.serving.events import Events
 from coordinator.serving.options import ServeOptions
+from coordinator.terminal.printer import printing
 from unicluster.benchmark import bench
 from unicluster.benchmark.measure import Ask
 from unicluster.client.client import AsyncClient
@@ -106,7 +108,8 @@ async def _cut_here(args: argparse.Namespace, console: Console) -> AsyncIterator
     if source.model != "demo" and not Path(source.model).is_absolute():
         raise InputError(f"bench --local {args.local} {args.model}: give a directory, or demo")
     users = max(2, *args.users)
-    with local.own_cluster() as cluster:
+    events = Events()
+    with local.own_cluster() as cluster, printing(events, stderr=True) as printer:
         with console.status(f"Looking into {source.display}"):
             request = InspectRequest(model=source.model, users=users)
             layout = Layout.from_proto(await local.inspect(request))
@@ -115,10 +118,11 @@ async def _cut_here(args: argparse.Namespace, console: Console) -> AsyncIterator
         options = ServeOptions(source, users=users, nodes=names, host=local.HOST, port=0)
         async with (
             local.agents(names, memory),
-            served(options, cluster, console) as running,
+            served(options, cluster, events) as running,
             baselines(source.model, args.local) as (others, remarks),
             AsyncClient(running.address, cluster=cluster) as client,
         ):
+            await printer.caught_up()
             yield _Subject(client, others, remarks)
 
 

@@ -10,7 +10,9 @@ from coordinator.commands.serve import served
 from coordinator.fleet import local
 from coordinator.models.catalog import resolve
 from coordinator.planning.placement import Layout
+from coordinator.serving.events import Events, Follower
 from coordinator.serving.options import ServeOptions
+from coordinator.terminal.printer import printing
 from unicluster.chat.command import chat
 from unicluster.cluster.trust import Cluster
 from unicluster.v1.node_pb2 import InspectRequest
@@ -27,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = " ".join(args.prompt).strip() or None
-    with local.own_cluster() as cluster:
-        return asyncio.run(_demo(cluster, prompt))
+    events = Events()
+    with local.own_cluster() as cluster, printing(events) as printer:
+        return asyncio.run(_demo(cluster, prompt, events, printer))
 
 
-async def _demo(cluster: Cluster, prompt: str | None) -> int:
+async def _demo(cluster: Cluster, prompt: str | None, events: Events, printer: Follower) -> int:
     console = Console()
     main = asyncio.current_task()
     if main is not None:
@@ -48,7 +51,8 @@ async def _demo(cluster: Cluster, prompt: str | None) -> int:
         options = ServeOptions(
             source=resolve("demo"), context=CONTEXT, nodes=list(MACHINES), host=local.HOST, port=0
         )
-        async with served(options, cluster, console) as running:
+        async with served(options, cluster, events) as running:
+            await printer.caught_up()
             console.print()
             await chat(running.address, prompt)
     return 0

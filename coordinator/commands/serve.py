@@ -9,13 +9,20 @@ from collections.abc import AsyncIterator
 from typing import get_args
 
 import grpc
-from rich.console import Console
 
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import QUANTS
-from coordinator.planning.placement import Objective, Plan
-from coordinator.serving.deployment import Listener
+from coordinator.planning.placement import Objective
 from coordinator.serving.engine_options import add_engine_arguments, models_of
+from coordinator.serving.events import (
+    Events,
+    Inspected,
+    Inspecting,
+    Listening,
+    MachinesFound,
+    Searching,
+    Unloading,
+)
 from coordinator.serving.gateway import Front
 from coordinator.serving.generation_options import add_serving_arguments, serving_of
 from coordinator.serving.inspected import inspected
@@ -23,7 +30,7 @@ from coordinator.serving.offer import Offered, offer
 from coordinator.serving.options import DEFAULT_PORT, ServeOptions
 from coordinator.serving.service import Service
 from coordinator.serving.telemetry import root_of, tell
-from coordinator.terminal.plan import LoadProgress, fleet_table, plan_table
+from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.discovery import Advertisement, Kind
 from unicluster.cluster.systemd import notify
@@ -115,18 +122,19 @@ def run(args: argparse.Namespace) -> int:
         broker=chosen_broker(args.mqtt),
         metrics_port=args.metrics_port,
     )
-    return asyncio.run(_serve(options))
+    events = Events()
+    with printing(events):
+        return asyncio.run(_serve(options, events))
 
 
-async def _serve(options: ServeOptions) -> int:
+async def _serve(options: ServeOptions, events: Events) -> int:
     cluster = Store().require()
-    console = Console()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     stopping = asyncio.create_task(stop.wait())
     async with contextlib.AsyncExitStack() as stack:
-        starting = asyncio.create_task(stack.enter_async_context(served(options, cluster, console)))
+        starting = asyncio.create_task(stack.enter_async_context(served(options, cluster, events)))
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
@@ -134,14 +142,14 @@ async def _serve(options: ServeOptions) -> int:
             return 0
         running = starting.result()
         notify(f"READY=1\nSTATUS={options.source.display} at {running.address}")
-        _say_where(console, options, running)
+        events.publish(Listening(options.source.display, running.address, running.metrics))
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
             ended.result()
         ended.cancel()
         notify("STOPPING=1")
-        console.print("Unloading.")
+        events.publish(Unloading(options.source.display))
     return 0
 
 
@@ -162,13 +170,11 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def served(
-    options: ServeOptions, cluster: Cluster, console: Console
-) -> AsyncIterator[Running]:
+async def served(options: ServeOptions, cluster: Cluster, events: Events) -> AsyncIterator[Running]:
     """Everything `serve` does, until the block is left: then all is unloaded.
 
-    Prints the fleet, the plan and the progress of loading. The port is taken first, so that a
-    taken one is said before anything loads.
+    `events` tell of it as it goes. The port is taken first, so that a taken one is reported
+    before anything loads.
     """
     identity = cluster.issue(default_name())
     server = make_server()
@@ -189,7 +195,7 @@ async def served(
         Members(cluster, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
     ):
-        service = await _planned(options, members, identity, console, offered)
+        service = await _inspected(options, members, identity, events, offered)
         front.service = service
         if options.broker is not None:
             publisher = Publisher(options.broker, cluster, root_of(options.source.display))
@@ -243,41 +249,23 @@ async def _measured(
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 
-async def _planned(
+async def _inspected(
     options: ServeOptions,
     members: Members,
     identity: Identity,
-    console: Console,
+    events: Events,
     offered: Offered,
 ) -> Service:
-    with console.status("Looking for machines"):
-        await members.search(options.nodes)
-        machines = await members.machines()
-    console.print(fleet_table(machines))
+    """The service of a model whose sizes are known, over the machines that answer."""
+    events.publish(Searching())
+    await members.search(options.nodes)
+    machines = await members.machines()
+    events.publish(MachinesFound(tuple(machines)))
     source, gguf = options.source, options.gguf
     sources = [*offered.sources, *(machine.address for machine in machines)]
-    with console.status(f"Looking into {source.display}"):
-        found = await inspected(options, members, offered.revisions, sources)
-    bars = contextlib.ExitStack()
-
-    def on_plan(placed: Plan) -> Listener:
-        bars.close()
-        console.print(plan_table(placed, found.forms, source.display))
-        progress = bars.enter_context(LoadProgress(placed, console))
-        loading = {stage.machine.name for stage in placed.stages}
-
-        def on_ready(name: str) -> None:
-            progress.ready(name)
-            loading.discard(name)
-            if not loading:
-                bars.close()
-
-        def on_failed(name: str, reason: str) -> None:
-            progress.failed(name, reason)
-            bars.close()
-
-        return Listener(progress=progress.update, ready=on_ready, failed=on_failed)
-
+    events.publish(Inspecting(source.display))
+    found = await inspected(options, members, offered.revisions, sources)
+    events.publish(Inspected(source.display, found.forms))
     return Service(
         source,
         gguf,
@@ -287,15 +275,6 @@ async def _planned(
         identity,
         options.objective,
         options.nodes,
-        on_plan,
+        events,
         options.serving,
     )
-
-
-def _say_where(console: Console, options: ServeOptions, running: Running) -> None:
-    console.print(f"\n[bold]{options.source.display}[/bold] is ready.")
-    console.print("  unicluster chat            on any machine of the cluster")
-    console.print(f"  gRPC {running.address}    with a certificate of the cluster")
-    if running.metrics is not None:
-        console.print(f"  {running.metrics}    with one of `unicluster token cert DIR`")
-    console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,16 @@ import grpc
 
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Layout, Plan, Stage
+from coordinator.serving.events import (
+    Events,
+    Progress,
+    Ready,
+    Recovered,
+    Recovering,
+    StageFailed,
+    StageReady,
+    moves,
+)
 from coordinator.serving.generation_options import Serving
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
@@ -22,7 +32,6 @@ from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
     Draft,
-    LoadProgress,
     StageEvent,
     StageExit,
     StageSpec,
@@ -40,15 +49,6 @@ RETRY_SECONDS = 0.2
 OPEN_SECONDS = 15.0
 # A worker is given 5 s to end before it is killed.
 UNLOAD_SECONDS = 7.0
-
-
-@dataclass
-class Listener:
-    """Who wants to know how loading goes. All are called on the event loop."""
-
-    progress: Callable[[str, LoadProgress], None] = lambda name, progress: None
-    ready: Callable[[str], None] = lambda name: None
-    failed: Callable[[str, str], None] = lambda name, reason: None
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ class _Lease:
     def name(self) -> str:
         return self.stage.machine.name
 
-    async def hold(self, listener: Listener, changed: Callable[[], None]) -> None:
+    async def hold(self, events: Events, changed: Callable[[], None]) -> None:
         """Follows the stage until it is lost."""
         try:
             async for event in self._node.RunStage(self._spec):
-                self._note(event, listener)
+                self._note(event, events)
                 changed()
             self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
         except grpc.aio.AioRpcError as error:
             self.lost = as_error(error, f"machine {self.name} ({self.stage.machine.address})")
         self.address = None
-        listener.failed(self.name, str(self.lost))
+        events.publish(StageFailed(self.name, str(self.lost)))
         changed()
 
     async def until_unloaded(self) -> None:
@@ -105,13 +105,13 @@ class _Lease:
                     return
                 await asyncio.sleep(RETRY_SECONDS / 4)
 
-    def _note(self, event: StageEvent, listener: Listener) -> None:
+    def _note(self, event: StageEvent, events: Events) -> None:
         if event.HasField("progress"):
-            listener.progress(self.name, event.progress)
+            events.publish(Progress(self.name, event.progress))
         elif event.HasField("ready"):
             host = self.stage.machine.address.rpartition(":")[0]
             self.address = f"{host}:{event.ready.port}"
-            listener.ready(self.name)
+            events.publish(StageReady(self.name))
         elif event.HasField("draining"):
             self.draining = True
         else:
@@ -128,7 +128,8 @@ class _Lease:
 class Deployment:
     """Stages as planned, from loading to unloading.
 
-    `state` is loading, ready or recovering, `detail` why in a sentence.
+    `state` is loading, ready or recovering, `detail` why in a sentence. Both are published to
+    `events`; `served` are the stages that answered before these, none for the first.
     """
 
     def __init__(
@@ -137,9 +138,10 @@ class Deployment:
         layout: Layout,
         plan: Plan,
         identity: Identity,
-        listener: Listener,
+        events: Events,
         files: Files,
         serving: Serving,
+        served: Sequence[Stage] = (),
     ) -> None:
         self.plan = plan
         self.timing = Timing(display, plan.stages)
@@ -148,7 +150,9 @@ class Deployment:
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
         self._identity = identity
-        self._listener = listener
+        self._display = display
+        self._events = events
+        self._served = served
         self._changed = asyncio.Event()
         self._channels = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -237,7 +241,7 @@ class Deployment:
             channel = await self._connect(stage.machine.address)
             lease = _Lease(stage, spec, channel)
             self._leases.append(lease)
-            hold = lease.hold(self._listener, self._stir)
+            hold = lease.hold(self._events, self._stir)
             self._tasks.append(asyncio.create_task(hold))
         clock = asyncio.get_running_loop().time
         began: float | None = None
@@ -279,7 +283,7 @@ class Deployment:
     def _raise_if_lost(self) -> None:
         for lease in self._leases:
             if lease.lost is not None:
-                self.chat, self.state, self.detail = None, "recovering", str(lease.lost)
+                self._lose(str(lease.lost))
                 raise lease.lost
 
     async def _hold_ring(self, addresses: list[str]) -> bool:
@@ -299,15 +303,28 @@ class Deployment:
             except grpc.aio.AioRpcError as error:
                 reason = str(as_error(error, f"machine {self.head_name} (head)"))
             # Before the channel is closed, and with it the answers that run.
-            self.chat, self.state, self.detail = None, "recovering", reason
+            self._lose(reason)
             log.warning("%s", reason)
         return was_open
+
+    def _lose(self, reason: str) -> None:
+        if self.state == "ready":
+            self._events.publish(Recovering(self._display, reason))
+        self.chat, self.state, self.detail = None, "recovering", reason
 
     def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:
         self.stages = list(opened.stages)
         self.chat = chat
-        self.state, self.detail = "ready", ""
+        was, self.state, self.detail = self.state, "ready", ""
         self._was_ready.set()
+        if was == "ready":
+            return
+        if self._served:
+            moved = moves(self._served, self.plan.stages)
+            self._events.publish(Recovered(self._display, moved))
+        else:
+            self._events.publish(Ready(self._display))
+        self._served = self.plan.stages
 
     async def _connect(self, address: str) -> grpc.aio.Channel:
         return await self._channels.enter_async_context(connect(address, self._identity))

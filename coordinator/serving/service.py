@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import TypeVar
 
 import grpc
@@ -11,10 +11,11 @@ import grpc
 from coordinator.fleet.measured import Learned
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
-from coordinator.planning.placement import Objective, Plan
+from coordinator.planning.placement import Objective, Plan, Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import scaled
-from coordinator.serving.deployment import Deployment, Files, Listener
+from coordinator.serving.deployment import Deployment, Files
+from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.generation_options import Serving
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
@@ -43,7 +44,7 @@ class Service:
     """Plans, deploys, and when a machine is lost plans again over those that remain.
 
     The first deployment must succeed; from then on the service lives until it is cancelled,
-    and `state` and `detail` say how it is.
+    and `state` and `detail` say how it is. What happens is published to `events`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Service:
         identity: Identity,
         objective: Objective,
         nodes: list[str] | None,
-        on_plan: Callable[[Plan], Listener],
+        events: Events,
         serving: Serving,
     ) -> None:
         self.source = source
@@ -75,7 +76,8 @@ class Service:
         self._identity = identity
         self._objective = objective
         self._nodes = nodes
-        self._on_plan = on_plan
+        self._events = events
+        self._served: tuple[Stage, ...] = ()  # that answered last
         self._serving = serving
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
@@ -202,10 +204,17 @@ class Service:
             network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
-        listener = self._on_plan(placed)
+        self._events.publish(Planned(self.display, self.forms, placed))
         files = await self._files(placed, [machine.address for machine in machines])
         deployment = Deployment(
-            self.display, self.layout, placed, self._identity, listener, files, self._serving
+            self.display,
+            self.layout,
+            placed,
+            self._identity,
+            self._events,
+            files,
+            self._serving,
+            self._served,
         )
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
@@ -216,11 +225,15 @@ class Service:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
                 self._problem, self._stuck, self._moving = "", False, False
+                self._served = placed.stages
                 self._ready.set()
                 self._turned.set()
             await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                raise DrainedError(f"machine {deployment.draining} is being drained")
+                drained_error = DrainedError(f"machine {deployment.draining} is being drained")
+                if deployment.state == "ready":
+                    self._events.publish(Recovering(self.display, str(drained_error)))
+                raise drained_error
             await running
         finally:
             tasks = running, first, drained, keeping

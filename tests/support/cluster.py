@@ -183,9 +183,14 @@ class ServeProgram(Program):
     """`unicluster serve`, a context manager that unloads the model at its end."""
 
     def __init__(
-        self, arguments: Iterable[str], env: dict[str, str], log: Path, cluster: Cluster
+        self,
+        arguments: Iterable[str],
+        env: dict[str, str],
+        log: Path,
+        cluster: Cluster,
+        prefix: Sequence[str] = (),
     ) -> None:
-        super().__init__(["serve", *arguments], env, log)
+        super().__init__(["serve", *arguments], env, log, prefix)
         self._cluster = cluster
 
     @property
@@ -264,11 +269,12 @@ class LocalCluster:
         for agent in self.agents.values():
             agent.wait_for("Ctrl-C leaves")
 
-    def serve(self, model: Path | str, *arguments: str) -> ServeProgram:
+    def serve(self, model: Path | str, *arguments: str, prefix: Sequence[str] = ()) -> ServeProgram:
         """Starts to serve. As a context manager it waits until the model answers."""
         where = ("--host", HOST, "--grpc-port", "0")  # those of the caller come later, and win
         log = self._log("serve")
-        server = ServeProgram([str(model), *where, *arguments], self.env, log, self.cluster)
+        served = [str(model), *where, *arguments]
+        server = ServeProgram(served, self.env, log, self.cluster, prefix)
         self._started.append(server)
         return server
 

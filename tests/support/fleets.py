@@ -3,9 +3,11 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from coordinator.planning.links import Link, Network
-from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine
+from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine, Stage
+from coordinator.planning.stages import Span, stages
 from coordinator.planning.variants import Forms
 
 GB = 10**9
@@ -44,6 +46,17 @@ def a_layout(
         quant=quant,
         max_context=0,
     )
+
+
+def a_ring(**layers: int) -> tuple[Stage, ...]:
+    """Stages of so many layers on machines of these names, in order."""
+    layout = a_layout([GB] * sum(layers.values()))
+    ends = list(accumulate(layers.values()))
+    spans = [
+        Span(Machine(name, "", 99 * GB, 100e9), end - count, end, layout)
+        for (name, count), end in zip(layers.items(), ends, strict=True)
+    ]
+    return stages(Network(), spans)
 
 
 def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:

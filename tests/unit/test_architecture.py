@@ -16,7 +16,7 @@ BELOW = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluste
 # Top floor first: a room may import those below it. "." is the package's own files.
 FLOORS = {
     "coordinator": [
-        *("commands", "serving", "terminal", "fleet", "models", "planning", "planning.search"),
+        *("commands", "terminal", "serving", "fleet", "models", "planning", "planning.search"),
         ".",
     ],
     "node": [

@@ -9,7 +9,8 @@ from rich.console import Console, RenderableType
 
 from coordinator.planning.planner import Layout, Machine, Plan, plan
 from coordinator.planning.variants import Forms
-from coordinator.terminal.plan import LoadProgress, fleet_table, nodes_table, plan_table
+from coordinator.terminal.loading import LoadingBars
+from coordinator.terminal.plan import fleet_table, nodes_table, plan_table
 from unicluster.v1 import node_pb2
 
 GB = 10**9
@@ -114,7 +115,7 @@ def test_without_a_terminal_loading_is_a_line_for_each_change() -> None:
     out = io.StringIO()
     found = the_plan()
     first, second = (stage.machine.name for stage in found.stages)
-    with LoadProgress(found, Console(file=out, width=80)) as loading:
+    with LoadingBars(found, Console(file=out, width=80)) as loading:
         for done in range(3):
             loading.update(first, node_pb2.LoadProgress(layers_done=done, layers_total=19))
         loading.ready(first)
@@ -129,7 +130,7 @@ def test_a_worker_that_loads_again_says_so() -> None:
     out = io.StringIO()
     found = the_plan()
     name = found.stages[0].machine.name
-    with LoadProgress(found, Console(file=out, width=80)) as loading:
+    with LoadingBars(found, Console(file=out, width=80)) as loading:
         loading.failed(name, "worker ended: signal 9")
         loading.update(name, node_pb2.LoadProgress())
     assert "loading layers" in out.getvalue().splitlines()[1]
@@ -139,7 +140,7 @@ def test_in_a_terminal_each_machine_has_a_bar_with_layers_and_bytes() -> None:
     out = io.StringIO()
     found = the_plan()
     first, second = found.stages
-    with LoadProgress(found, Console(file=out, width=100, force_terminal=True)) as loading:
+    with LoadingBars(found, Console(file=out, width=100, force_terminal=True)) as loading:
         loading.ready(first.machine.name)
         loading.failed(second.machine.name, "machine framework: disk full")
     count = first.end - first.first
@@ -150,7 +151,7 @@ def test_in_a_terminal_each_machine_has_a_bar_with_layers_and_bytes() -> None:
 def test_what_is_reported_after_loading_is_not_shown() -> None:
     out = io.StringIO()
     found = the_plan()
-    loading = LoadProgress(found, Console(file=out))
+    loading = LoadingBars(found, Console(file=out))
     with loading:
         pass
     loading.failed(found.stages[0].machine.name, "gone")

@@ -1,0 +1,125 @@
+"""What people see of a model that is being served: one printer for `serve`, `demo` and `bench`."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from coordinator.planning.placement import Plan
+from coordinator.serving.events import (
+    Event,
+    Events,
+    Follower,
+    Inspected,
+    Inspecting,
+    Listening,
+    MachinesFound,
+    Move,
+    Planned,
+    Progress,
+    Recovered,
+    Searching,
+    StageFailed,
+    StageReady,
+    Unloading,
+)
+from coordinator.terminal.loading import LoadingBars
+from coordinator.terminal.output import Output
+from coordinator.terminal.plan import fleet_table, plan_table
+
+
+@contextlib.contextmanager
+def printing(events: Events, *, stderr: bool = False) -> Iterator[Follower]:
+    """While the block runs, events are printed to standard output, or to standard error.
+
+    Whoever prints to the same stream must wait until the follower has caught up.
+    """
+    output = Output(sys.stderr if stderr else sys.stdout)
+    printer = Printer(Console(file=cast(TextIO, output)))
+    with events.followed(printer, "the printer") as follower:
+        yield follower
+
+
+class Printer:
+    """Prints the fleet, the plan, the loading, failures and moves."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = contextlib.ExitStack()  # a spinner or the bars, while there are any
+        self._bars: LoadingBars | None = None
+        self._loading: set[str] = set()
+
+    def handle(self, event: Event) -> None:
+        """Prints what there is to see of an event; nothing of some."""
+        match event:
+            case Searching():
+                self._spin("Looking for machines")
+            case MachinesFound():
+                self.close()
+                self._console.print(fleet_table(event.machines))
+            case Inspecting():
+                self._spin(f"Looking into {event.model}")
+            case Inspected():
+                self.close()
+            case Planned():
+                self.close()
+                self._console.print(plan_table(event.plan, event.variants, event.model))
+                self._load(event.plan)
+            case Progress() if self._bars is not None:
+                self._bars.update(event.machine, event.progress)
+            case StageReady() if self._bars is not None:
+                self._bars.ready(event.machine)
+                self._loading.discard(event.machine)
+                if not self._loading:
+                    self.close()
+            case StageFailed() if self._bars is not None:
+                self._bars.failed(event.machine, event.reason)
+                self.close()
+            case Listening():
+                self._say_where(event)
+            case Recovered():
+                self.close()
+                self._console.print(recovered_line(event), soft_wrap=True)
+            case Unloading():
+                self._console.print("Unloading.")
+
+    def close(self) -> None:
+        """Ends the spinner, or leaves the bars as they are."""
+        self._bars = None
+        self._live.close()
+
+    def _spin(self, text: str) -> None:
+        self.close()
+        self._live.enter_context(self._console.status(text))
+
+    def _load(self, plan: Plan) -> None:
+        self._bars = self._live.enter_context(LoadingBars(plan, self._console))
+        self._loading = {stage.machine.name for stage in plan.stages}
+
+    def _say_where(self, event: Listening) -> None:
+        console = self._console
+        console.print(f"\n[bold]{escape(event.model)}[/bold] is ready.")
+        console.print("  unicluster chat            on any machine of the cluster")
+        console.print(f"  gRPC {event.address}    with a certificate of the cluster")
+        if event.metrics is not None:
+            console.print(f"  {event.metrics}    with one of `unicluster token cert DIR`")
+        console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")
+
+
+def recovered_line(event: Recovered) -> Text:
+    """`llama q4 is ready again; moved: layers 10-19 from bob to cat`."""
+    line = Text(event.model, "bold").append(" is ready again", "not bold")
+    if not event.moved:
+        return line.append(", on the same machines.", "not bold")
+    moved = ", ".join(map(_moved, event.moved))
+    return line.append(f"; moved: {moved}.", "not bold")
+
+
+def _moved(move: Move) -> str:
+    count = move.end - move.first
+    layers = f"layer {move.first}" if count == 1 else f"layers {move.first}-{move.end - 1}"
+    return f"{layers} from {move.source} to {move.target}"
