@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from node.agent.admission import check_inspect, check_stage, check_try_hub
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.weights import hub
@@ -24,6 +25,7 @@ from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
+from unicluster.cluster.roles import audit
 from unicluster.cluster.trust import Identity
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
@@ -105,6 +107,11 @@ class Agent(NodeServicer):
         taken = sum(spec.memory for spec in self._stages.values())
         return max(0, min(available, self._cap - taken))
 
+    def _unreserved_memory(self) -> int:
+        """Bytes that no stage has been promised, whatever else the host's memory is used for."""
+        whole = self.hardware.total_memory if self._cap is None else self._cap
+        return max(0, whole - sum(spec.memory for spec in self._stages.values()))
+
     async def Describe(  # noqa: N802
         self, request: DescribeNodeRequest, context: Context
     ) -> NodeInfo:
@@ -137,7 +144,7 @@ class Agent(NodeServicer):
         else:
             self._drain.set()
         self._changed.set()
-        log.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
+        audit.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
         return await self.Describe(DescribeNodeRequest(), context)
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
@@ -164,6 +171,7 @@ class Agent(NodeServicer):
             reason = f"machine {self._identity.name} has no MLX: on it, {how_to_get_mlx()}"
             await abort(context, UnavailableError(reason))
         try:
+            check_inspect(request)
             if request.config_json:
                 return await inspect_in_child(request)
             async with Sources(_dialled(request.sources, context), self._identity) as sources:
@@ -176,6 +184,7 @@ class Agent(NodeServicer):
 
     async def TryHub(self, request: TryHubRequest, context: Context) -> TryHubReply:  # noqa: N802
         try:
+            check_try_hub(request)
             await asyncio.to_thread(hub.check, request.model, request.revision)
         except UniclusterError as error:
             await abort(context, error)
@@ -183,7 +192,12 @@ class Agent(NodeServicer):
 
     # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
     async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        log.info(
+        try:
+            check_stage(request, len(self._stages), self._unreserved_memory())
+        except UniclusterError as error:
+            audit.warning("refused a stage to %s: %s", peer_name(context), error)
+            await abort(context, error)
+        audit.info(
             "stage: layers %d-%d of %s (%s) for %s",
             request.first_layer,
             request.end_layer - 1,

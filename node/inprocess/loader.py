@@ -167,9 +167,15 @@ def load_on_nodes(
     addresses = tuple(node.address for node in nodes)
     engine = engine_of(checkpoint)
 
+    def offered(model: str, revision: str) -> Checkpoint | None:
+        manifest = checkpoint.manifest
+        if (model, revision) == (manifest.model, manifest.revision):
+            return checkpoint
+        return store.offered(model, revision)
+
     async def start() -> list[RouteStop]:
         server = make_server()
-        add_WeightsServicer_to_server(WeightsService(store.offered), server)
+        add_WeightsServicer_to_server(WeightsService(offered), server)
         port = bind(server, "", 0, identity)
         await server.start()
         servers.append(server)

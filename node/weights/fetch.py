@@ -9,6 +9,7 @@ from node.weights import hub, store
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
 from unicluster.checkpoints.gguf import gguf_header_end
+from unicluster.checkpoints.names import shown
 from unicluster.checkpoints.ranges import Ranges, merged, size
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.errors import InputError, UnavailableError
@@ -67,7 +68,10 @@ async def fetch_ranges(
     sources: Sources,
     on_progress: OnProgress = lambda done, total: None,
 ) -> None:
-    """The same for parts of files."""
+    """Fetches parts of files; see fetch. Raises InputError for files that the model has not."""
+    files = checkpoint.manifest.files
+    if unknown := sorted({*wanted, *(hub_files or ())} - files.keys()):
+        raise InputError(f"{checkpoint.manifest.model}: it has no file {shown(unknown[0])}")
     missing = {n: r for n, ranges in wanted.items() if (r := checkpoint.missing(n, ranges))}
     asked = missing if hub_files is None else hub_files
     whole = [name for name in asked if not checkpoint.is_whole(name)]

@@ -92,6 +92,8 @@ async def pull(work: Work, address: str, stub: "WeightsAsyncStub", on_bytes: OnB
     while work.left:
         try:
             holdings = await stub.Have(HaveRequest(files=work.files), timeout=ANSWER_SECONDS)
+            if holdings.revision and holdings.revision != work.files.revision:
+                raise UnavailableError(f"{address} answers of another revision")
             held = _held(holdings)
             if any(file.coming and work.is_waiting_for(file.name) for file in holdings.files):
                 work.hope()

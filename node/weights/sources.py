@@ -13,6 +13,7 @@ from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_wei
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.trust import Identity
+from unicluster.errors import InputError
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 
@@ -43,8 +44,11 @@ class Sources:
         An empty `revision` means the newest that the machine knows.
         """
         for found in await self._described(model, revision):
-            files = {file.name: File(file.size, file.checksum) for file in found.files}
-            return Manifest(model, found.revision, files)
+            try:
+                files = {file.name: File(file.size, file.checksum) for file in found.files}
+                return Manifest(model, found.revision, files)
+            except InputError as error:
+                log.warning("%s: a machine describes it wrongly: %s", model, error)
         return None
 
     async def starts(self, manifest: Manifest) -> dict[str, int]:
@@ -89,10 +93,16 @@ class Sources:
             await asyncio.gather(*pulls, return_exceptions=True)
 
     async def _described(self, model: str, revision: str) -> list[Holdings]:
-        """What machines have of a model that can describe it in full."""
+        """Holdings of the machines that can describe a model in full, of the revision asked for."""
         request = HaveRequest(files=ModelFiles(model=model, revision=revision))
         found = await asyncio.gather(*(self._have(a, request) for a in self._channels))
-        return [holdings for holdings in found if holdings is not None and _is_described(holdings)]
+        return [
+            holdings
+            for holdings in found
+            if holdings is not None
+            and (not revision or holdings.revision == revision)
+            and _is_described(holdings)
+        ]
 
     async def _have(self, address: str, request: HaveRequest) -> Holdings | None:
         try:

@@ -22,6 +22,7 @@ from unicluster.checkpoints.checkpoint import (
 )
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.checkpoints.gguf_names import chosen, split_id
+from unicluster.checkpoints.names import ModelName, Revision, is_file_name, is_revision
 from unicluster.errors import NotFoundError
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -48,8 +49,13 @@ def find(model: str, revision: str) -> Checkpoint | None:
 
 
 def offered(model: str, revision: str) -> Checkpoint | None:
-    """The same for other machines, which must know what is in a directory to be given it."""
-    return find(model, revision) if revision or not Path(model).is_absolute() else None
+    """The copy of a model that other machines may have: one in the cache, or the demo model.
+
+    A directory of this machine is offered by whoever serves it, and by nobody else.
+    """
+    if Path(model).is_absolute():
+        return Checkpoint.open(_copy(model, revision)) if revision else None
+    return find(model, revision)
 
 
 def create(manifest: Manifest) -> Checkpoint:
@@ -63,8 +69,8 @@ def create(manifest: Manifest) -> Checkpoint:
 
 
 def folder(model: str) -> Path:
-    """A model's folder in the cache: that of its repository."""
-    repo, _ = split_id(model)
+    """A model's folder in the cache: that of its repository. Raises InputError for no name."""
+    repo, _ = split_id(ModelName(model))
     if Path(model).is_absolute():
         repo = f"{OURS}/{re.sub(r'[^A-Za-z0-9._]+', '-', Path(model).name)}"
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
@@ -78,7 +84,8 @@ def stages(model: str) -> Path:
 def _copy(model: str, revision: str) -> Path:
     """A directory for each quantization in a repository of GGUFs."""
     _, quant = split_id(model)
-    return folder(model) / OURS / (f"{revision}-{quant}" if quant else revision)
+    named = Revision(revision)
+    return folder(model) / OURS / (f"{named}-{quant}" if quant else named)
 
 
 def _of_repository(model: str, revision: str) -> Checkpoint | None:
@@ -104,7 +111,8 @@ def _note(manifest: Manifest, refs: list[Path]) -> None:
 
 
 def _newest(model: str) -> str:
-    return next((ref.read_text().strip() for ref in _refs(model) if ref.is_file()), "")
+    noted = (ref.read_text(errors="replace").strip() for ref in _refs(model) if ref.is_file())
+    return next(filter(is_revision, noted), "")
 
 
 def _refs(model: str) -> list[Path]:
@@ -118,11 +126,11 @@ def _refs(model: str) -> list[Path]:
 
 def _of_snapshot(model: str, revision: str) -> Manifest | None:
     """What another program fetched, if nothing is missing."""
-    snapshot = folder(model) / "snapshots" / revision
+    snapshot = folder(model) / "snapshots" / Revision(revision)
     found = {
-        file.relative_to(snapshot).as_posix(): file
+        name: file
         for file in sorted(snapshot.rglob("*"))
-        if file.is_file()
+        if file.is_file() and is_file_name(name := file.relative_to(snapshot).as_posix())
     }
     _, quant = split_id(model)
     if quant:

@@ -329,9 +329,9 @@ def test_what_another_program_fetched_is_used_without_a_hub(
     """One machine has the snapshot that huggingface_hub left; there is no internet."""
     hub.close()
     repo = cluster.folder / "hf-ann/hub/models--org--tiny"
-    shutil.copytree(model, repo / "snapshots" / "0123abc")
+    shutil.copytree(model, repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123abc")
+    (repo / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
     start(cluster, "ann", "bob", memory=memory_for(model, 2))
     with cluster.serve(REPO, "--context", "256") as server:
         got = answer(server)

@@ -117,9 +117,12 @@ def test_a_damaged_part_is_fetched_again(hub: Hub, repository: Path, tmp_path: P
 def test_what_another_program_fetched_is_used(hub: Hub, repository: Path, tmp_path: Path) -> None:
     """As llama.cpp does it: only the one quantization, and nothing of the repository besides."""
     folder = tmp_path / "hf/hub/models--org--tiny"
-    shutil.copytree(repository / "UD-Q2_K_XL", folder / "snapshots/0123abc/UD-Q2_K_XL")
+    shutil.copytree(
+        repository / "UD-Q2_K_XL",
+        folder / "snapshots/0123456789abcdef0123456789abcdef01234567/UD-Q2_K_XL",
+    )
     (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("0123abc")
+    (folder / "refs/main").write_text("0123456789abcdef0123456789abcdef01234567")
 
     used = fetch(hub, tmp_path / "hf", BIG, HF_HUB_OFFLINE="1")
     missing = fetch(hub, tmp_path / "hf", SMALL, HF_HUB_OFFLINE="1")

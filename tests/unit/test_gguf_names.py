@@ -114,6 +114,7 @@ def test_the_parts_of_a_file() -> None:
     "name", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "a\\..\\x", "", "x\0"]
 )
 def test_a_path_that_leads_out_is_refused(name: str) -> None:
-    Manifest("me/big", "1", {SPLIT[0]: File(1)})
-    with pytest.raises(InputError, match="a file can't be called"):
-        Manifest("me/big", "1", {name: File(1)})
+    revision = "1" * 40
+    Manifest("me/big", revision, {SPLIT[0]: File(1)})
+    with pytest.raises(InputError, match="invalid name of a model's file"):
+        Manifest("me/big", revision, {name: File(1)})

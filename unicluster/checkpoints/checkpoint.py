@@ -7,7 +7,9 @@ those bytes; they are listed when they are verified and on the disk.
 
 import fnmatch
 import json
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unicluster.checkpoints.gguf_names import split_id
+from unicluster.checkpoints.names import FileName, ModelName, Revision, is_file_name, shown
 from unicluster.checkpoints.ranges import Range, Ranges, merged, without
 from unicluster.errors import InputError
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model*.safetensors"
 GGUF = ".gguf"
@@ -27,21 +32,36 @@ MANIFEST = ".manifest.json"
 LIST = ".held"  # added to a sparse file's name
 
 
+# Nothing is as large: the largest models have a few terabytes, in many files.
+MOST_BYTES = 1 << 50
+MOST_FILES = 4096
+
+_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}|")
+
+
 @dataclass(frozen=True)
 class File:
-    """checksum: the hub's, a SHA-256 or a git blob's SHA-1; empty where none is known."""
+    """checksum: the hub's, a SHA-256 or a git blob's SHA-1; empty where none is known.
+
+    Raises InputError for a size or checksum that no file has.
+    """
 
     size: int
     checksum: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size <= MOST_BYTES:
+            raise InputError(f"invalid size of a file: {self.size} bytes")
+        if not _CHECKSUM.fullmatch(self.checksum):
+            raise InputError(f"invalid checksum of a file: {shown(self.checksum)}")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """All files of a model that are of use here.
 
-    model: a directory, a hub repository, or `owner/name:quant`. revision: a commit, or a
-    directory's fingerprint. files: by their paths in the repository or directory. Raises
-    InputError for a path that leads out of it.
+    model: see ModelName. revision: see Revision. files: by FileName. Raises InputError where one
+    of them is invalid, whoever said so.
     """
 
     model: str
@@ -49,9 +69,12 @@ class Manifest:
     files: Mapping[str, File]
 
     def __post_init__(self) -> None:
+        ModelName(self.model)
+        Revision(self.revision)
+        if len(self.files) > MOST_FILES:
+            raise InputError(f"{self.model}: {len(self.files)} files, and at most {MOST_FILES}")
         for name in self.files:
-            if not _is_inside(name):
-                raise InputError(f"{self.model}: a file can't be called {name!r}")
+            FileName(name)
 
     @property
     def weights(self) -> list[str]:
@@ -73,7 +96,8 @@ def is_gguf(name: str) -> bool:
 
 def is_small(name: str) -> bool:
     """Whether a file is of those beside the weights."""
-    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
+    known = any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
+    return known and "/" not in name and is_file_name(name)
 
 
 def is_wanted(name: str) -> bool:
@@ -93,22 +117,25 @@ class Checkpoint:
         """A partial copy, with what it already holds of the same files."""
         root.mkdir(parents=True, exist_ok=True)
         checkpoint = cls(root, manifest)
-        checkpoint.put(MANIFEST, json.dumps(asdict(manifest)).encode())
+        checkpoint._write(root / MANIFEST, json.dumps(asdict(manifest)).encode())
         return checkpoint
 
     @classmethod
     def open(cls, root: Path) -> "Checkpoint | None":
-        """The partial copy in `root`, if there is one."""
+        """The partial copy in `root`, if there is one whose manifest can be read."""
         try:
-            fields = json.loads((root / MANIFEST).read_text())
+            fields = json.loads((root / MANIFEST).read_bytes())
+            files = {name: File(**file) for name, file in fields["files"].items()}
+            return cls(root, Manifest(fields["model"], fields["revision"], files))
         except FileNotFoundError:
             return None
-        files = {name: File(**file) for name, file in fields["files"].items()}
-        return cls(root, Manifest(fields["model"], fields["revision"], files))
+        except (ValueError, LookupError, TypeError, AttributeError, InputError) as error:
+            log.warning("%s: damaged, so the copy beside it is not used: %s", root, error)
+            return None
 
     def held(self, name: str) -> Ranges:
         """The bytes of a file that are here and verified."""
-        file, length = self.root / name, self.manifest.files[name].size
+        file, length = self._path(name), self.manifest.files[name].size
         if not file.exists() or file.stat().st_size != length:
             return ()
         try:
@@ -123,14 +150,14 @@ class Checkpoint:
 
     def is_whole(self, name: str) -> bool:
         """Whether all of a file is here."""
-        return not self.missing(name, self.all_of(name)) and (self.root / name).exists()
+        return not self.missing(name, self.all_of(name)) and self._path(name).exists()
 
     def all_of(self, name: str) -> Ranges:
         return merged([(0, self.manifest.files[name].size)])
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Raises InputError when the file is too short."""
-        with (self.root / name).open("rb") as stream:
+        with self._path(name).open("rb") as stream:
             data = os.pread(stream.fileno(), end - start, start)
         if len(data) != end - start:
             raise InputError(f"{self.root / name}: ends before byte {end}")
@@ -153,21 +180,24 @@ class Checkpoint:
 
     def put(self, name: str, data: bytes) -> None:
         """Writes a whole file, or none."""
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        self._write(self._path(name), data)
+
+    def _write(self, file: Path, data: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as stream:
             temporary = Path(stream.name)
             try:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-                temporary.replace(self.root / name)
+                temporary.replace(file)
             except BaseException:
                 temporary.unlink()
                 raise
 
     def link(self, name: str, whole: Path) -> None:
         """Takes a whole file from elsewhere in place of what is here of it."""
-        file = self.root / name
+        file = self._path(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             link = Path(folder) / file.name
@@ -177,28 +207,26 @@ class Checkpoint:
 
     @contextmanager
     def _sparse(self, name: str) -> Iterator[int]:
-        file = self.root / name
+        file = self._path(name)
         if file.is_symlink():
             file.unlink()  # what it leads to is not ours to write to
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             # First the list: a file of full length without one would look whole.
             self._list(name).write_text("")
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             os.ftruncate(descriptor, self.manifest.files[name].size)
             yield descriptor
         finally:
             os.close(descriptor)
 
+    def _path(self, name: str) -> Path:
+        """Where a file of the model is. Raises InputError for a name that is none."""
+        return self.root / FileName(name)
+
     def _list(self, name: str) -> Path:
-        return self.root / (name + LIST)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a path stays below the directory that it is taken from."""
-    parts = name.split("/")
-    return "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(parts)
+        return self.root / (FileName(name) + LIST)
 
 
 def _range(line: str) -> Range:

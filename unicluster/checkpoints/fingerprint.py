@@ -1,6 +1,7 @@
 """What is in a model directory, and a fingerprint by which other machines know the same files."""
 
 import hashlib
+import logging
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from unicluster.checkpoints.checkpoint import (
 from unicluster.checkpoints.gguf_names import parts
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
 from unicluster.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # Of a file of weights its header and some samples are read: all of 400 GB would take minutes.
 SAMPLES = 16
@@ -40,7 +43,7 @@ def whole_gguf(path: Path) -> Checkpoint:
     try:
         if (folder / "tokenizer_config.json").is_file():
             files = sorted(folder.iterdir())
-            names += [file.name for file in files if is_small(file.name) and file.is_file()]
+            names += [file.name for file in files if is_small(file.name) and _belongs(file)]
         return _as_it_is(str(path), folder, names)
     except OSError as error:
         raise InputError(f"{error.filename or path}: can't be read: {error.strerror}") from error
@@ -52,10 +55,31 @@ def whole_directory(path: Path) -> Checkpoint:
     Raises InputError when it can't be read.
     """
     try:
-        files = sorted(file for file in path.iterdir() if is_wanted(file.name) and file.is_file())
+        files = sorted(file for file in path.iterdir() if _belongs(file) and is_wanted(file.name))
         return _as_it_is(str(path), path, [file.name for file in files])
     except OSError as error:
         raise InputError(f"{error.filename or path}: can't be read: {error.strerror}") from error
+
+
+def _belongs(file: Path) -> bool:
+    """Whether it is a file that may be given to others: no link leads out of its directory.
+
+    In the Hugging Face cache a snapshot's links lead to the blobs of the same repository.
+    """
+    if not file.is_file():
+        return False
+    if not file.is_symlink():
+        return True
+    target, folder = file.resolve(), file.parent.resolve()
+    roots = [folder, folder.parents[1] / "blobs"] if _is_snapshot(folder) else [folder]
+    inside = any(target.is_relative_to(root) for root in roots)
+    if not inside:
+        log.warning("%s leads out of its directory, so it is left out: copy it there", file)
+    return inside
+
+
+def _is_snapshot(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
 def _as_it_is(model: str, folder: Path, names: list[str]) -> Checkpoint:

@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
 import grpc
 
 from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.names import ModelName, Revision, shown
 from unicluster.checkpoints.ranges import merged, without
 from unicluster.cluster.abort import abort
 from unicluster.errors import InputError, NotFoundError
@@ -22,7 +24,11 @@ from unicluster.v1.weights_pb2 import (
 )
 from unicluster.v1.weights_pb2_grpc import WeightsServicer
 
+log = logging.getLogger(__name__)
+
 BLOCK_BYTES = 1 << 20
+# In one call; a batch that our own machines ask for has some hundreds.
+MOST_RANGES = 1 << 14
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Find = Callable[[str, str], Checkpoint | None]
@@ -42,18 +48,20 @@ class WeightsService(WeightsServicer):
         self.sent = 0  # bytes of files, to all
 
     async def Have(self, request: HaveRequest, context: Context) -> Holdings:  # noqa: N802
-        return await asyncio.to_thread(self._holdings, request.files)
+        files = await _checked(request.files, context)
+        return await asyncio.to_thread(self._holdings, files)
 
     async def Read(self, request: ReadRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        wanted = merged((r.start, r.end) for r in request.ranges)
-        checkpoint = await asyncio.to_thread(
-            self._find, request.files.model, request.files.revision
-        )
+        files = await _checked(request.files, context)
+        if len(request.ranges) > MOST_RANGES:
+            count = f"{len(request.ranges)} ranges of bytes, and at most {MOST_RANGES} at a time"
+            await abort(context, InputError(f"{files.model}: {count}"))
+        checkpoint = await asyncio.to_thread(self._find, files.model, files.revision)
+        what = f"{shown(request.name)} of {files.model}"
         if checkpoint is None or request.name not in checkpoint.manifest.files:
-            what = f"{request.name} of {request.files.model}"
             await abort(context, NotFoundError(f"{what} is not on this machine"))
-        if without(wanted, checkpoint.held(request.name)):
-            what = f"{request.name} of {request.files.model}"
+        wanted = merged((r.start, r.end) for r in request.ranges)
+        if without(wanted, await asyncio.to_thread(checkpoint.held, request.name)):
             await abort(context, NotFoundError(f"this machine has only a part of {what}"))
         digest = hashlib.sha256()
         for start, end in wanted:
@@ -63,7 +71,8 @@ class WeightsService(WeightsServicer):
                         checkpoint.read, request.name, at, min(end, at + BLOCK_BYTES)
                     )
                 except (InputError, OSError) as error:
-                    await abort(context, NotFoundError(f"{request.name}: {error}"))
+                    log.warning("%s: %s", what, error)
+                    await abort(context, NotFoundError(f"{what} can't be read on this machine"))
                 digest.update(data)
                 await context.write(Block(data=data))
                 self.sent += len(data)
@@ -88,3 +97,14 @@ class WeightsService(WeightsServicer):
                 for name, file in manifest.files.items()
             ],
         )
+
+
+async def _checked(files: ModelFiles, context: Context) -> ModelFiles:
+    """`files`, if model and revision can be names of something; else the call ends."""
+    try:
+        ModelName(files.model)
+        if files.revision:
+            Revision(files.revision)
+    except InputError as error:
+        await abort(context, error)
+    return files

@@ -1,0 +1,97 @@
+"""Checks of what callers ask of an agent, before anything is done about it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from unicluster.checkpoints.names import FileName, ModelName, Revision, shown
+from unicluster.cluster.channels import split_address
+from unicluster.errors import DoesNotFitError, InputError
+from unicluster.units import format_bytes
+from unicluster.v1.node_pb2 import InspectRequest, StageSpec, TryHubRequest
+
+MOST_STAGES = 64
+MOST_SOURCES = 1024
+MOST_LAYERS = 4096
+MOST_USERS = 4096
+MOST_CONTEXT = 1 << 30
+CONFIG_BYTES = 4 << 20
+WORD_CHARACTERS = 256
+
+
+def check_inspect(request: InspectRequest) -> None:
+    """Raises InputError for a request that names no model, or has fields out of bounds."""
+    _check_word("quant", request.quant)
+    _check_at_most("context", request.context, MOST_CONTEXT)
+    _check_at_most("users", request.users, MOST_USERS)
+    _check_at_most("config_json", len(request.config_json), CONFIG_BYTES)
+    if request.config_json:
+        return
+    check_model(request.model, request.revision)
+    if request.drafts_for:
+        check_model(request.drafts_for, request.drafts_for_revision)
+    _check_sources(request.sources)
+
+
+def check_try_hub(request: TryHubRequest) -> None:
+    """Raises InputError for what is no repository of the hub."""
+    check_model(request.model, request.revision)
+    if Path(request.model).is_absolute():
+        raise InputError(f"{shown(request.model)}: a directory, and not a repository of the hub")
+
+
+def check_stage(spec: StageSpec, running: int, available: int) -> None:
+    """Raises InputError for an invalid stage, DoesNotFitError where it has no place here.
+
+    running: stages that this agent runs. available: bytes that it may still give to stages.
+    """
+    check_model(spec.model, spec.revision)
+    for field in ("deployment", "quant", "engine"):
+        _check_word(field, getattr(spec, field))
+    _check_at_most("context", spec.context, MOST_CONTEXT)
+    _check_at_most("users", spec.users, MOST_USERS)
+    _check_at_most("lanes", spec.lanes, MOST_USERS)
+    _check_at_most("end_layer", spec.end_layer, MOST_LAYERS)
+    if spec.first_layer > spec.end_layer:
+        raise InputError(f"layers {spec.first_layer} to {spec.end_layer}: invalid range")
+    _check_sources(spec.sources)
+    for name in (*spec.hub_files, *spec.draft.hub_files):
+        FileName(name)
+    if spec.HasField("draft"):
+        check_model(spec.draft.model, spec.draft.revision)
+        _check_word("draft.quant", spec.draft.quant)
+    if running >= MOST_STAGES:
+        raise DoesNotFitError(f"{running} stages run on this machine already, and no more may")
+    if spec.memory > available:
+        raise DoesNotFitError(
+            f"a stage of {format_bytes(spec.memory)} does not fit: this machine can give "
+            f"{format_bytes(available)} more"
+        )
+
+
+def check_model(model: str, revision: str) -> None:
+    """Raises InputError unless they name a model, and of a directory the state that is meant.
+
+    Who can't say what is in a directory of this machine has no business in it.
+    """
+    ModelName(model)
+    if revision:
+        Revision(revision)
+    elif Path(model).is_absolute():
+        raise InputError(f"{shown(model)}: a directory on this machine needs its revision")
+
+
+def _check_sources(sources: Iterable[str]) -> None:
+    addresses = list(sources)
+    _check_at_most("sources", len(addresses), MOST_SOURCES)
+    for address in addresses:
+        split_address(f"caller{address}" if address.startswith(":") else address)
+
+
+def _check_word(field: str, text: str) -> None:
+    if len(text) > WORD_CHARACTERS or not text.isprintable():
+        raise InputError(f"{field}: invalid: {shown(text)}")
+
+
+def _check_at_most(field: str, value: int, most: int) -> None:
+    if value > most:
+        raise InputError(f"{field}: {value}, and at most {most}")
