@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import CacheList
 
 from node.generation.sequence import Sequence
+from node.mlx.compat_caches import can_merge, leaves
 
 
 class Token(NamedTuple):
@@ -65,7 +65,4 @@ class Batch:
 
 def can_batch(caches: Iterable[Any]) -> bool:
     """Whether answers with such caches can be decoded together."""
-    return all(
-        can_batch(cache.caches) if isinstance(cache, CacheList) else hasattr(cache, "merge")
-        for cache in caches
-    )
+    return all(map(can_merge, leaves(caches)))

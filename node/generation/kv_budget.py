@@ -3,10 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from mlx_lm.models.cache import CacheList, KVCache
-
-# Caches grow by so many tokens at a time.
-STEP = 256
+from node.mlx.compat_caches import GROWTH_TOKENS, grows_with_tokens, leaves
 
 
 class Memory:
@@ -21,22 +18,16 @@ class Memory:
         self._most = total // users
         self._context = context
         # So do those that can be cut back at any time.
-        self.grows = all(_grows(kind) for kind in kinds)
+        self.grows = all(map(grows_with_tokens, leaves(kinds)))
 
     def need(self, tokens: int) -> int:
         """Bytes of an answer of so many tokens, prompt included."""
         if not self.grows:
             return self._most
-        rounded = min(-(-tokens // STEP) * STEP, self._context)
+        rounded = min(-(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS, self._context)
         return -(-self._most * rounded // self._context)
 
     def need_together(self, tokens: Iterable[int]) -> int:
         """Bytes of answers in one batch: mlx-lm pads them to the longest."""
         sizes = list(tokens)
         return len(sizes) * self.need(max(sizes)) if sizes else 0
-
-
-def _grows(cache: Any) -> bool:
-    if isinstance(cache, CacheList):
-        return all(_grows(member) for member in cache.caches)
-    return type(cache) is KVCache

@@ -50,7 +50,8 @@ class TextStream:
 
     def _pass(self, text: str) -> list[Segment]:
         self._stop, parts = _Machine.split(self._stop, text)
-        self.stopped = self._stop[0] is None
+        last_state, _ = parts[-1]
+        self.stopped = last_state is None
         return self._sort("".join(part for _, part in parts))
 
     def _sort(self, text: str) -> list[Segment]:

@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from node.ggml.layers import Layers
 from node.ggml.stage import GgmlStage
 from node.ggml.wire import decode
+from node.mlx.compat_caches import growing_cache, members, recurrent_cache
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
 from unicluster.errors import InputError, StageError
@@ -48,7 +48,7 @@ class GgmlFront:
 
     def fresh(self) -> list[Any]:
         """A cache of MLX that grows and batches as those here do."""
-        return [ArraysCache(2) if self._recurrent else KVCache()]
+        return [recurrent_cache() if self._recurrent else growing_cache()]
 
     def front(self, tokens: mx.array, caches: list[Any]) -> tuple[mx.array, list[Any]]:
         """What leaves the last layer here, (batch, tokens, hidden), for tokens (batch, tokens)."""
@@ -73,7 +73,7 @@ class GgmlFront:
 
     def _forward(self, tokens: mx.array, caches: list[Any], hold: bool) -> Frame:
         (handle,) = caches
-        if isinstance(handle, CacheList):
+        if members(handle) is not None:
             raise InputError("a saved prompt cache can't be loaded into a head of ggml")
         self._frames += 1
         ids = np.array(tokens).astype(np.uint32)

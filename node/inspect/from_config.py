@@ -18,10 +18,11 @@ import mlx.nn as nn
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import quantize_model
 
 from node.inspect.assumed_gguf import assumed
 from node.inspect.layout import layout_of
+from node.mlx.compat import model_classes
 from node.mlx.dataflow import trace
 from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
 from node.weights.store import DEMO
@@ -75,7 +76,7 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
     # Random weights take their keys from a lazy chain, which would grow from model to model.
     mx.random.seed(0)
     try:
-        model_class, args_class = _get_classes(config)
+        model_class, args_class = model_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except Exception as error:  # a class may stumble over its config in any way
         reason = in_one_line(error)

@@ -6,14 +6,16 @@ standard output, so that an agent never holds MLX itself.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
+from node.mlx.compat import own_arrays
+from node.mlx.compat_caches import add_empty_tokens, is_recurrent, leaves
 from node.mlx.crossing import finishing, forbidden_cuts, hidden_size, token_bytes
 from node.mlx.dataflow import Trace, watched
 from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
@@ -121,9 +123,8 @@ def parameters(module: nn.Module) -> int:
     count = 0
     for part in module.modules():
         packed = 32 // part.bits if "scales" in part else 1
-        for name, value in part.items():
-            learnt = isinstance(value, mx.array) and not name.startswith("_")
-            if learnt and name not in ("scales", "biases"):
+        for name, value in own_arrays(part):
+            if not name.startswith("_") and name not in ("scales", "biases"):
                 count += value.size * packed if name == "weight" else value.size
     return count
 
@@ -151,14 +152,13 @@ def _decode_step(model: nn.Module, found: Trace, context: int, kv_bits: int) -> 
         return call(*args, **kwargs)
 
     cache = make_prompt_cache(model)
-    recurrent = any(isinstance(entry, ArraysCache) for entry in _members(cache))
+    recurrent = any(map(is_recurrent, leaves(cache)))
     prompt = min(context - 1, 1) if recurrent else context - 1
     if prompt:
         model(mx.zeros((1, prompt), mx.int32), cache=cache)
     if 0 < prompt < context - 1:
-        for entry in _members(cache):
-            if getattr(entry, "keys", None) is not None:
-                _extend(entry, context - 1 - prompt)
+        for entry in leaves(cache):
+            add_empty_tokens(entry, context - 1 - prompt)
     if kv_bits:
         check_quantizable(cache)
     with watched([part for layer in found.layers for part in _experts(layer)], watch):
@@ -178,17 +178,6 @@ def _one_token(model: nn.Module, cache: list[Any], kv_bits: int) -> mx.array:
         if not kv_bits:
             raise
         raise UnquantizableError(f"can't use quantized KV caches: {in_one_line(error)}") from error
-
-
-def _members(cache: Sequence[Any]) -> Iterator[Any]:
-    for entry in cache:
-        yield from _members(entry.caches) if isinstance(entry, CacheList) else (entry,)
-
-
-def _extend(entry: Any, tokens: int) -> None:
-    """As if so many tokens more had gone through an attention layer."""
-    like = entry.keys, entry.values
-    entry.update_and_fetch(*(mx.zeros((*a.shape[:2], tokens, *a.shape[3:]), a.dtype) for a in like))
 
 
 def _active(layer: nn.Module, measure: Callable[[nn.Module], int], step: _Step) -> int:
@@ -214,10 +203,10 @@ def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
     embeddings = [embedding.module for embedding in found.embeddings]
     known = {id(m) for layer in found.layers for m in layer.modules()} | set(map(id, embeddings))
     tied = not any(
-        isinstance(array, mx.array) and vocabulary in array.shape
+        vocabulary in array.shape
         for module in model.modules()
         if id(module) not in known
-        for array in module.values()
+        for _, array in own_arrays(module)
     )
     rows = [(nbytes(m), m.weight.shape[0]) for m in embeddings[1 if tied else 0 :]]
     return sum(size - size // count for size, count in rows)

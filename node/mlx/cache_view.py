@@ -4,19 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList
 
-Caches = list[Any]
-
-
-def kind_of(cache: Any) -> tuple[Any, ...]:
-    """What makes two fresh caches interchangeable for masks and offsets: class and sizes."""
-    if isinstance(cache, CacheList):
-        return (CacheList, *(kind_of(member) for member in cache.caches))
-    if isinstance(cache, ArraysCache):
-        return (type(cache), len(cache.cache))
-    plain = {k: v for k, v in vars(cache).items() if isinstance(v, int | float | str)}
-    return (type(cache), *sorted(plain.items()))
+from node.mlx.compat_caches import Caches, count_tokens, interchangeable_kind, make_counter
 
 
 class CacheView:
@@ -31,7 +20,7 @@ class CacheView:
         self, fresh: Callable[[], Caches], own: Sequence[int], copies: Sequence[int] = ()
     ) -> None:
         """own: the entries of the stage's layers. copies: those of earlier layers they read."""
-        kinds = [kind_of(cache) for cache in fresh()]
+        kinds = [interchangeable_kind(cache) for cache in fresh()]
         real = [*own, *copies]
         position: dict[Any, int] = {}
         for slot, index in enumerate(real):
@@ -56,7 +45,7 @@ class CacheView:
         caches = self.fresh()
         made = [caches[index] for index in self._members]
         for ghost in made[self._real :]:
-            _leave_unquantized(ghost)
+            make_counter(ghost)
         return made
 
     def full(self, caches: Caches) -> Caches:
@@ -67,25 +56,5 @@ class CacheView:
         """Moves the ghosts on by `tokens`; returns their arrays, which the caller evaluates."""
         ghosts = caches[self._real :]
         for ghost in ghosts:
-            _advance(ghost, batch, tokens)
+            count_tokens(ghost, batch, tokens)
         return [ghost.state for ghost in ghosts]
-
-
-def _advance(cache: Any, batch: int, tokens: int) -> None:
-    if isinstance(cache, CacheList):
-        for member in cache.caches:
-            _advance(member, batch, tokens)
-    elif isinstance(cache, ArraysCache):
-        cache.cache = [mx.zeros((batch, 1), mx.uint8) for _ in cache.cache]
-        cache.advance(tokens)
-    else:
-        nothing = mx.zeros((batch, 1, tokens, 1), mx.uint8)
-        cache.update_and_fetch(nothing, nothing)
-
-
-def _leave_unquantized(ghost: Any) -> None:
-    """Its one zero a token makes no group of numbers, and nobody reads it."""
-    if hasattr(ghost, "to_quantized"):
-        kind = type(ghost)
-        same = {"to_quantized": lambda self, **_options: self}
-        ghost.__class__ = type(kind.__name__, (kind,), same)

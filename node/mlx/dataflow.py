@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.graph import dependencies, marked
+from node.mlx.compat import marked, override, own_arrays, restore_class, set_array
+from node.mlx.compat_caches import replace_update
+from node.mlx.graph import dependencies
 from node.mlx.tree import Path, arrays, children, is_mutable, replace_arrays, skeleton
 from unicluster.errors import StageError
 
@@ -262,7 +264,7 @@ class _Recorder:
                 self._cache_outputs[id(output)] = (output, index, which)
             return outputs
 
-        entry.update_and_fetch = update_and_fetch
+        replace_update(entry, update_and_fetch)
 
     def _holds_cache(self, value: Any) -> bool:
         return id(value) in self._entry_of or any(
@@ -291,7 +293,7 @@ def watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator
         yield
     finally:
         for module, base in classes:
-            module.__class__ = base
+            restore_class(module, base)
 
 
 @contextmanager
@@ -303,17 +305,16 @@ def _marked_weights(
         (module, name, value)
         for _, module in model.named_modules()
         if id(module) in modules
-        for name, value in module.items()
-        if isinstance(value, mx.array)
+        for name, value in own_arrays(module)
     ]
     paths = {id(module): path for path, module in model.named_modules()}
     try:
         for module, name, value in kept:
-            module[name] = mark(paths[id(module)], value)
+            set_array(module, name, mark(paths[id(module)], value))
         yield
     finally:
         for module, name, value in kept:
-            module[name] = value
+            set_array(module, name, value)
 
 
 def replace_call(module: nn.Module, replacement: Callable[..., Any]) -> None:
@@ -323,7 +324,7 @@ def replace_call(module: nn.Module, replacement: Callable[..., Any]) -> None:
     """
     base = module.__class__
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return replacement(partial(base.__call__, self), self, args, kwargs)
 
-    module.__class__ = type(base.__name__, (base,), {"__call__": __call__})
+    override(module, __call__=call)

@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.cache_view import Caches, CacheView
+from node.mlx.cache_view import CacheView
+from node.mlx.compat import drop_array, own_arrays
+from node.mlx.compat_caches import Caches, replace_update, restore_update
 from node.mlx.crossing import Crossing, crossing, finishing, forbidden_cuts, token_bytes
 from node.mlx.dataflow import Embedding, FromCache, FromResult, Trace, replace_call, trace
 from node.mlx.tree import children, find, pack, put, unpack, write
@@ -300,7 +302,7 @@ class HollowModel:
             yield
         finally:
             for entry in entries:
-                del self._caches[entry].update_and_fetch
+                restore_update(self._caches[entry])
 
     def _record_updates(self, entry: int, cache: Any) -> None:
         update, seen = cache.update_and_fetch, self._seen
@@ -309,12 +311,12 @@ class HollowModel:
             seen.updates[entry] = [keys, values]
             return update(keys, values)
 
-        cache.update_and_fetch = update_and_fetch
+        replace_update(cache, update_and_fetch)
 
 
 def _drop_arrays(module: nn.Module, kept: set[int]) -> None:
     """Frees a module's arrays, but for those of the modules `kept`, by id."""
     for part in module.modules():
         if id(part) not in kept:
-            for name in [name for name, value in part.items() if isinstance(value, mx.array)]:
-                del part[name]
+            for name, _ in own_arrays(part):
+                drop_array(part, name)

@@ -3,11 +3,10 @@
 Only caches of attention over everything can be; states and the like stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import CacheList, RotatingKVCache
+from node.mlx import compat_caches as compat
 
 # mlx-lm's own, and what is taken where a head's size is no multiple of it.
 GROUP_SIZE = 64
@@ -26,28 +25,17 @@ def quantize(cache: list[Any], bits: int) -> None:
 
 def quantized(cache: Sequence[Any], bits: int, group_size: int = GROUP_SIZE) -> list[Any]:
     """The same caches, those quantized that can be."""
-    return [
-        entry.to_quantized(group_size=_group_size(entry, group_size), bits=bits)
-        if hasattr(entry, "to_quantized")
-        else entry
-        for entry in cache
-    ]
+    return [compat.quantized(entry, bits, _group_size(entry, group_size)) for entry in cache]
 
 
 def check_quantizable(cache: Sequence[Any]) -> None:
     """Raises UnquantizableError for caches that mlx-lm can't quantize."""
-    if any(isinstance(member, RotatingKVCache) for member in _members(cache)):
+    if any(compat.window(entry) is not None for entry in compat.leaves(cache)):
         raise UnquantizableError("has sliding windows, which mlx-lm can't quantize")
-    if not any(hasattr(entry, "to_quantized") for entry in cache):
+    if not any(map(compat.offers_quantized, cache)):
         raise UnquantizableError("has no KV caches that mlx-lm can quantize")
 
 
-def _members(cache: Sequence[Any]) -> Iterator[Any]:
-    for entry in cache:
-        yield from _members(entry.caches) if isinstance(entry, CacheList) else (entry,)
-
-
 def _group_size(entry: Any, most: int) -> int:
-    arrays = [getattr(entry, name, None) for name in ("keys", "values")]
-    odd = any(isinstance(array, mx.array) and array.shape[-1] % most for array in arrays)
+    odd = any(size % most for size in compat.head_sizes(entry))
     return SMALLER_GROUP_SIZE if odd else most

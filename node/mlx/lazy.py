@@ -10,9 +10,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_config, load_model, quantize_model
+from mlx_lm.utils import load_config, load_model, quantize_model
 
-from node.mlx.graph import dependencies, marked
+from node.mlx.compat import marked, model_classes
+from node.mlx.graph import dependencies
 from unicluster.checkpoints.checkpoint import WEIGHTS
 from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import InputError, UniclusterError, in_one_line
@@ -45,7 +46,7 @@ def load_lazy(path: Path, quant: str = "", origins: Origins | None = None) -> La
     directory.
     """
     check_files(path)
-    classes = _get_classes if origins is None else _noting(origins)
+    classes = model_classes if origins is None else _noting(origins)
     try:
         model, config = load_model(path, lazy=True, get_model_classes=classes)
     except UniclusterError:
@@ -128,7 +129,7 @@ def _noting(origins: Origins) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     """Model classes whose `sanitize`, which renames and joins tensors, is looked at."""
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, arguments_class = _get_classes(config)
+        model_class, arguments_class = model_classes(config)
 
         def build(arguments: Any) -> nn.Module:
             model: nn.Module = model_class(arguments)

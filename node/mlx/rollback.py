@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from node.mlx.compat_caches import is_always_trimmable, members, set_members, window
 
 
 def cuttable_below(kinds: Sequence[Any]) -> float:
@@ -19,15 +19,11 @@ def cuttable_below(kinds: Sequence[Any]) -> float:
 
 
 def _cuttable_below(kind: Any) -> float:
-    if isinstance(kind, CacheList):
-        return cuttable_below(kind.caches)
-    if isinstance(kind, RotatingKVCache):
-        return float(kind.max_size)
-    return math.inf if _always_cuttable(kind) else 0.0
-
-
-def _always_cuttable(cache: Any) -> bool:
-    return isinstance(cache, KVCache | QuantizedKVCache)
+    if (parts := members(kind)) is not None:
+        return cuttable_below(parts)
+    if (size := window(kind)) is not None:
+        return float(size)
+    return math.inf if is_always_trimmable(kind) else 0.0
 
 
 def snapshot(cache: Sequence[Any]) -> list[Any]:
@@ -38,9 +34,9 @@ def snapshot(cache: Sequence[Any]) -> list[Any]:
 def _snapshot(entry: Any) -> Any:
     if hasattr(entry, "snapshot"):  # on another machine
         return entry.snapshot()
-    if isinstance(entry, CacheList):
-        return snapshot(entry.caches)
-    return None if _always_cuttable(entry) else copy.deepcopy(entry)
+    if (parts := members(entry)) is not None:
+        return snapshot(parts)
+    return None if is_always_trimmable(entry) else copy.deepcopy(entry)
 
 
 def restore(cache: list[Any], saved: list[Any], tokens: int) -> None:
@@ -52,10 +48,10 @@ def restore(cache: list[Any], saved: list[Any], tokens: int) -> None:
 def _restored(entry: Any, before: Any, tokens: int) -> Any:
     if hasattr(entry, "restore"):
         entry.restore(before, tokens)
-    elif isinstance(entry, CacheList):
-        members = list(entry.caches)
-        restore(members, before, tokens)
-        entry.caches = tuple(members)
+    elif (parts := members(entry)) is not None:
+        restored = list(parts)
+        restore(restored, before, tokens)
+        set_members(entry, restored)
     elif before is None:
         entry.trim(tokens)
     else:

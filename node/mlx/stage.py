@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
-from mlx_lm.models.cache import QuantizedKVCache
 
-from node.mlx.cache_view import Caches
+from node.mlx.compat_caches import Caches, from_saved, token_count
 from node.mlx.hollow import HollowModel
 from node.mlx.kv_quant import quantized
 from node.mlx.memory import give_all_back, give_back
@@ -150,7 +148,7 @@ class Stage(FrameServer[StageCache, Any]):
 
     def store(self, cache: StageCache, entry: int, kind: str, state: "Leaves") -> None:
         """Only mlx-lm's own cache classes are made."""
-        cache.entries[entry] = _cache_class(kind).from_state(decode_tree(state))
+        cache.entries[entry] = from_saved(kind, decode_tree(state))
 
     def quantize(self, cache: StageCache, bits: int, group_size: int) -> StageCache:
         made = StageCache(quantized(copy.deepcopy(cache.entries), bits, group_size))
@@ -168,20 +166,8 @@ class Stage(FrameServer[StageCache, Any]):
 
     def size(self, cache: StageCache) -> int:
         """Tokens, as far as the entries count them: state-space caches don't."""
-        return max((_tokens(entry) for entry in cache.entries), default=0)
-
-
-def _cache_class(kind: str) -> Any:
-    made = getattr(mlx_cache, kind, None)
-    if not (isinstance(made, type) and issubclass(made, mlx_cache._BaseCache)):
-        raise ValueError(f"{kind!r} is no cache class of this mlx-lm")
-    return made
+        return max(map(token_count, cache.entries), default=0)
 
 
 def _states(cache: StageCache) -> list[Any]:
     return [entry.state for entry in cache.entries]
-
-
-def _tokens(entry: Any) -> int:
-    # mlx-lm's quantized caches say 0.
-    return int(entry.offset if isinstance(entry, QuantizedKVCache) else entry.size())

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
 
 from node.metering.timeline import Timeline, recording
 from node.metering.trips import Trip, Trips
-from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_array, kind_of_leaves, take_place
+from node.mlx.compat_caches import commit, members
+from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_array, kind_of_leaves
 from node.mlx.tensors import decode_tree, encode_tree
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
@@ -138,7 +138,7 @@ class PipelineModel(nn.Module):
                 _add(timelines, "layers", began)
             return logits
         for remote, index in zip(self._remotes, range(here, len(cache)), strict=True):
-            if isinstance(cache[index], CacheList):
+            if members(cache[index]) is not None:
                 cache[index] = remote.store(cache[index])
         handles = cache[here:]
         if inputs.shape[1] > PUSHED_TOKENS:
@@ -194,7 +194,7 @@ class PipelineModel(nn.Module):
                 before = None  # its step holds on to the caches' arrays, and MLX would copy them
             if before is not None and before.step is not None:
                 before.step.blank.fill_one(inputs)
-                take_place(local, before.step.after)
+                commit(local, before.step.after)
                 hidden, extra = before.step.result, before.step.extra
             else:
                 hidden, extra = self._hollow.front(inputs, local)

@@ -6,11 +6,10 @@ with the next frame; the stage replays it on its real caches, in order.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_lm.models.cache import CacheList
-
+from node.mlx.compat_caches import SAVED_LIST, DeferredState, members
 from node.mlx.tensors import decode_tree, encode_tree
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
 
@@ -53,10 +52,10 @@ class RemoteStage:
         self.operations.append(CacheOp(cache=number, free=CacheOp.Free()))
         self._on_free()
 
-    def store(self, saved: CacheList) -> "RemoteCache":
-        """Moves a cache that is here, one entry a member, to the stage."""
+    def store(self, saved: Any) -> "RemoteCache":
+        """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage."""
         handle = self.make()
-        for entry, member in enumerate(saved.caches):
+        for entry, member in enumerate(members(saved) or ()):
             operation = CacheOp(cache=handle.number)
             operation.store.entry = entry
             operation.store.kind = type(member).__name__
@@ -140,7 +139,7 @@ class RemoteCache:
         mlx-lm evaluates the state of every cache after each prefill chunk, and that must cost
         nothing here; saving a prompt cache walks through it, and then it is fetched.
         """
-        return _RemoteState(self)
+        return DeferredState(self.fetch)
 
     def fetch(self) -> list[tuple[Any, str]]:
         """(state, class name) of each cache in it, as mlx-lm's CacheList has them."""
@@ -199,29 +198,5 @@ class RemoteCache:
 
 
 # mlx-lm saves a cache under its class's name and loads it by that name: what was saved of a
-# handle comes back as a CacheList of the stage's real caches, which the pipeline stores again.
-RemoteCache.__name__ = CacheList.__name__
-
-
-class _RemoteState:
-    """Looks like a list to Python's tree functions and like an opaque leaf to mlx.eval."""
-
-    __class__ = property(lambda self: list)
-
-    def __init__(self, handle: RemoteCache) -> None:
-        self._handle = handle
-        self._fetched: list[tuple[Any, str]] | None = None
-
-    def _all(self) -> list[tuple[Any, str]]:
-        if self._fetched is None:
-            self._fetched = self._handle.fetch()
-        return self._fetched
-
-    def __iter__(self) -> Iterator[tuple[Any, str]]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        return self._all()[index]
+# handle comes back as a list of the stage's real caches, which the pipeline stores again.
+RemoteCache.__name__ = SAVED_LIST

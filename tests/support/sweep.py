@@ -19,11 +19,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.cache_view import Caches
+from node.mlx.compat_caches import Caches, commit
 from node.mlx.crossing import finishing, forbidden_cuts
 from node.mlx.dataflow import trace
 from node.mlx.hollow import HollowModel
-from node.mlx.prebuilt import Build, Foresight, kind_of_leaves, take_place
+from node.mlx.prebuilt import Build, Foresight, kind_of_leaves
 from node.mlx.tensors import decode_tree
 from tests.support import zoo
 from tests.support.wire import on_the_wire
@@ -185,7 +185,7 @@ def _run(build: Build, tree: Any, caches: Caches, turn: int) -> Any:
         result, extra = build(decode_tree(leaves), caches)
     else:
         step.blank.fill(leaves)
-        take_place(caches, step.after)
+        commit(caches, step.after)
         result, extra = step.result, step.extra
     mx.eval(result, extra)
     return result

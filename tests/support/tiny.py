@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from node.mlx.compat import model_classes
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "gemma3")
 END, START = "<|end|>", "<|start|>"
@@ -100,7 +101,7 @@ def write_model(
 
 
 def _random_weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
     rng = np.random.default_rng(seed)
     shapes: dict[str, mx.array] = dict(tree_flatten(model.parameters()))

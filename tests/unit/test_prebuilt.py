@@ -20,6 +20,8 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from node.mlx import compat
+from node.mlx.compat_caches import commit, shadow
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from node.mlx.prebuilt import (
@@ -28,8 +30,6 @@ from node.mlx.prebuilt import (
     Step,
     kind_of_array,
     kind_of_leaves,
-    take_place,
-    twins,
 )
 from node.mlx.stage import Stage
 from node.mlx.tensors import DTYPES, decode_tree, encode_tree
@@ -127,7 +127,7 @@ def test_a_step_built_ahead_does_what_the_usual_one_does(kind: str) -> None:
         step = Step(kind_of_array(x), [foreseen], build)
         if turn % 3:
             step.blank.fill(on_the_wire(x))
-            take_place([foreseen], step.after)
+            commit([foreseen], step.after)
             got = step.result
         else:
             got = attend(foreseen, x)
@@ -136,14 +136,14 @@ def test_a_step_built_ahead_does_what_the_usual_one_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_happens_to_a_twin_does_not_happen_to_the_cache(kind: str) -> None:
+def test_what_happens_to_a_shadow_does_not_happen_to_the_cache(kind: str) -> None:
     cache = KINDS[kind]()
     first, second, *_ = inputs()
     attend(cache, first)
-    (twin,) = twins([cache])
-    attend(twin, second)
+    (other,) = shadow([cache])
+    attend(other, second)
 
-    (fresh,) = twins([cache])
+    (fresh,) = shadow([cache])
     assert mx.array_equal(attend(cache, second), attend(fresh, second))
 
 
@@ -254,6 +254,23 @@ def test_a_stage_answers_as_one_that_builds_nothing_ahead(hollow: HollowModel) -
     assert all(same), f"replies that differ: {[i for i, s in enumerate(same) if not s]}"
     assert usual.used == 0
     assert ahead.used > 30
+
+
+def test_where_writes_do_not_reach_the_device_nothing_is_built_ahead(
+    hollow: HollowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX gives out a copy of what the device has: tokens stay the same, by the usual way."""
+    usual, ahead = Head(Stage(hollow, foresee=False)), Head(Stage(hollow))
+    conversation(usual)
+    monkeypatch.setattr(compat, "memory", lambda array: memoryview(bytearray(array.nbytes)))
+    compat.writes_reach_device.cache_clear()
+    try:
+        conversation(ahead)
+    finally:
+        compat.writes_reach_device.cache_clear()
+
+    assert ahead.used == 0
+    assert ahead.replies == usual.replies
 
 
 def test_freed_caches_leave_no_step_behind(hollow: HollowModel) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from node.generation.kv_budget import STEP, Memory
+from node.generation.kv_budget import Memory
 from node.generation.prefix_cache import LEAST_TOKENS, Kept, KeptCaches
+from node.mlx.compat_caches import GROWTH_TOKENS
 
 STORY = list(range(100))
 
@@ -73,14 +74,14 @@ def test_the_least_recently_used_go_first() -> None:
 @pytest.mark.parametrize(
     ("kinds", "tokens", "share"),
     [
-        ([KVCache()], STEP, 1 / 16),
-        ([KVCache()], STEP + 1, 2 / 16),  # caches grow by steps
-        ([KVCache()], 16 * STEP, 1),
+        ([KVCache()], GROWTH_TOKENS, 1 / 16),
+        ([KVCache()], GROWTH_TOKENS + 1, 2 / 16),  # caches grow by steps
+        ([KVCache()], 16 * GROWTH_TOKENS, 1),
         ([KVCache(), RotatingKVCache(64)], 1, 1),  # a window is soon full
     ],
 )
 def test_what_an_answer_is_promised(kinds: list[Any], tokens: int, share: float) -> None:
-    memory = Memory(total=3200, users=2, context=16 * STEP, kinds=kinds)
+    memory = Memory(total=3200, users=2, context=16 * GROWTH_TOKENS, kinds=kinds)
 
     assert memory.need(tokens) == 1600 * share
     assert memory.need_together([1, tokens]) == 2 * 1600 * share

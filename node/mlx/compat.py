@@ -1,0 +1,158 @@
+"""All that is relied on of MLX and of mlx-lm's loader beyond their documented interfaces.
+
+One function a piece, and a contract test for each (tests/unit/test_compat.py) that fails when a
+new version changes it; pyproject.toml has the versions that passed. Caches: compat_caches.py.
+"""
+
+import functools
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.utils import _get_classes
+
+log = logging.getLogger(__name__)
+
+# Elements of the array by which writing into MLX's memory is tried: 16 KiB, as a hidden state has.
+TRIAL_SIZE = 4096
+
+
+# --- models
+
+
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes for a config.json: the model's, and that of its arguments.
+
+    Raises ValueError for a `model_type` that mlx-lm has no module for.
+    """
+    model_class, arguments_class = _get_classes(config)
+    return model_class, arguments_class
+
+
+def own_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's own arrays by attribute name, without those of its submodules."""
+    return [(name, value) for name, value in module.items() if isinstance(value, mx.array)]
+
+
+def set_array(module: nn.Module, name: str, array: mx.array) -> None:
+    """Replaces one of a module's own arrays."""
+    module[name] = array
+
+
+def drop_array(module: nn.Module, name: str) -> None:
+    """Removes one of a module's own arrays, so that nothing holds on to its memory."""
+    del module[name]
+
+
+def override(instance: Any, **methods: Callable[..., Any]) -> None:
+    """Gives one module or cache other methods, also those that Python looks up on the class.
+
+    Its class becomes a subclass of the same name: isinstance, attributes and submodules survive.
+    """
+    base = type(instance)
+    instance.__class__ = type(base.__name__, (base,), methods)
+
+
+def restore_class(instance: Any, base: type) -> None:
+    """Undoes `override`."""
+    instance.__class__ = base
+
+
+# --- the lazy graph
+
+
+class Node(NamedTuple):
+    """A primitive of the lazy graph. A compiled function is announced each time it runs."""
+
+    name: str
+
+
+class Edge(NamedTuple):
+    """An array or primitive, and what has it as its input."""
+
+    before: str
+    after: str
+
+
+def marked(array: mx.array) -> mx.array:
+    """The same values as a node of its own in the lazy graph, so that it can be recognised."""
+    return mx.stop_gradient(array)
+
+
+def lazy_graph(arrays: Mapping[str, mx.array]) -> Iterator[Node | Edge]:
+    """The graph that unevaluated arrays are to be computed by, inputs before outputs.
+
+    Arrays that are in `arrays` have the names they have there. Nothing is evaluated. The form of
+    what mx.export_to_dot writes is not documented.
+    """
+    dot = io.StringIO()
+    mx.export_to_dot(dot, **arrays)
+    for line in dot.getvalue().splitlines():
+        before, arrow, after = (part.strip('"') for part in line.partition(" -> "))
+        if arrow:
+            yield Edge(before, after)
+        elif "[label" in line:
+            yield Node(line.strip("{ ").partition(" ")[0])
+
+
+def is_evaluated(array: mx.array) -> bool:
+    """False for an array that is still to be computed."""
+    return not any(isinstance(part, Edge) for part in lazy_graph({"array": array}))
+
+
+# --- memory
+
+
+def separate(array: mx.array) -> mx.array:
+    """The same contents as another Python object: in-place updates of one don't reach the other.
+
+    Shares memory until one of them is written to.
+    """
+    return array.__copy__()
+
+
+def memory(array: mx.array) -> memoryview:
+    """The bytes of an array, which is evaluated for it; MLX's type stubs lack the protocol."""
+    buffer: Any = array
+    return memoryview(buffer)
+
+
+def writable_memory(array: mx.array) -> memoryview:
+    """Memory of an evaluated array, to be written to before what depends on it is evaluated.
+
+    Raises ValueError where MLX gives out read-only memory. See `writes_reach_device`.
+    """
+    view = memory(array)
+    if view.readonly:
+        raise ValueError("MLX's memory can't be written to here")
+    return view
+
+
+@functools.cache
+def writes_reach_device() -> bool:
+    """Whether MLX computes with bytes that were written into an array's memory.
+
+    Nothing in MLX promises it: on the backend at hand it is tried, once a process, with a small
+    product built before its input is written.
+    """
+    try:
+        reached = _try_write()
+    except (ValueError, TypeError, BufferError, RuntimeError) as error:
+        log.debug("writing into MLX's memory ahead of a step: %s", error)
+        return False
+    outcome = "reaches" if reached else "does not reach"
+    log.debug("writing into MLX's memory %s %s", outcome, mx.default_device())
+    return reached
+
+
+def _try_write() -> bool:
+    values = np.arange(TRIAL_SIZE, dtype=np.float32)
+    raw = mx.array(np.zeros(values.nbytes, np.uint8))
+    view = writable_memory(raw)
+    built_ahead = 2 * raw.view(mx.float32).reshape(1, -1) + 1
+    view[:] = values.tobytes()
+    return bool(np.array_equal(np.array(built_ahead)[0], 2 * values + 1))
