@@ -1,6 +1,5 @@
 """`unicluster bench`: how fast what is served is, or a model cut in pieces on this machine."""
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -8,22 +7,28 @@ import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from coordinator.commands.baselines import baselines
 from coordinator.commands.serve import served
 from coordinator.fleet import local
-from coordinator.models.catalog import resolve
-from coordinator.planning.planner import Layout, least_memory
+from coordinator.models.catalog import model_names, resolve
+from coordinator.planning.planner import least_memory
 from coordinator.serving.events import Events
+from coordinator.serving.generation_options import generation_options, take_generation
+from coordinator.serving.inspected import inspected_here
 from coordinator.serving.options import ServeOptions
 from coordinator.terminal.printer import printing
 from unicluster.benchmark import bench
 from unicluster.benchmark.measure import Ask
 from unicluster.client.client import AsyncClient
+from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UniclusterError
-from unicluster.v1.node_pb2 import InspectRequest
+from unicluster.v1.node_pb2 import StageSpec
 
 
 @dataclass(frozen=True)
@@ -35,31 +40,31 @@ class _Subject:
     remarks: list[str] = field(default_factory=list)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="with --local: a directory, or demo (default)"
-    )
-    parser.add_argument(
-        "--local",
-        type=int,
-        metavar="N",
-        help="cut MODEL over N agents on this machine, and compare with mlx-lm alone",
-    )
-    parser.add_argument("--server", metavar="HOST:PORT", help="default: whichever is found")
-    parser.add_argument(
-        "--users", type=int, nargs="+", default=[2, 4], metavar="N", help="default: 2 4"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken (3)")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: 64)")
-    parser.add_argument("--prompt", type=int, default=512, help="to prefill (default: 512)")
-    parser.add_argument("--only", nargs="+", choices=bench.MEASURES, default=list(bench.MEASURES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+@dataclass(frozen=True)
+class BenchOptions:
+    """The command line of `unicluster bench`."""
+
+    model: str | None
+    local: int | None
+    server: str | None
+    users: tuple[int, ...]
+    rounds: int
+    tokens: int
+    prompt: int
+    only: tuple[str, ...]
+    json: Path | None
+    generation: StageSpec
 
 
-def run(args: argparse.Namespace) -> int:
+def run(**given: Any) -> int:
+    generation = take_generation(given)
+    args = BenchOptions(**given, generation=generation)
     if args.local is None and args.model is not None:
         raise InputError(f"bench {args.model}: give --local N to cut it on this machine")
-    if args.local is not None and args.server is not None:
+    if args.local is None and args.generation != StageSpec():
+        raise InputError("options of generation are for --local N: what is served has its own")
+    stated = click.get_current_context().get_parameter_source("server")
+    if args.local is not None and stated is ParameterSource.COMMANDLINE:
         raise InputError("give either --local or --server")
     for name, least in (("local", 1), ("rounds", 1), ("tokens", 2), ("prompt", 1)):
         value = getattr(args, name)
@@ -70,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_bench(args))
 
 
-async def _bench(args: argparse.Namespace) -> int:
+async def _bench(args: BenchOptions) -> int:
     main = asyncio.current_task()
     if main is not None:  # else the agents of --local would stay
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
     console, progress = Console(), Console(stderr=True)
     sizes = bench.Sizes(decode=args.tokens, prefill=args.prompt, users=tuple(args.users))
-    opened = _deployment(args) if args.local is None else _cut_here(args, progress)
+    opened = _deployment(args) if args.local is None else _cut_here(args, args.local, progress)
     async with opened as subject:
         info = await subject.client.describe()
         if info.state != "ready":
@@ -96,30 +101,31 @@ async def _bench(args: argparse.Namespace) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _deployment(args: argparse.Namespace) -> AsyncIterator[_Subject]:
+async def _deployment(args: BenchOptions) -> AsyncIterator[_Subject]:
     async with AsyncClient(args.server) as client:
         yield _Subject(client)
 
 
 @contextlib.asynccontextmanager
-async def _cut_here(args: argparse.Namespace, console: Console) -> AsyncIterator[_Subject]:
+async def _cut_here(args: BenchOptions, count: int, console: Console) -> AsyncIterator[_Subject]:
     """A cluster of its own for as long as the block runs: nothing of the real one is touched."""
     source = resolve(args.model or "demo")
     if source.model != "demo" and not Path(source.model).is_absolute():
-        raise InputError(f"bench --local {args.local} {args.model}: give a directory, or demo")
+        raise InputError(f"bench --local {count} {args.model}: give a directory, or demo")
     users = max(2, *args.users)
     events = Events()
     with local.own_cluster() as cluster, printing(events, stderr=True) as printer:
         with console.status(f"Looking into {source.display}"):
-            request = InspectRequest(model=source.model, users=users)
-            layout = Layout.from_proto(await local.inspect(request))
-        memory = least_memory(layout, args.local)
-        names = [f"stage-{number}" for number in range(args.local)]
-        options = ServeOptions(source, users=users, nodes=names, host=local.HOST, port=0)
+            layout = await inspected_here(source, args.generation, users=users)
+        memory = least_memory(layout, count)
+        names = [f"stage-{number}" for number in range(count)]
+        options = ServeOptions(
+            source, users=users, generation=args.generation, nodes=names, host=local.HOST, port=0
+        )
         async with (
             local.agents(names, memory),
             served(options, cluster, events) as running,
-            baselines(source.model, args.local) as (others, remarks),
+            baselines(source.model, count) as (others, remarks),
             AsyncClient(running.address, cluster=cluster) as client,
         ):
             await printer.caught_up()
@@ -131,3 +137,51 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise InputError(f"--json {path}: {error.strerror}") from error
+
+
+command = Command(
+    run,
+    arguments=[
+        Argument(
+            "model",
+            "with --local: a directory, or demo (default)",
+            required=False,
+            complete=model_names,
+        )
+    ],
+    sections={
+        "What is measured": [
+            server_option("default: whichever is found"),
+            Option(
+                "--local",
+                "cut MODEL over N agents on this machine, and compare with mlx-lm alone",
+                type=int,
+                metavar="N",
+            ),
+            Option(
+                "--only",
+                "default: all",
+                many=True,
+                type=click.Choice(bench.MEASURES),
+                default=bench.MEASURES,
+            ),
+        ],
+        "How much": [
+            Option("--users", "default: 2 4", many=True, type=int, default=(2, 4), metavar="N..."),
+            Option("--rounds", "of which medians are taken (3)", type=int, default=3),
+            Option("--tokens", "of an answer (default: 64)", type=int, default=64),
+            Option("--prompt", "to prefill (default: 512)", type=int, default=512),
+        ],
+        "Generation, with --local": generation_options(),
+        "Results": [
+            Option(
+                "--json", "write all figures there", metavar="FILE", type=click.Path(path_type=Path)
+            )
+        ],
+    },
+    examples=[
+        "unicluster bench",
+        "unicluster bench --local 3 --users 2 4 8",
+        "unicluster bench --local 2 ~/models/llama --lookup --only decode",
+    ],
+)

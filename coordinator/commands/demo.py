@@ -1,21 +1,23 @@
 """`unicluster demo`: the whole thing in miniature, on this machine alone."""
 
-import argparse
 import asyncio
 import signal
+from typing import Any
 
 from rich.console import Console
 
 from coordinator.commands.serve import served
 from coordinator.fleet import local
 from coordinator.models.catalog import resolve
-from coordinator.planning.placement import Layout
 from coordinator.serving.events import Events, Follower
+from coordinator.serving.generation_options import generation_options, take_generation
+from coordinator.serving.inspected import inspected_here
 from coordinator.serving.options import ServeOptions
 from coordinator.terminal.printer import printing
 from unicluster.chat.command import chat
 from unicluster.cluster.trust import Cluster
-from unicluster.v1.node_pb2 import InspectRequest
+from unicluster.command_line import Argument, Command
+from unicluster.v1.node_pb2 import StageSpec
 
 MACHINES = ("north", "east", "south")
 CONTEXT = 1024
@@ -23,24 +25,23 @@ CONTEXT = 1024
 SLICE = 0.42
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="answer this and exit")
-
-
-def run(args: argparse.Namespace) -> int:
-    prompt = " ".join(args.prompt).strip() or None
+def run(prompt: tuple[str, ...], **generation: Any) -> int:
+    spec = take_generation(generation)
+    words = " ".join(prompt).strip() or None
     events = Events()
     with local.own_cluster() as cluster, printing(events) as printer:
-        return asyncio.run(_demo(cluster, prompt, events, printer))
+        return asyncio.run(_demo(cluster, words, spec, events, printer))
 
 
-async def _demo(cluster: Cluster, prompt: str | None, events: Events, printer: Follower) -> int:
+async def _demo(
+    cluster: Cluster, prompt: str | None, spec: StageSpec, events: Events, printer: Follower
+) -> int:
     console = Console()
     main = asyncio.current_task()
     if main is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
-    request = InspectRequest(model="demo", context=CONTEXT, users=1)
-    layout = Layout.from_proto(await local.inspect(request))
+    source = resolve("demo")
+    layout = await inspected_here(source, spec, context=CONTEXT)
     held = layout.weight_bytes + layout.kv_bytes
     memory = int(SLICE * (held + layout.reserve(held)))
     console.print(
@@ -49,10 +50,23 @@ async def _demo(cluster: Cluster, prompt: str | None, events: Events, printer: F
     )
     async with local.agents(MACHINES, memory):
         options = ServeOptions(
-            source=resolve("demo"), context=CONTEXT, nodes=list(MACHINES), host=local.HOST, port=0
+            source=source,
+            context=CONTEXT,
+            generation=spec,
+            nodes=list(MACHINES),
+            host=local.HOST,
+            port=0,
         )
         async with served(options, cluster, events) as running:
             await printer.caught_up()
             console.print()
             await chat(running.address, prompt)
     return 0
+
+
+command = Command(
+    run,
+    arguments=[Argument("prompt", "answer this and exit", nargs=-1)],
+    sections={"Generation": generation_options()},
+    examples=["unicluster demo", 'unicluster demo "A tiny story about a fox:" --lookup'],
+)

@@ -1,12 +1,13 @@
 """`unicluster drain`: empties a machine's agent before it is restarted or switched off."""
 
-import argparse
 import asyncio
 
 import grpc
 
 from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.known_machines import addresses
 from unicluster.cluster.trust import Store, default_name
+from unicluster.command_line import Command, Option
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DrainRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -15,27 +16,10 @@ CALL_SECONDS = 10.0
 ASK_EVERY = 0.25
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--agent",
-        default="127.0.0.1:47600",
-        metavar="HOST:PORT",
-        help="which agent (default: the one on this machine)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="how long its answers may take to end (default: 120)",
-    )
-    parser.add_argument("--off", action="store_true", help="offer the machine again")
-
-
-def run(args: argparse.Namespace) -> int:
-    if not args.timeout >= 0:
-        raise InputError(f"--timeout {args.timeout:g}: a number of seconds, 0 or more")
-    return asyncio.run(_drain(args.agent, args.timeout, off=args.off))
+def run(agent: str, timeout: float, off: bool) -> int:
+    if not timeout >= 0:
+        raise InputError(f"--timeout {timeout:g}: a number of seconds, 0 or more")
+    return asyncio.run(_drain(agent, timeout, off=off))
 
 
 async def _drain(address: str, timeout: float, *, off: bool) -> int:
@@ -66,3 +50,32 @@ async def _drain(address: str, timeout: float, *, off: bool) -> int:
 
 def _what(info: NodeInfo) -> str:
     return ", ".join(f"layers {s.first_layer}-{s.end_layer - 1} of {s.model}" for s in info.stages)
+
+
+command = Command(
+    run,
+    sections={
+        "Draining": [
+            Option(
+                "--agent",
+                "which agent (default: the one on this machine)",
+                default="127.0.0.1:47600",
+                metavar="HOST:PORT",
+                complete=addresses,
+            ),
+            Option(
+                "--timeout",
+                "how long its answers may take to end (default: 120)",
+                type=float,
+                default=120.0,
+                metavar="SECONDS",
+            ),
+            Option("--off", "offer the machine again", is_flag=True),
+        ],
+    },
+    examples=[
+        "unicluster drain",
+        "unicluster drain --agent studio.local:47600 --timeout 600",
+        "unicluster drain --off",
+    ],
+)

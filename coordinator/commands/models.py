@@ -3,22 +3,17 @@
 The sizes are computed from the configurations, and committed: `python -m coordinator.models.sizes`.
 """
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 
 from coordinator.models.catalog import QUANTS, entries
 from coordinator.models.sizes import stored
 from coordinator.terminal.tables import add_numbers, new_table
+from unicluster.command_line import Command, Option
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repos", action="store_true", help="where the weights are on the hub")
-
-
-def run(args: argparse.Namespace) -> int:
-    Console().print(_repositories() if args.repos else _sizes())
+def run(repos: bool) -> int:
+    Console().print(_repositories() if repos else _sizes())
     return 0
 
 
@@ -46,3 +41,10 @@ def _billions(number: int | None) -> str:
     if number is None:
         return ""
     return f"{number / 1e9:.0f}" if number >= 1e11 else f"{number / 1e9:.1f}"
+
+
+command = Command(
+    run,
+    sections={"Table": [Option("--repos", "where the weights are on the hub", is_flag=True)]},
+    examples=["unicluster models --repos"],
+)

@@ -1,41 +1,32 @@
 """`unicluster nodes`: what is out there."""
 
-import argparse
 import asyncio
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
 
 from coordinator.fleet.members import NOBODY, Members
 from coordinator.terminal.plan import nodes_table
+from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.trust import Store, default_name
+from unicluster.command_line import Command, Option
 from unicluster.errors import UnavailableError
 
 REFRESH_SECONDS = 2.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--watch", action="store_true", help="keep the table up to date")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="a machine that multicast does not reach",
-    )
+def run(watch: bool, peer: tuple[str, ...]) -> int:
+    return asyncio.run(_nodes(peer, watch=watch))
 
 
-def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_nodes(args))
-
-
-async def _nodes(args: argparse.Namespace) -> int:
+async def _nodes(peers: Sequence[str], *, watch: bool) -> int:
     cluster = Store().require()
     console = Console()
-    async with Members(cluster, cluster.issue(default_name()), args.peer) as members:
+    async with Members(cluster, cluster.issue(default_name()), peers) as members:
         await members.search()
         nodes = await members.nodes()
-        if args.watch:
+        if watch:
             with Live(nodes_table(nodes), console=console, auto_refresh=False) as live:
                 while True:
                     await members.changed(REFRESH_SECONDS)
@@ -44,3 +35,15 @@ async def _nodes(args: argparse.Namespace) -> int:
             raise UnavailableError(NOBODY)
         console.print(nodes_table(nodes))
     return 0
+
+
+command = Command(
+    run,
+    sections={
+        "Machines": [
+            Option("--watch", "keep the table up to date", is_flag=True),
+            peer_option("a machine that multicast does not reach"),
+        ],
+    },
+    examples=["unicluster nodes --watch"],
+)

@@ -1,12 +1,12 @@
 """`unicluster plan MODEL`: does it fit, where does each layer go, and how fast will it be."""
 
-import argparse
 import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
+import click
 from rich.console import Console
 
 from coordinator.commands.compare import compare
@@ -15,17 +15,20 @@ from coordinator.fleet.fleet import Fleet
 from coordinator.fleet.measured import Learned
 from coordinator.fleet.members import Members
 from coordinator.models import inspect_child
-from coordinator.models.catalog import QUANTS
+from coordinator.models.catalog import QUANTS, model_names
 from coordinator.models.question import Asked, alternatives, ask, forms_of, with_gguf
 from coordinator.planning.placement import Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.rivals import rivals
 from coordinator.planning.shortfall import Alternatives, NoPlanError, scaled
 from coordinator.planning.variants import Forms
-from coordinator.serving.engine_options import add_engine_arguments, check_gguf
-from coordinator.serving.generation_options import add_kv_bits
+from coordinator.serving.engine_options import check_gguf, engine_options
+from coordinator.serving.generation_options import kv_bits_option
+from coordinator.serving.options import objective_option
 from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
+from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.trust import Store, default_name
+from unicluster.command_line import Argument, Command, Option
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
@@ -40,50 +43,29 @@ class Question:
     alternatives: Alternatives
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a known name (`unicluster models`), a config.json, a directory, owner/name, or demo",
-    )
-    parser.add_argument("--quant", choices=QUANTS, help="quantize (default: q4 of a known name)")
-    parser.add_argument(
-        "--context", type=int, default=0, metavar="TOKENS", help="of each user (default: 8192)"
-    )
-    parser.add_argument("--users", type=int, default=1, help="answers at the same time")
-    add_kv_bits(parser)
-    add_engine_arguments(parser)
-    parser.add_argument("--objective", choices=get_args(Objective), default="latency")
-    parser.add_argument(
-        "--fleet",
-        metavar="LIST|FILE",
-        help="machines one thinks of, such as '2x mac-studio-m3-ultra-512, dgx-spark-128', or a "
-        "YAML file (default: the machines of the cluster)",
-    )
-    parser.add_argument(
-        "--link",
-        action="append",
-        default=[],
-        metavar="[A:B=]KIND",
-        help="1gbe, 2.5gbe, 5gbe, 10gbe, tb4 or tb5, between all machines or those two",
-    )
-    parser.add_argument(
-        "--memory",
-        action="append",
-        default=[],
-        metavar="[NAME=]SIZE",
-        help="usable memory of each machine, or of that one",
-    )
-    parser.add_argument("--nodes", metavar="A,B", help="only these machines")
-    parser.add_argument("--peer", action="append", default=[], metavar="HOST:PORT")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument(
-        "--compare", action="store_true", help="predicted against measured, of the model served"
-    )
+@dataclass(frozen=True)
+class PlanOptions:
+    """The command line of `unicluster plan`."""
+
+    model: str | None
+    quant: str | None
+    context: int
+    users: int
+    kv_bits: int | None
+    gguf: str | None
+    engine: str
+    objective: Objective
+    fleet: str | None
+    link: tuple[str, ...]
+    memory: tuple[str, ...]
+    nodes: str | None
+    peer: tuple[str, ...]
+    json: bool
+    compare: bool
 
 
-def run(args: argparse.Namespace) -> int:
+def run(**given: Any) -> int:
+    args = PlanOptions(**given)
     if args.compare:
         return compare(args.peer, Console())
     if args.model is None:
@@ -92,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    asked = _asked(args)
+    asked = _asked(args, args.model)
     if args.fleet is not None:
         thought_of = fleet.parse(args.fleet)
         asked = replace(asked, assume=asked.gguf is None)
@@ -125,10 +107,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace) -> Asked:
-    asked = ask(args.model, args.quant, args.context, args.users, args.kv_bits)
+def _asked(args: PlanOptions, model: str) -> Asked:
+    kv_bits = args.kv_bits or 0
+    asked = ask(model, args.quant, args.context, args.users, kv_bits)
     if args.gguf is not None:
-        check_gguf(args.engine, args.kv_bits)
+        check_gguf(args.engine, kv_bits)
         asked = with_gguf(asked, args.gguf)
     return replace(asked, engine=args.engine)
 
@@ -231,3 +214,69 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
             options = scaled(quants=bool(asked.quant) or not forms.layout.quantized)
     known = Learned.load().fleet(machines, asked.display, forms)
     return Question(asked, forms, known, options)
+
+
+command = Command(
+    run,
+    arguments=[
+        Argument(
+            "model",
+            "a known name (`unicluster models`), a config.json, a directory, owner/name, or demo",
+            required=False,
+            complete=model_names,
+        )
+    ],
+    sections={
+        "Model": [
+            Option(
+                "--quant",
+                "quantize (default: q4 of a known name)",
+                type=click.Choice(QUANTS),
+            ),
+            Option(
+                "--context",
+                "of each user (default: 8192)",
+                type=int,
+                default=0,
+                metavar="TOKENS",
+            ),
+            Option("--users", "answers at the same time (default: 1)", type=int, default=1),
+            kv_bits_option(),
+            *engine_options(),
+        ],
+        "Machines": [
+            Option(
+                "--fleet",
+                "machines one thinks of, such as '2x mac-studio-m3-ultra-512, dgx-spark-128', or "
+                "a YAML file (default: the machines of the cluster)",
+                metavar="LIST|FILE",
+                complete=fleet.fleet_names,
+            ),
+            Option(
+                "--link",
+                "1gbe, 2.5gbe, 5gbe, 10gbe, tb4 or tb5, between all machines or those two",
+                multiple=True,
+                metavar="[A:B=]KIND",
+                complete=fleet.link_names,
+            ),
+            Option(
+                "--memory",
+                "usable memory of each machine, or of that one",
+                multiple=True,
+                metavar="[NAME=]SIZE",
+            ),
+            nodes_option("only these machines (default: all)"),
+            peer_option("an agent that multicast does not reach"),
+        ],
+        "The plan": [
+            objective_option(),
+            Option("--json", "for programs", is_flag=True),
+            Option("--compare", "predicted against measured, of the model served", is_flag=True),
+        ],
+    },
+    examples=[
+        "unicluster plan deepseek-r1 --quant q4",
+        "unicluster plan deepseek-r1 --fleet '2x mac-studio-m3-ultra-512' --link tb5",
+        "unicluster plan --compare",
+    ],
+)

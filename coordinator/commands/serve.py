@@ -1,19 +1,18 @@
 """`unicluster serve MODEL`: plan, load, and serve until told to end."""
 
-import argparse
 import asyncio
 import contextlib
 import secrets
 import signal
 from collections.abc import AsyncIterator
-from typing import get_args
+from typing import Any
 
 import grpc
 
 from coordinator.fleet.members import Members
-from coordinator.models.catalog import QUANTS
+from coordinator.models.catalog import QUANTS, model_names
 from coordinator.planning.placement import Objective
-from coordinator.serving.engine_options import add_engine_arguments, models_of
+from coordinator.serving.engine_options import chosen_models, engine_options
 from coordinator.serving.events import (
     Events,
     Inspected,
@@ -24,103 +23,67 @@ from coordinator.serving.events import (
     Unloading,
 )
 from coordinator.serving.gateway import Front
-from coordinator.serving.generation_options import add_serving_arguments, serving_of
+from coordinator.serving.generation_options import generation_options, take_generation
 from coordinator.serving.inspected import inspected
 from coordinator.serving.offer import Offered, offer
-from coordinator.serving.options import DEFAULT_PORT, ServeOptions
+from coordinator.serving.options import DEFAULT_PORT, ServeOptions, objective_option
 from coordinator.serving.service import Service
 from coordinator.serving.telemetry import root_of, tell
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Identity, Store, default_name
+from unicluster.command_line import Argument, Command, Option, beginning
 from unicluster.errors import InputError
-from unicluster.telemetry.broker_url import add_mqtt_argument, chosen_broker
+from unicluster.telemetry.broker_url import chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a directory, owner/name on the hub, a known name, or demo"
-    )
-    parser.add_argument(
-        "--quant",
-        metavar="QUANT",
-        help=f"quantize: {', '.join(QUANTS)} (default: as stored); of a repository of GGUFs "
-        "which of them: q4_k_m, iq2_xxs, ud-q2_k_xl, ...",
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="prompt and answer together, for each user (default: the model's own, at most 8192)",
-    )
-    parser.add_argument(
-        "--users", type=int, default=1, help="answers at the same time (default: 1)"
-    )
-    add_serving_arguments(parser)
-    add_engine_arguments(parser)
-    parser.add_argument(
-        "--objective",
-        choices=get_args(Objective),
-        default="latency",
-        help="latency: tokens per second for one user; throughput: for all together",
-    )
-    parser.add_argument("--nodes", metavar="A,B", help="only these machines (default: all)")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="an agent that multicast does not reach; may be repeated",
-    )
-    parser.add_argument("--host", default="", help="address to listen at (default: all)")
-    parser.add_argument(
-        "--grpc-port",
-        type=int,
-        default=DEFAULT_PORT,
-        metavar="PORT",
-        help=f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
-    )
-    add_mqtt_argument(parser)
-    parser.add_argument(
-        "--metrics-port",
-        type=int,
-        metavar="PORT",
-        help="port for Prometheus, with a certificate of `unicluster token cert` (default: none)",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.context < 0 or args.context == 1:
-        raise InputError(f"--context {args.context}: at least 2 tokens")
-    if args.users < 1:
-        raise InputError(f"--users {args.users}: at least 1")
-    if not 0 <= args.grpc_port <= 65535:
-        raise InputError(f"--grpc-port {args.grpc_port}: between 0 and 65535")
-    if args.metrics_port is not None and not 0 <= args.metrics_port <= 65535:
-        raise InputError(f"--metrics-port {args.metrics_port}: between 0 and 65535")
-    nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
-    if nodes is not None and not all(nodes):
-        raise InputError(f"--nodes {args.nodes}: names no machine; write it like ann,bob")
-    serving = serving_of(args)
-    source, gguf = models_of(args, serving)
+def run(
+    model: str,
+    quant: str | None,
+    context: int,
+    users: int,
+    gguf: str | None,
+    engine: str,
+    objective: Objective,
+    nodes: str | None,
+    peer: tuple[str, ...],
+    host: str,
+    grpc_port: int,
+    metrics_port: int | None,
+    mqtt: str | None,
+    **generation: Any,
+) -> int:
+    if context < 0 or context == 1:
+        raise InputError(f"--context {context}: at least 2 tokens")
+    if users < 1:
+        raise InputError(f"--users {users}: at least 1")
+    if not 0 <= grpc_port <= 65535:
+        raise InputError(f"--grpc-port {grpc_port}: between 0 and 65535")
+    if metrics_port is not None and not 0 <= metrics_port <= 65535:
+        raise InputError(f"--metrics-port {metrics_port}: between 0 and 65535")
+    names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
+    if names is not None and not all(names):
+        raise InputError(f"--nodes {nodes}: names no machine; write it like ann,bob")
+    spec = take_generation(generation)
+    source, as_gguf = chosen_models(model, quant, gguf, engine, spec.kv_bits)
     options = ServeOptions(
         source=source,
-        gguf=gguf,
-        context=args.context,
-        users=args.users,
-        objective=args.objective,
-        serving=serving,
-        nodes=nodes,
-        peers=args.peer,
-        host=args.host,
-        port=args.grpc_port,
-        broker=chosen_broker(args.mqtt),
-        metrics_port=args.metrics_port,
+        gguf=as_gguf,
+        context=context,
+        users=users,
+        objective=objective,
+        generation=spec,
+        nodes=names,
+        peers=peer,
+        host=host,
+        port=grpc_port,
+        broker=chosen_broker(mqtt),
+        metrics_port=metrics_port,
     )
     events = Events()
     with printing(events):
@@ -186,9 +149,11 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     )
     front = Front(options.source.display)
     add_ChatServicer_to_server(front, server)
-    named = (options.source, options.gguf, options.serving.draft)
-    models = [model for model in named if model is not None]
-    offered = await asyncio.to_thread(offer, [model.model for model in models], port, server)
+    named = (options.source, options.gguf)
+    models = [source.model for source in named if source is not None]
+    if options.generation.HasField("draft"):
+        models.append(options.generation.draft.model)
+    offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
         _measured(options, cluster, front) as metrics,
@@ -276,5 +241,70 @@ async def _inspected(
         options.objective,
         options.nodes,
         events,
-        options.serving,
+        options.generation,
     )
+
+
+command = Command(
+    run,
+    arguments=[
+        Argument(
+            "model",
+            "a directory, owner/name on the hub, a known name, or demo",
+            complete=model_names,
+        )
+    ],
+    sections={
+        "Model": [
+            Option(
+                "--quant",
+                f"quantize: {', '.join(QUANTS)} (default: as stored); of a repository of GGUFs "
+                "which of them: q4_k_m, iq2_xxs, ud-q2_k_xl, ...",
+                metavar="QUANT",
+                complete=beginning(lambda: QUANTS),
+            ),
+            Option(
+                "--context",
+                "prompt and answer together, for each user "
+                "(default: the model's own, at most 8192)",
+                type=int,
+                default=0,
+                metavar="TOKENS",
+            ),
+            Option("--users", "answers at the same time (default: 1)", type=int, default=1),
+            *engine_options(),
+        ],
+        "Generation": generation_options(),
+        "Machines": [
+            nodes_option("only these machines (default: all)"),
+            peer_option("an agent that multicast does not reach"),
+            objective_option(),
+        ],
+        "Network": [
+            Option("--host", "address to listen at (default: all)", default=""),
+            Option(
+                "--grpc-port",
+                f"port for chat clients (default: {DEFAULT_PORT}; 0: any free one)",
+                type=int,
+                default=DEFAULT_PORT,
+                metavar="PORT",
+            ),
+        ],
+        "Telemetry": [
+            mqtt_option(),
+            Option(
+                "--metrics-port",
+                "port for Prometheus, with a certificate of `unicluster token cert` "
+                "(default: none)",
+                type=int,
+                metavar="PORT",
+            ),
+        ],
+    },
+    examples=[
+        "unicluster serve deepseek-r1 --quant q4",
+        "unicluster serve ./llama --users 8 --objective throughput",
+        "unicluster serve demo --nodes ann,bob --lookup",
+    ],
+    environment="UNICLUSTER_SERVE",
+)

@@ -1,10 +1,8 @@
 """`unicluster status`: what is served in the cluster, and how busy it is."""
 
-import argparse
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -17,6 +15,7 @@ from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
 from unicluster.cluster.discovery import Browser, Kind
 from unicluster.cluster.trust import ClientAccess, Store
+from unicluster.command_line import Command, Option, server_option
 from unicluster.errors import UnavailableError, UniclusterError
 
 # Rates are of the time between two readings.
@@ -29,17 +28,8 @@ NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a 
 Readings = dict[str, Metrics | UniclusterError]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--watch", action="store_true", help="keep it up to date")
-    parser.add_argument(
-        "--json", action="store_true", help="all figures: a line of JSON for each server"
-    )
-    parser.add_argument("--server", metavar="HOST:PORT", help="else all are found by mDNS")
-
-
-def run(args: argparse.Namespace) -> int:
-    server = args.server or os.environ.get("UNICLUSTER_SERVER", "")
-    return asyncio.run(_status(server, args.watch, args.json))
+def run(watch: bool, as_json: bool, server: str | None) -> int:
+    return asyncio.run(_status(server or "", watch, as_json))
 
 
 async def _status(server: str, watch: bool, as_json: bool) -> int:
@@ -130,3 +120,21 @@ def _print_json(readings: Readings) -> None:
     for address, found in readings.items():
         told = {"error": str(found)} if isinstance(found, UniclusterError) else asdict(found)
         print(json.dumps({"address": address, **told}), flush=True)
+
+
+command = Command(
+    run,
+    sections={
+        "What is shown": [
+            Option("--watch", "keep it up to date", is_flag=True),
+            Option(
+                "--json",
+                "all figures: a line of JSON for each server",
+                name="as_json",
+                is_flag=True,
+            ),
+            server_option("default: all are found by mDNS"),
+        ],
+    },
+    examples=["unicluster status --watch", "unicluster status --json"],
+)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from coordinator.models.catalog import ENGINES
 from coordinator.planning import hardware, links
 from coordinator.planning.links import Link, Network
 from coordinator.planning.placement import Machine
+from unicluster.command_line import beginning, in_list
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 
 _COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?(.+)")
+_COUNT = re.compile(r"\s*(?:\d+\s*x\s*)?")
 _MACHINE_KEYS = {"name", "hardware", "count", "memory", "usable", "bandwidth", "compute", "link"}
 _MACHINE_KEYS |= {"mlx_bandwidth", "engines"}
 _LINK_KEYS = {"between", "link", "latency", "bandwidth"}
@@ -48,6 +50,24 @@ def parse(text: str) -> Fleet:
             )
         machines += [hardware.find(match[2]).machine()] * int(match[1] or 1)
     return Fleet(_numbered(machines), Network())
+
+
+def fleet_names(text: str) -> Iterable[str]:
+    """What `--fleet` may go on with, for a shell: `2x mac` becomes `2x mac-studio-m3-ultra-512`."""
+
+    def last(part: str) -> Iterable[str]:
+        count = _COUNT.match(part)
+        before = count[0] if count is not None else ""
+        names = beginning(hardware.boxes)(part[len(before) :])
+        return [f"{before}{name}" for name in names]
+
+    return in_list(last)(text)
+
+
+def link_names(text: str) -> Iterable[str]:
+    """What `--link` may go on with: the kinds of links, also after `A:B=`."""
+    pair, equals, kind = text.rpartition("=")
+    return [f"{pair}{equals}{name}" for name in beginning(lambda: links.LINKS)(kind)]
 
 
 def with_links(fleet: Fleet, stated: Sequence[str]) -> Fleet:

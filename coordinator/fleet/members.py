@@ -10,6 +10,7 @@ import grpc
 from coordinator.planning.placement import Machine
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.known_machines import remember
 from unicluster.cluster.trust import Cluster, Identity
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
@@ -43,6 +44,7 @@ class Members:
         self._identity = identity
         self._peers = tuple(peers)
         self._browser = Browser(Kind.NODE, cluster.fingerprint, host=host)
+        self._remembered: dict[str, str] = {}
         self._mismatched: dict[str, str] = {}  # why a machine is left out, by address
 
     async def __aenter__(self) -> "Members":
@@ -105,6 +107,10 @@ class Members:
             for info, address in answers:
                 found.setdefault(info.name, (info, address))
             waiting = {peer for info, _ in answers for peer in info.peers} - asked
+        known = {name: address for name, (_, address) in found.items()}
+        if known and known != self._remembered:
+            self._remembered = known
+            remember(known)
         return list(found.values())
 
     async def machines(self) -> list[Machine]:

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -12,6 +13,7 @@ from typing import Any
 
 from unicluster.checkpoints.checkpoint import GGUF, is_gguf
 from unicluster.checkpoints.gguf_names import is_quant, model_id, split_id
+from unicluster.command_line import beginning
 from unicluster.errors import InputError, NotFoundError
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
@@ -81,6 +83,11 @@ def entries() -> tuple[Entry, ...]:
 def _configs() -> dict[str, Any]:
     text = resources.files("coordinator.models").joinpath("configs.json").read_text("utf-8")
     return {row["id"]: row for row in json.loads(text)}
+
+
+def model_names(text: str) -> Iterable[str]:
+    """The names that begin with `text`, for a shell that completes them."""
+    return beginning(lambda: ["demo", *(entry.id for entry in entries())])(text)
 
 
 def find(name: str) -> Entry | None:

@@ -22,7 +22,6 @@ from coordinator.serving.events import (
     StageReady,
     moves,
 )
-from coordinator.serving.generation_options import Serving
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.trust import Identity
@@ -125,6 +124,38 @@ class _Lease:
             self.lost = StageError(f"machine {self.name}{memory}: {ended.reason}")
 
 
+def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> list[StageSpec]:
+    """The spec of each stage: the template, and what is of this stage."""
+    deployment = secrets.token_hex(8)
+    specs = []
+    for stage, hub_files in zip(plan.stages, files.from_hub, strict=True):
+        spec = StageSpec()
+        spec.CopyFrom(generation)
+        spec.MergeFrom(
+            StageSpec(
+                deployment=deployment,
+                model=files.models[stage.engine].model,
+                quant=files.models[stage.engine].quant,
+                first_layer=stage.first,
+                end_layer=stage.end,
+                context=layout.context,
+                users=layout.users,
+                memory=stage.weight_bytes + stage.kv_bytes + stage.reserve_bytes,
+                revision=files.revisions[stage.engine],
+                sources=files.sources,
+                hub_files=hub_files,
+                kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
+                engine=stage.engine,
+                finishes=stage.finishes,
+            )
+        )
+        spec.ClearField("draft")  # loaded beside the head's layers only
+        if stage.head and files.draft is not None:
+            spec.draft.CopyFrom(files.draft)
+        specs.append(spec)
+    return specs
+
+
 class Deployment:
     """Stages as planned, from loading to unloading.
 
@@ -140,7 +171,7 @@ class Deployment:
         identity: Identity,
         events: Events,
         files: Files,
-        serving: Serving,
+        generation: StageSpec,
         served: Sequence[Stage] = (),
     ) -> None:
         self.plan = plan
@@ -159,31 +190,7 @@ class Deployment:
         self._was_ready = asyncio.Event()
         self._stirred = asyncio.Event()
         self._answers = 0
-        deployment = secrets.token_hex(8)
-        self._specs = [
-            StageSpec(
-                deployment=deployment,
-                model=files.models[stage.engine].model,
-                quant=files.models[stage.engine].quant,
-                first_layer=stage.first,
-                end_layer=stage.end,
-                context=layout.context,
-                users=layout.users,
-                memory=stage.weight_bytes + stage.kv_bytes + stage.reserve_bytes,
-                revision=files.revisions[stage.engine],
-                sources=files.sources,
-                hub_files=hub_files,
-                lanes=serving.lanes,
-                kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
-                engine=stage.engine,
-                finishes=stage.finishes,
-                kv_bits=serving.kv_bits,
-                lookup=serving.lookup,
-                draft=files.draft if stage.head else None,
-                draft_tokens=serving.draft_tokens,
-            )
-            for stage, hub_files in zip(plan.stages, files.from_hub, strict=True)
-        ]
+        self._specs = _specs(layout, plan, files, generation)
         self._leases: list[_Lease] = []
 
     @property

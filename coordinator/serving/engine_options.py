@@ -1,37 +1,42 @@
-"""The options of `serve` and `plan` that tell of engines: `--gguf` and `--engine`."""
+"""The options of `serve` and `plan` that choose among engines: `--gguf` and `--engine`."""
 
-import argparse
+import click
 
-from coordinator.models.catalog import ENGINES, Source, checked_engine, resolve
-from coordinator.serving.generation_options import Serving
+from coordinator.models.catalog import ENGINES, Source, checked_engine, model_names, resolve
+from unicluster.command_line import Option
 from unicluster.errors import InputError
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gguf",
-        metavar="MODEL",
-        help="the same model as a GGUF, for machines on which llama.cpp is faster",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="only this engine; ggml is for GGUFs (default: whichever is faster)",
-    )
+def engine_options() -> list[Option]:
+    return [
+        Option(
+            "--gguf",
+            "the same model as a GGUF, for machines on which llama.cpp is faster",
+            metavar="MODEL",
+            complete=model_names,
+        ),
+        Option(
+            "--engine",
+            "only this engine; ggml is for GGUFs (default: whichever is faster)",
+            type=click.Choice(("auto", *ENGINES)),
+            default="auto",
+        ),
+    ]
 
 
-def models_of(args: argparse.Namespace, serving: Serving) -> tuple[Source, Source | None]:
-    """What is to be served: a model, and the same as a GGUF where both are to be used.
+def chosen_models(
+    model: str, quant: str | None, gguf: str | None, engine: str, kv_bits: int
+) -> tuple[Source, Source | None]:
+    """The model to be served, and the same as a GGUF where both engines are to be used.
 
     Raises InputError for options that contradict each other.
     """
-    source = resolve(args.model, args.quant)
-    if args.gguf is None:
-        return checked_engine(source, args.engine), None
-    gguf = resolve(args.gguf)
-    check_gguf(args.engine, serving.kv_bits)
-    return (gguf, None) if args.engine == "ggml" else (source, gguf)
+    source = resolve(model, quant)
+    if gguf is None:
+        return checked_engine(source, engine), None
+    found = resolve(gguf)
+    check_gguf(engine, kv_bits)
+    return (found, None) if engine == "ggml" else (source, found)
 
 
 def check_gguf(engine: str, kv_bits: int) -> None:

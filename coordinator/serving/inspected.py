@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.fleet import local
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Layout
 from coordinator.planning.variants import Forms, check_same
 from coordinator.serving.options import ServeOptions
-from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+from unicluster.v1.node_pb2 import Draft, InspectRequest, ModelLayout, StageSpec
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ async def inspected(
 
     Raises InputError where model and GGUF are not the same, or the draft has other tokens.
     """
-    source, gguf, draft = options.source, options.gguf, options.serving.draft
+    source, gguf = options.source, options.gguf
 
-    async def ask(model: Source, **fields: Any) -> ModelLayout:
+    async def ask(model: Source | Draft, **fields: Any) -> ModelLayout:
         request = InspectRequest(
             model=model.model,
             quant=model.quant,
@@ -61,17 +62,35 @@ async def inspected(
         )
         return await members.inspect(request, options.nodes)
 
-    found = await ask(source, context=options.context, kv_bits=options.serving.kv_bits)
+    found = await ask(source, context=options.context, kv_bits=options.generation.kv_bits)
     as_gguf = drafting = None
     if gguf is not None:
         as_gguf = await ask(gguf, context=found.context)
         names = source.display, gguf.display
         check_same(Layout.from_proto(found), Layout.from_proto(as_gguf), names)
-    if draft is not None:
+    if options.generation.HasField("draft"):
         drafting = await ask(
-            draft,
+            options.generation.draft,
             context=found.context,
             drafts_for=source.model,
             drafts_for_revision=found.revision,
         )
     return Inspected(found, as_gguf, drafting)
+
+
+async def inspected_here(
+    source: Source, generation: StageSpec, *, context: int = 0, users: int = 1
+) -> Layout:
+    """The layout of a model on this machine, with its draft model's bytes where it has one."""
+
+    async def ask(model: Source | Draft, tokens: int, kv_bits: int = 0) -> Layout:
+        request = InspectRequest(
+            model=model.model, quant=model.quant, context=tokens, users=users, kv_bits=kv_bits
+        )
+        return Layout.from_proto(await local.inspect(request))
+
+    layout = await ask(source, context, generation.kv_bits)
+    if not generation.HasField("draft"):
+        return layout
+    draft = await ask(generation.draft, layout.context)
+    return layout.with_draft(draft.weight_bytes + draft.kv_bytes)

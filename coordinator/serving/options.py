@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
+
+import click
 
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Objective
-from coordinator.serving.generation_options import Serving
+from unicluster.command_line import Option
 from unicluster.telemetry.broker_url import BrokerUrl
+from unicluster.v1.node_pb2 import StageSpec
 
 DEFAULT_PORT = 47700
 
@@ -20,10 +24,19 @@ class ServeOptions:
     context: int = 0
     users: int = 1
     objective: Objective = "latency"
-    serving: Serving = field(default_factory=Serving)
+    generation: StageSpec = field(default_factory=StageSpec)  # template of each stage's
     nodes: list[str] | None = None
     peers: Sequence[str] = field(default=())
     host: str = ""
     port: int = DEFAULT_PORT
     broker: BrokerUrl | None = None
     metrics_port: int | None = None
+
+
+def objective_option() -> Option:
+    return Option(
+        "--objective",
+        "latency (default): tokens per second for one user; throughput: for all together",
+        type=click.Choice(get_args(Objective)),
+        default="latency",
+    )

@@ -16,14 +16,13 @@ from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import scaled
 from coordinator.serving.deployment import Deployment, Files
 from coordinator.serving.events import Events, Planned, Recovering
-from coordinator.serving.generation_options import Serving
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.cluster.trust import Identity
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
-from unicluster.v1.node_pb2 import Draft
+from unicluster.v1.node_pb2 import Draft, StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Service:
         objective: Objective,
         nodes: list[str] | None,
         events: Events,
-        serving: Serving,
+        generation: StageSpec,
     ) -> None:
         self.source = source
         self.forms = inspected.forms
@@ -78,7 +77,7 @@ class Service:
         self._nodes = nodes
         self._events = events
         self._served: tuple[Stage, ...] = ()  # that answered last
-        self._serving = serving
+        self._generation = generation
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
         self._ready = asyncio.Event()
@@ -213,7 +212,7 @@ class Service:
             self._identity,
             self._events,
             files,
-            self._serving,
+            self._generation,
             self._served,
         )
         self.deployment = deployment
@@ -261,9 +260,9 @@ class Service:
             for index, files in zip(own, found, strict=True):
                 from_hub[index] = files
         sources = [*self._own_sources, *addresses]
-        if draft is None or self._serving.draft is None:
+        if draft is None:
             return Files(self._models, revisions, sources, from_hub)
-        source = self._serving.draft
+        source = self._generation.draft
         (of_draft,) = await hub_files(
             source.model,
             draft.revision,

@@ -1,12 +1,14 @@
 """`unicluster join`: runs the machine's agent until it is told to leave."""
 
-import argparse
 import asyncio
 import contextlib
 import importlib.util
 import logging
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
 
 from node.agent.agent import Agent, how_to_get_mlx
 from node.agent.peers import Peers
@@ -17,11 +19,13 @@ from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import bind, check_free, make_server
 from unicluster.cluster.discovery import Advertisement, Browser, Kind, one_address
+from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch
+from unicluster.command_line import Command, Option
 from unicluster.errors import InputError
-from unicluster.telemetry.broker_url import BrokerUrl, add_mqtt_argument, chosen_broker
+from unicluster.telemetry.broker_url import BrokerUrl, chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
@@ -37,43 +41,24 @@ NOTICEABLE = 0.02
 _PACKAGES = {"mlx": "mlx_lm", "ggml": "llama_cpp"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default=default_name(), help="default: the host's name")
-    parser.add_argument(
-        "--memory", metavar="96GB", help="offer at most this much (default: all that is usable)"
-    )
-    parser.add_argument("--host", default="", help="address to listen at (default: all)")
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=DEFAULT_PORT,
-        help=f"the agent's port; its stage worker takes the next one (default: {DEFAULT_PORT}; "
-        "0: any free ones)",
-    )
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="an agent that multicast does not reach: makes the two known to each other",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "mlx", "ggml"),
-        default="auto",
-        help="offer only this engine (default: all that are installed; ggml is for GGUFs)",
-    )
-    parser.add_argument("--token", help="join token of an existing cluster; it is kept")
-    add_mqtt_argument(parser)
-    parser.add_argument(
-        "--quiet", action="store_true", help="log only what goes wrong, not each stage"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="with --token: leave the cluster joined before"
-    )
+@dataclass(frozen=True)
+class JoinOptions:
+    """The command line of `unicluster join`."""
+
+    name: str
+    memory: str | None
+    host: str
+    port: int
+    peer: tuple[str, ...]
+    engine: str
+    token: str | None
+    replace: bool
+    mqtt: str | None
+    quiet: bool
 
 
-def run(args: argparse.Namespace) -> int:
+def run(**given: Any) -> int:
+    args = JoinOptions(**given)
     check_name(args.name)
     cap = parse_bytes(args.memory) if args.memory is not None else None
     if cap is not None and cap <= 0:
@@ -97,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _join(
-    args: argparse.Namespace,
+    args: JoinOptions,
     cap: int | None,
     cluster: Cluster,
     created: bool,
@@ -222,3 +207,49 @@ def _greet_the_user(
         print(f"  unicluster join --token {cluster.token}\n")
         print("Whoever has this token is a member. `unicluster token show` prints it again.")
     print("Ctrl-C leaves the cluster.", flush=True)
+
+
+command = Command(
+    run,
+    sections={
+        "Cluster": [
+            Option("--token", "join token of an existing cluster; it is kept"),
+            Option("--replace", "with --token: leave the cluster joined before", is_flag=True),
+            Option("--name", "default: the host's name", default=default_name),
+        ],
+        "What it offers": [
+            Option(
+                "--memory",
+                "offer at most this much (default: all that is usable)",
+                metavar="96GB",
+            ),
+            Option(
+                "--engine",
+                "offer only this engine (default: all that are installed; ggml is for GGUFs)",
+                type=click.Choice(("auto", *_PACKAGES)),
+                default="auto",
+            ),
+        ],
+        "Network": [
+            Option("--host", "address to listen at (default: all)", default=""),
+            Option(
+                "--port",
+                "the agent's port; its stage worker takes the next one "
+                f"(default: {DEFAULT_PORT}; 0: any free ones)",
+                type=int,
+                default=DEFAULT_PORT,
+            ),
+            peer_option("an agent that multicast does not reach, to be made known to it"),
+        ],
+        "Telemetry": [
+            mqtt_option(),
+            Option("--quiet", "log only what goes wrong, not each stage", is_flag=True),
+        ],
+    },
+    examples=[
+        "unicluster join",
+        "unicluster join --token uc1-... --memory 400GB",
+        "unicluster join --peer studio.local:47600",
+    ],
+    environment="UNICLUSTER_JOIN",
+)

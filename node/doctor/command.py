@@ -1,15 +1,17 @@
 """`unicluster doctor`: looks for what usually goes wrong, and says how to mend it."""
 
-import argparse
 import asyncio
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.markup import escape
 
-from node.doctor import host, network
+from node.doctor import host as this_host
+from node.doctor import network
 from node.doctor.finding import Finding, Level
+from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.trust import Store
+from unicluster.command_line import Command, Option
 
 _MARKS = {
     Level.GOOD: "[green]✓[/green]",
@@ -18,23 +20,12 @@ _MARKS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="a machine that should be there, to be asked too",
-    )
-    parser.add_argument("--host", default="", help="the address that `join --host` was given")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(peer: tuple[str, ...], host: str) -> int:
     """1 when something will not work, else 0."""
     cluster = Store().load()
     console = Console()
     with console.status("Looking"):
-        findings = host.examine()
+        findings = this_host.examine()
         if cluster is None:
             findings.append(
                 Finding(
@@ -45,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             )
         else:
-            findings += asyncio.run(network.examine(cluster, args.peer, args.host))
+            findings += asyncio.run(network.examine(cluster, peer, host))
     _print(console, findings)
     return int(any(finding.level is Level.BAD for finding in findings))
 
@@ -56,3 +47,15 @@ def _print(console: Console, findings: Iterable[Finding]) -> None:
         console.print(line, soft_wrap=True)
         if finding.mend:
             console.print(f"  {'':10} → {finding.mend}", soft_wrap=True, markup=False)
+
+
+command = Command(
+    run,
+    sections={
+        "Network": [
+            peer_option("a machine that should be there, to be asked too"),
+            Option("--host", "the address that `join --host` was given", default=""),
+        ],
+    },
+    examples=["unicluster doctor", "unicluster doctor --peer studio.local:47600"],
+)

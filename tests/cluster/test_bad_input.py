@@ -69,7 +69,7 @@ def taken_port() -> Iterator[str]:
 
 
 WRONG_WORDS = [
-    ("frobnicate", "invalid choice: 'frobnicate'"),
+    ("frobnicate", "no such command 'frobnicate'"),
     ("join --name two.words", "'two.words' can't name a machine"),
     ("join --memory lots", "'lots' is no amount of memory: write it like 96GB"),
     ("join --memory 0GB", "--memory 0GB: must be more than nothing"),
@@ -83,12 +83,12 @@ WRONG_WORDS = [
     ("serve {file}", "is a file: give the model's directory"),
     ("serve {folder}", "has no config.json: it is not a model's directory"),
     ("serve demo --quant q5", "no quantization 'q5'"),
-    ("serve demo --context many", "argument --context: invalid int value: 'many'"),
+    ("serve demo --context many", "invalid value for '--context': 'many' is not a valid integer"),
     ("serve demo --context 1", "--context 1: at least 2 tokens"),
     ("serve demo --users 0", "--users 0: at least 1"),
     ("serve demo --lanes -1", "--lanes -1: at least 1, or 0 for one a machine"),
     ("serve demo --lanes 2 --lookup", "each answer has a lane of its own"),
-    ("serve demo --kv-bits 5", "argument --kv-bits: invalid choice: 5"),
+    ("serve demo --kv-bits 5", "invalid value for '--kv-bits': '5' is not one of"),
     ("serve demo --draft demo --lookup", "--draft and --lookup: give one of them"),
     ("serve demo --draft llama-9000-mega", "no model 'llama-9000-mega'"),
     ("serve demo --draft-tokens 4", "--draft-tokens: only with --draft or --lookup"),
@@ -97,7 +97,10 @@ WRONG_WORDS = [
     ("serve demo --grpc-port 70000", "--grpc-port 70000: between 0 and 65535"),
     ("serve demo --peer nonsense", "'nonsense' is no address: give it as HOST:PORT"),
     ("chat --server nonsense hello", "'nonsense' is no address: give it as HOST:PORT"),
-    ("chat --temperature warm hello", "argument --temperature: invalid float value: 'warm'"),
+    (
+        "chat --temperature warm hello",
+        "'--temperature': 'warm' is not a valid float",
+    ),
     ("chat --max-tokens -3 hello", "max_tokens can't be -3"),
     ("chat --deadline 0 hello", "deadline can't be 0.0"),
     ("chat  ", "the prompt is empty"),

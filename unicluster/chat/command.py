@@ -1,15 +1,18 @@
 """`unicluster chat`: a conversation in a terminal, or one answer to a prompt."""
 
-import argparse
 import asyncio
 import os
 import sys
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
+
+import click
 
 from unicluster.chat.screen import Screen
 from unicluster.client.answers import Delta, Options
 from unicluster.client.client import AsyncClient
 from unicluster.cluster.trust import Store
+from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UnavailableError
 
 _SAMPLING = {
@@ -26,33 +29,23 @@ _SAMPLING = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `unicluster chat`, as `run` expects them."""
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="answer this and exit")
-    parser.add_argument("--server", metavar="HOST:PORT", help="else it is found by mDNS")
-    parser.add_argument("--model", help="fail unless this model is served")
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument(
-        "--trace",
-        metavar="FILE",
-        help="write where the time of the one answer went, for chrome://tracing or Perfetto",
-    )
-    parser.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before it")
-    for name, (kind, meaning) in _SAMPLING.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=kind, metavar="N", help=meaning)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    prompt: tuple[str, ...],
+    server: str | None,
+    model: str | None,
+    system: str | None,
+    trace: str | None,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> int:
     """Returns the exit code. Without a prompt or piped text, opens a conversation."""
-    names = ("model", "stop", *_SAMPLING)
-    options = cast(Options, {name: getattr(args, name) for name in names})
-    prompt = _prompt(args.prompt)
-    if args.trace is not None:
-        if prompt is None:
+    options = cast(Options, {"model": model, "stop": list(stop) or None, **sampling})
+    text = _prompt(prompt)
+    if trace is not None:
+        if text is None:
             raise InputError("--trace needs a PROMPT: it is of one answer")
         options["trace"] = True
-    return run_chat(args.server, prompt, system=args.system, options=options, trace=args.trace)
+    return run_chat(server, text, system=system, options=options, trace=trace)
 
 
 def run_chat(
@@ -117,7 +110,7 @@ async def _answer(
         screen.end_line()
 
 
-def _prompt(words: list[str]) -> str | None:
+def _prompt(words: Sequence[str]) -> str | None:
     """The prompt of the command line and the piped text; None: there is a person to ask."""
     parts = [" ".join(words)] if words else []
     if not sys.stdin.isatty():
@@ -130,3 +123,34 @@ def _prompt(words: list[str]) -> str | None:
             return None
         raise InputError("there is no prompt: give it as an argument or by a pipe")
     return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+command = Command(
+    run,
+    arguments=[Argument("prompt", "answer this and exit", nargs=-1)],
+    sections={
+        "Where": [
+            server_option("default: it is found by mDNS"),
+            Option("--model", "fail unless this model is served"),
+        ],
+        "Conversation": [
+            Option("--system", "the system message", metavar="TEXT"),
+            Option("--stop", "end the answer before it", metavar="TEXT", multiple=True),
+            Option(
+                "--trace",
+                "write where the time of the one answer went, for chrome://tracing or Perfetto",
+                metavar="FILE",
+                type=click.Path(dir_okay=False),
+            ),
+        ],
+        "Sampling": [
+            Option("--" + name.replace("_", "-"), meaning, type=kind, metavar="N")
+            for name, (kind, meaning) in _SAMPLING.items()
+        ],
+    },
+    examples=[
+        "unicluster chat",
+        'unicluster chat "Tell me a story about a fox." --temperature 0',
+        'git diff | unicluster chat "Review this."',
+    ],
+)

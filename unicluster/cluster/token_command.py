@@ -1,39 +1,33 @@
 """`unicluster token show|rotate|cert`."""
 
-import argparse
 from pathlib import Path
 
+import click
+
 from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
+from unicluster.command_line import Argument, Command, CommandGroup
 from unicluster.errors import InputError
 
 SCRAPER = "scraper"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "action",
-        choices=("show", "rotate", "cert"),
-        help="show: print the join token. rotate: make a new one; machines must join again. "
-        "cert: write a certificate for Prometheus, good for metrics only",
+def show() -> int:
+    print(Store().require().token)
+    return 0
+
+
+def rotate() -> int:
+    cluster = Store().rotate()
+    print(cluster.token)
+    print(
+        "The old token is void here. On every machine of the cluster: stop the agent, then\n"
+        f"  unicluster join --replace --token {cluster.token}"
     )
-    parser.add_argument("dir", nargs="?", metavar="DIR", help="where cert writes its files")
+    return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    if (args.action == "cert") != (args.dir is not None):
-        raise InputError("token cert needs a DIR, and nothing else does: `unicluster token --help`")
-    store = Store()
-    if args.action == "cert":
-        _write_certificate(store.require(), Path(args.dir))
-    elif args.action == "rotate":
-        cluster = store.rotate()
-        print(cluster.token)
-        print(
-            "The old token is void here. On every machine of the cluster: stop the agent, then\n"
-            f"  unicluster join --replace --token {cluster.token}"
-        )
-    else:
-        print(store.require().token)
+def cert(folder: str) -> int:
+    _write_certificate(Store().require(), Path(folder))
     return 0
 
 
@@ -63,3 +57,23 @@ def _write_certificate(cluster: Cluster, folder: Path) -> None:
         "    static_configs:\n"
         '      - targets: ["HOST:PORT"]  # where serve runs, and its --metrics-port'
     )
+
+
+command = CommandGroup(
+    [
+        Command(show, name="show", summary="Print the join token."),
+        Command(rotate, name="rotate", summary="Make a new one; machines must join again."),
+        Command(
+            cert,
+            name="cert",
+            summary="Write a certificate for Prometheus, good for metrics only.",
+            arguments=[
+                Argument("folder", "where its files are written", metavar="DIR", type=click.Path())
+            ],
+        ),
+    ],
+    examples=[
+        "unicluster token show",
+        "unicluster token cert /etc/prometheus/unicluster",
+    ],
+)

@@ -1,6 +1,5 @@
 """Which MQTT broker is told: `mqtts://user:password@broker:8883/prefix`."""
 
-import argparse
 import os
 import ssl
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from unicluster.cluster.trust import Cluster
+from unicluster.command_line import Option
 from unicluster.errors import InputError
 
 VARIABLE = "UNICLUSTER_MQTT"
@@ -58,12 +58,13 @@ class BrokerUrl:
         return self.user, self.password
 
 
-def add_mqtt_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def mqtt_option() -> Option:
+    return Option(
         "--mqtt",
+        "tell an MQTT broker: mqtts://user:password@broker:8883/prefix. Better in the "
+        f"environment, or in a file that {FILE_VARIABLE} names",
         metavar="URL",
-        help="tell an MQTT broker: mqtts://user:password@broker:8883/prefix. Better in the "
-        f"environment, as {VARIABLE}, or in a file that {FILE_VARIABLE} names",
+        envvar=VARIABLE,
     )
 
 
