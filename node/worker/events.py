@@ -3,14 +3,23 @@
 import json
 from typing import Any
 
-# The fields that an event of a kind must have, and their types. Numbers are 0 or more.
-_FIELDS: dict[str, dict[str, type]] = {
-    "fetching": {"fetched": int, "to_fetch": int},
-    "progress": {"layers": int, "layers_total": int, "bytes": int, "bytes_total": int},
-    "ready": {"port": int, "weight_bytes": int},
-    "tokens": {"more": int},
-    "failed": {"reason": str},
-    "log": {"level": str, "logger": str, "message": str},
+TEXT = 0
+UINT32, UINT64 = 1 << 32, 1 << 64
+
+# The fields that an event of a kind must have: text, or a number from 0 to below this one, which
+# the message to the coordinator has room for.
+_FIELDS: dict[str, dict[str, int]] = {
+    "fetching": {"fetched": UINT64, "to_fetch": UINT64},
+    "progress": {
+        "layers": UINT32,
+        "layers_total": UINT32,
+        "bytes": UINT64,
+        "bytes_total": UINT64,
+    },
+    "ready": {"port": UINT32, "weight_bytes": UINT64},
+    "tokens": {"more": UINT64},
+    "failed": {"reason": TEXT},
+    "log": {"level": TEXT, "logger": TEXT, "message": TEXT},
 }
 
 
@@ -25,10 +34,8 @@ def parse_event(line: bytes) -> dict[str, Any]:
         raise ValueError("not JSON") from error
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         raise ValueError("not an event")
-    for name, kind in _FIELDS.get(event["event"], {}).items():
-        value = event.get(name)
-        # A bool is an int to Python, and a message has no room for a number below 0.
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
+    for name, limit in _FIELDS.get(event["event"], {}).items():
+        if not _is_valid(event.get(name), limit):
             raise ValueError(f"{event['event']} without a valid {name}")
     return event
 
@@ -36,3 +43,10 @@ def parse_event(line: bytes) -> dict[str, Any]:
 def is_known(event: dict[str, Any]) -> bool:
     """Whether the kind of an event is one that a worker of this version sends."""
     return event["event"] in _FIELDS
+
+
+def _is_valid(value: object, limit: int) -> bool:
+    if limit == TEXT:
+        return isinstance(value, str)
+    # A bool is an int to Python.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit

@@ -156,6 +156,8 @@ async def test_an_unknown_kind_of_event_is_ignored(
         ("[1]", "not an event: [1]"),
         ('{"event": 1}', "not an event: "),
         ('{"event": "ready", "port": "7"}', "ready without a valid port: "),
+        ('{"event": "ready", "port": 4294967296}', "ready without a valid port: "),
+        ('{"event": "tokens", "more": true}', "tokens without a valid more: "),
         ('{"event": "tokens", "more": -1}', "tokens without a valid more: "),
         ("[" * 100_000, "not JSON: [["),
     ],
