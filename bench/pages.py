@@ -171,7 +171,7 @@ def published_page() -> str:
         layout = forms.layout
         found = plan(forms, thought_of.machines, alternatives=_none, network=thought_of.network)
         speed = found.tokens_per_s_single
-        most = thought_of.machines[0].ggml_bandwidth / (
+        most = thought_of.machines[0].engines["ggml"].bandwidth / (
             sum(layout.layer_active_bytes) + layout.head_read_bytes
         )
         low, high = row["low"], row["high"]

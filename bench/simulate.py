@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,10 @@ def planned(stages: Sequence[int] = STAGES, kinds: Sequence[str] = tuple(LINKS))
         for kind in kinds:
             machines = fleet.with_links(fleet.parse(f"{count}x {MACHINE}"), [LINKS[kind]])
             # At the speed of the GPU, which only ggml reaches so far.
-            fast = [machine.using("ggml") for machine in machines.machines]
+            fast = [
+                replace(machine, engines={layout.engine: machine.engines["ggml"]})
+                for machine in machines.machines
+            ]
             placed = plan(layout, fast, "throughput", network=machines.network)
             yield count, kind, Planned(layout, placed, machines.network)
 

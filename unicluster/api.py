@@ -58,7 +58,8 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     import asyncio
 
     from coordinator.fleet.in_order import cut_in_order, find
-    from coordinator.planning.placement import Layout, Machine
+    from coordinator.planning.machine import Machine
+    from coordinator.planning.placement import Layout
     from coordinator.serving.sourcing import hub_files
     from node.agent.probe import probe
     from node.inprocess.loader import describe_here, load_on_nodes
@@ -75,7 +76,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     checkpoint = describe_here(model, identity, addresses)
     inspected = inspect_any(checkpoint, quant)
     hardware = probe()
-    here = Machine("this machine", "", usable=hardware.usable_memory, bandwidth=hardware.bandwidth)
+    here = Machine.uniform("this machine", hardware.usable_memory, hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])
     manifest = checkpoint.manifest
     held = [name for name in manifest.weights if checkpoint.is_whole(name)]

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from coordinator.fleet.measured import Learned, taken
 from coordinator.fleet.members import Members
+from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout, Stage
 from coordinator.planning.stages import Span, stages
 from coordinator.planning.variants import Forms
@@ -77,8 +78,8 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
                     kv_bits=spec.kv_bits,
                 )
                 layouts[stage.engine] = Layout.from_proto(await members.inspect(request))
-    # Only an MLX head makes logits itself.
-    ended = Layout.unfinished if served.stages[0].engine == "mlx" else Layout.finished
+    head = ENGINES[served.stages[0].engine]
+    ended = Layout.unfinished if head.head_makes_logits else Layout.finished
     found = [ended(layout) for layout in layouts.values()]
     forms = Forms(found[0], found[1] if len(found) > 1 else None)
     used = [machines[stage.node] for stage in served.stages]

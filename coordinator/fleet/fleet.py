@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from coordinator.models.catalog import ENGINES
 from coordinator.planning import hardware, links
+from coordinator.planning.engines import ENGINES
 from coordinator.planning.links import Link, Network
-from coordinator.planning.placement import Machine
+from coordinator.planning.machine import Machine
 from unicluster.command_line import beginning, in_list
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
@@ -20,7 +20,7 @@ from unicluster.units import parse_bytes
 _COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?(.+)")
 _COUNT = re.compile(r"\s*(?:\d+\s*x\s*)?")
 _MACHINE_KEYS = {"name", "hardware", "count", "memory", "usable", "bandwidth", "compute", "link"}
-_MACHINE_KEYS |= {"mlx_bandwidth", "engines"}
+_MACHINE_KEYS |= {"engines", *(f"{engine}_bandwidth" for engine in ENGINES)}
 _LINK_KEYS = {"between", "link", "latency", "bandwidth"}
 _SECONDS = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)")
 _SECOND_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -126,30 +126,38 @@ def _described(row: dict[str, Any]) -> list[Machine]:
     if "hardware" in row:
         machine = hardware.find(str(row["hardware"])).machine(str(row.get("name", "")))
     elif "bandwidth" in row and ("usable" in row or "memory" in row):
-        machine = Machine(str(row.get("name", "machine")), "", 0, 0.0)
+        machine = Machine.uniform(str(row.get("name", "machine")), 0, 0.0)
     else:
         raise InputError(f"{row.get('name', row)}: give its hardware, or memory and bandwidth")
     if "memory" in row or "usable" in row:
         machine = replace(machine, usable=_size(row.get("usable", row.get("memory"))))
     if "bandwidth" in row:
-        bandwidth = float(_size(row["bandwidth"]))
-        machine = replace(machine, bandwidth=bandwidth, ggml_bandwidth=bandwidth)
-    if "mlx_bandwidth" in row:
-        machine = replace(machine, bandwidth=float(_size(row["mlx_bandwidth"])))
+        machine = _with_bandwidth(machine, ENGINES, row["bandwidth"])
+    for engine in ENGINES:
+        if (stated := row.get(f"{engine}_bandwidth")) is not None:
+            machine = _with_bandwidth(machine, [engine], stated)
     if "engines" in row:
-        machine = replace(machine, engines=_engines(row["engines"]))
+        machine = machine.only(_engines(row["engines"]))
     if "compute" in row:
         compute = float(row["compute"]) * 1e12
-        machine = replace(machine, compute=compute, ggml_compute=compute)
+        speeds = {e: replace(s, compute=compute) for e, s in machine.engines.items()}
+        machine = machine.with_speeds(speeds)
     if "link" in row:
         machine = replace(machine, link=links.find(str(row["link"])).name)
     return [machine] * int(row.get("count", 1))
 
 
-def _engines(given: Any) -> tuple[str, ...]:
-    engines = tuple(given) if isinstance(given, list) else (str(given),)
+def _with_bandwidth(machine: Machine, engines: Iterable[str], stated: Any) -> Machine:
+    """The machine with that bandwidth for those of the engines that it has."""
+    there, bandwidth = machine.engines, float(_size(stated))
+    changed = {e: replace(there[e], bandwidth=bandwidth) for e in engines if e in there}
+    return machine.with_speeds(changed)
+
+
+def _engines(stated: Any) -> tuple[str, ...]:
+    engines = tuple(stated) if isinstance(stated, list) else (str(stated),)
     if not engines or set(engines) - set(ENGINES):
-        raise InputError(f"engines {given}: a list of {', '.join(ENGINES)}")
+        raise InputError(f"engines {stated}: a list of {', '.join(ENGINES)}")
     return engines
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from coordinator.fleet.members import Members
 from coordinator.planning.costs import Costs
-from coordinator.planning.placement import Layout, Machine
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout
 from unicluster.cluster.trust import Cluster, Identity
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.units import format_bytes

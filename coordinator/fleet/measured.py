@@ -17,9 +17,11 @@ from typing import Any
 from filelock import FileLock
 
 from coordinator.fleet.fleet import Fleet
+from coordinator.planning.engines import DEFAULT
 from coordinator.planning.hardware import known_compute
 from coordinator.planning.links import Link, Network
-from coordinator.planning.placement import Layout, Machine, Stage, decode_seconds
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout, Stage, decode_seconds
 from coordinator.planning.variants import Forms
 from unicluster.cluster.trust import default_folder
 
@@ -151,27 +153,28 @@ class Learned:
     def fleet(self, machines: Sequence[Machine], model: str, layout: Layout | Forms) -> Fleet:
         """The machines that are there, at the speeds known of them for this model."""
         known = [_with_compute(machine) for machine in machines]
-        paced = self.paced(known, model, layout)
-        return Fleet(tuple(paced), Network(pairs=self.links(paced)))
+        calibrated = self.calibrated(known, model, layout)
+        return Fleet(tuple(calibrated), Network(pairs=self.links(calibrated)))
 
-    def paced(
+    def calibrated(
         self, machines: Sequence[Machine], model: str, layout: Layout | Forms
     ) -> list[Machine]:
-        """The machines, those that were measured with this model at their measured pace.
+        """The machines, those that were measured with this model with their measured slowdown.
 
         The others are taken to be off by as much as these: a machine must not look faster for
         not having been tried, nor an engine.
         """
         forms = layout if isinstance(layout, Forms) else Forms(layout)
         known = {
-            form.engine: {m.name: p for m in machines if (p := self._pace(m, model, form))}
+            form.engine: {m.name: s for m in machines if (s := self._slowdown(m, model, form))}
             for form in forms.layouts
         }
-        every = [pace for paces in known.values() for pace in paces.values()]
-        for engine, paces in known.items():
-            usual = median(paces.values() or every or [1.0])
+        every = [slowdown for of_engine in known.values() for slowdown in of_engine.values()]
+        for engine, slowdowns in known.items():
+            usual = median(slowdowns.values() or every or [1.0])
             machines = [
-                m.paced(engine, paces.get(m.name, usual), m.name in paces) for m in machines
+                _calibrated(m, engine, slowdowns.get(m.name, usual), m.name in slowdowns)
+                for m in machines
             ]
         return list(machines)
 
@@ -185,16 +188,18 @@ class Learned:
             if (seconds := self.hops.get(_pair(one, other))) is not None
         }
 
-    def _pace(self, machine: Machine, model: str, layout: Layout) -> float | None:
+    def _slowdown(self, machine: Machine, model: str, layout: Layout) -> float | None:
         """Measured seconds over assumed ones, for the layers that were measured."""
         measured = self.stages.get(machine.name, {}).get(_key(model, layout.engine))
-        if measured is None or not 0 <= measured.first < measured.end <= layout.layers:
+        if measured is None or not machine.can(layout.engine):
+            return None
+        if not 0 <= measured.first < measured.end <= layout.layers:
             return None
         form = layout.finished() if measured.finishes else layout.unfinished()
         read = sum(form.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
-        unpaced = machine.paced(layout.engine, 1.0, measured=False)
-        assumed = decode_seconds(layout, unpaced, read, measured.end - measured.first)
+        nominal = _calibrated(machine, layout.engine, 1.0, measured=False)
+        assumed = decode_seconds(layout, nominal, read, measured.end - measured.first)
         return measured.seconds_per_token / assumed
 
     def _save(self) -> None:
@@ -215,17 +220,26 @@ class Learned:
 def _with_compute(machine: Machine) -> Machine:
     """With what is known of the chip's GPU, for the engines that compute on it."""
     known = known_compute(machine.chip)
-    on_gpu = {e: machine.using(e).backend != "cpu" for e in machine.engines}
-    return replace(
-        machine,
-        compute=machine.compute or (known if on_gpu.get("mlx") else 0.0),
-        ggml_compute=known if on_gpu.get("ggml") else 0.0,
+    return machine.with_speeds(
+        {
+            engine: replace(speeds, compute=speeds.compute or known)
+            for engine, speeds in machine.engines.items()
+            if speeds.backend != "cpu"
+        }
     )
+
+
+def _calibrated(machine: Machine, engine: str, slowdown: float, measured: bool) -> Machine:
+    """The machine with a slowdown of one engine, if it has that."""
+    if not machine.can(engine):
+        return machine
+    speeds = replace(machine.engines[engine], slowdown=slowdown, measured=measured)
+    return machine.with_speeds({engine: speeds})
 
 
 def _key(model: str, engine: str) -> str:
     """Under which a measurement is kept."""
-    return model if engine == "mlx" else f"{model} ({engine})"
+    return model if engine == DEFAULT else f"{model} ({engine})"
 
 
 def _pair(one: str, other: str) -> str:

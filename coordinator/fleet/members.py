@@ -7,7 +7,8 @@ from types import TracebackType
 
 import grpc
 
-from coordinator.planning.placement import Machine
+from coordinator.planning.engines import ENGINES
+from coordinator.planning.machine import Machine
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser, Kind
 from unicluster.cluster.known_machines import remember
@@ -129,7 +130,7 @@ class Members:
         """
         problem: UniclusterError | None = None
         asked = [m for m in await self.machines() if names is None or m.name in names]
-        for machine in sorted(asked, key=lambda m: (m.backend == "none", "ggml" not in m.engines)):
+        for machine in sorted(asked, key=_preference):
             async with connect(machine.address, self._identity) as channel:
                 try:
                     return await NodeStub(channel).Inspect(request, timeout=INSPECT_SECONDS)
@@ -164,3 +165,8 @@ class Members:
             return None
         self._mismatched.pop(address, None)
         return info, address
+
+
+def _preference(machine: Machine) -> tuple[bool, ...]:
+    """A sort key: first the machines with the most preferred engine."""
+    return tuple(not machine.can(engine) for engine in ENGINES)

@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from coordinator.planning.engines import for_checkpoint
 from unicluster.checkpoints.checkpoint import GGUF, is_gguf
 from unicluster.checkpoints.gguf_names import is_quant, model_id, split_id
 from unicluster.command_line import beginning
 from unicluster.errors import InputError, NotFoundError
 
 QUANTS = ("q2", "q3", "q4", "q6", "q8", "none")
-ENGINES = ("mlx", "ggml")
 # What a catalogue name means when no quantization is asked for: what most machines can hold.
 DEFAULT_QUANT = "q4"
 
@@ -132,9 +132,10 @@ def resolve(name: str, quant: str | None = None) -> Source:
 
 def checked_engine(source: Source, engine: str) -> Source:
     """The source itself. Raises InputError unless that engine, or auto, can compute it."""
-    wanted = "ggml" if is_gguf(source.model) else "mlx"
+    gguf = is_gguf(source.model)
+    wanted = for_checkpoint(gguf=gguf).name
     if engine not in ("auto", wanted):
-        kind = "a GGUF" if wanted == "ggml" else "no GGUF"
+        kind = "a GGUF" if gguf else "no GGUF"
         raise InputError(f"--engine {engine}: {source.display} is {kind}, which {wanted} computes")
     return source
 

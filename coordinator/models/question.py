@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from coordinator.models import catalog
+from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout
 from coordinator.planning.shortfall import Alternative, for_users, halves
 from coordinator.planning.variants import Forms, check_same
@@ -130,7 +131,7 @@ def _for_context(asked: Asked, context: int) -> Asked:
 def _smaller_quants(asked: Asked, forms: Forms) -> dict[str, str]:
     """Quantizations of fewer bits, the most bits first, each with what a request calls it."""
     as_stored = forms.layout.quantized and not asked.quant
-    if as_stored or (forms.layout.engine == "ggml" and not forms.assumed):
+    if as_stored or (ENGINES[forms.layout.engine].reads_gguf and not forms.assumed):
         return {}  # it can't be quantized again
     entry = catalog.find(asked.display.split(" ")[0])
     recipes = entry.recipes if entry is not None else {}

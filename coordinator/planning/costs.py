@@ -7,7 +7,8 @@ import numpy as np
 
 from coordinator.planning import cuts
 from coordinator.planning.cuts import Matrix
-from coordinator.planning.placement import LAYER_S, RESERVE_SHARE, Layout, Machine, reads
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import LAYER_S, RESERVE_SHARE, Layout, reads
 from coordinator.planning.search.reach import Bools
 
 
@@ -42,16 +43,18 @@ class Costs:
         return self.needed.head <= usable, self.needed.rest <= usable
 
     def seconds(self, machine: Machine) -> Row:
-        """For a token; inf where it does not fit."""
+        """Seconds a token; inf where it does not fit, or the engine is not there."""
         head, rest = self.fits(machine)
+        if not machine.can(self.layout.engine):
+            return Row(np.full(head.shape, np.inf), np.full(rest.shape, np.inf))
         return Row(
             np.where(head, self._seconds(machine, self.read.head, self._layers.head), np.inf),
             np.where(rest, self._seconds(machine, self.read.rest, self._layers.rest), np.inf),
         )
 
     def _seconds(self, machine: Machine, read: Matrix, layers: Matrix) -> Matrix:
-        pace = machine.using(self.layout.engine).pace
-        return read / reads(self.layout, machine) + LAYER_S * layers * pace
+        slowdown = machine.engines[self.layout.engine].slowdown
+        return read / reads(self.layout, machine) + LAYER_S * layers * slowdown
 
     def _with_reserve(self, held: Matrix) -> Matrix:
         """As Layout.needed."""

@@ -1,13 +1,16 @@
 """The hardware catalogue: machines that people own or think of buying, each with its source."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import yaml
 
-from coordinator.planning.placement import Machine
+from coordinator.planning.engines import ENGINES
+from coordinator.planning.machine import EngineSpeeds, Machine
 from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 
@@ -18,8 +21,8 @@ GIB = 1 << 30
 class Box:
     """A machine as it is sold: bytes, bytes and operations per second, US dollars.
 
-    0 for a compute or a price that is not known. backend: of its GPU; what MLX has instead
-    begins with mlx.
+    0 for a compute or a price that is not known. bandwidth and compute are those of its GPU;
+    `engines` has what each engine reaches of them.
     """
 
     name: str
@@ -31,9 +34,7 @@ class Box:
     price: int
     link: str
     source: str
-    backend: str
-    mlx_backend: str
-    mlx_bandwidth: float
+    engines: Mapping[str, EngineSpeeds]
 
     def machine(self, name: str = "") -> Machine:
         """One of these for the planner, called `name`."""
@@ -41,14 +42,9 @@ class Box:
             name=name or self.name,
             address="",
             usable=self.usable,
-            bandwidth=self.mlx_bandwidth,
+            engines=self.engines,
             chip=self.chip,
-            backend=self.mlx_backend,
-            compute=self.compute if self.mlx_backend == self.backend else 0.0,
             link=self.link,
-            ggml_backend=self.backend,
-            ggml_bandwidth=self.bandwidth,
-            ggml_compute=self.compute,
         )
 
 
@@ -71,11 +67,19 @@ def boxes() -> dict[str, Box]:
                 price=row.get("price", {}).get(option, 0),
                 link=row["link"],
                 source=row["source"],
-                backend=row["backend"],
-                mlx_backend=row.get("mlx_backend", row["backend"]),
-                mlx_bandwidth=row.get("mlx_bandwidth", row["bandwidth"]) * 1e9,
+                engines={engine: _speeds(row, engine) for engine in ENGINES},
             )
     return found
+
+
+def _speeds(row: Mapping[str, Any], engine: str) -> EngineSpeeds:
+    """Speeds of one engine: those of the GPU, but where the row has others, as `mlx_backend`."""
+    backend = row.get(f"{engine}_backend", row["backend"])
+    return EngineSpeeds(
+        bandwidth=row.get(f"{engine}_bandwidth", row["bandwidth"]) * 1e9,
+        backend=backend,
+        compute=row.get("tflops", 0) * 1e12 if backend == row["backend"] else 0.0,
+    )
 
 
 def find(name: str) -> Box:

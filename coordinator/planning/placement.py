@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from coordinator.planning.engines import DEFAULT, ENGINES, QUANTIZED
+from coordinator.planning.machine import Machine
 from unicluster.errors import InputError
 from unicluster.v1 import node_pb2
 
@@ -18,11 +20,6 @@ Objective = Literal["latency", "throughput"]
 # Decoding reads weights at about this part of what the memory could give: a usual figure for
 # quantized matrix-vector kernels on all the machines here.
 BANDWIDTH_SHARE = 0.8
-# MLX's CPU backend computes on one thread, so it gets only so much of that: on a machine whose
-# memory gives 25 GB/s it read 2.0 GB/s in bfloat16, 1.5 in 8 bits and 1.0 in 4. (In float32 it was
-# 2.8; but those are toys, of which predictions stay what the memory allows.)
-MLX_CPU_SHARE = {"bfloat16": 0.1, "float16": 0.1}
-MLX_CPU_SHARE_QUANTIZED = 0.05
 # A layer starts 15 to 40 kernels, at some microseconds each.
 LAYER_S = 0.1e-3
 # Prefill multiplies matrices at about this part of the peak.
@@ -36,7 +33,7 @@ PREFILL_BYTES = 8 * 2**20
 # Arrays of a chunk's hidden size alive at once in a layer: q, k, v, the residual, and an MLP
 # or experts several times wider.
 WORKSPACE_COPIES = 16
-# Stages of ggml send them in float32; those of MLX may in half of that.
+# The most that a logit takes on the wire: some engines send float32, others half of that.
 LOGIT_BYTES = 4
 # A stage that holds megabytes needs no such reserve: it is at most this part of what it holds.
 RESERVE_SHARE = 16
@@ -73,7 +70,7 @@ class Layout:
     head_active_bytes: int | None = None
     parameters: int = 0
     layer_active_parameters: tuple[int, ...] | None = None
-    engine: str = "mlx"
+    engine: str = DEFAULT
     draft_bytes: int = 0
     hidden_size: int = 0
     tail_bytes: int = 0
@@ -108,7 +105,7 @@ class Layout:
             head_active_bytes=layout.head_active_bytes or None,
             parameters=layout.parameters,
             layer_active_parameters=tuple(layout.layer_active_parameters) or None,
-            engine=layout.engine or "mlx",
+            engine=layout.engine or DEFAULT,
             hidden_size=layout.hidden_size,
             tail_bytes=layout.tail_bytes,
             finish_bytes=layout.finish_bytes,
@@ -159,10 +156,9 @@ class Layout:
 
     @property
     def cpu_share(self) -> float:
-        """What a CPU gets, in this form, of what memory gives to others."""
-        if self.engine == "ggml":
-            return 1.0
-        return MLX_CPU_SHARE_QUANTIZED if self.quantized else MLX_CPU_SHARE.get(self.quant, 1.0)
+        """The part of the usual bandwidth at which a CPU reads this variant's weights."""
+        quant = QUANTIZED if self.quantized else self.quant
+        return ENGINES[self.engine].cpu_share.get(quant, 1.0)
 
     @property
     def weight_bytes(self) -> int:
@@ -216,81 +212,16 @@ class Layout:
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A machine that may take a stage: bytes, bytes per second, and operations per second.
-
-    compute: 0 if unknown. link: its fastest network port, as in `links.LINKS`. pace: seconds it
-    takes over those assumed, for the model that is planned; `measured` or itself assumed. engines:
-    those it offers. All this is of MLX, and what begins with ggml of the other engine;
-    ggml_bandwidth: 0: as `bandwidth`. ggml_compute: None: as `compute`.
-    """
-
-    name: str
-    address: str
-    usable: int
-    bandwidth: float
-    chip: str = ""
-    backend: str = ""
-    compute: float = 0.0
-    link: str = ""
-    pace: float = 1.0
-    measured: bool = False
-    engines: tuple[str, ...] = ("mlx", "ggml")
-    ggml_backend: str = ""
-    ggml_bandwidth: float = 0.0
-    ggml_compute: float | None = None
-    ggml_pace: float = 1.0
-    ggml_measured: bool = False
-
-    @classmethod
-    def from_proto(cls, info: node_pb2.NodeInfo, address: str) -> Machine:
-        return cls(
-            name=info.name,
-            address=address,
-            usable=info.usable_memory,
-            bandwidth=info.bandwidth,
-            chip=info.chip,
-            backend=info.backend,
-            engines=tuple(info.engines) or ("mlx",),
-            ggml_backend=info.ggml_backend,
-            ggml_bandwidth=info.ggml_bandwidth,
-        )
-
-    def using(self, engine: str) -> Machine:
-        """The same as that engine finds it."""
-        if engine != "ggml":
-            return self
-        return replace(
-            self,
-            backend=self.ggml_backend or self.backend,
-            bandwidth=self.ggml_bandwidth or self.bandwidth,
-            compute=self.compute if self.ggml_compute is None else self.ggml_compute,
-            pace=self.ggml_pace,
-            measured=self.ggml_measured,
-        )
-
-    def paced(self, engine: str, pace: float, measured: bool) -> Machine:
-        """The same with the pace of one engine."""
-        if engine == "ggml":
-            return replace(self, ggml_pace=pace, ggml_measured=measured)
-        return replace(self, pace=pace, measured=measured)
-
-    def can(self, engine: str) -> bool:
-        """Whether that engine is there to compute stages."""
-        return engine in self.engines and self.using(engine).backend != "none"
-
-
 def reads(layout: Layout, machine: Machine) -> float:
     """Bytes a second that are read there while decoding."""
-    seen = machine.using(layout.engine)
-    share = layout.cpu_share if seen.backend == "cpu" else 1.0
-    return BANDWIDTH_SHARE * share * seen.bandwidth / seen.pace
+    speeds = machine.engines[layout.engine]
+    share = layout.cpu_share if speeds.backend == "cpu" else 1.0
+    return BANDWIDTH_SHARE * share * speeds.bandwidth / speeds.slowdown
 
 
 def decode_seconds(layout: Layout, machine: Machine, read_bytes: float, layers: int) -> float:
     """To decode one token through so many layers, of which so many bytes are read."""
-    overhead = machine.using(layout.engine).pace * LAYER_S * layers
+    overhead = machine.engines[layout.engine].slowdown * LAYER_S * layers
     return read_bytes / reads(layout, machine) + overhead
 
 
@@ -301,13 +232,14 @@ def prefill_seconds(
 
     The operations take their time, or reading the weights once does, if that is longer.
     """
-    if not machine.compute or layout.layer_active_parameters is None:
+    speeds = machine.engines[layout.engine]
+    if not speeds.compute or layout.layer_active_parameters is None:
         return None
     operations = 2 * sum(layout.layer_active_parameters[first:end]) * tokens
     weights = sum(layout.layer_bytes[first:end])
     return max(
-        operations / (COMPUTE_SHARE * machine.compute),
-        weights / (BANDWIDTH_SHARE * machine.bandwidth),
+        operations / (COMPUTE_SHARE * speeds.compute),
+        weights / (BANDWIDTH_SHARE * speeds.bandwidth),
     )
 
 
@@ -333,7 +265,7 @@ class Stage:
     chunk_seconds: float | None = None
     hop_s: float = 0.0
     hop_measured: bool = False
-    engine: str = "mlx"
+    engine: str = DEFAULT
     finishes: bool = False
 
     @property
@@ -346,7 +278,7 @@ class Stage:
 
     @property
     def measured(self) -> bool:
-        return self.machine.using(self.engine).measured
+        return self.machine.engines[self.engine].measured
 
 
 @dataclass(frozen=True)

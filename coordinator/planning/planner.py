@@ -7,8 +7,10 @@ from functools import partial
 from typing import get_args
 
 from coordinator.planning import cuts
+from coordinator.planning.engines import ENGINES, for_checkpoint
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Layout, Machine, Objective, Plan, Stage
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout, Objective, Plan, Stage
 from coordinator.planning.pool import Pool
 from coordinator.planning.search.cheapest import cheapest
 from coordinator.planning.search.problem import Found
@@ -62,7 +64,7 @@ def plan(
     engines = [form.engine for form in forms.layouts]
     able = [m for m in asked if any(map(m.can, engines))]
     for machine in able:
-        if any(machine.using(e).bandwidth <= 0 for e in engines if machine.can(e)):
+        if any(machine.engines[e].bandwidth <= 0 for e in engines if machine.can(e)):
             raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
 
     pools = [Pool(ring, able, network) for ring in forms.rings()]
@@ -205,8 +207,10 @@ def _why_out(machine: Machine, forms: Forms, objective: Objective) -> str:
 
 
 def _why_unable(machine: Machine, forms: Forms) -> str:
-    if forms.layout.engine == "mlx" and machine.backend != "none":
-        return "offers only ggml (llama.cpp), and the model is no GGUF: give it one with --gguf"
-    if forms.layout.engine == "mlx":
-        return "has no MLX installed"
-    return "has no llama.cpp: on it, pip install 'unicluster[ggml]', then join again"
+    gguf = for_checkpoint(gguf=True)
+    if machine.can(gguf.name):
+        return (
+            f"offers only {gguf.title} ({gguf.library}), and the model is no GGUF: "
+            "give it one with --gguf"
+        )
+    return ENGINES[forms.layout.engine].missing

@@ -10,7 +10,8 @@ import numpy as np
 from coordinator.planning.costs import Costs
 from coordinator.planning.cuts import Matrix
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Machine, Stage, reads
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Stage, reads
 from coordinator.planning.search.problem import Piece, Problem
 from coordinator.planning.search.reach import Reach
 from coordinator.planning.stages import Span, hop, stages
@@ -92,7 +93,7 @@ class Pool:
     def missing_machine(self) -> int:
         """The least usable bytes that one more machine would have to offer."""
         values = self._needs()
-        at = _first(values, partial(self._holds_besides, self.counts, Machine("", "", 0, 1.0)))
+        at = _first(values, partial(self._holds_besides, self.counts, Machine.uniform("", 0, 1.0)))
         return int(values[at])
 
     def helped_by(self, machine: Machine, count: int) -> bool:
@@ -161,8 +162,10 @@ class Pool:
         """What a machine is to the search, but for its links."""
         key: list[float] = [machine.usable]
         for form in self.ring.forms:
-            pace = machine.using(form.engine).pace
-            key += [machine.can(form.engine), reads(form, machine), pace]
+            if machine.can(form.engine):
+                key += [reads(form, machine), machine.engines[form.engine].slowdown]
+            else:
+                key += [0.0, 0.0]
         return tuple(key)
 
     def _needs(self) -> list[float]:

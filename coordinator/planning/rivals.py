@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Machine, Objective, Plan
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import NoPlanError
 from coordinator.planning.variants import Forms
@@ -63,8 +64,8 @@ def _ideas(
 
 
 def _kind(machine: Machine) -> tuple[object, ...]:
-    seen = [machine.using(engine) for engine in machine.engines]
-    return machine.usable, machine.link, *((m.backend, m.bandwidth, m.pace) for m in seen)
+    speeds = machine.engines.values()
+    return machine.usable, machine.link, *((s.backend, s.bandwidth, s.slowdown) for s in speeds)
 
 
 def _shape(found: Plan) -> tuple[object, ...]:

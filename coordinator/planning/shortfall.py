@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from coordinator.planning import hardware
+from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout
 from coordinator.planning.pool import Pool
 from coordinator.planning.variants import Forms
@@ -56,7 +57,7 @@ def refusal(
     advice = f"{_either(suggestions)} would do" if suggestions else _NOTHING
     advice = advice[0].upper() + advice[1:]
     if machine is None:
-        needed_here = " or ".join(_CALLED[form.engine] for form in forms.layouts)
+        needed_here = " or ".join(ENGINES[form.engine].library for form in forms.layouts)
         text = f"{asked} has no machine to run on: none with {needed_here} is here. {advice}"
         return NoPlanError(text, missing, suggestions)
     machines = pool.machines
@@ -78,7 +79,6 @@ def _missing(pool: Pool) -> tuple[bool, int]:
     return machine is None, more
 
 
-_CALLED = {"mlx": "MLX", "ggml": "llama.cpp"}
 _NOTHING = "no single change would do: add machines or choose a smaller model"
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Layout, Machine, Stage, decode_seconds, prefill_seconds
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout, Stage, decode_seconds, prefill_seconds
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ def hop(size: int, network: Network, one: Machine, other: Machine) -> tuple[floa
 
 def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
     layout, layers, head = span.form, slice(span.first, span.end), span.first == 0
-    machine = span.machine.using(layout.engine)
     outside = layout.head_bytes if head else 0
     weights = sum(layout.layer_bytes[layers])
     kv = sum(layout.kv_bytes_per_layer[layers])
@@ -54,9 +54,11 @@ def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
         kv_bytes=kv,
         reserve_bytes=layout.reserve(weights + outside + kv),
         head=head,
-        seconds_per_token=decode_seconds(layout, machine, read, span.end - span.first),
-        batch_seconds=decode_seconds(layout, machine, further, 0),
-        chunk_seconds=prefill_seconds(layout, machine, span.first, span.end, layout.chunk_tokens),
+        seconds_per_token=decode_seconds(layout, span.machine, read, span.end - span.first),
+        batch_seconds=decode_seconds(layout, span.machine, further, 0),
+        chunk_seconds=prefill_seconds(
+            layout, span.machine, span.first, span.end, layout.chunk_tokens
+        ),
         hop_s=onward[0],
         hop_measured=onward[1],
         engine=layout.engine,

@@ -8,7 +8,9 @@ ring must give logits, which one of MLX can if they are made of the last hidden 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coordinator.planning.placement import Layout, Machine
+from coordinator.planning.engines import ENGINES
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout
 
@@ -41,10 +43,10 @@ class Forms:
         """
         found = [layout for layout in self.layouts if engine in ("auto", layout.engine)]
         if not found:
-            kind = "no GGUF: give one with --gguf" if engine == "ggml" else "a GGUF"
+            kind = "no GGUF: give one with --gguf" if ENGINES[engine].reads_gguf else "a GGUF"
             raise InputError(f"--engine {engine}: the model is {kind}")
         gguf = found[1] if len(found) > 1 else None
-        return Forms(found[0], gguf, self.assumed and found[-1].engine == "ggml")
+        return Forms(found[0], gguf, self.assumed and ENGINES[found[-1].engine].reads_gguf)
 
     def map(self, change: Callable[[Layout], Layout]) -> "Forms":
         """The same change to each."""
@@ -55,19 +57,19 @@ class Forms:
         """All kinds of rings there may be; of equals the first is preferred."""
         if self.gguf is None:
             return [Ring((self.layout,))]
-        mlx, ggml = self.layout, self.gguf
-        apart = tuple(sorted({*mlx.forbidden_cuts, *ggml.forbidden_cuts}))
+        model, gguf = self.layout, self.gguf
+        apart = tuple(sorted({*model.forbidden_cuts, *gguf.forbidden_cuts}))
 
         def mixed(*forms: Layout) -> Ring:
             return Ring(tuple(replace(form, forbidden_cuts=apart) for form in forms))
 
         # Where both can be cut alike, a ring of one engine alone is among the mixed ones.
-        found = [] if apart == mlx.forbidden_cuts else [Ring((mlx,))]
-        found.append(mixed(mlx, ggml.unfinished()))
-        if apart != ggml.forbidden_cuts or not mlx.finish_bytes:
-            found.append(Ring((ggml,)))
-        if mlx.finish_bytes:
-            found.append(mixed(ggml, mlx.finished()))
+        found = [] if apart == model.forbidden_cuts else [Ring((model,))]
+        found.append(mixed(model, gguf.unfinished()))
+        if apart != gguf.forbidden_cuts or not model.finish_bytes:
+            found.append(Ring((gguf,)))
+        if model.finish_bytes:
+            found.append(mixed(gguf, model.finished()))
         return found
 
 
@@ -89,9 +91,9 @@ class Ring:
 def check_same(model: Layout, gguf: Layout, names: tuple[str, str]) -> None:
     """Raises InputError unless both are forms of one model; `names` are how people call them."""
     name, other = names
-    if model.engine == "ggml":
+    if ENGINES[model.engine].reads_gguf:
         raise InputError(f"--gguf {other}: {name} is a GGUF itself")
-    if gguf.engine != "ggml":
+    if not ENGINES[gguf.engine].reads_gguf:
         raise InputError(f"--gguf {other}: it is no GGUF")
     if not model.hidden_size:
         raise InputError(

@@ -2,7 +2,8 @@
 
 import click
 
-from coordinator.models.catalog import ENGINES, Source, checked_engine, model_names, resolve
+from coordinator.models.catalog import Source, checked_engine, model_names, resolve
+from coordinator.planning.engines import ENGINES, for_checkpoint
 from unicluster.command_line import Option
 from unicluster.errors import InputError
 
@@ -36,12 +37,13 @@ def chosen_models(
         return checked_engine(source, engine), None
     found = resolve(gguf)
     check_gguf(engine, kv_bits)
-    return (found, None) if engine == "ggml" else (source, found)
+    return (found, None) if engine == for_checkpoint(gguf=True).name else (source, found)
 
 
 def check_gguf(engine: str, kv_bits: int) -> None:
     """Raises InputError for options that leave a GGUF without use."""
-    if engine == "mlx":
-        raise InputError("--engine mlx: without llama.cpp there is no use for --gguf")
-    if kv_bits:
+    reader = for_checkpoint(gguf=True)
+    if engine not in ("auto", reader.name):
+        raise InputError(f"--engine {engine}: without {reader.library} there is no use for --gguf")
+    if kv_bits and not reader.quantizes_kv:
         raise InputError(f"--kv-bits {kv_bits}: not with --gguf, whose caches stay as they are")

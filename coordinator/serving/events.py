@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from coordinator.planning.placement import Machine, Plan, Stage
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Plan, Stage
 from coordinator.planning.variants import Forms
 from unicluster.v1.node_pb2 import LoadProgress
 

@@ -7,6 +7,7 @@ from typing import Any
 from coordinator.fleet import local
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
+from coordinator.planning.engines import DEFAULT
 from coordinator.planning.placement import Layout
 from coordinator.planning.variants import Forms, check_same
 from coordinator.serving.options import ServeOptions
@@ -36,7 +37,7 @@ class Inspected:
     @property
     def by_engine(self) -> dict[str, ModelLayout]:
         found = [self.model, *([self.gguf] if self.gguf is not None else [])]
-        return {layout.engine or "mlx": layout for layout in found}
+        return {layout.engine or DEFAULT: layout for layout in found}
 
 
 async def inspected(

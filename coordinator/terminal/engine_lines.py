@@ -2,31 +2,32 @@
 
 from collections.abc import Sequence
 
+from coordinator.planning.engines import DEFAULT, ENGINES
 from coordinator.planning.placement import Plan, Stage, reads
 from coordinator.planning.variants import Forms
 from unicluster.units import format_rate
 
-_CALLED = {"mlx": "MLX", "ggml": "ggml"}
-
 
 def engine_lines(plan: Plan, forms: Forms) -> list[str]:
-    """Nothing where there is nothing to choose: MLX alone."""
+    """Nothing where there is nothing to choose: the default engine alone."""
     if forms.gguf is None:
         return _of_one_form(forms)
-    if forms.assumed and plan.engines == ("mlx",):
+    if forms.assumed and forms.gguf.engine not in plan.engines:
         return []
     lines = ["; ".join(_told(plan, forms, engine) for engine in plan.engines)]
-    if forms.assumed and "ggml" in plan.engines:
+    if forms.assumed:
         lines.append(_assumed(forms.gguf.quant))
     return lines
 
 
 def _of_one_form(forms: Forms) -> list[str]:
-    if forms.layout.engine == "mlx":
+    engine = ENGINES[forms.layout.engine]
+    if engine.name == DEFAULT:
         return []
+    name = f"{engine.title} ({engine.library})"
     if forms.assumed:
-        return ["ggml (llama.cpp), as was asked for", _assumed(forms.layout.quant)]
-    return ["ggml (llama.cpp), because the model is a GGUF"]
+        return [f"{name}, as was asked for", _assumed(forms.layout.quant)]
+    return [f"{name}, because the model is a GGUF"]
 
 
 def _assumed(quant: str) -> str:
@@ -48,7 +49,7 @@ def _why(stage: Stage, forms: Forms) -> str:
     if not stage.machine.can(other.engine):
         return " (it offers no other)"
     ours, theirs = reads(own, stage.machine), reads(other, stage.machine)
-    name = _CALLED[other.engine]
+    name = ENGINES[other.engine].title
     if abs(ours - theirs) < 0.005 * ours:
         return f" (reads {format_rate(ours)} there, like {name})"
     rate, slower = format_rate(ours), format_rate(theirs)

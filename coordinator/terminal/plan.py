@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet.measured import Taken
-from coordinator.planning.placement import Layout, Machine, Plan, Stage
+from coordinator.planning.engines import DEFAULT, ENGINES
+from coordinator.planning.machine import Machine
+from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.planning.rivals import Rival
 from coordinator.planning.variants import Forms
 from coordinator.terminal.engine_lines import engine_lines
@@ -123,24 +125,27 @@ class _Fleet:
 
 
 def _installed(info: node_pb2.NodeInfo) -> str:
-    nothing = info.backend == "none" and "ggml" not in info.engines
-    return "no MLX" if nothing else _backends(Machine.from_proto(info, ""))
+    machine = Machine.from_proto(info, "")
+    return _backends(machine) if machine.engines else f"no {ENGINES[DEFAULT].library}"
 
 
 def _bandwidths(machine: Machine) -> str:
-    """As MLX gets at the memory, and ggml where that is otherwise."""
-    mlx, ggml = format_rate(machine.bandwidth), format_rate(machine.using("ggml").bandwidth)
-    if "ggml" not in machine.engines or mlx == ggml:
-        return mlx
-    return f"{mlx}, ggml {ggml}" if "mlx" in machine.engines else ggml
+    """The rate of the preferred engine, and those of others where they differ from it."""
+    rates = {engine: format_rate(speeds.bandwidth) for engine, speeds in machine.engines.items()}
+    first = next(iter(rates.values()), "")
+    others = [f"{engine} {rate}" for engine, rate in rates.items() if rate != first]
+    return ", ".join([first, *others])
 
 
 def _backends(machine: Machine) -> str:
-    """Of MLX, and of ggml where it is another."""
-    named = [machine.backend] if machine.can("mlx") else []
-    if "ggml" in machine.engines and machine.ggml_backend not in ("", *named):
-        named.append(f"{machine.ggml_backend} (ggml)")
-    return ", ".join(named) or machine.backend
+    """The backend of the default engine, and of others where it is another."""
+    if not machine.engines:
+        return "none"
+    named: list[str] = []
+    for engine, speeds in machine.engines.items():
+        if speeds.backend not in ("", *named):
+            named.append(speeds.backend if engine == DEFAULT else f"{speeds.backend} ({engine})")
+    return ", ".join(named)
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class _Planned:
         own = format_bytes(self.layout.head_bytes - drafts)
         first, last = plan.stages[0].machine.name, plan.stages[-1].machine.name
         head = f"{first}, with {own} of embedding and lm_head"
-        if self.layout.engine == "ggml":
+        if not ENGINES[self.layout.engine].head_makes_logits:
             head = (
                 f"{first}, with {own} of embedding; the lm_head is with the last layer, on {last}"
             )

@@ -7,6 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.planning.engines import DEFAULT
 from coordinator.terminal.tables import (
     FREE,
     WEIGHTS,
@@ -58,7 +59,7 @@ class _Status:
         """The ring's machines; figures only while their head answers."""
         metrics = self.metrics
         table = new_table("")
-        told = any(stage.engine != "mlx" for stage in metrics.info.stages)
+        told = any(stage.engine != DEFAULT for stage in metrics.info.stages)
         add_names(table, "machine")
         add_words(table, *["engine"] * told)
         add_numbers(table, "layers")

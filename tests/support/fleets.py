@@ -1,12 +1,14 @@
 """Random small models and fleets, and every placement of one on the other, by brute force."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 from coordinator.planning.links import Link, Network
-from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Machine, Stage
+from coordinator.planning.machine import EngineSpeeds, Machine
+from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Stage
 from coordinator.planning.stages import Span, stages
 from coordinator.planning.variants import Forms
 
@@ -48,12 +50,32 @@ def a_layout(
     )
 
 
+def a_machine(
+    name: str,
+    usable: int,
+    bandwidth: float,
+    *,
+    chip: str = "",
+    address: str = "",
+    backend: str = "",
+    ggml_backend: str = "",
+    ggml_bandwidth: float = 0.0,
+    slowdown: float = 1.0,
+    engines: Sequence[str] = ("mlx", "ggml"),
+) -> Machine:
+    """A machine with both engines, alike but for what is given for ggml."""
+    mlx = EngineSpeeds(bandwidth, backend, slowdown=slowdown)
+    ggml = EngineSpeeds(ggml_bandwidth or bandwidth, ggml_backend or backend)
+    machine = Machine(name, address, usable, {"mlx": mlx, "ggml": ggml}, chip=chip)
+    return machine.only(engines)
+
+
 def a_ring(**layers: int) -> tuple[Stage, ...]:
     """Stages of so many layers on machines of these names, in order."""
     layout = a_layout([GB] * sum(layers.values()))
     ends = list(accumulate(layers.values()))
     spans = [
-        Span(Machine(name, "", 99 * GB, 100e9), end - count, end, layout)
+        Span(a_machine(name, 99 * GB, 100e9), end - count, end, layout)
         for (name, count), end in zip(layers.items(), ends, strict=True)
     ]
     return stages(Network(), spans)
@@ -75,7 +97,7 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
         for _ in range(dice.choice([2, 3, 8]))
     ]
     machines = [
-        Machine(f"m{i}", "", *dice.choice(kinds), pace=dice.choice([1.0, 1.0, 1.5]))
+        a_machine(f"m{i}", *dice.choice(kinds), slowdown=dice.choice([1.0, 1.0, 1.5]))
         for i in range(dice.randint(2, most_machines))
     ]
     pairs = {}
@@ -109,16 +131,24 @@ def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: 
         tail_bytes=tail,
         vocabulary=dice.choice([1_000, 300_000]),
     )
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {
             "engines": dice.choice([("mlx",), ("ggml",), ("mlx", "ggml"), ("mlx", "ggml")]),
             "ggml_bandwidth": dice.choice([0.0, 100e9, 400e9]),
-            "ggml_pace": dice.choice([1.0, 1.0, 0.7]),
+            "ggml_slowdown": dice.choice([1.0, 1.0, 0.7]),
         }
         for _ in range(dice.choice([1, 2, 3]))
     ]
-    machines = [replace(machine, **dice.choice(kinds)) for machine in case.machines]
+    machines = [_of_kind(machine, **dice.choice(kinds)) for machine in case.machines]
     return Case(layout, machines, case.network, gguf)
+
+
+def _of_kind(
+    machine: Machine, engines: Sequence[str], ggml_bandwidth: float, ggml_slowdown: float
+) -> Machine:
+    bandwidth = ggml_bandwidth or machine.engines["mlx"].bandwidth
+    ggml = EngineSpeeds(bandwidth, slowdown=ggml_slowdown)
+    return machine.with_speeds({"ggml": ggml}).only(engines)
 
 
 def _some_cuts(dice: random.Random, layers: int) -> tuple[int, ...]:
@@ -206,11 +236,9 @@ def _needs(layout: Layout, first: int, end: int) -> int:
 
 
 def _seconds(layout: Layout, machine: Machine, first: int, end: int) -> float:
-    bandwidth, pace = machine.bandwidth, machine.pace
-    if layout.engine == "ggml":
-        bandwidth, pace = machine.ggml_bandwidth or bandwidth, machine.ggml_pace
+    speeds = machine.engines[layout.engine]
     read = sum(layout.layer_active_bytes[first:end])
     read += sum(layout.kv_bytes_per_layer[first:end]) / layout.users
     read += layout.head_bytes if first == 0 else 0
-    seconds = read / (BANDWIDTH_SHARE * bandwidth) + LAYER_S * (end - first)
-    return seconds * pace
+    seconds = read / (BANDWIDTH_SHARE * speeds.bandwidth) + LAYER_S * (end - first)
+    return seconds * speeds.slowdown

@@ -66,7 +66,7 @@ def test_a_file_describes_machines_and_the_links_between_them(tmp_path: Path) ->
     fleet = parse(str(tmp_path / "home.yaml"))
 
     assert [m.name for m in fleet.machines] == ["studio", "tower-1", "tower-2"]
-    assert fleet.machines[1].bandwidth == 936e9
+    assert [speeds.bandwidth for speeds in fleet.machines[1].engines.values()] == [936e9] * 2
     assert fleet.network.between("tower-2", "studio").latency_s == 4e-3
     assert fleet.network.between("tower-1", "studio") == LINKS["10gbe"]
 
@@ -115,10 +115,10 @@ def test_strix_halo_has_a_backend_for_each_engine() -> None:
     (box,) = parse("framework-desktop-128").machines
     (studio,) = parse("mac-studio-m3-ultra-512").machines
 
-    assert (box.using("mlx").backend, box.using("ggml").backend) == ("cpu", "vulkan")
-    assert box.using("mlx").bandwidth == 128e9
-    assert box.using("ggml").bandwidth == 256e9
-    assert studio.using("ggml").backend == studio.backend == "metal"
+    assert (box.engines["mlx"].backend, box.engines["ggml"].backend) == ("cpu", "vulkan")
+    assert box.engines["mlx"].bandwidth == 128e9
+    assert box.engines["ggml"].bandwidth == 256e9
+    assert studio.engines["ggml"].backend == studio.engines["mlx"].backend == "metal"
 
 
 def test_a_file_says_what_engines_there_are_and_how_fast(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_a_file_says_what_engines_there_are_and_how_fast(tmp_path: Path) -> None
 
     spark, box = parse(str(tmp_path / "fleet.yaml")).machines
 
-    assert spark.engines == ("ggml",)
-    assert (box.using("mlx").bandwidth, box.using("ggml").bandwidth) == (50e9, 200e9)
+    assert tuple(spark.engines) == ("ggml",)
+    assert (box.engines["mlx"].bandwidth, box.engines["ggml"].bandwidth) == (50e9, 200e9)
     (tmp_path / "odd.yaml").write_text("machines:\n- {hardware: dgx-spark, engines: [cuda]}\n")
     with pytest.raises(InputError, match="a list of mlx, ggml"):
         parse(str(tmp_path / "odd.yaml"))

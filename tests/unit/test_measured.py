@@ -7,14 +7,14 @@ import pytest
 
 from coordinator.fleet.measured import Learned, Taken, shared_out
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Machine, Stage
+from coordinator.planning.placement import Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.stages import Span, stages
 from coordinator.planning.variants import Forms
-from tests.support.fleets import GB, a_layout
+from tests.support.fleets import GB, a_layout, a_machine
 
 LAYOUT = a_layout([GB] * 10)
-FLEET = [Machine("ann", "", 6 * GB, 100e9), Machine("bob", "", 6 * GB, 100e9)]
+FLEET = [a_machine("ann", 6 * GB, 100e9), a_machine("bob", 6 * GB, 100e9)]
 
 
 def ring(*spans: tuple[int, int]) -> tuple[Stage, ...]:
@@ -54,18 +54,20 @@ def test_hops_known_to_take_longer_than_the_whole_token_are_measured_too() -> No
     assert sum(taken.stages) == pytest.approx(0.1e-3)
 
 
-def test_each_engine_has_a_pace_of_its_own(tmp_path: Path) -> None:
+def test_each_engine_has_a_slowdown_of_its_own(tmp_path: Path) -> None:
     gguf = replace(LAYOUT, engine="ggml")
     once = stages(Network(), [Span(FLEET[0], 0, 5, gguf)])
     Learned.record("llama", once, Taken((0.125,)), tmp_path)
     known = Learned.record("llama", ring((0, 5)), Taken((0.25,)), tmp_path)
 
-    ann, bob = known.paced(FLEET, "llama", Forms(LAYOUT, gguf))
+    ann, bob = known.calibrated(FLEET, "llama", Forms(LAYOUT, gguf))
 
-    assert ann.pace == pytest.approx(2 * ann.ggml_pace)
-    assert (ann.measured, ann.ggml_measured) == (True, True)
-    assert (bob.pace, bob.ggml_pace) == (ann.pace, ann.ggml_pace)
-    assert not bob.ggml_measured
+    mlx, ggml = ann.engines["mlx"], ann.engines["ggml"]
+    assert mlx.slowdown == pytest.approx(2 * ggml.slowdown)
+    assert (mlx.measured, ggml.measured) == (True, True)
+    slowdowns = [bob.engines[engine].slowdown for engine in ("mlx", "ggml")]
+    assert slowdowns == [mlx.slowdown, ggml.slowdown]
+    assert not bob.engines["ggml"].measured
 
 
 def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
@@ -74,23 +76,26 @@ def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
         (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, form)])
         known = Learned.record("llama", [stage], Taken((stage.seconds_per_token,)), tmp_path)
 
-        paces = {m.name: m.ggml_pace for m in known.paced(FLEET, "llama", gguf)}
+        slowdowns = {
+            m.name: m.engines["ggml"].slowdown for m in known.calibrated(FLEET, "llama", gguf)
+        }
 
-        assert paces["bob"] == pytest.approx(1.0)
+        assert slowdowns["bob"] == pytest.approx(1.0)
 
 
 def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:
     known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
 
-    assert [(m.pace, m.measured) for m in known.paced(FLEET, "gemma", LAYOUT)] == [(1, False)] * 2
+    speeds = [m.engines["mlx"] for m in known.calibrated(FLEET, "gemma", LAYOUT)]
+    assert [(s.slowdown, s.measured) for s in speeds] == [(1, False)] * 2
 
 
 def test_a_machine_not_tried_yet_is_taken_to_be_off_by_as_much(tmp_path: Path) -> None:
     known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
 
-    ann, bob = known.paced(FLEET, "llama", LAYOUT)
+    ann, bob = (m.engines["mlx"] for m in known.calibrated(FLEET, "llama", LAYOUT))
 
-    assert ann.pace == bob.pace > 1.5
+    assert ann.slowdown == bob.slowdown > 1.5
     assert (ann.measured, bob.measured) == (True, False)
 
 

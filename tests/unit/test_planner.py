@@ -10,13 +10,13 @@ from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S
 from coordinator.planning.planner import Layout, Machine, Objective, Plan, plan, split_evenly
 from coordinator.planning.shortfall import NoPlanError
 from coordinator.planning.variants import Forms, check_same
-from tests.support.fleets import GB, a_layout
+from tests.support.fleets import GB, a_layout, a_machine
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.v1 import node_pb2
 
 
 def machines(*usable: int, bandwidth: float = 100 * GB) -> list[Machine]:
-    return [Machine(f"m{i}", f"m{i}:7711", size, bandwidth) for i, size in enumerate(usable)]
+    return [a_machine(f"m{i}", size, bandwidth) for i, size in enumerate(usable)]
 
 
 def ranges(found: Plan) -> list[tuple[str, int, int]]:
@@ -27,7 +27,7 @@ def ranges(found: Plan) -> list[tuple[str, int, int]]:
 def test_stages_cover_all_layers_once_and_fit(objective: Objective) -> None:
     dice = random.Random(99)
     layout = a_layout([dice.randint(1, 30) * GB // 10 for _ in range(60)], head=2 * GB)
-    fleet = [Machine(f"m{i}", "", 15 * GB, (100 + i) * 1e9) for i in range(9)]
+    fleet = [a_machine(f"m{i}", 15 * GB, (100 + i) * 1e9) for i in range(9)]
     found = plan(layout, fleet, objective)
     ends = [stage.end for stage in found.stages]
     assert [stage.first for stage in found.stages] == [0, *ends[:-1]]
@@ -51,7 +51,7 @@ def test_one_machine_that_holds_everything_needs_no_hop() -> None:
 
 
 def test_the_fastest_memory_fills_first() -> None:
-    slow, fast = Machine("slow", "", 20 * GB, 100e9), Machine("fast", "", 9 * GB, 800e9)
+    slow, fast = a_machine("slow", 20 * GB, 100e9), a_machine("fast", 9 * GB, 800e9)
     found = plan(a_layout([GB] * 16), [slow, fast])
     layers = {name: end - first for name, first, end in ranges(found)}
     assert layers == {"fast": 8, "slow": 8}
@@ -92,7 +92,7 @@ def test_an_unknown_node_is_named_with_those_there() -> None:
 
 
 def test_a_machine_without_mlx_takes_no_layers() -> None:
-    bare = Machine("bare", "", 90 * GB, 900e9, backend="none")
+    bare = a_machine("bare", 90 * GB, 900e9, engines=())
     found = plan(a_layout([GB] * 8), [bare, *machines(20 * GB)])
     assert ranges(found) == [("m0", 0, 8)]
     assert found.left_out == ((bare, "has no MLX installed"),)
@@ -100,7 +100,7 @@ def test_a_machine_without_mlx_takes_no_layers() -> None:
 
 def test_a_machine_of_unknown_bandwidth_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="odd states no memory bandwidth"):
-        plan(a_layout([GB]), [Machine("odd", "", 9 * GB, 0.0)])
+        plan(a_layout([GB]), [a_machine("odd", 9 * GB, 0.0)])
 
 
 def test_missing_memory_is_counted_and_each_remedy_works() -> None:
@@ -115,13 +115,13 @@ def test_missing_memory_is_counted_and_each_remedy_works() -> None:
     )
     larger = [replace(fleet[0], usable=fleet[0].usable + refused.value.missing), *fleet[1:]]
     assert len(plan(layout, larger).stages) == 3
-    extra = Machine("extra", "", int(72.5 * GB), 100e9)
+    extra = a_machine("extra", int(72.5 * GB), 100e9)
     assert len(plan(layout, [*fleet, extra]).stages) == 4
 
 
 def test_a_machine_smaller_than_the_one_suggested_would_not_do() -> None:
     layout = a_layout([6 * GB] * 60, head=GB)
-    extra = Machine("extra", "", int(72.3 * GB), 100e9)
+    extra = a_machine("extra", int(72.3 * GB), 100e9)
     with pytest.raises(DoesNotFitError):
         plan(layout, [*machines(100 * GB, 100 * GB, 100 * GB), extra])
 
@@ -146,7 +146,7 @@ def test_without_machines_the_one_needed_is_told() -> None:
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_more_unlike_machines_than_are_searched_exactly_still_fit(objective: Objective) -> None:
     layout = a_layout([3 * GB] * 60, head=2 * GB)
-    fleet = [Machine(f"m{i}", "", (10 + i % 7) * GB + i, (100 + 17 * i) * 1e9) for i in range(24)]
+    fleet = [a_machine(f"m{i}", (10 + i % 7) * GB + i, (100 + 17 * i) * 1e9) for i in range(24)]
     found = plan(layout, fleet, objective)
     assert sum(stage.end - stage.first for stage in found.stages) == 60
 
@@ -219,8 +219,8 @@ def gguf_of(layout: Layout, tail: int = 0) -> Layout:
     )
 
 
-STUDIO = Machine("studio", "", 12 * GB, 800e9, engines=("mlx", "ggml"))
-BOX = Machine("box", "", 12 * GB, 128e9, backend="cpu", ggml_backend="vulkan", ggml_bandwidth=256e9)
+STUDIO = a_machine("studio", 12 * GB, 800e9)
+BOX = a_machine("box", 12 * GB, 128e9, backend="cpu", ggml_backend="vulkan", ggml_bandwidth=256e9)
 
 
 def test_each_stage_has_the_engine_that_is_faster_there() -> None:
@@ -249,9 +249,9 @@ def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
 def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
     layout = replace(a_layout([GB] * 16, head=2 * GB), finish_bytes=GB)
     forms = Forms(layout, gguf_of(layout, GB))
-    box = replace(BOX, usable=layout.needed(17 * GB), engines=("ggml",))
+    box = replace(BOX.only(["ggml"]), usable=layout.needed(17 * GB))
     # No place for the embedding, the lm_head and a layer, as an MLX head would have to have.
-    mini = replace(STUDIO, name="mini", usable=layout.needed(5 * GB // 2), engines=("mlx",))
+    mini = replace(STUDIO.only(["mlx"]), name="mini", usable=layout.needed(5 * GB // 2))
 
     found = plan(forms, [mini, box])
 
@@ -282,7 +282,7 @@ def test_where_engines_are_alike_it_is_mlx() -> None:
 
 def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
     layout = a_layout([GB] * 4, quant="q4")
-    plain = Machine("plain", "", 12 * GB, 40e9, backend="cpu", ggml_backend="cpu")
+    plain = a_machine("plain", 12 * GB, 40e9, backend="cpu", ggml_backend="cpu")
 
     found = plan(Forms(layout, gguf_of(layout)), [plain])
 
@@ -292,15 +292,16 @@ def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
 
 def test_a_gpu_is_told_from_a_cpu_with_the_same_memory() -> None:
     layout = a_layout([GB] * 4, quant="q4")
-    cpu = Machine("cpu", "", 12 * GB, 100e9, backend="cpu")
+    cpu = a_machine("cpu", 12 * GB, 100e9, backend="cpu")
+    gpu = a_machine("gpu", 12 * GB, 100e9, backend="metal")
 
-    found = plan(layout, [cpu, replace(cpu, name="gpu", backend="metal")])
+    found = plan(layout, [cpu, gpu])
 
     assert ranges(found) == [("gpu", 0, 4)]
 
 
 def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
-    alone = replace(BOX, engines=("ggml",))
+    alone = BOX.only(["ggml"])
 
     found = plan(a_layout([GB] * 4), [STUDIO, alone])
 
@@ -312,7 +313,7 @@ def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
 def test_what_only_both_engines_can_hold_is_held() -> None:
     layout = a_layout([GB] * 16, head=GB)
     forms = Forms(layout, gguf_of(layout))
-    fleet = [replace(STUDIO, engines=("mlx",)), replace(BOX, engines=("ggml",))]
+    fleet = [STUDIO.only(["mlx"]), BOX.only(["ggml"])]
 
     assert plan(forms, fleet).engines == ("mlx", "ggml")
     with pytest.raises(NoPlanError):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from coordinator.planning.planner import Layout, Machine, Plan, plan
+from coordinator.planning.planner import Layout, Plan, plan
 from coordinator.planning.variants import Forms
 from coordinator.terminal.loading import LoadingBars
 from coordinator.terminal.plan import fleet_table, nodes_table, plan_table
+from tests.support.fleets import a_machine
 from unicluster.v1 import node_pb2
 
 GB = 10**9
@@ -27,18 +28,29 @@ LAYOUT = Layout(
     quant="q4",
     max_context=131072,
 )
-STUDIO = Machine("studio [1]", "192.168.1.21:7711", 100 * GB, 819e9, "Apple M3 Ultra")
-STRIX = Machine("framework", "192.168.1.30:7711", 110 * GB, 256e9, "AMD Ryzen AI Max+ 395")
-BOX = Machine(
+STUDIO = a_machine(
+    "studio [1]", 100 * GB, 819e9, address="192.168.1.21:7711", chip="Apple M3 Ultra"
+)
+STRIX = a_machine(
+    "framework", 110 * GB, 256e9, address="192.168.1.30:7711", chip="AMD Ryzen AI Max+ 395"
+)
+BOX = a_machine(
     "box",
-    "192.168.1.32:7711",
     50 * GB,
     128e9,
+    address="192.168.1.32:7711",
     backend="cpu",
     ggml_backend="vulkan",
     ggml_bandwidth=256e9,
 )
-AIR = Machine("air-of-ann", "192.168.1.31:7711", 4 * GB, 100e9, "Apple M2", backend="metal")
+AIR = a_machine(
+    "air-of-ann",
+    4 * GB,
+    100e9,
+    address="192.168.1.31:7711",
+    chip="Apple M2",
+    backend="metal",
+)
 
 
 def printed(item: RenderableType, width: int = 120, encoding: str = "utf-8") -> str:
@@ -183,7 +195,7 @@ def test_of_one_engine_nothing_is_said_unless_the_model_is_a_gguf() -> None:
 
 
 def test_a_fleet_shows_what_each_engine_gets_at() -> None:
-    shown = printed(fleet_table([BOX, replace(BOX, name="other", engines=("ggml",))]))
+    shown = printed(fleet_table([BOX, replace(BOX.only(["ggml"]), name="other")]))
 
     assert "cpu, vulkan (ggml)" in shown
     assert "128 GB/s, ggml 256 GB/s" in shown

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.planning.links import Link, Network
-from coordinator.planning.placement import Machine, Objective
+from coordinator.planning.placement import Objective
 from coordinator.planning.planner import plan
 from tests.support.fleets import (
     GB,
@@ -15,6 +15,7 @@ from tests.support.fleets import (
     a_case,
     a_case_of_two_engines,
     a_layout,
+    a_machine,
     every_placement,
 )
 from tests.support.sampled import sampled
@@ -81,7 +82,7 @@ def unequal(dice: random.Random, layers: int) -> list[int]:
 def test_32_machines_of_four_kinds_take_less_than_a_second(objective: Objective) -> None:
     layout = a_layout(unequal(random.Random(3), 128), head=2 * GB)
     kinds = [(3 * GB, 100e9), (5 * GB, 270e9), (6 * GB, 400e9), (9 * GB, 800e9)]
-    fleet = [Machine(f"m{i}", "", *kinds[i % 4]) for i in range(32)]
+    fleet = [a_machine(f"m{i}", *kinds[i % 4]) for i in range(32)]
     plan(layout, fleet, objective)  # the first call also pays for imports
 
     started = time.process_time()
@@ -96,7 +97,7 @@ def test_twelve_unlike_machines_are_planned_within_one_percent_of_the_bound(seed
     dice = random.Random(seed)
     layout = a_layout(unequal(dice, 60), head=GB)
     fleet = [
-        Machine(f"m{i}", "", dice.randint(40, 140) * GB // 10, dice.randint(100, 800) * 1e9)
+        a_machine(f"m{i}", dice.randint(40, 140) * GB // 10, dice.randint(100, 800) * 1e9)
         for i in range(12)
     ]
 
@@ -105,8 +106,8 @@ def test_twelve_unlike_machines_are_planned_within_one_percent_of_the_bound(seed
 
 def test_a_machine_that_is_far_away_stays_out() -> None:
     layout = a_layout([GB] * 10)
-    fleet = [Machine("a", "", 6 * GB, 100e9), Machine("b", "", 6 * GB, 90e9)]
-    fleet.append(Machine("far", "", 6 * GB, 100e9))
+    fleet = [a_machine("a", 6 * GB, 100e9), a_machine("b", 6 * GB, 90e9)]
+    fleet.append(a_machine("far", 6 * GB, 100e9))
     slow = Link("wifi", 20e-3, 1e8)
     network = Network(pairs={frozenset(("far", near)): slow for near in ("a", "b")})
 
@@ -117,7 +118,7 @@ def test_a_machine_that_is_far_away_stays_out() -> None:
 
 def test_the_order_of_the_ring_avoids_a_slow_link() -> None:
     layout = a_layout([GB] * 16)
-    fleet = [Machine(name, "", 5 * GB, 100e9) for name in "abcd"]
+    fleet = [a_machine(name, 5 * GB, 100e9) for name in "abcd"]
     slow = Link("wifi", 20e-3, 1e8)
 
     found = plan(layout, fleet, network=Network(pairs={frozenset("ab"): slow}))
@@ -130,7 +131,7 @@ def test_the_order_of_the_ring_avoids_a_slow_link() -> None:
 
 def test_refusing_eleven_unlike_machines_takes_no_longer_than_planning() -> None:
     layout = a_layout([3 * GB] * 80)
-    fleet = [Machine(f"m{i}", "", (10 + i) * GB, (100 + i) * 1e9) for i in range(11)]
+    fleet = [a_machine(f"m{i}", (10 + i) * GB, (100 + i) * 1e9) for i in range(11)]
 
     started = time.process_time()
     with pytest.raises(DoesNotFitError):

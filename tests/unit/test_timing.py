@@ -8,15 +8,15 @@ import pytest
 
 from coordinator.fleet.measured import Learned
 from coordinator.planning.links import Network
-from coordinator.planning.placement import Machine, Stage
+from coordinator.planning.placement import Stage
 from coordinator.planning.stages import Span, stages
 from coordinator.serving.timing import RECENT, TOKENS, Timing
 from tests.support.cluster import until
-from tests.support.fleets import GB, a_layout
+from tests.support.fleets import GB, a_layout, a_machine
 from unicluster.v1.chat_pb2 import Finish, Measured, Timings, Usage
 from unicluster.v1.meters_pb2 import HopMeter, Meters, StageMeter
 
-ANN = Machine("ann", "", 20 * GB, 100e9)
+ANN = a_machine("ann", 20 * GB, 100e9)
 
 
 @pytest.fixture
