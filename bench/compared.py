@@ -20,12 +20,14 @@ from bench.lanes import of_engine
 from bench.models import write_llama
 from bench.simulation import Cluster, StageCost
 from coordinator.planning.links import Link
-from node.generation.engine import Engine
+from node.generation.config import GenerationConfig
+from node.generation.engine import GenerationEngine
 from node.metering.trips import Trip, Trips
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.ring.compute_thread import MLXThread
 from node.ring.ring import PrefillWindow
 from unicluster.benchmark import measure
+from unicluster.v1.node_pb2 import StageSpec
 
 TOKENS = 32
 PROMPT = 256
@@ -99,14 +101,13 @@ class Real:
         yield
         self.model.prefill_window = usual
 
-    async def engine(self, model: Any, users: int, lanes: int) -> Engine:
-        engine = Engine(
+    async def engine(self, model: Any, users: int, lanes: int) -> GenerationEngine:
+        engine = GenerationEngine(
             self._thread,
             self._tokenizer,
-            model_name="10M",
-            context=CONTEXT,
-            users=users,
-            lanes=lanes,
+            GenerationConfig(
+                StageSpec(context=CONTEXT, users=users, lanes=lanes), model_name="10M"
+            ),
         )
         await engine.set_model(model)
         return engine

@@ -38,6 +38,7 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.cluster.trust import Cluster
+from unicluster.v1.node_pb2 import StageSpec
 from unicluster.v1.stage_pb2 import RouteStop
 
 
@@ -49,19 +50,16 @@ class Cut:
         self._thread = MLXThread()
         identity = Cluster.new().issue("bench")
         half = LAYERS // 2
-        config = WorkerConfig(
-            node="second",
+        spec = StageSpec(
             model=str(file),
-            quant="",
             first_layer=half,
             end_layer=LAYERS,
             context=CONTEXT,
             users=4,
-            host="127.0.0.1",
-            port=0,
-            identity=identity.to_dict(),
-            engine="ggml",
             finishes=True,
+        )
+        config = WorkerConfig(
+            spec, node="second", host="127.0.0.1", port=0, identity=identity.to_dict()
         )
 
         async def start() -> tuple[WorkerProcess, Ring]:

@@ -31,13 +31,15 @@ import mlx_lm
 import unicluster
 from bench.lanes import Figures, show
 from bench.models import write_llama
+from node.generation.config import GenerationConfig
 from node.generation.drafting import DraftModel, Lookup, Speculation
-from node.generation.engine import Engine
+from node.generation.engine import GenerationEngine
 from node.ring.compute_thread import MLXThread
 from node.weights.store import DEMO
 from node.worker.__main__ import SWITCH_INTERVAL
 from tests.support.tiny import VOCAB
 from unicluster.v1.chat_pb2 import GenerateRequest
+from unicluster.v1.node_pb2 import StageSpec
 
 CONTEXT = 1024
 MOST = 8
@@ -61,14 +63,15 @@ class Bench:
         return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True))
 
     @asynccontextmanager
-    async def engine(self, speculation: Speculation | None = None) -> AsyncIterator[Engine]:
-        engine = Engine(
+    async def engine(
+        self, speculation: Speculation | None = None
+    ) -> AsyncIterator[GenerationEngine]:
+        engine = GenerationEngine(
             self.thread,
             self.tokenizer,
-            model_name="bench",
-            context=CONTEXT,
-            users=1,
-            speculation=speculation,
+            GenerationConfig(
+                StageSpec(context=CONTEXT, users=1), model_name="bench", speculation=speculation
+            ),
         )
         await engine.set_model(self.model)
         yield engine
@@ -96,7 +99,7 @@ async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> 
     }
 
 
-async def timed(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
+async def timed(engine: GenerationEngine, prompt: list[int]) -> tuple[float, list[int]]:
     """Tokens a second, and the tokens."""
     ticket = await engine.submit(GenerateRequest(token_ids=prompt, max_tokens=TOKENS))
     times: list[float] = []

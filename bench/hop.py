@@ -43,8 +43,8 @@ from mlx_lm.generate import generate_step
 from bench.models import write_llama
 from coordinator.planning.placement import Layout
 from coordinator.planning.planner import split_evenly
+from node.engines.mlx_layout import inspect
 from node.inprocess.loader import describe_here, load_local
-from node.inspect.layout import inspect
 from unicluster.cluster.trust import Cluster
 
 Times = np.ndarray[Any, Any]
@@ -104,7 +104,7 @@ def loaded(path: Path, subject: Subject) -> Iterator[Any]:
     checkpoint = describe_here(str(path), identity)
     layout = Layout.from_proto(inspect(checkpoint))
     cuts = split_evenly(layout, subject.stages)
-    with load_local(checkpoint, "", cuts, identity, foresee=subject.foresee)[0] as model:
+    with load_local(checkpoint, "", cuts, identity, prebuilt=subject.foresee)[0] as model:
         yield model
 
 

@@ -30,12 +30,14 @@ from typing import Any
 
 import unicluster
 from bench.models import write_llama
-from node.generation.engine import Engine
+from node.generation.config import GenerationConfig
+from node.generation.engine import GenerationEngine
 from node.ring.compute_thread import MLXThread
 from node.ring.ring import PrefillWindow
 from node.worker.__main__ import SWITCH_INTERVAL
 from unicluster.benchmark import measure
 from unicluster.v1.chat_pb2 import GenerateRequest
+from unicluster.v1.node_pb2 import StageSpec
 
 STAGES = 2
 CONTEXT = 8192
@@ -58,22 +60,21 @@ class Bench:
         self.thread = thread
 
     @asynccontextmanager
-    async def engine(self, users: int, kv_bytes: int = 0) -> AsyncIterator[Engine]:
+    async def engine(self, users: int, kv_bytes: int = 0) -> AsyncIterator[GenerationEngine]:
         """Finished caches are kept for reuse only with `kv_bytes`."""
-        engine = Engine(
+        engine = GenerationEngine(
             self.thread,
             self.tokenizer,
-            model_name=self.size,
-            context=CONTEXT,
-            users=users,
-            kv_bytes=kv_bytes,
+            GenerationConfig(
+                StageSpec(context=CONTEXT, users=users, kv_bytes=kv_bytes), model_name=self.size
+            ),
         )
         await engine.set_model(self.model)
         yield engine
         engine.close()
 
 
-def of_engine(engine: Engine) -> measure.Ask:
+def of_engine(engine: GenerationEngine) -> measure.Ask:
     """Asks an engine, without any network."""
 
     async def ask(

@@ -20,6 +20,7 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from tests.support.tiny import tiny_config, write_tokenizer
 from unicluster.cluster.trust import Cluster
+from unicluster.v1.node_pb2 import StageSpec
 
 HIDDEN, WIDE, LAYERS = 2048, 8192, 16
 GROUP = 64
@@ -99,14 +100,10 @@ def disk_seconds(path: Path) -> float:
 
 async def load(path: Path, quant: str) -> tuple[float, int, int]:
     """Seconds of loading the second half, the stage's bytes, and the worker's peak memory."""
+    half = LAYERS // 2
     config = WorkerConfig(
+        StageSpec(model=str(path), quant=quant, first_layer=half, end_layer=LAYERS, users=1),
         node="bench",
-        model=str(path),
-        quant=quant,
-        first_layer=LAYERS // 2,
-        end_layer=LAYERS,
-        context=0,
-        users=1,
         host="127.0.0.1",
         port=0,
         identity=Cluster.new().issue("bench").to_dict(),

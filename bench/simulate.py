@@ -27,8 +27,8 @@ from coordinator.planning import links
 from coordinator.planning.links import Network
 from coordinator.planning.placement import Layout, Plan, Stage, decode_seconds, prefill_seconds
 from coordinator.planning.planner import plan
+from node.generation.config import chunk_tokens
 from node.worker.__main__ import SWITCH_INTERVAL
-from node.worker.head import PREFILL_BYTES, PREFILL_TOKENS
 
 DOCS = Path(__file__).parent.parent / "docs"
 MEASURED = DOCS / "simulated.json"
@@ -62,7 +62,7 @@ class Planned:
             ],
             hidden_bytes=self.layout.hidden_bytes,
             users=users,
-            prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // self.layout.hidden_bytes)),
+            prefill_step=chunk_tokens(self.layout.hidden_bytes),
         )
 
 

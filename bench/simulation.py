@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
 from coordinator.planning.links import Link
+from node.generation.config import GenerationConfig
 from node.generation.request import Job
 from node.generation.sampling import Sampling
 from node.generation.scheduler import Scheduler
@@ -31,6 +32,7 @@ from node.ring.compute_thread import MLXThread, Signal
 from node.ring.ring import PrefillWindow
 from tests.support.tiny import write_tokenizer
 from unicluster.v1.chat_pb2 import GenerateEvent
+from unicluster.v1.node_pb2 import StageSpec
 
 VOCABULARY = 4
 
@@ -287,11 +289,11 @@ class Cluster:
             self.world.thread,
             self.model,
             _tokenizer(),
-            context=2**20,
-            users=self.users,
-            lanes=self.lanes or self.model.stages,
-            kv_bytes=0,
-            prefill_step=self.prefill_step,
+            GenerationConfig(
+                StageSpec(context=2**20, users=self.users, lanes=self.lanes or 0),
+                model_name="simulated",
+                prefill_step=self.prefill_step,
+            ),
             meter=AnswerMeter(),
             on_end=lambda ticket: None,
             on_error=_raise,

@@ -4,6 +4,5 @@ They are named here and nowhere else, because the coordinator never imports `nod
 the child.
 """
 
-INSPECT = "node.inspect.layout"
-INSPECT_CONFIG = "node.inspect.from_config"
+INSPECT = "node.inspect"
 BASELINE = "node.worker.baseline"

@@ -41,13 +41,13 @@ def load(
         return _on_nodes(source.model, source.quant, nodes)
     from coordinator.planning.placement import Layout
     from coordinator.planning.planner import split_evenly
+    from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_local
-    from node.inspect.layout import inspect_any
     from unicluster.cluster.trust import Cluster
 
     identity = Cluster.new().issue("local")
     checkpoint = describe_here(source.model, identity)
-    layout = Layout.from_proto(inspect_any(checkpoint, source.quant))
+    layout = Layout.from_proto(choose(checkpoint).inspect(checkpoint, source.quant))
     if local_nodes is None or not 1 <= local_nodes <= layout.layers:
         raise InputError(f"local_nodes: between 1 and {layout.layers}, the layers of {model}")
     cuts = split_evenly(layout, local_nodes)
@@ -62,8 +62,8 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from coordinator.planning.placement import Layout
     from coordinator.serving.sourcing import hub_files
     from node.agent.probe import probe
+    from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
-    from node.inspect.layout import inspect_any
     from unicluster.cluster.trust import Store, default_name
     from unicluster.v1.stage_pb2 import RouteStop
 
@@ -74,7 +74,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     machines = find(cluster, identity, nodes)
     addresses = [machine.address for machine in machines]
     checkpoint = describe_here(model, identity, addresses)
-    inspected = inspect_any(checkpoint, quant)
+    inspected = choose(checkpoint).inspect(checkpoint, quant)
     hardware = probe()
     here = Machine.uniform("this machine", hardware.usable_memory, hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])

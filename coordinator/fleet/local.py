@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from coordinator.programs import INSPECT
+from unicluster.checkpoints import inspecting
 from unicluster.cluster.trust import Cluster, Store
-from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.errors import UnavailableError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 HOME = "UNICLUSTER_HOME"
@@ -32,16 +34,14 @@ def own_cluster() -> Iterator[Cluster]:
 
 
 async def inspect(request: InspectRequest) -> ModelLayout:
-    """A model's layout, found by a child: the coordinator never imports MLX."""
-    child = await start("-m", INSPECT, pipes=True)
-    out, err = await child.communicate(request.SerializeToString())
-    if child.returncode != 0:
-        lines = err.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise UniclusterError(
-            f"the model {request.model} can't be inspected: {lines[-1]} "
-            "(is MLX installed? pip install 'unicluster[cpu]')"
-        )
-    return ModelLayout.FromString(out)
+    """The layout of a model on this machine, from a child: the coordinator never imports MLX.
+
+    Raises InputError with the child's reason, UnavailableError if it takes too long.
+    """
+    if importlib.util.find_spec("mlx_lm") is None:
+        reason = "MLX is not installed here: pip install 'unicluster[cpu]'"
+        raise UnavailableError(f"the model {request.model} can't be inspected: {reason}")
+    return await inspecting.inspect(INSPECT, request)
 
 
 @contextlib.asynccontextmanager

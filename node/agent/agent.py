@@ -4,11 +4,9 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import grpc
@@ -23,6 +21,7 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.checkpoint import Manifest
+from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
 from unicluster.cluster.roles import audit
@@ -52,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# Run as a process of its own, because the agent never holds MLX.
+INSPECT = "node.inspect"
 # A worker that keeps crashing is not helped by starting it again.
 RESTARTS = 3
 RESTART_WINDOW = 60.0
@@ -173,12 +174,12 @@ class Agent(NodeServicer):
         try:
             check_inspect(request)
             if request.config_json:
-                return await inspect_in_child(request)
+                return await inspect(INSPECT, request)
             async with Sources(_dialled(request.sources, context), self._identity) as sources:
                 found = await describe(request.model, request.revision, sources)
                 if request.drafts_for:
                     await describe(request.drafts_for, request.drafts_for_revision, sources)
-            return await inspect_in_child(_of(request, found.manifest))
+            return await inspect(INSPECT, _here(request, found.manifest))
         except UniclusterError as error:
             return await abort(context, error)
 
@@ -212,9 +213,16 @@ class Agent(NodeServicer):
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
         telling = asyncio.create_task(self._tell_draining(context, writing))
-        config = self._config(request, port, _dialled(request.sources, context))
+        config = WorkerConfig(
+            spec=request,
+            node=self._identity.name,
+            host=self._host,
+            port=port,
+            identity=self._identity.to_dict(),
+            sources=tuple(_dialled(request.sources, context)),
+        )
         try:
-            async with contextlib.aclosing(self._run(request, config)) as events:
+            async with contextlib.aclosing(self._run(config)) as events:
                 async for event in events:
                     async with writing:
                         await context.write(event)
@@ -229,7 +237,8 @@ class Agent(NodeServicer):
         async with writing:
             await context.write(StageEvent(draining=Draining()))
 
-    async def _run(self, spec: StageSpec, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
+    async def _run(self, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
+        spec = config.spec
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False
@@ -273,62 +282,11 @@ class Agent(NodeServicer):
         asked = [part for part in fetching if (part.model, part.revision) == (model, revision)]
         return {name for part in asked for name in part.hub_files}
 
-    def _config(self, spec: StageSpec, port: int, sources: Sequence[str]) -> WorkerConfig:
-        return WorkerConfig(
-            node=self._identity.name,
-            model=spec.model,
-            quant=spec.quant,
-            first_layer=spec.first_layer,
-            end_layer=spec.end_layer,
-            context=spec.context,
-            users=spec.users,
-            host=self._host,
-            port=port,
-            identity=self._identity.to_dict(),
-            revision=spec.revision,
-            sources=tuple(sources),
-            hub_files=tuple(spec.hub_files),
-            lanes=spec.lanes,
-            kv_bytes=spec.kv_bytes,
-            engine=spec.engine or "mlx",
-            finishes=spec.finishes,
-            kv_bits=spec.kv_bits,
-            lookup=spec.lookup,
-            draft=spec.draft.model,
-            draft_quant=spec.draft.quant,
-            draft_revision=spec.draft.revision,
-            draft_hub_files=tuple(spec.draft.hub_files),
-            draft_tokens=spec.draft_tokens,
-        )
-
 
 def how_to_get_mlx() -> str:
     """What to do on this machine, in a phrase."""
     extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
     return f"pip install 'unicluster[{extra}]', then join again"
-
-
-async def inspect_in_child(request: InspectRequest) -> ModelLayout:
-    """A model's layout, found by a short-lived process: the agent never holds MLX.
-
-    Raises InputError with the child's one-line reason.
-    """
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "node.inspect.layout"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    try:
-        out, err = await child.communicate(request.SerializeToString())
-    except asyncio.CancelledError:
-        child.kill()
-        raise
-    if child.returncode != 0:
-        lines = err.decode(errors="replace").strip().splitlines()
-        raise InputError(lines[-1] if lines else f"{request.model}: can't be inspected")
-    return ModelLayout.FromString(out)
 
 
 def _dialled(sources: Iterable[str], context: Context) -> list[str]:
@@ -337,18 +295,13 @@ def _dialled(sources: Iterable[str], context: Context) -> list[str]:
     return [join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources]
 
 
-def _of(request: InspectRequest, manifest: Manifest) -> InspectRequest:
-    """The same question about files that are on this machine."""
-    return InspectRequest(
-        model=manifest.model,
-        revision=manifest.revision,
-        quant=request.quant,
-        context=request.context,
-        users=request.users,
-        kv_bits=request.kv_bits,
-        drafts_for=request.drafts_for,
-        drafts_for_revision=request.drafts_for_revision,
-    )
+def _here(request: InspectRequest, manifest: Manifest) -> InspectRequest:
+    """A request for the files of `manifest`, which are on this machine."""
+    here = InspectRequest()
+    here.CopyFrom(request)
+    here.model, here.revision = manifest.model, manifest.revision
+    here.ClearField("sources")
+    return here
 
 
 def _stage_event(event: dict[str, Any]) -> StageEvent | None:

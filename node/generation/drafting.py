@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -10,10 +11,13 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.mlx.rollback import cut, cuttable_below, restore, snapshot
+from unicluster.v1.node_pb2 import StageSpec
 
 # Of the end of a text, how many tokens must have occurred before, and how many may be looked for.
 LEAST_MATCH = 2
 MOST_MATCH = 8
+# Guessed ahead at most, if nothing else was asked for.
+MOST_DRAFTED = 8
 # Prompt tokens a draft model computes at a time; a fraction of what the model itself takes.
 DRAFT_CHUNK = 256
 
@@ -35,6 +39,17 @@ class Speculation:
 
     drafter: Callable[[], Drafter]
     most: int
+
+    @classmethod
+    def of(cls, spec: StageSpec, draft: Any, vocabulary: int) -> "Speculation | None":
+        """Guessing as the stage's options ask for it, or None.
+
+        `draft`: the draft model, if there is one. `vocabulary`: tokens that the model knows.
+        """
+        most = spec.draft_tokens or MOST_DRAFTED
+        if draft is not None:
+            return cls(partial(DraftModel, draft, vocabulary), most)
+        return cls(Lookup, most) if spec.lookup else None
 
 
 class Lookup:

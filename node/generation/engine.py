@@ -9,12 +9,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from node.generation.drafting import Speculation
+from node.generation.config import GenerationConfig
 from node.generation.request import check_request
 from node.generation.sampling import Sampling
 from node.generation.scheduler import Scheduler
@@ -35,53 +34,26 @@ from unicluster.v1.meters_pb2 import Meters
 log = logging.getLogger("unicluster.engine")
 
 
-class Engine:
-    """Answers up to `users` requests at once and queues up to `queue_limit` more.
+class GenerationEngine:
+    """Answers up to `users` requests at once, and queues some more.
 
-    `context` is in tokens, prompt and answer together; `lanes` is how many batches take turns,
-    by default one a stage; `prefill_step` is how many tokens of a prompt are computed at a time,
-    or fewer while answers run; `kv_bytes` is what there is for caches of all users on all stages
-    together: with it, caches of finished answers are kept for prompts that begin alike; with
-    `kv_bits` (4 or 8) KV caches are quantized; with `speculation` tokens are guessed ahead;
-    `defaults` is the model's generation_config.json. The model comes by `set_model`, and is one
-    made on `thread`.
+    With `kv_bytes` in its configuration, caches of finished answers are kept for prompts that
+    begin alike. The model comes by `set_model`, and is one made on `thread`.
     """
 
-    def __init__(
-        self,
-        thread: MLXThread,
-        tokenizer: Any,
-        *,
-        model_name: str,
-        context: int,
-        users: int,
-        lanes: int | None = None,
-        kv_bytes: int = 0,
-        kv_bits: int = 0,
-        speculation: Speculation | None = None,
-        queue_limit: int | None = None,
-        prefill_step: int = 512,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, thread: MLXThread, tokenizer: Any, config: GenerationConfig) -> None:
         self._thread = thread
         self._tokenizer = tokenizer
-        self._name = model_name
-        self._context = context
-        self._users = users
-        self._lanes = lanes
-        self._kv_bytes = kv_bytes
-        self._kv_bits = kv_bits
-        self._speculation = speculation
-        self._queue_limit = 4 * users if queue_limit is None else queue_limit
-        self._prefill_step = prefill_step
-        self._defaults = Sampling.of_model(defaults or {})
+        self._config = config
+        self._name = config.model_name
+        self._defaults = Sampling.of_model(config.defaults)
         # One at a time: tokenizers may not be shared by threads that change their settings.
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
         self._lock = threading.Lock()  # for what is touched from both sides:
         self._open: set[Ticket] = set()
         self._state = "loading"
-        self._failure: UniclusterError | None = UnavailableError(f"{model_name} is still loading")
+        self._failure: UniclusterError | None = UnavailableError(f"{self._name} is still loading")
 
         self.meter = AnswerMeter()
         # Only for the MLX thread, but for its counters:
@@ -97,8 +69,9 @@ class Engine:
         if request.model not in ("", self._name):
             raise NotFoundError(f"model: {request.model!r} is not served here, {self._name!r} is")
         self._check_room()
+        context = self._config.spec.context
         job = await asyncio.get_running_loop().run_in_executor(
-            self._checker, check_request, request, self._tokenizer, self._context, self._defaults
+            self._checker, check_request, request, self._tokenizer, context, self._defaults
         )
         ticket = Ticket(job, asked, on_cancel=self._on_cancel)
         with self._lock:
@@ -133,8 +106,8 @@ class Engine:
             detail = "" if self._failure is None else str(self._failure)
             return ChatInfo(
                 model=self._name,
-                context=self._context,
-                users=self._users,
+                context=self._config.spec.context,
+                users=self._config.spec.users,
                 state=self._state,
                 detail=detail,
                 lanes=len(scheduler.lanes) if scheduler is not None else 0,
@@ -157,10 +130,10 @@ class Engine:
     def _check_room(self) -> None:
         if self._failure is not None:
             raise UnavailableError(str(self._failure))
-        if len(self._open) >= self._users + self._queue_limit:
+        users, most_waiting = self._config.spec.users, self._config.most_waiting
+        if len(self._open) >= users + most_waiting:
             raise BusyError(
-                f"the queue is full: {self._users} requests run and {self._queue_limit} wait; "
-                "try again later"
+                f"the queue is full: {users} requests run and {most_waiting} wait; try again later"
             )
 
     def _end_all(self, error: UniclusterError) -> None:
@@ -182,13 +155,7 @@ class Engine:
             self._thread,
             model,
             self._tokenizer,
-            context=self._context,
-            users=self._users,
-            kv_bytes=self._kv_bytes,
-            kv_bits=self._kv_bits,
-            speculation=self._speculation,
-            lanes=self._lanes or int(getattr(model, "stages", 1)),
-            prefill_step=self._prefill_step,
+            self._config,
             meter=self.meter,
             on_end=self._on_end,
             on_error=self._on_error,

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from node.generation.answer import Answer
 from node.generation.batch import Batch, can_batch
 from node.generation.chunking import GPU_KNEE, KNEE, Beginning, Pace
-from node.generation.drafting import Speculation
+from node.generation.config import GenerationConfig
 from node.generation.kv_budget import Memory
 from node.generation.lane import Lane
 from node.generation.prefix_cache import Kept, KeptCaches
@@ -36,10 +36,10 @@ from node.ring.compute_thread import MLXThread, give_way, rested
 class Scheduler:
     """Serves one model until closed.
 
-    `context` is in tokens, `kv_bytes` what all machines together have for caches of `users` that
-    fill it: that much is promised before an answer begins, and what is left keeps caches of
-    finished ones. 0: not known; nothing is kept. With `kv_bits` (4 or 8) or `speculation` each
-    lane holds one answer. `on_end` is called for each ticket that has
+    Of its configuration `kv_bytes` is what all machines together have for caches of `users` that
+    fill the context: that much is promised before an answer begins, and what is left keeps caches
+    of finished ones. 0: not known; nothing is kept. With `kv_bits` or speculation each lane holds
+    one answer. `on_end` is called for each ticket that has
     ended, `on_error` at most once, with what the model raised: then all answers are lost.
     `clock` gives seconds: simulations have their own.
     `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
@@ -50,45 +50,34 @@ class Scheduler:
         thread: MLXThread,
         model: Any,
         tokenizer: Any,
+        config: GenerationConfig,
         *,
-        context: int,
-        users: int,
-        lanes: int,
-        kv_bytes: int,
-        prefill_step: int,
         meter: AnswerMeter,
-        kv_bits: int = 0,
-        speculation: Speculation | None = None,
         on_end: Callable[[Ticket], None],
         on_error: Callable[[Exception], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        spec, users = config.spec, config.spec.users
         kinds = _kinds(model)
-        batches = can_batch(kinds) and not kv_bits and speculation is None
+        batches = can_batch(kinds) and not spec.kv_bits and config.speculation is None
 
         def decoder() -> Batch | Solo:
             if batches:
                 return Batch(model)
-            return Solo(
-                model,
-                kinds,
-                kv_bits=kv_bits,
-                drafter=speculation.drafter() if speculation is not None else None,
-                most=speculation.most if speculation is not None else 0,
-                ends=tokenizer.eos_token_ids,
-            )
+            return Solo(model, kinds, config, tokenizer.eos_token_ids)
 
-        lanes = min(lanes, users) if batches else users
+        self._stages = int(getattr(model, "stages", 1))
+        lanes = min(spec.lanes or self._stages, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         self.lanes = [
             Lane(
                 decoder(),
                 places=users // lanes + (index < users % lanes) if batches else 1,
-                keep=self._keep if kv_bytes else None,
+                keep=self._keep if spec.kv_bytes else None,
             )
             for index in range(lanes)
         ]
-        self.memory = Memory(kv_bytes, users, context, kinds)
+        self.memory = Memory(spec.kv_bytes, users, spec.context, kinds)
         self.kept = KeptCaches()
         self.meter = meter
         self.prefilled = 0
@@ -96,15 +85,14 @@ class Scheduler:
         self._thread = thread
         self._model = model
         self._tokenizer = tokenizer
-        self._kv_bits = kv_bits
+        self._kv_bits = spec.kv_bits
         self._on_end = on_end
         self._on_error = on_error
         self._clock = clock
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
-        self._stages = int(getattr(model, "stages", 1))
         knee = GPU_KNEE if mx.default_device() == mx.gpu else KNEE
-        self._pace = Pace(prefill_step, self._stages, knee)
+        self._pace = Pace(config.prefill_step, self._stages, knee)
         # Of a prompt that is all on its way the last chunks may come back while others begin.
         self._beginnings: deque[Beginning] = deque(maxlen=users)
         self._closed = False

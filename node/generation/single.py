@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from node.generation.batch import Token
-from node.generation.drafting import Drafter
+from node.generation.config import GenerationConfig
 from node.generation.sequence import Sequence
 from node.mlx.kv_quant import quantize
 from node.mlx.rollback import cut, cuttable_below, restore, snapshot
@@ -53,26 +53,23 @@ class Solo:
     """One answer at a time, by a loop of our own; several tokens a step if guesses are right.
 
     A guess counts only if it is the token that the model chooses in that place: greedy or drawn,
-    the answer is the one there would be without. `kinds` are fresh caches of all layers. KV caches
-    are quantized to `kv_bits`, if not 0. `drafter` guesses at most `most` tokens, and never
-    one of `ends`.
+    the answer is the one there would be without. `kinds` are fresh caches of all layers. Tokens
+    in `ends` are never guessed.
     """
 
     def __init__(
         self,
         model: Any,
         kinds: list[Any],
-        *,
-        kv_bits: int = 0,
-        drafter: Drafter | None = None,
-        most: int = 0,
+        config: GenerationConfig,
         ends: Collection[int] = (),
     ) -> None:
+        speculation = config.speculation
         self._model = model
         self._cuttable_below = cuttable_below(kinds)
-        self._kv_bits = kv_bits
-        self._drafter = drafter
-        self._most = most
+        self._kv_bits = config.spec.kv_bits
+        self._drafter = speculation.drafter() if speculation is not None else None
+        self._most = speculation.most if speculation is not None else 0
         self._ends = ends
         self._run: _Run | None = None
 

@@ -1,117 +1,60 @@
-"""Stage 0 in the caller's own process, of either engine."""
+"""Stage 0 in the caller's own process, of whichever engine."""
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mlx_lm.utils import load_tokenizer
-
-from node.mlx.hollow import HollowModel
-from node.mlx.lazy import LazyModel, load_lazy, load_parts
-from node.mlx.survey import survey
-from node.weights.fetch import fetch, is_whole
+from node.engines.choose import choose
+from node.engines.engine import LoadedStage
+from node.weights.fetch import fetch_ranges, is_whole
 from node.weights.sources import Sources
-from node.worker.config import WorkerConfig
-from unicluster.checkpoints.checkpoint import Checkpoint, is_gguf
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.trust import Identity
+from unicluster.v1.node_pb2 import StageSpec
 
 # Runs a coroutine elsewhere, and waits for it.
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
-class FirstStage(Protocol):
-    """What is to be loaded."""
-
-    def load(self, identity: Identity, run: Run) -> tuple[Any, Any]:
-        """Its layers, for a PipelineModel, and the tokenizer. Fetches what is not here."""
-
-
-@dataclass(frozen=True)
-class MlxFirst:
-    """Layers [0, end) and all that is outside the layers; `hub_files` as in obtain.fetch."""
-
-    checkpoint: Checkpoint
-    quant: str
-    end: int
-    hub_files: Sequence[str] | None
-    sources: Sequence[str]
-
-    def load(self, identity: Identity, run: Run) -> tuple[HollowModel, Any]:
-        checkpoint = self.checkpoint
-        if not is_whole(checkpoint):
-            run(self._fetch(identity))
-        lazy, hollow = load_head(checkpoint.root, self.quant, self.end)
-        ends = lazy.config.get("eos_token_id")
-        return hollow, load_tokenizer(lazy.path, eos_token_ids=ends)
-
-    async def _fetch(self, identity: Identity) -> None:
-        tensors = await asyncio.to_thread(survey, self.checkpoint.root, self.quant)
-        async with Sources(self.sources, identity) as sources:
-            await fetch(self.checkpoint, tensors.of_stage(0, self.end), self.hub_files, sources)
-
-
-@dataclass(frozen=True)
-class GgufFirst:
-    """The same of a GGUF; `finishes`: it is all of it."""
-
-    checkpoint: Checkpoint
-    end: int
-    finishes: bool
-    hub_files: Sequence[str] | None
-    sources: Sequence[str]
-
-    def load(self, identity: Identity, run: Run) -> tuple[Any, Any]:
-        from node.worker import load_ggml as ggml  # an extra
-
-        config = WorkerConfig(
-            node="here",
-            model=self.checkpoint.manifest.model,
-            quant="",
-            first_layer=0,
-            end_layer=self.end,
-            context=0,
+def stage_specs(
+    checkpoint: Checkpoint, quant: str, cuts: Sequence[tuple[int, int]]
+) -> list[StageSpec]:
+    """The stages of a model cut into layers [first, end), for one user, in its own engine."""
+    engine = choose(checkpoint)
+    return [
+        StageSpec(
+            model=checkpoint.manifest.model,
+            quant=quant,
+            first_layer=first,
+            end_layer=end,
             users=1,
-            host="",
-            port=0,
-            identity={},
-            revision=self.checkpoint.manifest.revision,
-            hub_files=None if self.hub_files is None else tuple(self.hub_files),
-            finishes=self.finishes,
+            revision=checkpoint.manifest.revision,
+            engine=engine.name,
+            finishes=not engine.head_makes_logits and end == cuts[-1][1],
         )
-
-        async def obtain() -> Checkpoint:
-            async with Sources(self.sources, identity) as sources:
-                return await ggml.obtain(config, sources, lambda done, total: None)
-
-        checkpoint = run(obtain())
-        return ggml.load_stage(checkpoint, config).front, ggml.load_tokens(checkpoint)
+        for first, end in cuts
+    ]
 
 
-def first_stage(
-    checkpoint: Checkpoint,
-    quant: str,
-    cuts: Sequence[tuple[int, int]],
-    hub_files: Sequence[str] | None = None,
-    sources: Sequence[str] = (),
-) -> FirstStage:
-    """That of a model so cut, in its engine."""
-    end = cuts[0][1]
-    if engine_of(checkpoint) == "mlx":
-        return MlxFirst(checkpoint, quant, end, hub_files, sources)
-    return GgufFirst(checkpoint, end, len(cuts) == 1, hub_files, sources)
+@dataclass(frozen=True)
+class FirstStage:
+    """Stage 0 of a model, to be loaded. hub_files and sources: as `fetch_ranges` takes them."""
 
+    checkpoint: Checkpoint
+    spec: StageSpec
+    hub_files: Sequence[str] | None = None
+    sources: Sequence[str] = ()
+    prebuilt: bool = True
 
-def engine_of(checkpoint: Checkpoint) -> str:
-    """What computes a model."""
-    return "ggml" if any(map(is_gguf, checkpoint.manifest.weights)) else "mlx"
+    def load(self, identity: Identity, run: Run) -> tuple[LoadedStage, Any]:
+        """Fetches what is not here and loads it; also returns the tokenizer."""
+        engine = choose(self.checkpoint, self.spec.engine)
+        if not is_whole(self.checkpoint):
+            run(self._fetch(engine.ranges(self.checkpoint, self.spec), identity))
+        loaded = engine.load(self.checkpoint, self.spec, prebuilt=self.prebuilt)
+        return loaded, engine.tokenizer(self.checkpoint)
 
-
-def load_head(path: Path, quant: str, end: int) -> tuple[LazyModel, HollowModel]:
-    """Layers [0, end) and all that is outside the layers, with their weights in memory."""
-    lazy = load_lazy(path, quant)
-    hollow = HollowModel(lazy.model, lazy.model_type, 0, end)
-    for _ in load_parts((*hollow.layers, lazy.model)):
-        pass
-    return lazy, hollow
+    async def _fetch(self, ranges: Mapping[str, Ranges], identity: Identity) -> None:
+        async with Sources(self.sources, identity) as sources:
+            await fetch_ranges(self.checkpoint, ranges, self.hub_files, sources)

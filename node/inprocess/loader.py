@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import grpc
 import uvloop
 
-from node.inprocess.first_stage import FirstStage, engine_of, first_stage
-from node.pipeline.pipeline_model import PipelineModel
+from node.inprocess.first_stage import FirstStage, stage_specs
+from node.pipeline.pipeline_model import Front, PipelineModel
 from node.ring.ring import Ring
 from node.weights import store
 from node.weights.fetch import describe
@@ -24,7 +24,7 @@ from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import as_error, bind, connect, make_server
 from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError
-from unicluster.v1.node_pb2 import StageEvent, StageSpec
+from unicluster.v1.node_pb2 import StageEvent
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
@@ -60,9 +60,9 @@ class LoadedModel(PipelineModel):
     """
 
     def __init__(
-        self, front: Any, ring: Ring | None, closing: Any, *, foresee: bool = True
+        self, front: Front, ring: Ring | None, closing: Any, *, prebuilt: bool = True
     ) -> None:
-        super().__init__(front, ring, foresee=foresee)
+        super().__init__(front, ring, foresee=prebuilt)
         self._closing = closing
 
     def close(self) -> None:
@@ -101,35 +101,27 @@ def load_local(
     cuts: list[Cut],
     identity: Identity,
     *,
-    foresee: bool = True,
+    prebuilt: bool = True,
 ) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others in worker processes on this machine.
 
-    `foresee`: decode steps are built before their input is there; off only to measure what it
+    `prebuilt`: decode steps are built before their input is there; off only to measure what it
     gains. Raises StageError when a worker can't load, with its reason.
     """
     background = Background()
     workers: list[WorkerProcess] = []
-    engine = engine_of(checkpoint)
+    head, *others = stage_specs(checkpoint, quant, cuts)
     configs = [
         WorkerConfig(
+            spec=spec,
             node=f"local-{index}",
-            model=checkpoint.manifest.model,
-            quant=quant,
-            first_layer=first,
-            end_layer=end,
-            context=0,
-            users=1,
             host="127.0.0.1",
             port=0,
             identity=identity.to_dict(),
-            revision=checkpoint.manifest.revision,
-            hub_files=None,
-            foresee=foresee,
-            engine=engine,
-            finishes=engine == "ggml" and end == cuts[-1][1],
+            alone=True,
+            prebuilt=prebuilt,
         )
-        for index, (first, end) in enumerate(cuts[1:], start=1)
+        for index, spec in enumerate(others, start=1)
     ]
 
     async def start() -> list[RouteStop]:
@@ -140,10 +132,9 @@ def load_local(
     async def stop() -> None:
         await asyncio.gather(*(worker.stop() for worker in workers))
 
-    first = first_stage(checkpoint, quant, cuts)
-    starting = start if len(cuts) > 1 else None
-    foresee = foresee and engine == "mlx"
-    return _assemble(first, identity, background, starting, stop, foresee=foresee)
+    first = FirstStage(checkpoint, head, prebuilt=prebuilt)
+    starting = start if others else None
+    return _assemble(first, identity, background, starting, stop)
 
 
 def load_on_nodes(
@@ -165,7 +156,7 @@ def load_on_nodes(
     channels: list[grpc.aio.Channel] = []
     servers: list[grpc.aio.Server] = []
     addresses = tuple(node.address for node in nodes)
-    engine = engine_of(checkpoint)
+    head, *others = stage_specs(checkpoint, quant, cuts)
 
     def offered(model: str, revision: str) -> Checkpoint | None:
         manifest = checkpoint.manifest
@@ -179,21 +170,11 @@ def load_on_nodes(
         port = bind(server, "", 0, identity)
         await server.start()
         servers.append(server)
-        for node, (first, end), files in zip(nodes, cuts[1:], hub_files[1:], strict=True):
+        for node, spec, files in zip(nodes, others, hub_files[1:], strict=True):
             channels.append(connect(node.address, identity))
-            spec = StageSpec(
-                deployment=f"load-{id(background):x}",
-                model=checkpoint.manifest.model,
-                quant=quant,
-                first_layer=first,
-                end_layer=end,
-                users=1,
-                revision=checkpoint.manifest.revision,
-                sources=[f":{port}", *addresses],
-                hub_files=files,
-                engine=engine,
-                finishes=engine == "ggml" and end == cuts[-1][1],
-            )
+            spec.deployment = f"load-{id(background):x}"
+            spec.sources.extend([f":{port}", *addresses])
+            spec.hub_files.extend(files)
             leases.append(NodeStub(channels[-1]).RunStage(spec))
         return [await _leased(lease, node) for lease, node in zip(leases, nodes, strict=True)]
 
@@ -205,8 +186,8 @@ def load_on_nodes(
         for server in servers:
             await server.stop(grace=None)
 
-    first = first_stage(checkpoint, quant, cuts, hub_files[0], addresses)
-    return _assemble(first, identity, background, start, stop, foresee=engine == "mlx")
+    first = FirstStage(checkpoint, head, hub_files[0], addresses)
+    return _assemble(first, identity, background, start, stop)
 
 
 def _assemble(
@@ -215,8 +196,6 @@ def _assemble(
     background: Background,
     start: Callable[[], Coroutine[Any, Any, list[RouteStop]]] | None,
     stop: Callable[[], Coroutine[Any, Any, None]],
-    *,
-    foresee: bool = True,
 ) -> tuple[LoadedModel, Any]:
     sys.setswitchinterval(SWITCH_INTERVAL)
     ring: Ring | None = None
@@ -229,13 +208,15 @@ def _assemble(
 
     try:
         stops = background.start(start()) if start is not None else None
-        front, tokenizer = stage.load(identity, background.run)
+        loaded, tokenizer = stage.load(identity, background.run)
+        if loaded.front is None:
+            raise StageError("the first stage was loaded as a later one")
         if stops is not None:
             ring = background.run(_open(stops, identity))
     except BaseException:
         closing()
         raise
-    return LoadedModel(front, ring, closing, foresee=foresee), tokenizer
+    return LoadedModel(loaded.front, ring, closing, prebuilt=loaded.prebuilt), tokenizer
 
 
 async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:

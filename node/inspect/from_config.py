@@ -1,34 +1,24 @@
-"""A model from its config.json alone: the mlx-lm class it will be, lazy and without weights.
-
-Run as a program it reads InspectRequests with a `config_json` from standard input, each with its
-length before it, and answers each with a ModelLayout in the same form. A request without one
-names where it is: the demo, a directory, a hub repository, or a GGUF.
-"""
+"""A model from its config.json alone: the mlx-lm class it will be, lazy and without weights."""
 
 import contextlib
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model
 
+from node.engines.mlx_layout import layout_of
 from node.inspect.assumed_gguf import assumed
-from node.inspect.layout import layout_of
 from node.mlx.compat import model_classes
 from node.mlx.dataflow import trace
 from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
 from node.weights.store import DEMO
-from unicluster.checkpoints.checkpoint import is_gguf
-from unicluster.checkpoints.fingerprint import whole
-from unicluster.errors import InputError, NotFoundError, UniclusterError, in_one_line
+from unicluster.errors import InputError, NotFoundError, in_one_line
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # Experts in the float format they were trained in, all else in 8 bits: how mlx-community
@@ -196,36 +186,3 @@ def _quantize(model: nn.Module, config: dict[str, Any], quant: str) -> None:
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config") or {}
-
-
-def _answer(request: InspectRequest) -> ModelLayout:
-    if request.config_json or not is_gguf(request.model):
-        return inspect_config(request)
-    if not Path(request.model).is_absolute():
-        raise InputError(
-            f"{request.model}: a GGUF on the hub can't be looked into from here: give the file, "
-            "or plan over the machines of a cluster, without --fleet"
-        )
-    try:
-        from node.ggml.layout import inspect as inspect_gguf  # an extra
-    except ImportError as error:
-        reason = "there is no llama.cpp here: pip install 'unicluster[ggml]'"
-        raise InputError(f"{request.model}: {reason}") from error
-    return inspect_gguf(whole(Path(request.model)), request.context, request.users or 1)
-
-
-def main() -> None:
-    asked, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
-    try:
-        while (request := parse_length_prefixed(InspectRequest, asked)) is not None:
-            with contextlib.redirect_stdout(sys.stderr):  # libraries print
-                layout = _answer(request)
-            serialize_length_prefixed(layout, answers)
-    except UniclusterError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    sys.stdout.buffer.write(answers.getvalue())
-
-
-if __name__ == "__main__":
-    main()

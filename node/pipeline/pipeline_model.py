@@ -53,6 +53,10 @@ class Front(Protocol):
     def model(self) -> Any:
         """All of it, where all layers are here."""
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's layer output."""
+
     def front(self, inputs: mx.array, caches: list[Any], /) -> tuple[Any, list[Any]]:
         """What leaves its last layer, and what else is to be evaluated with that."""
 

@@ -57,7 +57,7 @@ async def fetch(
     others come in part from other machines. None means that all come from the hub.
     Raises UnavailableError, before anything is fetched, when the disk is too small.
     """
-    wanted = await asyncio.to_thread(_ranges, checkpoint, tensors)
+    wanted = await asyncio.to_thread(tensor_ranges, checkpoint, tensors)
     await fetch_ranges(checkpoint, wanted, hub_files, sources, on_progress)
 
 
@@ -175,8 +175,8 @@ def _header_end(checkpoint: Checkpoint, name: str) -> int:
     return min(found, checkpoint.manifest.files[name].size)
 
 
-def _ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, Ranges]:
-    """Where in which file the tensors are."""
+def tensor_ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, Ranges]:
+    """By file of safetensors, the byte ranges of those of its tensors that are in `tensors`."""
     found = {}
     for name in checkpoint.manifest.weights:
         held = read_header(checkpoint.root / name).tensors

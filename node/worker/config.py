@@ -1,34 +1,45 @@
-"""What a worker is told to be; apart from the worker, because the agent must not import MLX."""
+"""A worker's configuration; apart from the worker, because the agent must not import MLX."""
 
-from dataclasses import dataclass
+import base64
+import json
+from dataclasses import dataclass, fields
+
+from unicluster.v1.node_pb2 import StageSpec
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """One stage: layers [first_layer, end_layer); 0 makes it the head."""
+    """A stage as the coordinator specified it, and the little that only the worker's starter knows.
 
+    spec: read where its options act; nothing of it is copied. sources: those of the spec, as this
+    machine dials them. alone: no other machine has files, so all that is missing comes from the
+    hub, whatever the spec says. prebuilt: decode steps are built before their input arrives; see
+    mlx/prebuilt.
+    """
+
+    spec: StageSpec
     node: str
-    model: str
-    quant: str
-    first_layer: int
-    end_layer: int
-    context: int
-    users: int
     host: str
     port: int
     identity: dict[str, str]
-    revision: str = ""
     sources: tuple[str, ...] = ()
-    hub_files: tuple[str, ...] | None = ()  # None: all that the stage needs
-    lanes: int = 0
-    kv_bytes: int = 0
-    foresee: bool = True  # decode steps are built before their input is there; see mlx/prebuilt
-    kv_bits: int = 0
-    lookup: bool = False
-    draft: str = ""  # a model that guesses ahead, if any
-    draft_quant: str = ""
-    draft_revision: str = ""
-    draft_hub_files: tuple[str, ...] = ()
-    draft_tokens: int = 0
-    engine: str = "mlx"
-    finishes: bool = False  # the last stage, where the head can't make logits
+    alone: bool = False
+    prebuilt: bool = True
+
+    @property
+    def hub_files(self) -> list[str] | None:
+        """As `fetch_ranges` takes them."""
+        return None if self.alone else list(self.spec.hub_files)
+
+    def to_line(self) -> bytes:
+        """One line of JSON, for the worker's standard input."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["spec"] = base64.b64encode(self.spec.SerializeToString()).decode()
+        return json.dumps(values).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> "WorkerConfig":
+        """Undoes `to_line`. Raises ValueError, KeyError or TypeError for another line."""
+        values = json.loads(line)
+        spec = StageSpec.FromString(base64.b64decode(values.pop("spec")))
+        return cls(spec, **values | {"sources": tuple(values["sources"])})

@@ -1,24 +1,19 @@
 """The head worker: stage 0, the ring, and the engine that makes answers of them."""
 
 import asyncio
-import json
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
-import mlx.nn as nn
 
-from node.generation.chat_service import ChatService
-from node.generation.engine import Engine
+from node.generation.engine import GenerationEngine
 from node.metering.clocks import follow
 from node.pipeline.pipeline_model import Front, PipelineModel
 from node.ring.compute_thread import MLXThread
 from node.ring.ring import Ring
-from node.worker.config import WorkerConfig
-from node.worker.draft import speculation
+from node.worker.chat_service import ChatService
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
 from unicluster.cluster.trust import Identity
@@ -37,55 +32,28 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# A prefill chunk: long enough to keep a stage busy, short enough for a frame of this size.
-PREFILL_TOKENS = 512
-PREFILL_BYTES = 8 * 2**20
-
-
-def make_engine(
-    path: Path,
-    tokenizer: Any,
-    hidden_bytes: int,
-    thread: MLXThread,
-    config: WorkerConfig,
-    draft: nn.Module | None = None,
-) -> Engine:
-    """The engine for a model in `path`; it answers once it is given the pipeline model."""
-    return Engine(
-        thread,
-        tokenizer,
-        model_name=path.name,
-        context=config.context,
-        users=config.users,
-        lanes=config.lanes or None,
-        kv_bytes=config.kv_bytes,
-        kv_bits=config.kv_bits,
-        speculation=speculation(config, draft, len(tokenizer)),
-        prefill_step=max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes)),
-        defaults=_generation_defaults(path),
-    )
-
 
 class Head(HeadServicer):
     """Opens the ring when the coordinator says so, and gives the engine its model."""
 
     def __init__(
         self,
-        hollow: Front,
+        front: Front,
         info: StageInfo,
-        engine: Engine,
+        engine: GenerationEngine,
         thread: MLXThread,
         identity: Identity,
         *,
-        foresee: bool = True,
+        prebuilt: bool = True,
     ) -> None:
+        """prebuilt: decode steps are built before their input is there."""
         self.model: PipelineModel | None = None
-        self._hollow = hollow
+        self._front = front
         self._info = info
         self._engine = engine
         self._thread = thread
         self._identity = identity
-        self._foresee = foresee
+        self._prebuilt = prebuilt
         self._one_ring = asyncio.Lock()
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -107,7 +75,7 @@ class Head(HeadServicer):
                     ring = await Ring.open(list(request.route), self._identity, on_failure)
                     stages.extend(ring.stages.stages)
                 self.model = PipelineModel(
-                    self._hollow, ring, self._info.node, foresee=self._foresee
+                    self._front, ring, self._info.node, foresee=self._prebuilt
                 )
                 if ring is not None:
                     clocks = follow(self.model.trips.clocks, ring.route, self._identity)
@@ -130,7 +98,7 @@ class Head(HeadServicer):
 class HeadChat(ChatService):
     """The engine's Chat service, which also knows what is alive on the stages."""
 
-    def __init__(self, engine: Engine, head: Head, thread: MLXThread) -> None:
+    def __init__(self, engine: GenerationEngine, head: Head, thread: MLXThread) -> None:
         super().__init__(engine)
         self._head = head
         self._thread = thread
@@ -168,11 +136,3 @@ class HeadChat(ChatService):
             if trips.stages:
                 measured.meters.hops.extend(hop.to_wire() for hop in trips.hops)
         return measured
-
-
-def _generation_defaults(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads((path / "generation_config.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,8 @@ class WorkerProcess:
     @classmethod
     async def start(cls, config: WorkerConfig, command: Sequence[str] = COMMAND) -> "WorkerProcess":
         """Starts a worker. Its certificate goes through a socket, never the command line."""
-        report = WorkerReport(f"{config.node}, layers {config.first_layer}-{config.end_layer - 1}")
+        spec = config.spec
+        report = WorkerReport(f"{config.node}, layers {spec.first_layer}-{spec.end_layer - 1}")
         loop = asyncio.get_running_loop()
         # Not asyncio's own pipes, with which it waits for the worker's children as well.
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -90,7 +90,7 @@ class WorkerProcess:
         # One that ended at once has closed its end; `exit` tells why it ended.
         if not giving.is_closing():
             # Not drained: it is small, and who is cancelled here would leave the worker behind.
-            giving.write(json.dumps(asdict(config)).encode() + b"\n")
+            giving.write(config.to_line())
         return worker
 
     @property

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
+from node.engines.ggml_engine import GgmlEngine
 from node.ggml.load import open_gguf
 from node.ggml.tokenizer import GgufTokenizer
-from node.worker.draft import check_tokens
-from node.worker.load_ggml import load_tokens
+from node.inspect.draft_vocabulary import check_draft
 from tests.cluster.test_fetching import copies, held_bytes
 from tests.process.test_gguf_fetching import REPO, SPLIT, WHOLE, write_repository
 from tests.support.cluster import LocalCluster, ServeProgram
@@ -102,14 +102,14 @@ def test_each_machine_gets_what_it_needs_from_the_hub_or_the_others(
 
 def test_the_tokenizer_is_the_repositorys_or_else_that_of_the_gguf(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
-    of_gguf = load_tokens(whole(file))
+    of_gguf = GgmlEngine().tokenizer(whole(file))
     write_tokenizer(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     template = settings.pop("chat_template").replace("assistant", "parrot")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    without_template = load_tokens(whole(file))
+    without_template = GgmlEngine().tokenizer(whole(file))
     (tmp_path / "chat_template.jinja").write_text(template)
-    of_repository = load_tokens(whole(file))
+    of_repository = GgmlEngine().tokenizer(whole(file))
 
     assert not isinstance(without_template._tokenizer, GgufTokenizer)
     asked = {"conversation": MESSAGES, "add_generation_prompt": True}
@@ -127,12 +127,12 @@ def test_a_draft_has_the_tokens_of_a_gguf(tmp_path: Path) -> None:
         drafts_for=str(file), drafts_for_revision=whole(file).manifest.revision
     )
 
-    theirs = load_tokens(whole(file)).get_vocab()
+    theirs = GgmlEngine().tokenizer(whole(file)).get_vocab()
     ours = json.loads((draft / "tokenizer.json").read_text())
     ours["added_tokens"] = [t for t in ours["added_tokens"] if t["content"] in theirs]
     (draft / "tokenizer.json").write_text(json.dumps(ours))
-    check_tokens(request, draft)
+    check_draft(request, whole(draft))
 
     other = write_model(tmp_path / "other", tiny_config("llama"))
     with pytest.raises(InputError, match=r"its tokens are not those of tiny\.gguf"):
-        check_tokens(request, other)
+        check_draft(request, whole(other))

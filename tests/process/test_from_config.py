@@ -10,8 +10,8 @@ from bench.pages import published
 from coordinator.models import sizes
 from coordinator.models.catalog import entries
 from coordinator.models.inspect_child import layouts
+from node.engines.mlx_layout import inspect
 from node.inspect.from_config import build, inspect_config
-from node.inspect.layout import inspect
 from tests.support import zoo
 from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory

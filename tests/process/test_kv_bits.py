@@ -8,9 +8,9 @@ from typing import Any
 import mlx_lm
 import pytest
 
+from node.engines.mlx_layout import inspect
 from node.generation.drafting import Lookup, Speculation
-from node.generation.engine import Engine
-from node.inspect.layout import inspect
+from node.generation.engine import GenerationEngine
 from tests.support import zoo
 from tests.support.engines import THREAD, Split, Told, ask, listen, of_tokens, until
 from tests.support.tiny import EOS, VOCAB, tiny_config, write_model
@@ -48,7 +48,7 @@ def options(split: Split, bits: int) -> dict[str, Any]:
     return {"kv_bits": bits, "kv_group_size": group, "quantized_kv_start": 0}
 
 
-async def hear(engine: Engine, prompt: list[int]) -> Told:
+async def hear(engine: GenerationEngine, prompt: list[int]) -> Told:
     return await listen(await engine.submit(of_tokens(prompt)))
 
 
@@ -75,7 +75,7 @@ async def test_guessing_ahead_goes_with_it(split: Split) -> None:
     engine.close()
 
 
-async def weighed(engine: Engine) -> int:
+async def weighed(engine: GenerationEngine) -> int:
     """Bytes of what is kept, once the stages have said so; taken for all there is until then."""
     await until(lambda: 0 < engine.describe().kept_bytes < KV_BYTES)
     return engine.describe().kept_bytes

@@ -1,18 +1,21 @@
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from google.protobuf.message import Message
+from google.protobuf.proto import serialize_length_prefixed
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from node.inspect.layout import inspect
+from node.engines.mlx_layout import inspect
 from node.mlx.lazy import load_lazy
 from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
-from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+from unicluster.v1.node_pb2 import InspectRequest
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -165,10 +168,16 @@ def test_inspecting_reads_and_computes_nothing(moe: Path) -> None:
     assert mx.get_peak_memory() - before < 2**12
 
 
+def delimited(message: Message) -> bytes:
+    stream = io.BytesIO()
+    serialize_length_prefixed(message, stream)
+    return stream.getvalue()
+
+
 def run(request: InspectRequest) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [sys.executable, "-m", "node.inspect.layout"],
-        input=request.SerializeToString(),
+        [sys.executable, "-m", "node.inspect"],
+        input=delimited(request),
         capture_output=True,
         timeout=60,
     )
@@ -178,7 +187,7 @@ def test_as_a_program(moe: Path) -> None:
     ran = run(InspectRequest(model=str(moe), quant="q4", context=64, users=2))
 
     assert (ran.returncode, ran.stderr) == (0, b"")
-    assert ModelLayout.FromString(ran.stdout) == inspect(whole_directory(moe), "q4", 64, 2)
+    assert ran.stdout == delimited(inspect(whole_directory(moe), "q4", 64, 2))
 
 
 def test_as_a_program_it_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import psutil
 import pytest
 import uvloop
 
-from node.inspect.layout import inspect
+from node.engines.mlx_layout import inspect
 from node.worker.config import WorkerConfig
 from node.worker.process import STOP_SECONDS, Exit, WorkerProcess
 from tests.support.tiny import tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.cluster.trust import Cluster
+from unicluster.v1.node_pb2 import StageSpec
 
 DEADLINE = 60.0
 
@@ -30,17 +31,21 @@ DEADLINE = 60.0
 def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
     path = write_model(tmp_path_factory.mktemp("llama"), tiny_config("llama"))
     return WorkerConfig(
+        StageSpec(model=str(path), first_layer=2, end_layer=5, users=1),
         node="studio",
-        model=str(path),
-        quant="",
-        first_layer=2,
-        end_layer=5,
-        context=0,
-        users=1,
         host="127.0.0.1",
         port=0,
         identity=Cluster.new().issue("studio").to_dict(),
     )
+
+
+def of(config: WorkerConfig, **fields: Any) -> WorkerConfig:
+    """The configuration of another stage."""
+    spec = StageSpec()
+    spec.CopyFrom(config.spec)
+    for name, value in fields.items():
+        setattr(spec, name, value)
+    return replace(config, spec=spec)
 
 
 @asynccontextmanager
@@ -89,7 +94,7 @@ def test_one_that_ends_before_it_is_told_anything_says_why(
 
 
 async def test_a_worker_tells_its_progress_and_its_port(config: WorkerConfig) -> None:
-    layers = list(inspect(whole_directory(Path(config.model))).layer_bytes[2:5])
+    layers = list(inspect(whole_directory(Path(config.spec.model))).layer_bytes[2:5])
     async with started(config) as worker:
         *progress, ready = await events_until(worker, "ready")
 
@@ -101,8 +106,8 @@ async def test_a_worker_tells_its_progress_and_its_port(config: WorkerConfig) ->
 
 
 async def test_a_head_counts_what_is_outside_the_layers(config: WorkerConfig) -> None:
-    layout = inspect(whole_directory(Path(config.model)))
-    async with started(replace(config, first_layer=0, end_layer=2)) as worker:
+    layout = inspect(whole_directory(Path(config.spec.model)))
+    async with started(of(config, first_layer=0, end_layer=2)) as worker:
         *progress, ready = await events_until(worker, "ready")
 
     total = sum(layout.layer_bytes[:2]) + layout.head_bytes
@@ -117,10 +122,10 @@ async def test_a_head_counts_what_is_outside_the_layers(config: WorkerConfig) ->
 
 
 async def test_quantizing_on_load_does_not_disturb_the_events(config: WorkerConfig) -> None:
-    async with started(replace(config, quant="q4")) as worker:
+    async with started(of(config, quant="q4")) as worker:
         ready = (await events_until(worker, "ready"))[-1]
 
-    quantized = inspect(whole_directory(Path(config.model)), "q4").layer_bytes[2:5]
+    quantized = inspect(whole_directory(Path(config.spec.model)), "q4").layer_bytes[2:5]
     assert ready["weight_bytes"] == sum(quantized)
 
 
@@ -169,7 +174,7 @@ async def test_a_worker_ended_by_a_signal(config: WorkerConfig, number: signal.S
 
 
 async def test_a_worker_that_can_not_load_says_why(config: WorkerConfig, tmp_path: Path) -> None:
-    async with started(replace(config, model=str(tmp_path))) as worker:
+    async with started(of(config, model=str(tmp_path))) as worker:
         events, ended = await all_events(worker)
 
     reason = f"{tmp_path}: no config.json in it, so this is no model directory"
@@ -253,7 +258,7 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 
 async def main():
-    worker = await WorkerProcess.start({config!r})
+    worker = await WorkerProcess.start(WorkerConfig.from_line({config.to_line()!r}))
     async for event in worker.events():
         if event["event"] == "ready":
             print(worker.pid, flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from node.generation.drafting import Drafter, DraftModel, Lookup, Speculation
-from node.generation.engine import Engine
+from node.generation.engine import GenerationEngine
 from tests.support import zoo
 from tests.support.engines import THREAD, Split, Tiny, Told, ask, listen, of_tokens
 from tests.support.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
@@ -69,7 +69,7 @@ async def pupil(split: Split) -> Speculation:
     return speculation(Pupil([prompt + answer for prompt, answer in answers]))
 
 
-async def hear(engine: Engine, prompt: list[int], **fields: Any) -> Told:
+async def hear(engine: GenerationEngine, prompt: list[int], **fields: Any) -> Told:
     request = of_tokens(prompt, **({"max_tokens": MAX_TOKENS} | fields))
     return await listen(await engine.submit(request))
 

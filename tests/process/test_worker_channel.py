@@ -16,6 +16,7 @@ import uvloop
 from node.worker import process, report
 from node.worker.config import WorkerConfig
 from node.worker.process import Exit, WorkerProcess
+from unicluster.v1.node_pb2 import StageSpec
 
 DEADLINE = 60.0
 
@@ -33,13 +34,8 @@ def send(event, **values):
 @pytest.fixture
 def config() -> WorkerConfig:
     return WorkerConfig(
+        StageSpec(first_layer=2, end_layer=5),
         node="studio",
-        model="",
-        quant="",
-        first_layer=2,
-        end_layer=5,
-        context=0,
-        users=1,
         host="127.0.0.1",
         port=0,
         identity={},

@@ -13,10 +13,12 @@ import mlx.core as mx
 import mlx_lm
 
 import unicluster
-from node.generation.engine import Engine
+from node.generation.config import GenerationConfig
+from node.generation.engine import GenerationEngine
 from node.ring.compute_thread import MLXThread
 from tests.support.tiny import EOS, VOCAB
 from unicluster.v1.chat_pb2 import Finish, GenerateRequest
+from unicluster.v1.node_pb2 import StageSpec
 
 DEADLINE = 120.0
 THREAD = MLXThread()  # models of MLX live on one thread
@@ -93,10 +95,16 @@ class Tiny:
 
         return await THREAD.run(generate)
 
-    async def engine(self, model: Any = None, **options: Any) -> Engine:
-        """A running engine, over `model` instead if given. Close it."""
-        sizes = {"context": 256, "users": 4, "prefill_step": 16}
-        engine = Engine(THREAD, self.tokenizer, model_name="tiny", **(sizes | options))
+    async def engine(self, model: Any = None, **options: Any) -> GenerationEngine:
+        """A running engine, over `model` instead if given. Close it.
+
+        `options` are fields of StageSpec or of GenerationConfig.
+        """
+        sizes = {"context": 256, "users": 4, "prefill_step": 16, **options}
+        of_spec = sizes.keys() & StageSpec.DESCRIPTOR.fields_by_name.keys()
+        spec = StageSpec(**{name: sizes.pop(name) for name in of_spec})
+        config = GenerationConfig(spec, model_name="tiny", **sizes)
+        engine = GenerationEngine(THREAD, self.tokenizer, config)
         await engine.set_model(model or self.model)
         return engine
 
@@ -125,7 +133,7 @@ def of_tokens(prompt: list[int], **fields: Any) -> GenerateRequest:
     return GenerateRequest(token_ids=prompt, **({"max_tokens": 24} | fields))
 
 
-async def ask(engine: Engine, prompt: list[int], **fields: Any) -> list[int]:
+async def ask(engine: GenerationEngine, prompt: list[int], **fields: Any) -> list[int]:
     return (await listen(await engine.submit(of_tokens(prompt, **fields)))).tokens
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from node.inprocess.first_stage import first_stage
+from node.inprocess.first_stage import FirstStage, stage_specs
 from node.inprocess.loader import Background
 from node.pipeline.pipeline_model import PipelineModel
 from node.ring.ring import Ring
@@ -13,6 +13,7 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.cluster.trust import Cluster
+from unicluster.v1.node_pb2 import StageSpec
 from unicluster.v1.stage_pb2 import RouteStop
 
 
@@ -27,21 +28,23 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
 
     async def start(index: int, engine: str) -> RouteStop:
         model = file if engine == "ggml" else path
-        config = WorkerConfig(
-            node=f"{engine}-{index}",
+        spec = StageSpec(
             model=str(model),
-            quant="",
             first_layer=2 * index,
             end_layer=2 * index + 2,
             context=512,
             users=4,
+            revision=whole(model).manifest.revision,
+            engine=engine,
+            finishes=engines[0] == "ggml" and index == len(engines) - 1,
+        )
+        config = WorkerConfig(
+            spec,
+            node=f"{engine}-{index}",
             host="127.0.0.1",
             port=0,
             identity=identity.to_dict(),
-            revision=whole(model).manifest.revision,
-            hub_files=None,
-            engine=engine,
-            finishes=engines[0] == "ggml" and index == len(engines) - 1,
+            alone=True,
         )
         workers.append(await WorkerProcess.start(config))
         async for event in workers[-1].events():
@@ -58,8 +61,10 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
         ring = background.run(open_ring())
         checkpoint = whole(file if engines[0] == "ggml" else path)
         cuts = [(2 * index, 2 * index + 2) for index in range(len(engines))]
-        front, _ = first_stage(checkpoint, "", cuts).load(identity, background.run)
-        yield PipelineModel(front, ring, foresee=engines[0] == "mlx")
+        spec = stage_specs(checkpoint, "", cuts)[0]
+        head, _ = FirstStage(checkpoint, spec).load(identity, background.run)
+        assert head.front is not None
+        yield PipelineModel(head.front, ring, foresee=head.prebuilt)
         background.run(ring.close())
     finally:
         for worker in workers:

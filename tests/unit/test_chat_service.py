@@ -7,8 +7,8 @@ from typing import Any
 import grpc
 import pytest
 
-from node.generation.chat_service import ChatService
-from node.generation.engine import Engine
+from node.generation.engine import GenerationEngine
+from node.worker.chat_service import ChatService
 from tests.support.engines import DEADLINE, Fragile, Script, Tiny, listen, live_caches, until
 from tests.support.tiny import tiny_config, write_model
 from unicluster.cluster.channels import as_error, bind, connect, make_server
@@ -32,7 +32,7 @@ async def tiny(path: Path) -> Tiny:
 
 
 @asynccontextmanager
-async def served(engine: Engine) -> AsyncIterator[Any]:
+async def served(engine: GenerationEngine) -> AsyncIterator[Any]:
     cluster = Cluster.new()
     server = make_server()
     port = bind(server, "127.0.0.1", 0, cluster.issue("head"))

@@ -10,7 +10,8 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from node.generation.engine import Engine
+from node.generation.config import GenerationConfig
+from node.generation.engine import GenerationEngine
 from node.generation.ticket import Ticket
 from tests.support import zoo
 from tests.support.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
@@ -24,11 +25,12 @@ from unicluster.errors import (
     UniclusterError,
 )
 from unicluster.v1.chat_pb2 import GenerateRequest, Message, Sampling
+from unicluster.v1.node_pb2 import StageSpec
 
 Load = Callable[..., Awaitable[Tiny]]
 
 
-async def ask(engine: Engine, request: GenerateRequest) -> Told:
+async def ask(engine: GenerationEngine, request: GenerateRequest) -> Told:
     return await listen(await engine.submit(request))
 
 
@@ -59,7 +61,7 @@ async def tiny(load: Load) -> Tiny:
 
 
 @pytest.fixture
-async def engine(tiny: Tiny) -> AsyncIterator[Engine]:
+async def engine(tiny: Tiny) -> AsyncIterator[GenerationEngine]:
     engine = await tiny.engine()
     yield engine
     engine.close()
@@ -100,7 +102,7 @@ async def test_penalties_hold_where_nothing_batches(tiny: Tiny) -> None:
     assert told.tokens == (await odd.alone(PROMPTS[0], logits_processors=processors)).tokens
 
 
-async def test_requests_join_and_leave_midway(engine: Engine, tiny: Tiny) -> None:
+async def test_requests_join_and_leave_midway(engine: GenerationEngine, tiny: Tiny) -> None:
     first = await engine.submit(of_tokens(PROMPTS[0], max_tokens=60))
     begun = [await anext(first) for _ in range(5)]
     second = asyncio.create_task(ask(engine, of_tokens(PROMPTS[1], max_tokens=5)))
@@ -129,7 +131,7 @@ async def test_an_end_token_ends_nothing_where_it_is_ignored(tiny: Tiny) -> None
     assert (told.tokens, told.reason) == ([65, EOS, EOS, EOS, EOS], "length")
 
 
-async def test_messages_go_through_the_chat_template(engine: Engine, tiny: Tiny) -> None:
+async def test_messages_go_through_the_chat_template(engine: GenerationEngine, tiny: Tiny) -> None:
     told = await ask(engine, GenerateRequest(messages=[hello()], max_tokens=8))
     prompt = tiny.tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True
@@ -145,7 +147,7 @@ async def test_without_max_tokens_an_answer_fills_the_context(tiny: Tiny) -> Non
     assert (len(told.tokens), told.reason) == (27, "length")
 
 
-async def test_the_last_message_counts_tokens_and_time(engine: Engine) -> None:
+async def test_the_last_message_counts_tokens_and_time(engine: GenerationEngine) -> None:
     finish = (await ask(engine, of_tokens(PROMPTS[0], max_tokens=9))).finish
     assert finish is not None
     assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (3, 9)
@@ -161,7 +163,9 @@ def sampling(**fields: Any) -> Sampling:
     return Sampling(**({"temperature": 1.0} | fields))
 
 
-async def test_a_seed_gives_the_same_answer_whoever_else_is_served(engine: Engine) -> None:
+async def test_a_seed_gives_the_same_answer_whoever_else_is_served(
+    engine: GenerationEngine,
+) -> None:
     request = of_tokens(PROMPTS[0], sampling=sampling(seed=5, top_p=0.9, top_k=50, min_p=0.01))
     alone = await ask(engine, request)
     among, *_ = await asyncio.gather(
@@ -173,7 +177,7 @@ async def test_a_seed_gives_the_same_answer_whoever_else_is_served(engine: Engin
     assert among.tokens == alone.tokens
 
 
-async def test_other_seeds_and_no_seed_give_other_answers(engine: Engine) -> None:
+async def test_other_seeds_and_no_seed_give_other_answers(engine: GenerationEngine) -> None:
     requests = [of_tokens(PROMPTS[0], sampling=sampling(seed=seed)) for seed in (1, 2)]
     requests += [of_tokens(PROMPTS[0], sampling=sampling()) for _ in range(2)]
     told = await asyncio.gather(*(ask(engine, request) for request in requests))
@@ -191,13 +195,13 @@ async def test_a_model_s_own_defaults_hold_until_a_request_says_otherwise(tiny: 
     assert cold.tokens == greedy
 
 
-async def test_more_likely_tokens_than_there_are_means_all(engine: Engine) -> None:
+async def test_more_likely_tokens_than_there_are_means_all(engine: GenerationEngine) -> None:
     wide = await ask(engine, of_tokens(PROMPTS[0], sampling=sampling(seed=1, top_k=10**6)))
     free = await ask(engine, of_tokens(PROMPTS[0], sampling=sampling(seed=1)))
     assert wide.tokens == free.tokens
 
 
-async def test_penalties_are_those_of_mlx_lm(engine: Engine, tiny: Tiny) -> None:
+async def test_penalties_are_those_of_mlx_lm(engine: GenerationEngine, tiny: Tiny) -> None:
     penalties: dict[str, Any] = {
         "repetition_penalty": 1.5,
         "presence_penalty": 1.0,
@@ -212,7 +216,9 @@ async def test_penalties_are_those_of_mlx_lm(engine: Engine, tiny: Tiny) -> None
     assert told.tokens == alone.tokens != (await tiny.alone(PROMPTS[2])).tokens
 
 
-async def test_logprobs_of_the_chosen_and_the_most_likely(engine: Engine, tiny: Tiny) -> None:
+async def test_logprobs_of_the_chosen_and_the_most_likely(
+    engine: GenerationEngine, tiny: Tiny
+) -> None:
     told = await ask(engine, of_tokens(PROMPTS[0], logprobs=3, max_tokens=6))
     alone = await tiny.alone(PROMPTS[0], max_tokens=6)
     assert [entry.token_id for entry in told.logprobs] == told.tokens
@@ -224,7 +230,7 @@ async def test_logprobs_of_the_chosen_and_the_most_likely(engine: Engine, tiny: 
         assert entry.top[0].token_id == entry.token_id  # greedy
 
 
-async def test_zero_logprobs_are_those_of_the_chosen_only(engine: Engine) -> None:
+async def test_zero_logprobs_are_those_of_the_chosen_only(engine: GenerationEngine) -> None:
     told = await ask(engine, of_tokens(PROMPTS[0], logprobs=0, max_tokens=2))
     assert [(entry.token_id, len(entry.top)) for entry in told.logprobs] == [
         (told.tokens[0], 0),
@@ -267,7 +273,7 @@ BAD += [({"token_ids": [1], "sampling": Sampling(**s)}, message) for s, message 
 
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=[message for _, message in BAD])
 async def test_a_bad_request_is_refused_by_field(
-    engine: Engine, fields: dict[str, Any], message: str
+    engine: GenerationEngine, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         await engine.submit(GenerateRequest(**fields))
@@ -292,7 +298,7 @@ async def test_a_model_without_chat_template_takes_only_tokens(tiny: Tiny) -> No
     engine.close()
 
 
-async def test_another_model_is_not_found(engine: Engine) -> None:
+async def test_another_model_is_not_found(engine: GenerationEngine) -> None:
     with pytest.raises(NotFoundError, match="'big' is not served here, 'tiny' is"):
         await engine.submit(of_tokens([1], model="big"))
 
@@ -332,7 +338,7 @@ async def test_cancelling_frees_the_caches(tiny: Tiny, moment: str) -> None:
     engine.close()
 
 
-async def test_nothing_is_left_after_many_requests(engine: Engine) -> None:
+async def test_nothing_is_left_after_many_requests(engine: GenerationEngine) -> None:
     tickets = []
     for number in range(24):
         fields: dict[str, Any] = {"max_tokens": 4, "logprobs": 2} if number % 2 else {}
@@ -366,7 +372,7 @@ async def test_when_a_machine_is_lost_all_requests_say_so(tiny: Tiny, error_at: 
     engine.close()
 
 
-async def submit_or_none(engine: Engine, request: GenerateRequest) -> Ticket | None:
+async def submit_or_none(engine: GenerationEngine, request: GenerateRequest) -> Ticket | None:
     try:
         return await engine.submit(request)
     except UnavailableError:  # it may have failed for the one before
@@ -408,7 +414,7 @@ async def test_a_failure_frees_the_caches_and_the_model(tiny: Tiny) -> None:
     engine.close()
 
 
-async def test_replacing_the_model_ends_what_runs(engine: Engine, tiny: Tiny) -> None:
+async def test_replacing_the_model_ends_what_runs(engine: GenerationEngine, tiny: Tiny) -> None:
     ticket = await engine.submit(of_tokens([1], max_tokens=200))
     await anext(ticket)
     await engine.set_model(tiny.model)
@@ -418,7 +424,8 @@ async def test_replacing_the_model_ends_what_runs(engine: Engine, tiny: Tiny) ->
 
 
 async def test_before_it_is_loaded_a_model_is_unavailable(tiny: Tiny) -> None:
-    engine = Engine(THREAD, tiny.tokenizer, model_name="tiny", context=256, users=1)
+    config = GenerationConfig(StageSpec(context=256, users=1), model_name="tiny")
+    engine = GenerationEngine(THREAD, tiny.tokenizer, config)
     with pytest.raises(UnavailableError, match="tiny is still loading"):
         await engine.submit(of_tokens([1]))
     assert engine.describe().state == "loading"
@@ -465,7 +472,7 @@ async def test_whoever_looks_again_finds_the_same_end(tiny: Tiny) -> None:
 
 
 async def test_an_asker_whose_loop_is_gone_does_not_hold_up_others(
-    engine: Engine, tiny: Tiny
+    engine: GenerationEngine, tiny: Tiny
 ) -> None:
     def ask_and_leave() -> None:
         asyncio.run(engine.submit(of_tokens([1], max_tokens=200)))

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from node.inspect.layout import inspect
+from node.engines.mlx_layout import inspect
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy, load_parts, nbytes
 from tests.support.tiny import ARCHITECTURES, tiny_config, write_model

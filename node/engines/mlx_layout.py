@@ -1,11 +1,5 @@
-"""What a model weighs, layer by layer, from its own mlx-lm class over lazy weights.
+"""What a model weighs, layer by layer, from its own mlx-lm class over lazy weights."""
 
-Run as a program it reads one InspectRequest from standard input and writes a ModelLayout to
-standard output, so that an agent never holds MLX itself.
-"""
-
-import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +15,10 @@ from node.mlx.dataflow import Trace, watched
 from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
 from node.mlx.lazy import nbytes
 from node.mlx.survey import Survey, survey
-from node.weights import store
-from node.worker.draft import check_tokens
-from unicluster.checkpoints.checkpoint import Checkpoint, is_gguf
+from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.safetensors import read_header
-from unicluster.errors import InputError, UniclusterError, in_one_line
-from unicluster.v1.node_pb2 import InspectRequest, ModelLayout, WeightFile
+from unicluster.errors import InputError, in_one_line
+from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 
 DEFAULT_CONTEXT = 8192
 
@@ -210,50 +202,3 @@ def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
     )
     rows = [(nbytes(m), m.weight.shape[0]) for m in embeddings[1 if tied else 0 :]]
     return sum(size - size // count for size, count in rows)
-
-
-def inspect_any(
-    checkpoint: Checkpoint, quant: str = "", context: int = 0, users: int = 1, kv_bits: int = 0
-) -> ModelLayout:
-    """The same for a GGUF too, as it is."""
-    if not any(map(is_gguf, checkpoint.manifest.weights)):
-        return inspect(checkpoint, quant, context, users, kv_bits)
-    from node.ggml.layout import inspect as inspect_gguf  # an extra
-
-    if kv_bits:
-        raise InputError("--kv-bits: not for a GGUF; its caches are float16")
-    if quant:
-        raise InputError(f"--quant {quant}: the weights of a GGUF stay as they are")
-    return inspect_gguf(checkpoint, context, users)
-
-
-def _answer(request: InspectRequest) -> ModelLayout:
-    if request.config_json:
-        from node.inspect.from_config import inspect_config  # which needs this module
-
-        return inspect_config(request)
-    checkpoint = store.find(request.model, request.revision)
-    if checkpoint is None:
-        raise InputError(f"{request.model}: no longer on this machine")
-    asked = request.quant, request.context, request.users or 1, request.kv_bits
-    layout = inspect_any(checkpoint, *asked)
-    if request.drafts_for:
-        if layout.engine == "ggml":
-            raise InputError(f"--draft {request.model}: a GGUF can't guess ahead; MLX weights can")
-        check_tokens(request, checkpoint.root)
-    return layout
-
-
-def main() -> None:
-    request = InspectRequest.FromString(sys.stdin.buffer.read())
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries print
-            layout = _answer(request)
-    except UniclusterError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    sys.stdout.buffer.write(layout.SerializeToString())
-
-
-if __name__ == "__main__":
-    main()

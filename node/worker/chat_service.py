@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc.aio
 
-from node.generation.engine import Engine
+from node.generation.engine import GenerationEngine
 from unicluster.cluster.abort import abort
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2 import (
@@ -21,7 +21,7 @@ from unicluster.v1.chat_pb2_grpc import ChatServicer
 class ChatService(ChatServicer):
     """Answers come from `engine`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: GenerationEngine) -> None:
         self._engine = engine
 
     async def Generate(  # type: ignore[override]  # noqa: N802

@@ -1,0 +1,85 @@
+"""An engine: the verbs by which a machine inspects, fetches and computes a range of layers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from node.pipeline.pipeline_model import Front
+from node.ring.session import StageEngine
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.ranges import Ranges
+from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+
+OnLoaded = Callable[[LoadProgress], None]
+
+
+def ignore(progress: LoadProgress) -> None:
+    """For callers that show no progress."""
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """A range of layers in memory, ready to compute.
+
+    front: of stage 0, else None. stage: what serves the frames of any other. prebuilt: whether a
+    decode step may be built before its input arrives.
+    """
+
+    weight_bytes: int
+    front: Front | None = None
+    stage: StageEngine | None = None
+    prebuilt: bool = False
+
+
+class Engine(Protocol):
+    """Computes layers of checkpoints of its formats. MLX and ggml are the two there are.
+
+    Of a StageSpec an engine reads the range, [first_layer, end_layer), and the options that act
+    in it. `choose` in the module beside this one makes the engine of a checkpoint.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in StageSpec.engine and ModelLayout.engine."""
+
+    @property
+    def head_makes_logits(self) -> bool:
+        """Whether stage 0 applies final norm and lm_head; else the last stage has to."""
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a checkpoint of this engine can be a draft model."""
+
+    def inspect(
+        self,
+        checkpoint: Checkpoint,
+        quant: str = "",
+        context: int = 0,
+        users: int = 1,
+        kv_bits: int = 0,
+    ) -> ModelLayout:
+        """Bytes of weights and KV caches, layer by layer; arguments as in InspectRequest.
+
+        Only small files and the headers of weights need be here. Raises InputError for a bad
+        checkpoint or options that don't suit it, StageError for a model that can't be cut.
+        """
+
+    def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
+        """Bytes of each file that the stage needs, from the headers alone; as `inspect` raises."""
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        on_progress: OnLoaded = ignore,
+        *,
+        prebuilt: bool = True,
+    ) -> LoadedStage:
+        """Loads the stage, whose bytes are here; on the thread that is to compute it.
+
+        `prebuilt`: decode steps may be built ahead, where the engine can. Raises InputError or
+        StageError.
+        """
+
+    def tokenizer(self, checkpoint: Checkpoint) -> Any:
+        """The checkpoint's tokenizer, as mlx-lm wraps one. Raises InputError where none is."""

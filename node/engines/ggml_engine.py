@@ -1,0 +1,103 @@
+"""ggml: stages of llama.cpp's graphs, from a GGUF."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lm.utils import load_config, load_tokenizer
+
+from node.engines.engine import LoadedStage, OnLoaded, ignore
+from node.ggml.layout import inspect
+from node.ggml.load import Part, load, open_gguf, stage_file
+from node.ggml.tokenizer import TEMPLATE, tokenizer_of
+from node.weights import store
+from node.weights.fetch import is_whole
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.gguf import Header, read_header
+from unicluster.checkpoints.ranges import Ranges, merged
+from unicluster.errors import InputError
+from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+
+# Without either it is no tokenizer that transformers can load.
+OWN_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+
+class GgmlEngine:
+    """See Engine. Weights stay as they are in the file."""
+
+    name = "ggml"
+    head_makes_logits = False
+    can_draft = False
+
+    def inspect(
+        self,
+        checkpoint: Checkpoint,
+        quant: str = "",
+        context: int = 0,
+        users: int = 1,
+        kv_bits: int = 0,
+    ) -> ModelLayout:
+        if kv_bits:
+            raise InputError("--kv-bits: not for a GGUF; its caches are float16")
+        if quant:
+            raise InputError(f"--quant {quant}: the weights of a GGUF stay as they are")
+        return inspect(checkpoint, context, users)
+
+    def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
+        wanted = open_gguf(checkpoint).of_stage(spec.first_layer, spec.end_layer, spec.finishes)
+        return {name: merged(parts) for name, parts in wanted.items()}
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        on_progress: OnLoaded = ignore,
+        *,
+        prebuilt: bool = True,
+    ) -> LoadedStage:
+        """Nothing is ever prebuilt: llama.cpp computes at once."""
+        first, end = spec.first_layer, spec.end_layer
+        on_progress(LoadProgress(layers_total=end - first))
+        gguf = open_gguf(checkpoint)
+        part = Part(first, end, spec.finishes, spec.context, spec.users)
+        if first == 0 and end == gguf.layers and is_whole(checkpoint):
+            gguf.check_cut(first, end)
+            file = checkpoint.root / checkpoint.manifest.weights[0]
+        else:
+            file = stage_file(gguf, checkpoint, store.stages(checkpoint.manifest.model), part)
+        loaded = load(gguf, checkpoint.root, file, part)
+        count, size = end - first, loaded.weight_bytes
+        on_progress(
+            LoadProgress(layers_done=count, layers_total=count, bytes_done=size, bytes_total=size)
+        )
+        if loaded.front is not None:
+            return LoadedStage(size, front=loaded.front)
+        return LoadedStage(size, stage=loaded.stage)
+
+    def tokenizer(self, checkpoint: Checkpoint) -> Any:
+        """The tokenizer of the repository's own files, or else that of the GGUF.
+
+        So the chat template.
+        """
+        names = checkpoint.manifest.weights
+        if not names:
+            raise InputError(f"{checkpoint.root}: there is no GGUF in it")
+        file = checkpoint.root / names[0]
+        header = read_header(file)
+        if OWN_TOKENIZER - checkpoint.manifest.files.keys():
+            return tokenizer_of(file, header)
+        ends = _ends(checkpoint, header)
+        tokenizer = load_tokenizer(checkpoint.root, eos_token_ids=ends)
+        template = header.get(TEMPLATE)
+        if tokenizer.has_chat_template or template is None:
+            return tokenizer
+        # At once, because the template says how tools and reasoning are marked.
+        return load_tokenizer(checkpoint.root, {"chat_template": template}, eos_token_ids=ends)
+
+
+def _ends(checkpoint: Checkpoint, header: Header) -> set[int]:
+    """The tokens that end an answer, besides the tokenizer's own."""
+    ends = {header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    if "config.json" in checkpoint.manifest.files:
+        stated = load_config(checkpoint.root).get("eos_token_id")
+        ends |= set(stated) if isinstance(stated, list) else {stated}
+    return {int(token) for token in ends if token is not None}

@@ -1,0 +1,75 @@
+"""MLX: stages of mlx-lm's own model classes, from safetensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lm.utils import load_config, load_tokenizer
+
+from node.engines.engine import LoadedStage, OnLoaded, ignore
+from node.engines.mlx_layout import inspect
+from node.mlx.hollow import HollowModel
+from node.mlx.lazy import load_lazy, load_parts, nbytes
+from node.mlx.stage import Stage
+from node.mlx.survey import survey
+from node.weights.fetch import tensor_ranges
+from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.ranges import Ranges
+from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+
+
+class MLXEngine:
+    """See Engine."""
+
+    name = "mlx"
+    head_makes_logits = True
+    can_draft = True
+
+    def inspect(
+        self,
+        checkpoint: Checkpoint,
+        quant: str = "",
+        context: int = 0,
+        users: int = 1,
+        kv_bits: int = 0,
+    ) -> ModelLayout:
+        return inspect(checkpoint, quant, context, users, kv_bits)
+
+    def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
+        surveyed = survey(checkpoint.root, spec.quant)
+        tensors = surveyed.of_stage(spec.first_layer, spec.end_layer, spec.finishes)
+        return tensor_ranges(checkpoint, tensors)
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        on_progress: OnLoaded = ignore,
+        *,
+        prebuilt: bool = True,
+    ) -> LoadedStage:
+        lazy = load_lazy(checkpoint.root, spec.quant)
+        first, end = spec.first_layer, spec.end_layer
+        hollow = HollowModel(lazy.model, lazy.model_type, first, end, finishes=spec.finishes)
+        count = len(hollow.layers)
+        # The last part of a head is the whole model: what is outside the layers comes with it.
+        parts = (*hollow.layers, *(hollow.outside if first > 0 else (lazy.model,)))
+        total = nbytes(lazy.model) if first == 0 else sum(nbytes(part) for part in parts)
+        done = 0
+        on_progress(LoadProgress(layers_total=count, bytes_total=total))
+        for loaded, size in enumerate(load_parts(parts), start=1):
+            done = min(done + size, total)
+            on_progress(
+                LoadProgress(
+                    layers_done=min(loaded, count),
+                    layers_total=count,
+                    bytes_done=done,
+                    bytes_total=total,
+                )
+            )
+        if first == 0:
+            return LoadedStage(total, front=hollow, prebuilt=prebuilt)
+        return LoadedStage(total, stage=Stage(hollow, foresee=prebuilt), prebuilt=prebuilt)
+
+    def tokenizer(self, checkpoint: Checkpoint) -> Any:
+        ends = load_config(checkpoint.root).get("eos_token_id")
+        return load_tokenizer(checkpoint.root, eos_token_ids=ends)

@@ -1,0 +1,67 @@
+"""Layouts of models: `python -m node.inspect [--configs]`, so that who asks never holds MLX.
+
+Reads InspectRequests from standard input, each with its length before it, and answers each with a
+ModelLayout in the same form; or ends with one line on standard error and an error's exit code.
+
+A request is answered from its `config_json`, if it has one, else from the checkpoint on this
+machine that it names. With --configs a model named is looked up by its config.json alone: that of
+the demo, a directory, or a hub repository. A GGUF is its own configuration.
+"""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
+
+from node.engines.choose import choose
+from node.inspect.draft_vocabulary import check_draft
+from node.inspect.from_config import inspect_config
+from node.weights import store
+from unicluster.checkpoints.checkpoint import is_gguf
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.errors import InputError, UniclusterError
+from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+
+CONFIGS = "--configs"
+
+
+def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
+    """The layout that is asked for. Raises InputError, NotFoundError or StageError."""
+    if request.config_json or (configs and not is_gguf(request.model)):
+        return inspect_config(request)
+    if configs and not Path(request.model).is_absolute():
+        raise InputError(
+            f"{request.model}: a GGUF on the hub can't be looked into from here: give the file, "
+            "or plan over the machines of a cluster, without --fleet"
+        )
+    checkpoint = (
+        whole(Path(request.model)) if configs else store.find(request.model, request.revision)
+    )
+    if checkpoint is None:
+        raise InputError(f"{request.model}: no longer on this machine")
+    layout = choose(checkpoint).inspect(
+        checkpoint, request.quant, request.context, request.users or 1, request.kv_bits
+    )
+    if request.drafts_for:
+        check_draft(request, checkpoint)
+    return layout
+
+
+def main() -> None:
+    configs = CONFIGS in sys.argv[1:]
+    requests, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
+    try:
+        while (request := parse_length_prefixed(InspectRequest, requests)) is not None:
+            with contextlib.redirect_stdout(sys.stderr):  # libraries print
+                layout = answer(request, configs=configs)
+            serialize_length_prefixed(layout, answers)
+    except UniclusterError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.stdout.buffer.write(answers.getvalue())
+
+
+if __name__ == "__main__":
+    main()
