@@ -1,5 +1,6 @@
 """The `unicluster` command. Each subcommand is the `command` of a module, imported when used."""
 
+import faulthandler
 import logging
 import os
 import sys
@@ -166,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _set_up(debug: bool) -> None:
     """The log, and gRPC's own, which it reads from the environment when it is imported."""
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # the last words of a crash in C
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",

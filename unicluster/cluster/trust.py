@@ -247,11 +247,6 @@ class Cluster:
         return _fingerprint(_point(_authority_key(self._member_secret).public_key()))
 
     @cached_property
-    def broker_password(self) -> str:
-        """Password for the cluster's MQTT broker: members derive it. Secret."""
-        return self._derive(b"unicluster/1 broker password", 20).hex()
-
-    @cached_property
     def members(self) -> Authority:
         """The authority of agents, coordinators and workers."""
         return Authority(Role.MEMBER, self._member_secret, self.fingerprint)

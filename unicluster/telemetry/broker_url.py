@@ -14,8 +14,6 @@ VARIABLE = "UNICLUSTER_MQTT"
 FILE_VARIABLE = "UNICLUSTER_MQTT_FILE"
 PREFIX = "unicluster"
 DISCOVERY = "homeassistant"
-# What `unicluster broker` calls those who know the cluster's own password.
-CLUSTER_USER = "unicluster"
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _OPTIONS = {"ca", "discovery"}
 
@@ -50,12 +48,6 @@ class BrokerUrl:
             return ssl.create_default_context(cafile=self.ca or None)
         except (OSError, ssl.SSLError) as error:
             raise InputError(f"--mqtt: can't read the authority {self.ca}: {error}") from error
-
-    def credentials(self, cluster: Cluster) -> tuple[str | None, str | None]:
-        """Members know the password of the cluster's own broker by themselves."""
-        if self.user is None and self.ca == "cluster":
-            return CLUSTER_USER, cluster.broker_password
-        return self.user, self.password
 
 
 def mqtt_option() -> Option:

@@ -107,7 +107,7 @@ class Publisher:
                 retry = min(2 * retry, LAST_RETRY_SECONDS)
 
     def _client(self) -> aiomqtt.Client:
-        user, password = self.url.credentials(self._cluster)
+        user, password = self.url.user, self.url.password
         return aiomqtt.Client(
             self.url.host,
             self.url.port,
