@@ -22,7 +22,7 @@ def run(shell: str) -> int:
 
 command = Command(
     run,
-    arguments=[Argument("shell", "the shell to complete in", type=click.Choice(SHELLS))],
+    arguments=[Argument("shell", "bash, zsh or fish", metavar="SHELL", type=click.Choice(SHELLS))],
     examples=[
         'eval "$(unicluster completion bash)"    # in ~/.bashrc',
         'eval "$(unicluster completion zsh)"     # in ~/.zshrc',

@@ -41,7 +41,10 @@ def known() -> dict[str, str]:
     except (OSError, ValueError) as error:
         log.info("%s: %s", path, error)
         return {}
-    return {str(name): str(address) for name, address in dict(stored).items()}
+    if not isinstance(stored, dict):
+        log.info("%s: holds no machines", path)
+        return {}
+    return {str(name): str(address) for name, address in stored.items()}
 
 
 machine_names = beginning(known)
