@@ -18,17 +18,20 @@ def ignore(progress: LoadProgress) -> None:
 
 
 @dataclass(frozen=True)
-class LoadedStage:
-    """A range of layers in memory, ready to compute.
+class LoadedHead:
+    """Stage 0 in memory. prebuilt: whether its decode steps may be built before their input."""
 
-    front: of stage 0, else None. stage: what serves the frames of any other. prebuilt: whether a
-    decode step may be built before its input arrives.
-    """
-
+    front: Front
     weight_bytes: int
-    front: Front | None = None
-    stage: StageEngine | None = None
-    prebuilt: bool = False
+    prebuilt: bool
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """Any other stage in memory, ready to serve frames."""
+
+    stage: StageEngine
+    weight_bytes: int
 
 
 class Engine(Protocol):
@@ -74,7 +77,7 @@ class Engine(Protocol):
         on_progress: OnLoaded = ignore,
         *,
         prebuilt: bool = True,
-    ) -> LoadedStage:
+    ) -> LoadedHead | LoadedStage:
         """Loads the stage, whose bytes are here; on the thread that is to compute it.
 
         `prebuilt`: decode steps may be built ahead, where the engine can. Raises InputError or

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_lm.utils import load_config, load_tokenizer
 
-from node.engines.engine import LoadedStage, OnLoaded, ignore
+from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
 from node.ggml.layout import inspect
 from node.ggml.load import Part, load, open_gguf, stage_file
 from node.ggml.tokenizer import TEMPLATE, tokenizer_of
@@ -53,7 +53,7 @@ class GgmlEngine:
         on_progress: OnLoaded = ignore,
         *,
         prebuilt: bool = True,
-    ) -> LoadedStage:
+    ) -> LoadedHead | LoadedStage:
         """Nothing is ever prebuilt: llama.cpp computes at once."""
         first, end = spec.first_layer, spec.end_layer
         on_progress(LoadProgress(layers_total=end - first))
@@ -70,8 +70,8 @@ class GgmlEngine:
             LoadProgress(layers_done=count, layers_total=count, bytes_done=size, bytes_total=size)
         )
         if loaded.front is not None:
-            return LoadedStage(size, front=loaded.front)
-        return LoadedStage(size, stage=loaded.stage)
+            return LoadedHead(loaded.front, size, prebuilt=False)
+        return LoadedStage(loaded.stage, size)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         """The tokenizer of the repository's own files, or else that of the GGUF.

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_lm.utils import load_config, load_tokenizer
 
-from node.engines.engine import LoadedStage, OnLoaded, ignore
+from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
 from node.engines.mlx_layout import inspect
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy, load_parts, nbytes
@@ -46,7 +46,7 @@ class MLXEngine:
         on_progress: OnLoaded = ignore,
         *,
         prebuilt: bool = True,
-    ) -> LoadedStage:
+    ) -> LoadedHead | LoadedStage:
         lazy = load_lazy(checkpoint.root, spec.quant)
         first, end = spec.first_layer, spec.end_layer
         hollow = HollowModel(lazy.model, lazy.model_type, first, end, finishes=spec.finishes)
@@ -67,8 +67,8 @@ class MLXEngine:
                 )
             )
         if first == 0:
-            return LoadedStage(total, front=hollow, prebuilt=prebuilt)
-        return LoadedStage(total, stage=Stage(hollow, foresee=prebuilt), prebuilt=prebuilt)
+            return LoadedHead(hollow, total, prebuilt)
+        return LoadedStage(Stage(hollow, foresee=prebuilt), total)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         ends = load_config(checkpoint.root).get("eos_token_id")

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.engines.choose import choose
-from node.engines.engine import LoadedStage
+from node.engines.engine import LoadedHead
 from node.weights.fetch import fetch_ranges, is_whole
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.trust import Identity
+from unicluster.errors import StageError
 from unicluster.v1.node_pb2 import StageSpec
 
 # Runs a coroutine elsewhere, and waits for it.
@@ -47,12 +48,17 @@ class FirstStage:
     sources: Sequence[str] = ()
     prebuilt: bool = True
 
-    def load(self, identity: Identity, run: Run) -> tuple[LoadedStage, Any]:
-        """Fetches what is not here and loads it; also returns the tokenizer."""
+    def load(self, identity: Identity, run: Run) -> tuple[LoadedHead, Any]:
+        """Fetches what is not here and loads it; also returns the tokenizer.
+
+        Raises StageError where the spec is of another stage, else as the engine does.
+        """
         engine = choose(self.checkpoint, self.spec.engine)
         if not is_whole(self.checkpoint):
             run(self._fetch(engine.ranges(self.checkpoint, self.spec), identity))
         loaded = engine.load(self.checkpoint, self.spec, prebuilt=self.prebuilt)
+        if not isinstance(loaded, LoadedHead):
+            raise StageError(f"{self.spec.model}: layers {self.spec.first_layer} on are no head")
         return loaded, engine.tokenizer(self.checkpoint)
 
     async def _fetch(self, ranges: Mapping[str, Ranges], identity: Identity) -> None:

@@ -208,15 +208,13 @@ def _assemble(
 
     try:
         stops = background.start(start()) if start is not None else None
-        loaded, tokenizer = stage.load(identity, background.run)
-        if loaded.front is None:
-            raise StageError("the first stage was loaded as a later one")
+        head, tokenizer = stage.load(identity, background.run)
         if stops is not None:
             ring = background.run(_open(stops, identity))
     except BaseException:
         closing()
         raise
-    return LoadedModel(loaded.front, ring, closing, prebuilt=loaded.prebuilt), tokenizer
+    return LoadedModel(head.front, ring, closing, prebuilt=head.prebuilt), tokenizer
 
 
 async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:

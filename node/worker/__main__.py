@@ -13,17 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 import uvloop
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from node.engines.choose import choose
-from node.engines.engine import LoadedStage
+from node.engines.engine import Engine, LoadedHead
 from node.generation.config import GenerationConfig
 from node.generation.drafting import Speculation
 from node.generation.engine import GenerationEngine
 from node.metering.meters import AnswerMeter
+from node.pipeline.pipeline_model import Front
 from node.ring.compute_thread import MLXThread
 from node.ring.session import StageEngine
 from node.ring.stage_service import StageService
@@ -33,11 +34,12 @@ from node.worker.channel import emit, open_channel
 from node.worker.config import WorkerConfig
 from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
+from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.trust import Identity
-from unicluster.errors import StageError, UniclusterError
+from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
-from unicluster.v1.node_pb2 import LoadProgress
+from unicluster.v1.node_pb2 import LoadProgress, StageSpec
 from unicluster.v1.stage_pb2 import StageInfo
 from unicluster.v1.stage_pb2_grpc import add_StageServicer_to_server
 
@@ -75,8 +77,8 @@ async def tell_tokens(meter: StageEngine | AnswerMeter) -> None:
             told = now
 
 
-def show_loaded(progress: LoadProgress) -> None:
-    """Tells how far loading is."""
+def send_progress(progress: LoadProgress) -> None:
+    """Sends how much of the stage is loaded."""
     emit(
         "progress",
         layers=progress.layers_done,
@@ -86,12 +88,13 @@ def show_loaded(progress: LoadProgress) -> None:
     )
 
 
-async def load(
+async def fetch_stage(
     config: WorkerConfig, identity: Identity, thread: MLXThread
-) -> tuple[str, LoadedStage, GenerationEngine | None]:
-    """Fetches and loads the stage. Returns its engine's name, it, and, of a head, its generation.
+) -> tuple[Engine, Checkpoint, Path | None]:
+    """Gets the bytes of the stage onto this machine, and those of its draft model, if any.
 
-    Raises the errors of an GenerationEngine, of `describe` and of `fetch_ranges`.
+    Returns the stage's engine, its checkpoint, and the draft's directory. Raises as `describe`,
+    `fetch_ranges` and Engine.ranges do.
     """
     spec, tell = config.spec, teller()
     async with Sources(config.sources, identity) as sources:
@@ -100,48 +103,57 @@ async def load(
         if not is_whole(checkpoint):
             ranges = await thread.run(lambda: engine.ranges(checkpoint, spec))
             await fetch_ranges(checkpoint, ranges, config.hub_files, sources, tell)
-        draft_path = await fetch_draft(spec.draft, sources, tell) if spec.draft.model else None
-    await thread.run(maybe_set_recommended_wired_limit)  # on Metal: else idle weights are paged out
-    loaded = await thread.run(
-        lambda: engine.load(checkpoint, spec, show_loaded, prebuilt=config.prebuilt)
-    )
-    front = loaded.front
-    if front is None:
-        return engine.name, loaded, None
-    draft = None
-    if draft_path is not None:
-        draft = await thread.run(partial(load_draft, draft_path, spec.draft.quant))
-    tokenizer = await thread.run(lambda: engine.tokenizer(checkpoint))
-    speculation = Speculation.of(spec, draft, len(tokenizer))
-    generation = GenerationConfig.of(spec, checkpoint.root, front.hidden_bytes, speculation)
-    return engine.name, loaded, GenerationEngine(thread, tokenizer, generation)
+        draft = await fetch_draft(spec.draft, sources, tell) if spec.draft.model else None
+    return engine, checkpoint, draft
+
+
+def generation_engine(
+    spec: StageSpec,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    front: Front,
+    draft: Path | None,
+    thread: MLXThread,
+) -> GenerationEngine:
+    """Loads tokenizer and draft model and makes of them what answers; on the compute thread."""
+    tokenizer = engine.tokenizer(checkpoint)
+    model = load_draft(draft, spec.draft.quant) if draft is not None else None
+    speculation = Speculation.of(spec, model, len(tokenizer))
+    config = GenerationConfig.of(spec, checkpoint.root, front.hidden_bytes, speculation)
+    return GenerationEngine(thread, tokenizer, config)
 
 
 async def serve(config: WorkerConfig) -> None:
     """Loads and serves until told to end."""
-    identity = Identity.from_dict(config.identity)
+    identity, spec = Identity.from_dict(config.identity), config.spec
     thread = MLXThread()
     server = make_server()
     port = bind(server, config.host, config.port, identity)
-    name, loaded, generation = await load(config, identity, thread)
+    engine, checkpoint, draft = await fetch_stage(config, identity, thread)
+    await thread.run(maybe_set_recommended_wired_limit)  # on Metal: else idle weights are paged out
+    loaded = await thread.run(
+        lambda: engine.load(checkpoint, spec, send_progress, prebuilt=config.prebuilt)
+    )
     info = StageInfo(
         node=config.node,
-        first_layer=config.spec.first_layer,
-        end_layer=config.spec.end_layer,
+        first_layer=spec.first_layer,
+        end_layer=spec.end_layer,
         weight_bytes=loaded.weight_bytes,
-        engine=name,
+        engine=engine.name,
     )
     meter: StageEngine | AnswerMeter
-    if generation is not None and loaded.front is not None:
+    if isinstance(loaded, LoadedHead):
+        front = loaded.front
+        generation = await thread.run(
+            lambda: generation_engine(spec, engine, checkpoint, front, draft, thread)
+        )
         meter = generation.meter
-        head = Head(loaded.front, info, generation, thread, identity, prebuilt=loaded.prebuilt)
+        head = Head(front, info, generation, thread, identity, prebuilt=loaded.prebuilt)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(generation, head, thread), server)
-    elif loaded.stage is not None:
+    else:
         meter = loaded.stage
         add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
-    else:
-        raise StageError(f"{name} loaded neither a head nor a stage")
     await server.start()
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -63,7 +63,6 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
         cuts = [(2 * index, 2 * index + 2) for index in range(len(engines))]
         spec = stage_specs(checkpoint, "", cuts)[0]
         head, _ = FirstStage(checkpoint, spec).load(identity, background.run)
-        assert head.front is not None
         yield PipelineModel(head.front, ring, foresee=head.prebuilt)
         background.run(ring.close())
     finally:
