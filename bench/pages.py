@@ -17,7 +17,7 @@ from coordinator.models.sizes import stored
 from coordinator.planning.placement import Layout
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import NoPlanError
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.units import format_bytes
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -134,14 +134,14 @@ def machine_rows(models: Sequence[Entry]) -> Iterator[str]:
     wanted = [(m, q) for m in models for q in QUANTS if q in m.quants]
     requests = [ask(model.id, quant, 8192, 1).request for model, quant in wanted]
     for (model, quant), answer in zip(wanted, layouts(requests), strict=True):
-        forms = Forms.thought_of(answer)
-        cells = " | ".join(_cell(forms, thought_of) for thought_of in fleets)
+        variants = ModelVariants.with_hypothetical_gguf(answer)
+        cells = " | ".join(_cell(variants, hardware) for hardware in fleets)
         yield f"| {model.id} | {quant} | {cells} |"
 
 
-def _cell(forms: Forms, thought_of: fleet.Fleet) -> str:
+def _cell(variants: ModelVariants, hardware: fleet.Fleet) -> str:
     try:
-        found = plan(forms, thought_of.machines, network=thought_of.network, alternatives=_none)
+        found = plan(variants, hardware.machines, network=hardware.network, alternatives=_none)
     except NoPlanError as error:
         return f"-{format_bytes(error.missing)}"
     used = f" ({len(found.stages)})" if len(found.stages) > 1 else ""
@@ -167,11 +167,14 @@ def published_page() -> str:
     requests = [ask(row["model"], row["quant"], 8192, 1).request for row in figures]
     impossible = []
     for row, answer in zip(figures, layouts(requests), strict=True):
-        forms, thought_of = Forms.thought_of(answer), fleet.parse(row["fleet"])
-        layout = forms.layout
-        found = plan(forms, thought_of.machines, alternatives=_none, network=thought_of.network)
+        variants, hardware = (
+            ModelVariants.with_hypothetical_gguf(answer),
+            fleet.parse(row["fleet"]),
+        )
+        layout = variants.layout
+        found = plan(variants, hardware.machines, alternatives=_none, network=hardware.network)
         speed = found.tokens_per_s_single
-        most = thought_of.machines[0].engines["ggml"].bandwidth / (
+        most = hardware.machines[0].engines["ggml"].bandwidth / (
             sum(layout.layer_active_bytes) + layout.head_read_bytes
         )
         low, high = row["low"], row["high"]
@@ -212,7 +215,7 @@ _PUBLISHED_REMARKS = (
 )
 
 
-def _none(_: Forms) -> tuple[()]:
+def _none(_: ModelVariants) -> tuple[()]:
     return ()
 
 

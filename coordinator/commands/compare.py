@@ -10,7 +10,7 @@ from coordinator.fleet.members import Members
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout, Stage
 from coordinator.planning.stages import Span, stages
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.plan import comparison_table
 from unicluster.client.answers import ChatInfo
 from unicluster.client.answers import Stage as Served
@@ -81,10 +81,10 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
     head = ENGINES[served.stages[0].engine]
     ended = Layout.unfinished if head.head_makes_logits else Layout.finished
     found = [ended(layout) for layout in layouts.values()]
-    forms = Forms(found[0], found[1] if len(found) > 1 else None)
+    variants = ModelVariants(found[0], found[1] if len(found) > 1 else None)
     used = [machines[stage.node] for stage in served.stages]
-    fleet = Learned.load().fleet(used, served.model, forms)
-    by_engine = {form.engine: form for form in forms.layouts}
+    fleet = Learned.load().fleet(used, served.model, variants)
+    by_engine = {variant.engine: variant for variant in variants.layouts}
     ring = [
         Span(machine, stage.first_layer, stage.end_layer, by_engine[stage.engine])
         for machine, stage in zip(fleet.machines, served.stages, strict=True)

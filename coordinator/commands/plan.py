@@ -16,12 +16,12 @@ from coordinator.fleet.measured import Learned
 from coordinator.fleet.members import Members
 from coordinator.models import inspect_child
 from coordinator.models.catalog import QUANTS, model_names
-from coordinator.models.question import Asked, alternatives, ask, forms_of, with_gguf
+from coordinator.models.question import Asked, alternatives, ask, variants_of, with_gguf
 from coordinator.planning.placement import Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.rivals import rivals
 from coordinator.planning.shortfall import Alternatives, NoPlanError, scaled
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from coordinator.serving.engine_options import check_gguf, engine_options
 from coordinator.serving.generation_options import kv_bits_option
 from coordinator.serving.options import objective_option
@@ -38,7 +38,7 @@ class Question:
     """What is to be planned, over what."""
 
     asked: Asked
-    forms: Forms
+    variants: ModelVariants
     fleet: Fleet
     alternatives: Alternatives
 
@@ -76,10 +76,10 @@ def run(**given: Any) -> int:
         raise InputError(f"--users {args.users}: at least 1")
     asked = _asked(args, args.model)
     if args.fleet is not None:
-        thought_of = fleet.parse(args.fleet)
+        hypothetical = fleet.parse(args.fleet)
         asked = replace(asked, assume=asked.gguf is None)
-        forms = forms_of(asked, _inspect_here(asked.requests))
-        question = Question(asked, forms, thought_of, alternatives(asked, _inspect_here))
+        variants = variants_of(asked, _inspect_here(asked.requests))
+        question = Question(asked, variants, hypothetical, alternatives(asked, _inspect_here))
     else:
         question = asyncio.run(_question_to_cluster(asked, args.peer))
     machines = fleet.with_memory(fleet.with_links(question.fleet, args.link), args.memory)
@@ -87,7 +87,7 @@ def run(**given: Any) -> int:
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     try:
         best = plan(
-            question.forms,
+            question.variants,
             machines.machines,
             args.objective,
             model=asked.display,
@@ -155,7 +155,7 @@ def _facts(
     shortfall: int,
     suggestions: Sequence[str],
 ) -> dict[str, Any]:
-    layout = question.forms.layout
+    layout = question.variants.layout
     return {
         "model": question.asked.display.split(" ")[0],
         "quant": question.asked.quant or layout.quant,
@@ -179,8 +179,8 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     console, machines = Console(), question.fleet.machines
     allowed = [m for m in machines if nodes is None or m.name in nodes]
     console.print(fleet_table(machines))
-    console.print(plan_table(best, question.forms, question.asked.display))
-    others = rivals(question.forms, allowed, best, question.fleet.network)
+    console.print(plan_table(best, question.variants, question.asked.display))
+    others = rivals(question.variants, allowed, best, question.fleet.network)
     if others:
         console.print()
         console.print(rivals_table(others))
@@ -203,17 +203,17 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
         machines = await members.machines()
         options: Alternatives
         if asked.request.config_json and asked.gguf is None and inspect_child.possible_here():
-            forms = forms_of(asked, _inspect_here(asked.requests))
+            variants = variants_of(asked, _inspect_here(asked.requests))
             options = alternatives(asked, _inspect_here)
         else:
             answers = [await members.inspect(asked.request)]
             if asked.gguf is not None:
                 asked.gguf.context = answers[0].context
                 answers.append(await members.inspect(asked.gguf))
-            forms = forms_of(asked, answers)
-            options = scaled(quants=bool(asked.quant) or not forms.layout.quantized)
-    known = Learned.load().fleet(machines, asked.display, forms)
-    return Question(asked, forms, known, options)
+            variants = variants_of(asked, answers)
+            options = scaled(quants=bool(asked.quant) or not variants.layout.quantized)
+    known = Learned.load().fleet(machines, asked.display, variants)
+    return Question(asked, variants, known, options)
 
 
 command = Command(

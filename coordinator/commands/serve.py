@@ -22,7 +22,7 @@ from coordinator.serving.events import (
     Searching,
     Unloading,
 )
-from coordinator.serving.gateway import Front
+from coordinator.serving.gateway import Gateway
 from coordinator.serving.generation_options import generation_options, take_generation
 from coordinator.serving.inspected import inspected
 from coordinator.serving.offer import Offered, offer
@@ -147,8 +147,8 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         admitted_ca_pem=clients,
         flag="--grpc-port",
     )
-    front = Front(options.source.display)
-    add_ChatServicer_to_server(front, server)
+    gateway = Gateway(options.source.display)
+    add_ChatServicer_to_server(gateway, server)
     named = (options.source, options.gguf)
     models = [source.model for source in named if source is not None]
     if options.generation.HasField("draft"):
@@ -156,15 +156,15 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
-        _measured(options, cluster, front) as metrics,
+        _measured(options, cluster, gateway) as metrics,
         Members(cluster, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
     ):
         service = await _inspected(options, members, identity, events, offered)
-        front.service = service
+        gateway.service = service
         if options.broker is not None:
             publisher = Publisher(options.broker, cluster, root_of(options.source.display))
-            telling = tell(front, service, members, publisher, default_name())
+            telling = tell(gateway, service, members, publisher, default_name())
             await stack.enter_async_context(publisher.running())
             await stack.enter_async_context(in_background(telling))
         task = asyncio.create_task(service.run())
@@ -201,7 +201,7 @@ async def _started(server: grpc.aio.Server) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _measured(
-    options: ServeOptions, cluster: Cluster, front: Front
+    options: ServeOptions, cluster: Cluster, gateway: Gateway
 ) -> AsyncIterator[str | None]:
     """Metrics for Prometheus while the block runs, if asked for: at which address."""
     if options.metrics_port is None:
@@ -210,7 +210,7 @@ async def _measured(
     # Here, because most don't ask for them.
     from coordinator.serving.metrics_port import PATH, metrics_port
 
-    async with metrics_port(cluster, options.host, options.metrics_port, front.measure) as port:
+    async with metrics_port(cluster, options.host, options.metrics_port, gateway.measure) as port:
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 
@@ -230,7 +230,7 @@ async def _inspected(
     sources = [*offered.sources, *(machine.address for machine in machines)]
     events.publish(Inspecting(source.display))
     found = await inspected(options, members, offered.revisions, sources)
-    events.publish(Inspected(source.display, found.forms))
+    events.publish(Inspected(source.display, found.variants))
     return Service(
         source,
         gguf,

@@ -22,7 +22,7 @@ from coordinator.planning.hardware import known_compute
 from coordinator.planning.links import Link, Network
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Stage, decode_seconds
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.cluster.trust import default_folder
 
 log = logging.getLogger(__name__)
@@ -150,24 +150,28 @@ class Learned:
             known._save()
         return known
 
-    def fleet(self, machines: Sequence[Machine], model: str, layout: Layout | Forms) -> Fleet:
+    def fleet(
+        self, machines: Sequence[Machine], model: str, layout: Layout | ModelVariants
+    ) -> Fleet:
         """The machines that are there, at the speeds known of them for this model."""
         known = [_with_compute(machine) for machine in machines]
         calibrated = self.calibrated(known, model, layout)
         return Fleet(tuple(calibrated), Network(pairs=self.links(calibrated)))
 
     def calibrated(
-        self, machines: Sequence[Machine], model: str, layout: Layout | Forms
+        self, machines: Sequence[Machine], model: str, layout: Layout | ModelVariants
     ) -> list[Machine]:
         """The machines, those that were measured with this model with their measured slowdown.
 
         The others are taken to be off by as much as these: a machine must not look faster for
         not having been tried, nor an engine.
         """
-        forms = layout if isinstance(layout, Forms) else Forms(layout)
+        variants = layout if isinstance(layout, ModelVariants) else ModelVariants(layout)
         known = {
-            form.engine: {m.name: s for m in machines if (s := self._slowdown(m, model, form))}
-            for form in forms.layouts
+            variant.engine: {
+                m.name: s for m in machines if (s := self._slowdown(m, model, variant))
+            }
+            for variant in variants.layouts
         }
         every = [slowdown for of_engine in known.values() for slowdown in of_engine.values()]
         for engine, slowdowns in known.items():
@@ -195,8 +199,8 @@ class Learned:
             return None
         if not 0 <= measured.first < measured.end <= layout.layers:
             return None
-        form = layout.finished() if measured.finishes else layout.unfinished()
-        read = sum(form.read_bytes[measured.first : measured.end])
+        variant = layout.finished() if measured.finishes else layout.unfinished()
+        read = sum(variant.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
         nominal = _calibrated(machine, layout.engine, 1.0, measured=False)
         assumed = decode_seconds(layout, nominal, read, measured.end - measured.first)

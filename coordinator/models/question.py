@@ -1,4 +1,4 @@
-"""What a person means by MODEL, and what it weighs in each form that might do."""
+"""A model that a person asked for by name, and the sizes of its variants."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from coordinator.models import catalog
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout
 from coordinator.planning.shortfall import Alternative, for_users, halves
-from coordinator.planning.variants import Forms, check_same
+from coordinator.planning.variants import ModelVariants, check_same
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
@@ -77,42 +77,43 @@ def with_gguf(asked: Asked, name: str) -> Asked:
     return replace(asked, gguf=gguf, gguf_display=source.display)
 
 
-def forms_of(asked: Asked, answers: Sequence[ModelLayout]) -> Forms:
-    """What it weighs; `answers` are those to `asked.requests`.
+def variants_of(asked: Asked, answers: Sequence[ModelLayout]) -> ModelVariants:
+    """The sizes of a model's variants; `answers` are those to `asked.requests`.
 
-    Raises InputError where there is no form for the engine asked for, or a GGUF that is no form
-    of the model.
+    Raises InputError where no variant is for the engine asked for, or the GGUF is another model.
     """
-    thought_of = Forms.thought_of(answers[0])
-    layout = thought_of.layout
+    hypothetical = ModelVariants.with_hypothetical_gguf(answers[0])
+    layout = hypothetical.layout
     if asked.quant not in ("", "none"):
         layout = replace(layout, quant=asked.quant)
-    forms = Forms(layout)
+    variants = ModelVariants(layout)
     if asked.gguf is not None:
         gguf = Layout.from_proto(answers[1])
         check_same(layout, gguf, (asked.display, asked.gguf_display))
-        forms = Forms(layout, gguf)
+        variants = ModelVariants(layout, gguf)
     elif asked.assume:
-        forms = replace(thought_of, layout=layout)
-    return forms.only(asked.engine)
+        variants = replace(hypothetical, layout=layout)
+    return variants.only(asked.engine)
 
 
-def alternatives(asked: Asked, inspect: Inspect) -> Callable[[Forms], list[list[Alternative]]]:
-    """Every smaller form of the model, exactly: in each quantization, context, and users."""
+def alternatives(
+    asked: Asked, inspect: Inspect
+) -> Callable[[ModelVariants], list[list[Alternative]]]:
+    """Every smaller variant of the model, exactly: in each quantization, context, and users."""
 
-    def options(forms: Forms) -> list[list[Alternative]]:
-        quants = _smaller_quants(asked, forms)
-        contexts = halves(forms.layout.context, 1024)
+    def options(variants: ModelVariants) -> list[list[Alternative]]:
+        quants = _smaller_quants(asked, variants)
+        contexts = halves(variants.layout.context, 1024)
         smaller = [(f"--quant {quant}", _quantized(asked, q)) for quant, q in quants.items()]
         smaller += [(f"--context {tokens}", _for_context(asked, tokens)) for tokens in contexts]
         answers = iter(inspect([r for _, other in smaller for r in other.requests]))
         found = [
-            Alternative(flag, forms_of(other, [next(answers) for _ in other.requests]))
+            Alternative(flag, variants_of(other, [next(answers) for _ in other.requests]))
             for flag, other in smaller
         ]
         fewer = [
-            Alternative(f"--users {n}", forms.map(partial(for_users, users=n)))
-            for n in halves(forms.layout.users, 1)
+            Alternative(f"--users {n}", variants.map(partial(for_users, users=n)))
+            for n in halves(variants.layout.users, 1)
         ]
         return [found[: len(quants)], found[len(quants) :], fewer]
 
@@ -128,10 +129,10 @@ def _for_context(asked: Asked, context: int) -> Asked:
     return replace(asked, request=_changed(asked.request, context=context), gguf=gguf)
 
 
-def _smaller_quants(asked: Asked, forms: Forms) -> dict[str, str]:
+def _smaller_quants(asked: Asked, variants: ModelVariants) -> dict[str, str]:
     """Quantizations of fewer bits, the most bits first, each with what a request calls it."""
-    as_stored = forms.layout.quantized and not asked.quant
-    if as_stored or (ENGINES[forms.layout.engine].reads_gguf and not forms.assumed):
+    as_stored = variants.layout.quantized and not asked.quant
+    if as_stored or (ENGINES[variants.layout.engine].reads_gguf and not variants.hypothetical):
         return {}  # it can't be quantized again
     entry = catalog.find(asked.display.split(" ")[0])
     recipes = entry.recipes if entry is not None else {}

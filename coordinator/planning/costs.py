@@ -1,4 +1,4 @@
-"""What ranges of a model's layers take on a machine, in the form that one engine loads."""
+"""Seconds and bytes of ranges of a model's layers on a machine, in one of its variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Facts about the engines that compute stages. Nobody else asks which engine it is."""
+"""Facts about the engines that compute stages: the one place that tells them apart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

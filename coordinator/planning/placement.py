@@ -146,7 +146,7 @@ class Layout:
 
     @property
     def returned_bytes(self) -> int:
-        """What comes back to a head of this form for a token: its hidden state, or its logits."""
+        """Bytes that come back to a head of this variant for a token: hidden state or logits."""
         logits = LOGIT_BYTES * self.vocabulary if self.tail_bytes else 0
         return logits or self.hidden_bytes
 

@@ -15,7 +15,7 @@ from coordinator.planning.pool import Pool
 from coordinator.planning.search.cheapest import cheapest
 from coordinator.planning.search.problem import Found
 from coordinator.planning.shortfall import Alternatives, refusal, scaled
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.errors import InputError
 from unicluster.units import format_bytes
 
@@ -37,7 +37,7 @@ ROUNDING = 1e-12
 
 
 def plan(
-    layout: Layout | Forms,
+    layout: Layout | ModelVariants,
     machines: Sequence[Machine],
     objective: Objective = "latency",
     *,
@@ -50,7 +50,7 @@ def plan(
 
     latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
     among such plans the one of least latency. Needless machines stay out, because each costs a
-    hop. Of a model in two forms each stage takes the one that is faster there, as far as engines
+    hop. Of a model in two variants each stage takes the one that is faster there, as far as engines
     may share a ring. Exact for any 8 machines; for more, `Plan.gap` says how far from the best it
     may be. `nodes` names the machines that may be used; `model` is how messages call the model.
 
@@ -59,35 +59,35 @@ def plan(
     """
     if objective not in get_args(Objective):
         raise InputError(f"no objective {objective!r}: it is latency or throughput")
-    forms = layout if isinstance(layout, Forms) else Forms(layout)
+    variants = layout if isinstance(layout, ModelVariants) else ModelVariants(layout)
     asked = machines if nodes is None else _named(nodes, machines)
-    engines = [form.engine for form in forms.layouts]
+    engines = [variant.engine for variant in variants.layouts]
     able = [m for m in asked if any(map(m.can, engines))]
     for machine in able:
         if any(machine.engines[e].bandwidth <= 0 for e in engines if machine.can(e)):
             raise InputError(f"{machine.name} states no memory bandwidth: it can't be planned for")
 
-    pools = [Pool(ring, able, network) for ring in forms.rings()]
+    pools = [Pool(ring, able, network) for ring in variants.rings()]
     fitting = [pool for pool in pools if pool.fits()]
     if not fitting:
-        raise refusal(forms, pools, model or forms.layout.model_type, alternatives)
+        raise refusal(variants, pools, model or variants.layout.model_type, alternatives)
     stages, gap = _best(fitting, objective)
-    if _odd_cut(stages, forms) is not None:
-        stages, gap = _without_odd_counts(stages, gap, forms, able, network, objective)
+    if _odd_cut(stages, variants) is not None:
+        stages, gap = _without_odd_counts(stages, gap, variants, able, network, objective)
     used = {stage.machine.name for stage in stages}
     left_out = tuple(
-        (m, "not among the nodes asked for" if m not in asked else _why_out(m, forms, objective))
+        (m, "not among the nodes asked for" if m not in asked else _why_out(m, variants, objective))
         for m in machines
         if m.name not in used
     )
-    head = next(form for form in forms.layouts if form.engine == stages[0].engine)
+    head = next(variant for variant in variants.layouts if variant.engine == stages[0].engine)
     return Plan(objective, head.users, stages, left_out, head.chunk_tokens, gap)
 
 
 def _without_odd_counts(
     stages: tuple[Stage, ...],
     gap: float,
-    forms: Forms,
+    variants: ModelVariants,
     machines: Sequence[Machine],
     network: Network,
     objective: Objective,
@@ -98,26 +98,26 @@ def _without_odd_counts(
     Raises InputError when it comes to none.
     """
     least = _taken(stages, objective) * (1 - gap)
-    while (cut := _odd_cut(stages, forms)) is not None:
-        forms = forms.map(partial(_without_cut, cut=cut))
-        pools = [Pool(ring, machines, network) for ring in forms.rings()]
+    while (cut := _odd_cut(stages, variants)) is not None:
+        variants = variants.map(partial(_without_cut, cut=cut))
+        pools = [Pool(ring, machines, network) for ring in variants.rings()]
         fitting = [pool for pool in pools if pool.fits()]
         if not fitting:
             raise InputError(
-                f"{forms.layout.model_type}: it fits only with a stage of a number of layers that "
-                "llama.cpp takes for another model: use more machines, or others"
+                f"{variants.layout.model_type}: it fits only with a stage of a number of layers "
+                "that llama.cpp takes for another model: use more machines, or others"
             )
         stages, _ = _best(fitting, objective)
     return stages, max(0.0, 1 - least / _taken(stages, objective))
 
 
-def _without_cut(form: Layout, cut: int) -> Layout:
-    return replace(form, forbidden_cuts=tuple(sorted({*form.forbidden_cuts, cut})))
+def _without_cut(variant: Layout, cut: int) -> Layout:
+    return replace(variant, forbidden_cuts=tuple(sorted({*variant.forbidden_cuts, cut})))
 
 
-def _odd_cut(stages: Sequence[Stage], forms: Forms) -> int | None:
+def _odd_cut(stages: Sequence[Stage], variants: ModelVariants) -> int | None:
     """A cut at an end of a stage of a forbidden count; None if there is no such stage."""
-    counts = {form.engine: form.forbidden_counts for form in forms.layouts}
+    counts = {variant.engine: variant.forbidden_counts for variant in variants.layouts}
     if len(stages) > 1:
         for stage in stages:
             if stage.end - stage.first in counts[stage.engine]:
@@ -191,11 +191,11 @@ def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:
     return [m for m in machines if m.name in nodes]
 
 
-def _why_out(machine: Machine, forms: Forms, objective: Objective) -> str:
-    able = [form for form in forms.layouts if machine.can(form.engine)]
+def _why_out(machine: Machine, variants: ModelVariants, objective: Objective) -> str:
+    able = [variant for variant in variants.layouts if machine.can(variant.engine)]
     if not able:
-        return _why_unable(machine, forms)
-    smallest = min(form.needed(min(form.held_bytes)) for form in able)
+        return _why_unable(machine, variants)
+    smallest = min(variant.needed(min(variant.held_bytes)) for variant in able)
     if machine.usable < smallest:
         needed = format_bytes(smallest)
         return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"
@@ -206,11 +206,11 @@ def _why_out(machine: Machine, forms: Forms, objective: Objective) -> str:
     )
 
 
-def _why_unable(machine: Machine, forms: Forms) -> str:
+def _why_unable(machine: Machine, variants: ModelVariants) -> str:
     gguf = for_checkpoint(gguf=True)
     if machine.can(gguf.name):
         return (
             f"offers only {gguf.title} ({gguf.library}), and the model is no GGUF: "
             "give it one with --gguf"
         )
-    return ENGINES[forms.layout.engine].missing
+    return ENGINES[variants.layout.engine].missing

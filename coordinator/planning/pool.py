@@ -15,13 +15,13 @@ from coordinator.planning.placement import Stage, reads
 from coordinator.planning.search.problem import Piece, Problem
 from coordinator.planning.search.reach import Reach
 from coordinator.planning.stages import Span, hop, stages
-from coordinator.planning.variants import Ring
+from coordinator.planning.variants import RingVariants
 
 
 class Pool:
     """Machines grouped into kinds: those that nothing in the search could tell apart."""
 
-    def __init__(self, ring: Ring, machines: Sequence[Machine], network: Network) -> None:
+    def __init__(self, ring: RingVariants, machines: Sequence[Machine], network: Network) -> None:
         self.ring = ring
         self.layout = ring.head
         self.network = network
@@ -34,7 +34,7 @@ class Pool:
             else:
                 group.append(machine)
         self.counts = [len(group) for group in self.groups]
-        self._costs = [Costs(form) for form in ring.forms]  # of the head's form first
+        self._costs = [Costs(variant) for variant in ring.variants]  # of the head's variant first
 
     @property
     def machines(self) -> list[Machine]:
@@ -121,15 +121,17 @@ class Pool:
         return stages(self.network, [self._span(next(waiting[p.kind]), p) for p in pieces])
 
     def _span(self, machine: Machine, piece: Piece) -> Span:
-        """Layers in the form that computes them fastest there."""
+        """Layers in the variant that computes them fastest there."""
         first, end = piece.first, piece.end
-        form = self.ring.head
+        variant = self.ring.head
         if first > 0:
-            form = min(self._costs, key=lambda c: c.seconds(machine).rest[first, end]).layout
-        return Span(machine, first, end, form)
+            variant = min(self._costs, key=lambda c: c.seconds(machine).rest[first, end]).layout
+        return Span(machine, first, end, variant)
 
     def _rate(self, machine: Machine) -> float:
-        return max(reads(form, machine) for form in self.ring.forms if machine.can(form.engine))
+        return max(
+            reads(variant, machine) for variant in self.ring.variants if machine.can(variant.engine)
+        )
 
     def _hop(self, size: int, one: Machine, other: Machine) -> float:
         return hop(size, self.network, one, other)[0]
@@ -161,9 +163,9 @@ class Pool:
     def _key(self, machine: Machine) -> tuple[float, ...]:
         """What a machine is to the search, but for its links."""
         key: list[float] = [machine.usable]
-        for form in self.ring.forms:
-            if machine.can(form.engine):
-                key += [reads(form, machine), machine.engines[form.engine].slowdown]
+        for variant in self.ring.variants:
+            if machine.can(variant.engine):
+                key += [reads(variant, machine), machine.engines[variant.engine].slowdown]
             else:
                 key += [0.0, 0.0]
         return tuple(key)

@@ -8,7 +8,7 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import NoPlanError
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.units import format_ms
 
 MOST = 3
@@ -24,14 +24,16 @@ class Rival:
     reason: str
 
 
-def rivals(forms: Forms, machines: Sequence[Machine], best: Plan, network: Network) -> list[Rival]:
+def rivals(
+    variants: ModelVariants, machines: Sequence[Machine], best: Plan, network: Network
+) -> list[Rival]:
     """The nearest of: the other objective's plan, one machine alone, each machine left out, and
     each engine alone."""
     found: dict[tuple[object, ...], Plan] = {}
-    for form, names, objective in _ideas(forms, machines, best):
+    for variant, names, objective in _ideas(variants, machines, best):
         try:
             other = plan(
-                form,
+                variant,
                 machines,
                 objective,
                 nodes=names,
@@ -48,19 +50,19 @@ def rivals(forms: Forms, machines: Sequence[Machine], best: Plan, network: Netwo
 
 
 def _ideas(
-    forms: Forms, machines: Sequence[Machine], best: Plan
-) -> Iterator[tuple[Forms, list[str], Objective]]:
-    able = [m for m in machines if any(m.can(form.engine) for form in forms.layouts)]
+    variants: ModelVariants, machines: Sequence[Machine], best: Plan
+) -> Iterator[tuple[ModelVariants, list[str], Objective]]:
+    able = [m for m in machines if any(m.can(variant.engine) for variant in variants.layouts)]
     names = [m.name for m in able]
-    yield forms, names, "throughput" if best.objective == "latency" else "latency"
-    for form in forms.layouts if len(forms.layouts) > 1 else ():
-        yield Forms(form), names, best.objective
+    yield variants, names, "throughput" if best.objective == "latency" else "latency"
+    for variant in variants.layouts if len(variants.layouts) > 1 else ():
+        yield ModelVariants(variant), names, best.objective
     used = {_kind(stage.machine): stage.machine for stage in best.stages}
     for machine in {_kind(m): m for m in able}.values():
-        yield forms, [machine.name], best.objective
+        yield variants, [machine.name], best.objective
     for machine in used.values():
         if others := [m.name for m in able if _kind(m) != _kind(machine)]:
-            yield forms, others, best.objective
+            yield variants, others, best.objective
 
 
 def _kind(machine: Machine) -> tuple[object, ...]:

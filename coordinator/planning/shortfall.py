@@ -9,7 +9,7 @@ from coordinator.planning import hardware
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout
 from coordinator.planning.pool import Pool
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.errors import DoesNotFitError
 from unicluster.units import format_bytes
 
@@ -34,15 +34,15 @@ class Alternative:
     """A flag that asks for less, and what the model then weighs."""
 
     flag: str
-    forms: Forms
+    variants: ModelVariants
 
 
 # Of each flag in turn, the smallest change first.
-Alternatives = Callable[[Forms], Sequence[Sequence[Alternative]]]
+Alternatives = Callable[[ModelVariants], Sequence[Sequence[Alternative]]]
 
 
 def refusal(
-    forms: Forms, pools: Sequence[Pool], model: str, alternatives: Alternatives
+    variants: ModelVariants, pools: Sequence[Pool], model: str, alternatives: Alternatives
 ) -> NoPlanError:
     """Says by how many bytes a model misses, and the smallest changes that would do.
 
@@ -51,13 +51,13 @@ def refusal(
     pool = min(pools, key=_missing)
     layout = pool.layout
     missing, machine = pool.shortfall()
-    suggestions = _suggestions(forms, pool, alternatives)
+    suggestions = _suggestions(variants, pool, alternatives)
     users = f"{layout.users} user{'s' if layout.users > 1 else ''}"
     asked = f"{model} with context {layout.context} for {users}"
     advice = f"{_either(suggestions)} would do" if suggestions else _NOTHING
     advice = advice[0].upper() + advice[1:]
     if machine is None:
-        needed_here = " or ".join(ENGINES[form.engine].library for form in forms.layouts)
+        needed_here = " or ".join(ENGINES[variant.engine].library for variant in variants.layouts)
         text = f"{asked} has no machine to run on: none with {needed_here} is here. {advice}"
         return NoPlanError(text, missing, suggestions)
     machines = pool.machines
@@ -82,14 +82,14 @@ def _missing(pool: Pool) -> tuple[bool, int]:
 _NOTHING = "no single change would do: add machines or choose a smaller model"
 
 
-def _suggestions(forms: Forms, pool: Pool, alternatives: Alternatives) -> list[str]:
+def _suggestions(variants: ModelVariants, pool: Pool, alternatives: Alternatives) -> list[str]:
     usable = _round_up(pool.missing_machine())
     found = [f"one more machine with {format_bytes(usable)} usable"]
     if bought := _cheapest(pool):
         found.append(bought)
-    for options in alternatives(forms):
+    for options in alternatives(variants):
         for option in options:
-            rings = option.forms.rings()
+            rings = option.variants.rings()
             if any(Pool(ring, pool.machines, pool.network).fits() for ring in rings):
                 found.append(option.flag)
                 break
@@ -119,15 +119,15 @@ def scaled(*, quants: bool) -> Alternatives:
     `quants`: whether the weights could be quantized further.
     """
 
-    def options(forms: Forms) -> list[list[Alternative]]:
-        fewer = [_smaller_contexts(forms), _fewer_users(forms)]
-        return [_smaller_quants(forms), *fewer] if quants else fewer
+    def options(variants: ModelVariants) -> list[list[Alternative]]:
+        fewer = [_smaller_contexts(variants), _fewer_users(variants)]
+        return [_smaller_quants(variants), *fewer] if quants else fewer
 
     return options
 
 
-def _smaller_quants(forms: Forms) -> list[Alternative]:
-    layout = forms.layout
+def _smaller_quants(variants: ModelVariants) -> list[Alternative]:
+    layout = variants.layout
     now = BITS.get(layout.quant, 0.0)
     tried = []
     for quant in ("q8", "q6", "q4", "q3", "q2"):
@@ -136,14 +136,14 @@ def _smaller_quants(forms: Forms) -> list[Alternative]:
             layers = tuple(math.ceil(b * scale) for b in layout.layer_bytes)
             head = math.ceil(layout.head_bytes * scale)
             smaller = replace(layout, layer_bytes=layers, head_bytes=head)
-            tried.append(Alternative(f"--quant {quant}", replace(forms, layout=smaller)))
+            tried.append(Alternative(f"--quant {quant}", replace(variants, layout=smaller)))
     return tried
 
 
-def _smaller_contexts(forms: Forms) -> list[Alternative]:
+def _smaller_contexts(variants: ModelVariants) -> list[Alternative]:
     return [
-        Alternative(f"--context {context}", forms.map(partial(_for_context, context=context)))
-        for context in halves(forms.layout.context, 1024)
+        Alternative(f"--context {context}", variants.map(partial(_for_context, context=context)))
+        for context in halves(variants.layout.context, 1024)
     ]
 
 
@@ -157,10 +157,10 @@ def _for_context(layout: Layout, context: int) -> Layout:
     return replace(layout, context=context, kv_bytes_per_layer=kv)
 
 
-def _fewer_users(forms: Forms) -> list[Alternative]:
+def _fewer_users(variants: ModelVariants) -> list[Alternative]:
     return [
-        Alternative(f"--users {n}", forms.map(partial(for_users, users=n)))
-        for n in halves(forms.layout.users, 1)
+        Alternative(f"--users {n}", variants.map(partial(for_users, users=n)))
+        for n in halves(variants.layout.users, 1)
     ]
 
 

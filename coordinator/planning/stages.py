@@ -10,17 +10,17 @@ from coordinator.planning.placement import Layout, Stage, decode_seconds, prefil
 
 @dataclass(frozen=True)
 class Span:
-    """Layers [first, end) on a machine, in the form in which it loads them."""
+    """Layers [first, end) on a machine, in the variant in which it loads them."""
 
     machine: Machine
     first: int
     end: int
-    form: Layout
+    variant: Layout
 
 
 def stages(network: Network, ring: Sequence[Span]) -> tuple[Stage, ...]:
     """The stages of a ring, the head first. One that is alone has no hop."""
-    following, head = [*ring[1:], ring[0]], ring[0].form
+    following, head = [*ring[1:], ring[0]], ring[0].variant
     # Hidden states go round as they come from the head.
     sizes = [*[head.hidden_bytes] * (len(ring) - 1), head.returned_bytes]
     return tuple(
@@ -38,7 +38,7 @@ def hop(size: int, network: Network, one: Machine, other: Machine) -> tuple[floa
 
 
 def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
-    layout, layers, head = span.form, slice(span.first, span.end), span.first == 0
+    layout, layers, head = span.variant, slice(span.first, span.end), span.first == 0
     outside = layout.head_bytes if head else 0
     weights = sum(layout.layer_bytes[layers])
     kv = sum(layout.kv_bytes_per_layer[layers])

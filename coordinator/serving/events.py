@@ -16,7 +16,7 @@ from typing import Protocol
 
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Plan, Stage
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.v1.node_pb2 import LoadProgress
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Inspected:
     """The sizes of the model are known, in every variant that may be loaded."""
 
     model: str
-    variants: Forms
+    variants: ModelVariants
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Planned:
     """A placement was chosen; its stages begin to load."""
 
     model: str
-    variants: Forms
+    variants: ModelVariants
     plan: Plan
 
 

@@ -27,7 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MOVE_SECONDS = 60.0
 
 
-class Front(ChatServicer):
+class Gateway(ChatServicer):
     """The Chat service that clients see, whatever machines stand behind it at the moment.
 
     `service` is set once it is known what is served.

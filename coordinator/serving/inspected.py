@@ -1,4 +1,4 @@
-"""What a model weighs that is to be served, in all its forms, as the machines find it."""
+"""Sizes of a model that is to be served, in all its variants, as the machines compute them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
 from coordinator.planning.engines import DEFAULT
 from coordinator.planning.placement import Layout
-from coordinator.planning.variants import Forms, check_same
+from coordinator.planning.variants import ModelVariants, check_same
 from coordinator.serving.options import ServeOptions
 from unicluster.v1.node_pb2 import Draft, InspectRequest, ModelLayout, StageSpec
 
@@ -26,13 +26,13 @@ class Inspected:
     draft: ModelLayout | None = None
 
     @property
-    def forms(self) -> Forms:
+    def variants(self) -> ModelVariants:
         gguf = Layout.from_proto(self.gguf) if self.gguf is not None else None
-        forms = Forms(Layout.from_proto(self.model), gguf)
+        variants = ModelVariants(Layout.from_proto(self.model), gguf)
         if self.draft is None:
-            return forms
+            return variants
         draft = Layout.from_proto(self.draft)
-        return forms.map(lambda form: form.with_draft(draft.weight_bytes + draft.kv_bytes))
+        return variants.map(lambda variant: variant.with_draft(draft.weight_bytes + draft.kv_bytes))
 
     @property
     def by_engine(self) -> dict[str, ModelLayout]:

@@ -60,8 +60,8 @@ class Service:
         generation: StageSpec,
     ) -> None:
         self.source = source
-        self.forms = inspected.forms
-        self.layout = self.forms.layout
+        self.variants = inspected.variants
+        self.layout = self.variants.layout
         both = (source, gguf)
         self._models = {
             engine: model
@@ -191,11 +191,11 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
-        fleet = Learned.load().fleet(machines, self.display, self.forms)
+        fleet = Learned.load().fleet(machines, self.display, self.variants)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
-            self.forms,
+            self.variants,
             fleet.machines,
             self._objective,
             model=self.display,
@@ -203,7 +203,7 @@ class Service:
             network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
-        self._events.publish(Planned(self.display, self.forms, placed))
+        self._events.publish(Planned(self.display, self.variants, placed))
         files = await self._files(placed, [machine.address for machine in machines])
         deployment = Deployment(
             self.display,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.fleet.members import Members
-from coordinator.serving.gateway import Front
+from coordinator.serving.gateway import Gateway
 from coordinator.serving.service import Service
 from unicluster import __version__
 from unicluster.telemetry.home_assistant import Sensor, discovery
@@ -24,20 +24,20 @@ def root_of(model: str) -> str:
 
 
 async def tell(
-    front: Front, service: Service, members: Members, publisher: Publisher, coordinator: str
+    gateway: Gateway, service: Service, members: Members, publisher: Publisher, coordinator: str
 ) -> None:
     """Publishes until cancelled."""
     _introduce(service.display, publisher)
     seen = Seen(machines=frozenset(members.names))
     events = f"{publisher.url.prefix}/events"
-    rate = Rate(front.tokens)
+    rate = Rate(gateway.tokens)
     while True:
         state = state_of(service, coordinator)
         publisher.state(publisher.topic("state"), state)
         for event in seen.news(state, frozenset(members.names)):
             publisher.event(events, {"time": round(time.time(), 3), **event})
         if rate.seconds >= READ_SECONDS:
-            readings = readings_of(rate.next(front.tokens), front.running)
+            readings = readings_of(rate.next(gateway.tokens), gateway.running)
             publisher.event(publisher.topic("readings"), readings)
         await asyncio.sleep(LOOK_SECONDS)
 

@@ -4,29 +4,29 @@ from collections.abc import Sequence
 
 from coordinator.planning.engines import DEFAULT, ENGINES
 from coordinator.planning.placement import Plan, Stage, reads
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from unicluster.units import format_rate
 
 
-def engine_lines(plan: Plan, forms: Forms) -> list[str]:
+def engine_lines(plan: Plan, variants: ModelVariants) -> list[str]:
     """Nothing where there is nothing to choose: the default engine alone."""
-    if forms.gguf is None:
-        return _of_one_form(forms)
-    if forms.assumed and forms.gguf.engine not in plan.engines:
+    if variants.gguf is None:
+        return _of_one_form(variants)
+    if variants.hypothetical and variants.gguf.engine not in plan.engines:
         return []
-    lines = ["; ".join(_told(plan, forms, engine) for engine in plan.engines)]
-    if forms.assumed:
-        lines.append(_assumed(forms.gguf.quant))
+    lines = ["; ".join(_told(plan, variants, engine) for engine in plan.engines)]
+    if variants.hypothetical:
+        lines.append(_assumed(variants.gguf.quant))
     return lines
 
 
-def _of_one_form(forms: Forms) -> list[str]:
-    engine = ENGINES[forms.layout.engine]
+def _of_one_form(variants: ModelVariants) -> list[str]:
+    engine = ENGINES[variants.layout.engine]
     if engine.name == DEFAULT:
         return []
     name = f"{engine.title} ({engine.library})"
-    if forms.assumed:
-        return [f"{name}, as was asked for", _assumed(forms.layout.quant)]
+    if variants.hypothetical:
+        return [f"{name}, as was asked for", _assumed(variants.layout.quant)]
     return [f"{name}, because the model is a GGUF"]
 
 
@@ -34,18 +34,18 @@ def _assumed(quant: str) -> str:
     return f"assuming a GGUF of about the same size ({quant}); serve it with --gguf"
 
 
-def _told(plan: Plan, forms: Forms, engine: str) -> str:
+def _told(plan: Plan, variants: ModelVariants, engine: str) -> str:
     """`ggml on a, b (reads 205 GB/s there, MLX 102), c (the only one there)`."""
     reasons: dict[str, list[str]] = {}
     for stage in plan.stages:
         if stage.engine == engine:
-            reasons.setdefault(_why(stage, forms), []).append(stage.machine.name)
+            reasons.setdefault(_why(stage, variants), []).append(stage.machine.name)
     parts = [f"{_listed(names)}{reason}" for reason, names in reasons.items()]
     return f"{engine} on {', '.join(parts)}"
 
 
-def _why(stage: Stage, forms: Forms) -> str:
-    own, other = sorted(forms.layouts, key=lambda form: form.engine != stage.engine)
+def _why(stage: Stage, variants: ModelVariants) -> str:
+    own, other = sorted(variants.layouts, key=lambda variant: variant.engine != stage.engine)
     if not stage.machine.can(other.engine):
         return " (it offers no other)"
     ours, theirs = reads(own, stage.machine), reads(other, stage.machine)

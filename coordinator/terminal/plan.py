@@ -12,7 +12,7 @@ from coordinator.planning.engines import DEFAULT, ENGINES
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.planning.rivals import Rival
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.engine_lines import engine_lines
 from coordinator.terminal.tables import (
     FREE,
@@ -56,9 +56,11 @@ def nodes_table(nodes: Iterable[tuple[node_pb2.NodeInfo, str]]) -> RenderableTyp
     return _Nodes(tuple(nodes))
 
 
-def plan_table(plan: Plan, model: Layout | Forms, title: str) -> RenderableType:
+def plan_table(plan: Plan, model: Layout | ModelVariants, title: str) -> RenderableType:
     """Who holds which layers, how fast that should be, and why not otherwise."""
-    return _Planned(plan, model if isinstance(model, Forms) else Forms(model), title)
+    return _Planned(
+        plan, model if isinstance(model, ModelVariants) else ModelVariants(model), title
+    )
 
 
 def rivals_table(others: Sequence[Rival]) -> RenderableType:
@@ -183,14 +185,14 @@ class _Nodes:
 @dataclass(frozen=True)
 class _Planned:
     plan: Plan
-    forms: Forms
+    variants: ModelVariants
     title: str
 
     @property
     def layout(self) -> Layout:
-        """In the head's form."""
+        """In the head's variant."""
         engine = self.plan.stages[0].engine
-        return next(form for form in self.forms.layouts if form.engine == engine)
+        return next(variant for variant in self.variants.layouts if variant.engine == engine)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._stages(options.max_width >= WIDE)
@@ -238,7 +240,7 @@ class _Planned:
         facts.add_column()
         facts.add_row("memory", _Legend())
         facts.add_row("head", Text(head))
-        for i, line in enumerate(engine_lines(plan, self.forms)):
+        for i, line in enumerate(engine_lines(plan, self.variants)):
             facts.add_row("" if i else "engine", Text(line))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"

@@ -10,7 +10,7 @@ from coordinator.planning.links import Link, Network
 from coordinator.planning.machine import EngineSpeeds, Machine
 from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S, Layout, Stage
 from coordinator.planning.stages import Span, stages
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 
 GB = 10**9
 
@@ -23,8 +23,8 @@ class Case:
     gguf: Layout | None = None
 
     @property
-    def forms(self) -> Forms:
-        return Forms(self.layout, self.gguf)
+    def variants(self) -> ModelVariants:
+        return ModelVariants(self.layout, self.gguf)
 
 
 def a_layout(
@@ -187,20 +187,20 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
             yield from _placements(case, first, [first, finished])
 
 
-def _placements(case: Case, head: Layout, forms: list[Layout]) -> Iterator[tuple[float, float]]:
-    """Those whose stages are of these forms, and whose first is of that one."""
+def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tuple[float, float]]:
+    """Those whose stages are of these variants, and whose first is of that one."""
     n = head.layers
     seconds: dict[tuple[str, int, int], float] = {}
     for m in case.machines:
-        for form in forms:
-            if form.engine not in m.engines:
+        for variant in variants:
+            if variant.engine not in m.engines:
                 continue
             for a in range(n):
                 for b in range(a + 1, n + 1):
-                    cut = {a, b} & set(form.forbidden_cuts)
-                    if cut or _needs(form, a, b) > m.usable or (a == 0 and form is not head):
+                    cut = {a, b} & set(variant.forbidden_cuts)
+                    if cut or _needs(variant, a, b) > m.usable or (a == 0 and variant is not head):
                         continue
-                    taken = _seconds(form, m, a, b)
+                    taken = _seconds(variant, m, a, b)
                     seconds[m.name, a, b] = min(taken, seconds.get((m.name, a, b), taken))
     names = [m.name for m in case.machines]
     hop = {

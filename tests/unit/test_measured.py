@@ -10,7 +10,7 @@ from coordinator.planning.links import Network
 from coordinator.planning.placement import Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.stages import Span, stages
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from tests.support.fleets import GB, a_layout, a_machine
 
 LAYOUT = a_layout([GB] * 10)
@@ -60,7 +60,7 @@ def test_each_engine_has_a_slowdown_of_its_own(tmp_path: Path) -> None:
     Learned.record("llama", once, Taken((0.125,)), tmp_path)
     known = Learned.record("llama", ring((0, 5)), Taken((0.25,)), tmp_path)
 
-    ann, bob = known.calibrated(FLEET, "llama", Forms(LAYOUT, gguf))
+    ann, bob = known.calibrated(FLEET, "llama", ModelVariants(LAYOUT, gguf))
 
     mlx, ggml = ann.engines["mlx"], ann.engines["ggml"]
     assert mlx.slowdown == pytest.approx(2 * ggml.slowdown)
@@ -72,8 +72,8 @@ def test_each_engine_has_a_slowdown_of_its_own(tmp_path: Path) -> None:
 
 def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
     gguf = replace(LAYOUT, engine="ggml", tail_bytes=GB // 2)
-    for form in (gguf, gguf.unfinished()):
-        (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, form)])
+    for variant in (gguf, gguf.unfinished()):
+        (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, variant)])
         known = Learned.record("llama", [stage], Taken((stage.seconds_per_token,)), tmp_path)
 
         slowdowns = {

@@ -9,7 +9,7 @@ import pytest
 from coordinator.planning.placement import BANDWIDTH_SHARE, LAYER_S
 from coordinator.planning.planner import Layout, Machine, Objective, Plan, plan, split_evenly
 from coordinator.planning.shortfall import NoPlanError
-from coordinator.planning.variants import Forms, check_same
+from coordinator.planning.variants import ModelVariants, check_same
 from tests.support.fleets import GB, a_layout, a_machine
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.v1 import node_pb2
@@ -226,7 +226,7 @@ BOX = a_machine("box", 12 * GB, 128e9, backend="cpu", ggml_backend="vulkan", ggm
 def test_each_stage_has_the_engine_that_is_faster_there() -> None:
     layout = a_layout([GB] * 16, head=2 * GB)
 
-    found = plan(Forms(layout, gguf_of(layout, GB)), [BOX, STUDIO])
+    found = plan(ModelVariants(layout, gguf_of(layout, GB)), [BOX, STUDIO])
 
     assert [(s.machine.name, s.engine, s.finishes) for s in found.stages] == [
         ("studio", "mlx", False),
@@ -239,7 +239,7 @@ def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
     layout = a_layout([GB] * 16, head=2 * GB)
     boxes = [replace(BOX, name=name) for name in ("box-1", "box-2")]
 
-    found = plan(Forms(layout, gguf_of(layout, GB)), boxes)
+    found = plan(ModelVariants(layout, gguf_of(layout, GB)), boxes)
 
     assert found.engines == ("ggml",)
     assert [s.finishes for s in found.stages] == [False, True]
@@ -248,12 +248,12 @@ def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
 
 def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
     layout = replace(a_layout([GB] * 16, head=2 * GB), finish_bytes=GB)
-    forms = Forms(layout, gguf_of(layout, GB))
+    variants = ModelVariants(layout, gguf_of(layout, GB))
     box = replace(BOX.only(["ggml"]), usable=layout.needed(17 * GB))
     # No place for the embedding, the lm_head and a layer, as an MLX head would have to have.
     mini = replace(STUDIO.only(["mlx"]), name="mini", usable=layout.needed(5 * GB // 2))
 
-    found = plan(forms, [mini, box])
+    found = plan(variants, [mini, box])
 
     assert [(s.machine.name, s.first, s.engine, s.finishes) for s in found.stages] == [
         ("box", 0, "ggml", False),
@@ -261,7 +261,7 @@ def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
     ]
     assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
     with pytest.raises(NoPlanError):
-        plan(Forms(replace(layout, finish_bytes=0), forms.gguf), [mini, box])
+        plan(ModelVariants(replace(layout, finish_bytes=0), variants.gguf), [mini, box])
 
 
 def test_logits_that_come_back_take_their_time() -> None:
@@ -277,14 +277,14 @@ def test_where_engines_are_alike_it_is_mlx() -> None:
     layout = a_layout([GB] * 16, head=2 * GB)
     alike = [replace(STUDIO, name=name) for name in ("one", "two")]
 
-    assert plan(Forms(layout, gguf_of(layout, GB)), alike).engines == ("mlx",)
+    assert plan(ModelVariants(layout, gguf_of(layout, GB)), alike).engines == ("mlx",)
 
 
 def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
     layout = a_layout([GB] * 4, quant="q4")
     plain = a_machine("plain", 12 * GB, 40e9, backend="cpu", ggml_backend="cpu")
 
-    found = plan(Forms(layout, gguf_of(layout)), [plain])
+    found = plan(ModelVariants(layout, gguf_of(layout)), [plain])
 
     assert found.engines == ("ggml",)
     assert found.seconds_per_token < plan(layout, [plain]).seconds_per_token / 10
@@ -312,14 +312,14 @@ def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
 
 def test_what_only_both_engines_can_hold_is_held() -> None:
     layout = a_layout([GB] * 16, head=GB)
-    forms = Forms(layout, gguf_of(layout))
+    variants = ModelVariants(layout, gguf_of(layout))
     fleet = [STUDIO.only(["mlx"]), BOX.only(["ggml"])]
 
-    assert plan(forms, fleet).engines == ("mlx", "ggml")
+    assert plan(variants, fleet).engines == ("mlx", "ggml")
     with pytest.raises(NoPlanError):
         plan(layout, fleet)
     with pytest.raises(NoPlanError, match=r"are missing.*One more machine with [\d.]+ GB usable"):
-        plan(forms, [replace(machine, usable=8 * GB) for machine in fleet])
+        plan(variants, [replace(machine, usable=8 * GB) for machine in fleet])
 
 
 def test_a_gguf_of_another_model_is_refused_by_what_differs() -> None:

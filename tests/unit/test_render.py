@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from coordinator.planning.planner import Layout, Plan, plan
-from coordinator.planning.variants import Forms
+from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.loading import LoadingBars
 from coordinator.terminal.plan import fleet_table, nodes_table, plan_table
 from tests.support.fleets import a_machine
@@ -172,9 +172,11 @@ def test_what_is_reported_after_loading_is_not_shown() -> None:
 
 def test_a_plan_of_two_engines_says_which_is_where_and_why() -> None:
     boxes = [replace(BOX, name=f"box-{n}") for n in (1, 2)]
-    forms = Forms(LAYOUT, replace(LAYOUT, engine="ggml", quant="q4_0"), assumed=True)
+    variants = ModelVariants(
+        LAYOUT, replace(LAYOUT, engine="ggml", quant="q4_0"), hypothetical=True
+    )
 
-    shown = printed(plan_table(plan(forms, [STUDIO, *boxes]), forms, "llama-70b q4"), 160)
+    shown = printed(plan_table(plan(variants, [STUDIO, *boxes]), variants, "llama-70b q4"), 160)
 
     phrase = (
         "mlx on studio [1] (reads 655 GB/s there, like ggml); "

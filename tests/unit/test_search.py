@@ -26,11 +26,11 @@ def check(case: Case) -> None:
     possible = list(every_placement(case))
     if not possible:
         with pytest.raises(DoesNotFitError):
-            plan(case.forms, case.machines, network=case.network)
+            plan(case.variants, case.machines, network=case.network)
         return
-    fastest = plan(case.forms, case.machines, "latency", network=case.network)
+    fastest = plan(case.variants, case.machines, "latency", network=case.network)
     assert fastest.seconds_per_token == pytest.approx(min(possible)[0], rel=1e-9)
-    steady = plan(case.forms, case.machines, "throughput", network=case.network)
+    steady = plan(case.variants, case.machines, "throughput", network=case.network)
     slowest, latency = min((round(slow, 12), latency) for latency, slow in possible)
     assert steady.slowest.seconds_per_token == pytest.approx(slowest, rel=1e-9)
     assert steady.seconds_per_token == pytest.approx(latency, rel=1e-9)
