@@ -10,6 +10,11 @@ def in_one_line(error: Exception) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
 
+def shown(text: str) -> str:
+    """`text` in quotes, short and without control characters, for a message."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}…")
+
+
 class UniclusterError(Exception):
     """Base of all errors of this project. `exit_code` is what the command exits with."""
 

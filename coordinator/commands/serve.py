@@ -31,8 +31,9 @@ from coordinator.serving.service import Service
 from coordinator.serving.telemetry import root_of, tell
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
-from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.discovery import Advertisement
 from unicluster.cluster.known_machines import nodes_option, peer_option
+from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Identity, Store, default_name
 from unicluster.command_line import Argument, Command, Option, beginning

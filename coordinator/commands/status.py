@@ -13,7 +13,8 @@ from rich.text import Text
 from coordinator.terminal.status import status_table
 from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
-from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.discovery import Browser
+from unicluster.cluster.records import Kind
 from unicluster.cluster.trust import ClientAccess, Store
 from unicluster.command_line import Command, Option, server_option
 from unicluster.errors import UnavailableError, UniclusterError

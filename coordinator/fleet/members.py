@@ -10,8 +10,9 @@ import grpc
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
+from unicluster.cluster.records import Kind
 from unicluster.cluster.trust import Cluster, Identity
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError

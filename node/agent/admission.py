@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from unicluster.checkpoints.names import FileName, ModelName, Revision, shown
+from unicluster.checkpoints.names import FileName, ModelName, Revision
 from unicluster.cluster.channels import split_address
-from unicluster.errors import DoesNotFitError, InputError
+from unicluster.errors import DoesNotFitError, InputError, shown
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec, TryHubRequest
 

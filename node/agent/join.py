@@ -18,8 +18,9 @@ from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import bind, check_free, make_server
-from unicluster.cluster.discovery import Advertisement, Browser, Kind, one_address
+from unicluster.cluster.discovery import Advertisement, Browser, one_address
 from unicluster.cluster.known_machines import peer_option
+from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch

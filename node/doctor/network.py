@@ -13,7 +13,8 @@ import psutil
 from node.doctor.finding import Finding, Level
 from unicluster import __version__
 from unicluster.cluster.channels import as_error, connect, split_address
-from unicluster.cluster.discovery import Browser, Kind
+from unicluster.cluster.discovery import Browser
+from unicluster.cluster.records import Kind
 from unicluster.cluster.trust import Cluster, Identity, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError, UniclusterError

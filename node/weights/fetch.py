@@ -9,10 +9,9 @@ from node.weights import hub, store
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
 from unicluster.checkpoints.gguf import gguf_header_end
-from unicluster.checkpoints.names import shown
 from unicluster.checkpoints.ranges import Ranges, merged, size
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
-from unicluster.errors import InputError, UnavailableError
+from unicluster.errors import InputError, UnavailableError, shown
 from unicluster.units import format_bytes
 
 # Told (bytes fetched, bytes to fetch).

@@ -10,7 +10,8 @@ import pytest
 from tests.support.chat_server import ChatServer, chat_server, until
 from unicluster.client.answers import Delta, Finish
 from unicluster.client.client import AsyncClient, Client
-from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.discovery import Advertisement
+from unicluster.cluster.records import Kind
 from unicluster.cluster.trust import Cluster
 from unicluster.errors import (
     BusyError,

@@ -8,9 +8,11 @@ import sys
 from collections.abc import AsyncIterator
 
 import pytest
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from unicluster.cluster import discovery
-from unicluster.cluster.discovery import Advertisement, Browser, Kind
+from unicluster.cluster.discovery import Advertisement, Browser
+from unicluster.cluster.records import Kind, service_name_of
 from unicluster.errors import InputError
 
 HOST = "127.0.0.1"
@@ -19,7 +21,8 @@ HOST = "127.0.0.1"
 ADVERTISE = """
 import asyncio, sys
 from unicluster.cluster import discovery
-from unicluster.cluster.discovery import Advertisement, Kind
+from unicluster.cluster.discovery import Advertisement
+from unicluster.cluster.records import Kind
 
 async def main(name, port, fingerprint, host, ttl):
     discovery.TTL = int(ttl)
@@ -177,3 +180,61 @@ async def test_waiting_in_vain_ends(cluster: str) -> None:
 def test_a_host_that_is_no_address_is_refused(cluster: str) -> None:
     with pytest.raises(InputError, match="choose another with --host"):
         Browser(Kind.NODE, cluster, host="no such host")
+
+
+# Records of strangers: anybody on the network can send them.
+
+
+@contextlib.asynccontextmanager
+async def stranger(
+    service: str, port: int, server: str = "stranger.local.", **txt: str
+) -> AsyncIterator[None]:
+    """Somebody who sends any record, in whatever name."""
+    info = AsyncServiceInfo(
+        Kind.NODE.value, service, port=port, properties=txt, server=server, parsed_addresses=[HOST]
+    )
+    async with AsyncZeroconf(interfaces=[HOST]) as zeroconf:
+        await (await zeroconf.async_register_service(info, cooperating_responders=True))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("port", "txt"),
+    [
+        (0, {}),
+        (7, {"chip": "\x1b[2J"}),
+        (7, {"memory": "many"}),
+        (7, {"name": "somebody-else"}),
+        (7, {"name": "x\nERROR forged"}),
+    ],
+)
+async def test_one_bad_record_costs_that_record(
+    cluster: str, port: int, txt: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = service_name_of(Kind.NODE, "evil", cluster)
+    ignored = asyncio.Event()
+    caplog.handler.addFilter(lambda record: ignored.set() or True)
+    async with (
+        Browser(Kind.NODE, cluster, host=HOST) as browser,
+        stranger(service, port, **({"name": "evil", "cluster": cluster} | txt)),
+        Advertisement(Kind.NODE, "studio", 7001, cluster, host=HOST),
+    ):
+        assert await browser.wait_for(lambda found: "studio" in found, timeout=10)
+        await asyncio.wait_for(ignored.wait(), timeout=10)
+
+    assert set(browser.found) <= {"studio"}
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+async def test_a_known_name_does_not_hide_the_machine_that_has_it(cluster: str) -> None:
+    service = service_name_of(Kind.NODE, "studio", cluster)
+    async with (
+        Browser(Kind.NODE, cluster, host=HOST) as browser,
+        Advertisement(Kind.NODE, "studio", 7001, cluster, host=HOST),
+    ):
+        assert await browser.wait_for(lambda found: "studio" in found, timeout=10)
+        async with stranger(service, 666, name="studio", cluster=cluster):
+            assert await browser.wait_for(
+                lambda found: len(found["studio"].addresses) == 2, timeout=15
+            )
+            assert set(browser.found["studio"].addresses) == {f"{HOST}:7001", f"{HOST}:666"}

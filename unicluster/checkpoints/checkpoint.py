@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unicluster.checkpoints.gguf_names import split_id
-from unicluster.checkpoints.names import FileName, ModelName, Revision, is_file_name, shown
+from unicluster.checkpoints.names import FileName, ModelName, Revision, is_file_name
 from unicluster.checkpoints.ranges import Range, Ranges, merged, without
-from unicluster.errors import InputError
+from unicluster.errors import InputError, shown
 
 log = logging.getLogger(__name__)
 

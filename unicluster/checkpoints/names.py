@@ -7,7 +7,7 @@ path; none of them can lead out of the directory that it is joined to.
 import re
 from typing import Self
 
-from unicluster.errors import InputError
+from unicluster.errors import InputError, shown
 
 # Endings that files of our own have beside those of a model.
 RESERVED = (".held", ".part", ".lock")
@@ -90,8 +90,3 @@ def is_file_name(text: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def shown(text: str) -> str:
-    """`text` in quotes, short and without control characters, for a message."""
-    return repr(text if len(text) <= 80 else f"{text[:80]}…")

@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 from unicluster.checkpoints.checkpoint import Checkpoint
-from unicluster.checkpoints.names import ModelName, Revision, shown
+from unicluster.checkpoints.names import ModelName, Revision
 from unicluster.checkpoints.ranges import merged, without
 from unicluster.cluster.abort import abort
-from unicluster.errors import InputError, NotFoundError
+from unicluster.errors import InputError, NotFoundError, shown
 from unicluster.v1.weights_pb2 import (
     Block,
     ByteRange,

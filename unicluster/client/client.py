@@ -220,7 +220,8 @@ class _Target:
         """The address: the one given, else that of the first front door that answers."""
         if not self.address:
             # Here, because zeroconf is slow to import and an address makes it needless.
-            from unicluster.cluster.discovery import Browser, Kind
+            from unicluster.cluster.discovery import Browser
+            from unicluster.cluster.records import Kind
 
             async with Browser(Kind.CHAT, self._access.fingerprint) as browser:
                 if not await browser.wait_for(bool, self.timeout):

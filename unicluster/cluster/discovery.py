@@ -4,17 +4,15 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from types import TracebackType
 from typing import Self
 
-import psutil
-from zeroconf import (
+from zeroconf import (  # type: ignore[attr-defined]  # the records are exported, but not in __all__
+    DNSAddress,
     DNSQuestionType,
+    DNSService,
     InterfaceChoice,
     IPVersion,
     ServiceStateChange,
@@ -23,9 +21,17 @@ from zeroconf import (
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 import unicluster
-from unicluster.cluster.channels import join_address
+from unicluster.cluster.interfaces import best_first, own_addresses
+from unicluster.cluster.records import (
+    Kind,
+    ServiceRecord,
+    instance_of,
+    parse_record,
+    service_name_of,
+    short,
+)
 from unicluster.cluster.trust import check_name
-from unicluster.errors import InputError, UnavailableError
+from unicluster.errors import InputError, UnavailableError, shown
 
 log = logging.getLogger(__name__)
 
@@ -45,35 +51,9 @@ POLL_EVERY = 5.0
 # Several rounds of questions: multicast gets lost on wireless networks.
 ANSWER_WITHIN = 2.0
 
-# Bridges that containers and virtual machines hang on; the same addresses are on every machine.
-_INNER_BRIDGES = re.compile(r"docker|veth|br-|virbr|vmnet|bridge100")
 
-
-class Kind(Enum):
-    """What is advertised; the value is its mDNS service type."""
-
-    NODE = "_unicluster._tcp.local."
-    CHAT = "_unicluster-chat._tcp.local."
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a machine says of itself. Memory is in bytes."""
-
-    name: str
-    addresses: tuple[str, ...]  # "host:port", the best for us first
-    memory: int
-    usable: int
-    chip: str
-    backend: str
-    version: str
-    protocol: int
-    oldest: int  # protocol that it still works with; 0: only its own
-    txt: dict[str, str]
-
-    @property
-    def address(self) -> str:
-        return self.addresses[0]
+# RFC 1035 and 2782.
+_CLASS_IN, _TYPE_A, _TYPE_SRV = 1, 1, 33
 
 
 class Advertisement:
@@ -95,7 +75,7 @@ class Advertisement:
         self._port = port
         self._fingerprint = fingerprint
         self._address = one_address(host)
-        self._service_name = _service_name(kind, name, fingerprint)
+        self._service_name = service_name_of(kind, name, fingerprint)
         self._txt = {
             "name": name,
             "cluster": fingerprint,
@@ -144,8 +124,8 @@ class Advertisement:
             port=self._port,
             properties=self._txt,
             # Not the machine's host name: the addresses of two agents on it may differ.
-            server=f"{_instance_of(self._service_name, self._kind)}-{self._port}.local.",
-            parsed_addresses=[self._address] if self._address else _own_addresses(),
+            server=f"{instance_of(self._service_name, self._kind)}-{self._port}.local.",
+            parsed_addresses=[self._address] if self._address else own_addresses(),
             host_ttl=TTL,
             other_ttl=TTL,
         )
@@ -171,13 +151,13 @@ class Browser:
 
     def __init__(self, kind: Kind, fingerprint: str, *, host: str = "") -> None:
         """`host` limits the search to the network of that address of this machine."""
-        self.found: dict[str, Machine] = {}
+        self.found: dict[str, ServiceRecord] = {}
         self._kind = kind
         self._fingerprint = fingerprint
         self._address = one_address(host)
         # By service name.
         self._known: set[str] = set()  # also those that don't answer
-        self._machines: dict[str, Machine] = {}
+        self._machines: dict[str, ServiceRecord] = {}
         self._condition = asyncio.Condition()
         self._stale: set[str] = set()
         self._refreshing: dict[str, asyncio.Task[None]] = {}
@@ -212,7 +192,7 @@ class Browser:
             await self._condition.wait()
 
     async def wait_for(
-        self, predicate: Callable[[dict[str, Machine]], bool], timeout: float | None
+        self, predicate: Callable[[dict[str, ServiceRecord]], bool], timeout: float | None
     ) -> bool:
         """Whether `predicate(found)` came true within `timeout` seconds (None: no limit)."""
         with contextlib.suppress(TimeoutError):
@@ -224,7 +204,7 @@ class Browser:
     def _on_change(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        if not _instance_of(name, self._kind).endswith(f"-{_short(self._fingerprint)}"):
+        if not instance_of(name, self._kind).endswith(f"-{short(self._fingerprint)}"):
             return  # another cluster's
         if state_change is ServiceStateChange.Removed:
             self._known.discard(name)
@@ -259,19 +239,6 @@ class Browser:
                     self._condition.notify_all()
 
 
-def _short(fingerprint: str) -> str:
-    return fingerprint[:8]
-
-
-def _service_name(kind: Kind, name: str, fingerprint: str) -> str:
-    """Two clusters on a network may each have a machine of that name."""
-    return f"{name}-{_short(fingerprint)}.{kind.value}"
-
-
-def _instance_of(service_name: str, kind: Kind) -> str:
-    return service_name.removesuffix(f".{kind.value}")
-
-
 def _open(address: str) -> AsyncZeroconf:
     try:
         if not address:
@@ -295,77 +262,32 @@ def one_address(host: str) -> str:
 
 async def _ask(
     zeroconf: Zeroconf, kind: Kind, service_name: str, fingerprint: str
-) -> Machine | None:
-    """What that service says of itself now, or None when it doesn't answer."""
+) -> ServiceRecord | None:
+    """What that service says of itself now, or None when it doesn't answer, or not as it should."""
     info = AsyncServiceInfo(kind.value, service_name)
     # Multicast answers only: of several programs that listen to mDNS on one machine, the kernel
     # gives a unicast answer to just one.
     if not await info.async_request(zeroconf, ANSWER_WITHIN * 1000, DNSQuestionType.QM):
         return None
-    txt = {key: value or "" for key, value in info.decoded_properties.items()}
-    if txt.get("cluster") != fingerprint:
-        return None
     try:
-        return Machine(
-            name=txt["name"],
-            addresses=tuple(
-                join_address(address, info.port or 0)
-                for address in _best_first(info.parsed_scoped_addresses())
-            ),
-            memory=int(txt.get("memory", 0)),
-            usable=int(txt.get("usable", 0)),
-            chip=txt.get("chip", ""),
-            backend=txt.get("backend", ""),
-            version=txt.get("version", ""),
-            protocol=int(txt.get("protocol", 0)),
-            oldest=int(txt.get("oldest", 0)),
-            txt=txt,
-        )
-    except (KeyError, ValueError) as error:
-        log.warning("ignoring %s: its mDNS record makes no sense: %s", service_name, error)
+        endpoints = _endpoints(zeroconf, info)
+        record = parse_record(kind, service_name, endpoints, info.properties)
+    except ValueError as error:
+        log.warning("ignoring the mDNS record %s: %s", shown(service_name), error)
         return None
+    return record if record.fingerprint == fingerprint else None
 
 
-@dataclass(frozen=True)
-class _Interface:
-    """One address of this machine."""
+def _endpoints(zeroconf: Zeroconf, info: AsyncServiceInfo) -> list[tuple[str, int]]:
+    """Hosts and ports at which the service may be, the best for us first.
 
-    address: str
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network
-    speed: int  # Mbit/s; 0: not known
-
-
-def _interfaces() -> list[_Interface]:
-    """This machine's addresses, loopback and link-local IPv6 ones excluded, the fastest first."""
-    speeds = {nic: state.speed for nic, state in psutil.net_if_stats().items() if state.isup}
-    interfaces = []
-    for nic, entries in psutil.net_if_addrs().items():
-        if nic not in speeds or _INNER_BRIDGES.match(nic):
-            continue
-        for entry in entries:
-            if entry.family not in (socket.AF_INET, socket.AF_INET6) or "%" in entry.address:
-                continue
-            address = ipaddress.ip_address(entry.address)
-            if address.is_loopback or (address.version == 6 and address.is_link_local):
-                continue
-            mask = int(ipaddress.ip_address(entry.netmask)) if entry.netmask else 0
-            network = ipaddress.ip_network((entry.address, mask.bit_count()), strict=False)
-            interfaces.append(_Interface(entry.address, network, speeds[nic]))
-    return sorted(interfaces, key=lambda each: (each.network.version, -each.speed))
-
-
-def _own_addresses() -> list[str]:
-    return [each.address for each in _interfaces()] or ["127.0.0.1"]
-
-
-def _best_first(addresses: list[str]) -> list[str]:
-    """Those on a network that we share come first, and of these the one on the fastest."""
-    interfaces = _interfaces()
-    own = {each.address for each in interfaces}
-
-    def rank(address: str) -> tuple[bool, int, int]:
-        ip = ipaddress.ip_address(address)
-        speeds = [each.speed for each in interfaces if ip in each.network and address not in own]
-        return (not speeds, -max(speeds, default=0), ip.version)
-
-    return sorted(addresses, key=rank)
+    Whoever says to be a service that is there already adds places to look for it, and takes
+    none away. Raises ValueError for a host that is no address.
+    """
+    found = [(host, info.port or 0) for host in best_first(info.parsed_scoped_addresses())]
+    for record in zeroconf.cache.get_all_by_details(info.name, _TYPE_SRV, _CLASS_IN):
+        if isinstance(record, DNSService):
+            hosts = zeroconf.cache.get_all_by_details(record.server, _TYPE_A, _CLASS_IN)
+            known = [socket.inet_ntoa(a.address) for a in hosts if isinstance(a, DNSAddress)]
+            found += [(host, record.port) for host in best_first(known)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,126 @@
+"""mDNS records of machines and front doors, parsed strictly: anybody on the network can send one.
+
+A record is a hint of where somebody may be. Who is there is known when TLS has proven it.
+"""
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from unicluster.cluster.channels import join_address
+from unicluster.cluster.trust import check_name
+from unicluster.errors import InputError, shown
+
+MOST_ADDRESSES = 32
+MOST_PROPERTIES = 32
+MOST_CHARACTERS = 255
+MOST_DIGITS = 18
+
+
+class Kind(Enum):
+    """Kinds of services; the value is the mDNS service type."""
+
+    NODE = "_unicluster._tcp.local."
+    CHAT = "_unicluster-chat._tcp.local."
+
+
+@dataclass(frozen=True)
+class ServiceRecord:
+    """What a service says of itself. Memory is in bytes.
+
+    addresses: "host:port" or "[host]:port". oldest: the oldest protocol that it still works with;
+    0: only its own. txt: all of its TXT record.
+    """
+
+    name: str
+    fingerprint: str
+    addresses: tuple[str, ...]
+    memory: int = 0
+    usable: int = 0
+    chip: str = ""
+    backend: str = ""
+    version: str = ""
+    protocol: int = 0
+    oldest: int = 0
+    txt: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
+
+
+def short(fingerprint: str) -> str:
+    """The part of a cluster's fingerprint that is in its services' names."""
+    return fingerprint[:8]
+
+
+def service_name_of(kind: Kind, name: str, fingerprint: str) -> str:
+    """Two clusters on a network may each have a machine of that name."""
+    return f"{name}-{short(fingerprint)}.{kind.value}"
+
+
+def instance_of(service_name: str, kind: Kind) -> str:
+    """The first label of a service's name."""
+    return service_name.removesuffix(f".{kind.value}")
+
+
+def parse_record(
+    kind: Kind,
+    service_name: str,
+    endpoints: Sequence[tuple[str, int]],
+    properties: Mapping[bytes, bytes | None],
+) -> ServiceRecord:
+    """The record of a service. Raises ValueError where anything about it is invalid.
+
+    endpoints: IP addresses, with a scope after "%" where IPv6 needs one, each with its port. Of
+    these, those that are invalid are left out, if any other is valid.
+    """
+    addresses = [join_address(host, port) for host, port in endpoints if _is_valid(host, port)]
+    if not addresses:
+        raise ValueError("it has no valid address")
+    if len(properties) > MOST_PROPERTIES:
+        raise ValueError(f"{len(properties)} properties, and at most {MOST_PROPERTIES} are valid")
+    txt = {_text(key): _text(value or b"") for key, value in properties.items()}
+    try:
+        name = check_name(txt.get("name", ""))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    fingerprint = txt.get("cluster", "")
+    if service_name.lower() != service_name_of(kind, name, fingerprint).lower():
+        raise ValueError(f"it names {name} in cluster {fingerprint or 'unknown'}, whose it is not")
+    return ServiceRecord(
+        name=name,
+        fingerprint=fingerprint,
+        addresses=tuple(dict.fromkeys(addresses))[:MOST_ADDRESSES],
+        memory=_number(txt, "memory"),
+        usable=_number(txt, "usable"),
+        chip=txt.get("chip", ""),
+        backend=txt.get("backend", ""),
+        version=txt.get("version", ""),
+        protocol=_number(txt, "protocol"),
+        oldest=_number(txt, "oldest"),
+        txt=txt,
+    )
+
+
+def _is_valid(host: str, port: int) -> bool:
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return 0 < port < 65536 and not ip.is_unspecified and not ip.is_multicast
+
+
+def _text(value: bytes) -> str:
+    text = value.decode()  # a UnicodeDecodeError is a ValueError
+    if len(text) > MOST_CHARACTERS or not text.isprintable():
+        raise ValueError(f"invalid text {shown(text)}")
+    return text
+
+
+def _number(txt: Mapping[str, str], key: str) -> int:
+    text = txt.get(key, "") or "0"
+    if len(text) > MOST_DIGITS or not text.isascii() or not text.isdigit():
+        raise ValueError(f"invalid number {key}={shown(text)}")
+    return int(text)
