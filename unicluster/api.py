@@ -44,10 +44,13 @@ def load(
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_local
     from unicluster.cluster.trust import Cluster
+    from unicluster.v1.node_pb2 import InspectRequest
 
     identity = Cluster.new().issue("local")
     checkpoint = describe_here(source.model, identity)
-    layout = Layout.from_proto(choose(checkpoint).inspect(checkpoint, source.quant))
+    layout = Layout.from_proto(
+        choose(checkpoint).inspect(checkpoint, InspectRequest(quant=source.quant))
+    )
     if local_nodes is None or not 1 <= local_nodes <= layout.layers:
         raise InputError(f"local_nodes: between 1 and {layout.layers}, the layers of {model}")
     cuts = split_evenly(layout, local_nodes)
@@ -65,6 +68,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
     from unicluster.cluster.trust import Store, default_name
+    from unicluster.v1.node_pb2 import InspectRequest
     from unicluster.v1.stage_pb2 import RouteStop
 
     if not nodes:
@@ -74,7 +78,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     machines = find(cluster, identity, nodes)
     addresses = [machine.address for machine in machines]
     checkpoint = describe_here(model, identity, addresses)
-    inspected = choose(checkpoint).inspect(checkpoint, quant)
+    inspected = choose(checkpoint).inspect(checkpoint, InspectRequest(quant=quant))
     hardware = probe()
     here = Machine.uniform("this machine", hardware.usable_memory, hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])

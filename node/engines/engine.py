@@ -8,7 +8,7 @@ from node.pipeline.pipeline_model import Front
 from node.ring.session import StageEngine
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges
-from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
 OnLoaded = Callable[[LoadProgress], None]
 
@@ -53,15 +53,8 @@ class Engine(Protocol):
     def can_draft(self) -> bool:
         """Whether a checkpoint of this engine can be a draft model."""
 
-    def inspect(
-        self,
-        checkpoint: Checkpoint,
-        quant: str = "",
-        context: int = 0,
-        users: int = 1,
-        kv_bits: int = 0,
-    ) -> ModelLayout:
-        """Bytes of weights and KV caches, layer by layer; arguments as in InspectRequest.
+    def inspect(self, checkpoint: Checkpoint, request: InspectRequest) -> ModelLayout:
+        """Bytes of weights and KV caches, layer by layer, with the options of `request`.
 
         Only small files and the headers of weights need be here. Raises InputError for a bad
         checkpoint or options that don't suit it, StageError for a model that can't be cut.

@@ -15,7 +15,7 @@ from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.gguf import Header, read_header
 from unicluster.checkpoints.ranges import Ranges, merged
 from unicluster.errors import InputError
-from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
 # Without either it is no tokenizer that transformers can load.
 OWN_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -28,19 +28,12 @@ class GgmlEngine:
     head_makes_logits = False
     can_draft = False
 
-    def inspect(
-        self,
-        checkpoint: Checkpoint,
-        quant: str = "",
-        context: int = 0,
-        users: int = 1,
-        kv_bits: int = 0,
-    ) -> ModelLayout:
-        if kv_bits:
+    def inspect(self, checkpoint: Checkpoint, request: InspectRequest) -> ModelLayout:
+        if request.kv_bits:
             raise InputError("--kv-bits: not for a GGUF; its caches are float16")
-        if quant:
-            raise InputError(f"--quant {quant}: the weights of a GGUF stay as they are")
-        return inspect(checkpoint, context, users)
+        if request.quant:
+            raise InputError(f"--quant {request.quant}: the weights of a GGUF stay as they are")
+        return inspect(checkpoint, request.context, request.users or 1)
 
     def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
         wanted = open_gguf(checkpoint).of_stage(spec.first_layer, spec.end_layer, spec.finishes)

@@ -14,7 +14,7 @@ from node.mlx.survey import survey
 from node.weights.fetch import tensor_ranges
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges
-from unicluster.v1.node_pb2 import LoadProgress, ModelLayout, StageSpec
+from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
 
 class MLXEngine:
@@ -24,15 +24,9 @@ class MLXEngine:
     head_makes_logits = True
     can_draft = True
 
-    def inspect(
-        self,
-        checkpoint: Checkpoint,
-        quant: str = "",
-        context: int = 0,
-        users: int = 1,
-        kv_bits: int = 0,
-    ) -> ModelLayout:
-        return inspect(checkpoint, quant, context, users, kv_bits)
+    def inspect(self, checkpoint: Checkpoint, request: InspectRequest) -> ModelLayout:
+        users = request.users or 1
+        return inspect(checkpoint, request.quant, request.context, users, request.kv_bits)
 
     def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
         surveyed = survey(checkpoint.root, spec.quant)

@@ -41,9 +41,7 @@ def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
     )
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
-    layout = choose(checkpoint).inspect(
-        checkpoint, request.quant, request.context, request.users or 1, request.kv_bits
-    )
+    layout = choose(checkpoint).inspect(checkpoint, request)
     if request.drafts_for:
         check_draft(request, checkpoint)
     return layout
