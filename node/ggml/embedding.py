@@ -22,6 +22,7 @@ class Embedding:
         self._start = tensor.bytes[0]
         self._type = tensor.type
         self._width = gguf.hidden_size
+        self.count = gguf.vocabulary  # tokens
         self._row_bytes = nbytes((self._width,), tensor.type)
         self._scale = np.sqrt(np.float32(self._width)) if known(gguf.header).scaled else None
 

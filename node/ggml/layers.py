@@ -153,6 +153,17 @@ class Layers:
         if not self._lib.llama_state_seq_set_data(self._context, data, len(state), sequence):
             raise StageError("this saved cache does not fit the stage")
 
+    def last_position(self, sequence: int) -> int:
+        """Position of the last token of a sequence; -1 of an empty one."""
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, sequence))
+
+    def full(self) -> StageError:
+        """The error for more tokens than there are cells."""
+        return StageError(
+            f"the KV cache of {self.sizes.cells} tokens is full: serve with a larger "
+            "--context, or more --users"
+        )
+
     @property
     def weight_bytes(self) -> int:
         return int(self._lib.llama_model_size(self._model))
@@ -187,10 +198,7 @@ class Layers:
             self._tap.open(hidden, into)
         status = self._lib.llama_decode(self._context, batch)
         if status == 1:
-            raise StageError(
-                f"the KV cache of {self.sizes.cells} tokens is full: serve with a larger "
-                "--context, or more --users"
-            )
+            raise self.full()
         if status:
             raise StageError(f"llama.cpp failed to compute {count} tokens (status {status})")
         if self._tap is not None:

@@ -1,7 +1,8 @@
 """Caches as rows, each a sequence in llama.cpp's memory: no operation on them moves any data."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from node.ggml.layers import Layers
@@ -21,13 +22,16 @@ class Row:
     skip: int = 0
     left: int | None = None
 
+    def count(self, columns: int) -> int:
+        """How many of so many columns are its tokens."""
+        count = columns - min(self.skip, columns)
+        return count if self.left is None else min(count, self.left)
+
     def take(self, columns: int) -> tuple[int, int]:
         """Which of so many columns, [first, end), are its tokens; the others are padding."""
-        first = min(self.skip, columns)
+        first, count = min(self.skip, columns), self.count(columns)
         self.skip -= first
-        count = columns - first
         if self.left is not None:
-            count = min(count, self.left)
             self.left -= count
         return first, first + count
 
@@ -50,6 +54,19 @@ class Sequences:
         sequence = heapq.heappop(self._free)
         self._users[sequence] = 1
         return Row(sequence)
+
+    @contextmanager
+    def rows(self, count: int) -> Iterator[list[Row]]:
+        """So many new rows; they are released if what is done with them fails."""
+        made: list[Row] = []
+        try:
+            for _ in range(count):
+                made.append(self.new())
+            yield made
+        except BaseException:
+            for row in made:
+                self.release(row)
+            raise
 
     def share(self, row: Row) -> Row:
         """The same again, for another cache."""
@@ -101,6 +118,11 @@ class Cache:
         return self._rows
 
     @property
+    def made(self) -> Sequence[Row]:
+        """Its rows; none of a new one, which may become any number."""
+        return self._rows or ()
+
+    @property
     def size(self) -> int:
         """Tokens of the longest row."""
         return max((row.length for row in self._rows or ()), default=0)
@@ -108,7 +130,8 @@ class Cache:
     def batch(self, count: int) -> list[Row]:
         """Its rows for a forward of so many, each with a sequence of its own to write to."""
         if self._rows is None:
-            self._rows = [self._sequences.new() for _ in range(count)]
+            with self._sequences.rows(count) as rows:
+                self._rows = rows
         if len(self._rows) != count:
             raise ValueError(f"a batch of {count} for a cache of {len(self._rows)} rows")
         for row in self._rows:

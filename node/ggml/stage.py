@@ -11,8 +11,12 @@ from node.ggml.layers import Layers
 from node.ggml.library import Floats
 from node.ggml.rows import Cache, Row, Sequences
 from node.ggml.wire import decode, encode
+from node.ring.bounds import FrameError
+from node.ring.cache_table import Extent
 from node.ring.frame_server import FrameServer
+from node.ring.leaves import FLOATS
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
+from unicluster.v1.tensor_pb2 import Tensor
 
 if TYPE_CHECKING:
     from node.ring.cache_table import Leaves
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 # Class name of a saved cache: mlx-lm has to know it to load one. Its state is a list of arrays
 # and two values that may be None.
 STATE_KIND = "ArraysCache"
+TOKEN_TYPES = frozenset({"uint32", "int32"})
 
 
 @dataclass
@@ -49,6 +54,22 @@ class GgmlStage(FrameServer[Cache, Held]):
         self._sequences = Sequences(layers)
         self._has_lm_head = bool(layers.sizes.vocabulary)
 
+    @property
+    def most_tokens(self) -> int:
+        return self._layers.sizes.cells
+
+    def extent(self, hidden: "Leaves") -> tuple[int, int]:
+        if len(hidden) != 1 or not hidden[0].HasField("tensor"):
+            raise FrameError("the stage before hands on more than a hidden state")
+        dtype, shape = hidden[0].tensor.dtype, list(hidden[0].tensor.shape)
+        wanted = TOKEN_TYPES if self._embedding else FLOATS
+        if dtype not in wanted:
+            raise FrameError(f"an input of {dtype}, which ggml can't use here")
+        like = [] if self._embedding else [self._layers.sizes.hidden]
+        if shape[2:] != like or len(shape) != 2 + len(like) or 0 in shape:
+            raise FrameError(f"an input of shape {shape}, not {['batch', 'tokens', *like]}")
+        return shape[0], shape[1]
+
     def forward(self, cache: Cache, hidden: "Leaves", *, prefill: bool) -> bool:
         inputs, dtype = self._taken(hidden)
         result = self._compute(cache.batch(len(inputs)), inputs, wanted=True)
@@ -63,15 +84,21 @@ class GgmlStage(FrameServer[Cache, Held]):
         if not self._has_lm_head:
             return Held(result=self._compute(rows, inputs, wanted=True))
         held = Held(before=cache.copy(), hidden=inputs)
-        self._compute(cache.batch(len(inputs)), inputs, wanted=False)
+        try:
+            self._compute(cache.batch(len(inputs)), inputs, wanted=False)
+        except BaseException:
+            self.drop(held)
+            raise
         return held
 
     def claim(self, held: Held, hidden: "Leaves") -> None:
         result = held.result
         if held.before is not None and held.hidden is not None:
-            rows = held.before.batch(len(held.hidden))
-            result = self._compute(rows, held.hidden, wanted=True)
-            held.before.free()
+            try:
+                rows = held.before.batch(len(held.hidden))
+                result = self._compute(rows, held.hidden, wanted=True)
+            finally:
+                held.before.free()
         if result is not None:
             encode(result, hidden)
 
@@ -113,7 +140,7 @@ class GgmlStage(FrameServer[Cache, Held]):
         return CacheAnswer(
             trimmable=self.trimmable(cache),
             size=cache.size,
-            nbytes=sum(self._nbytes(row) for row in cache.rows),
+            nbytes=sum(self._nbytes(row) for row in cache.made),
             empty=not cache.size,
             entries=1,
         )
@@ -130,22 +157,42 @@ class GgmlStage(FrameServer[Cache, Held]):
         into.state.add(key="1", json="null")
         into.state.add(key="2", json="null")
 
-    def store(self, cache: Cache, entry: int, kind: str, state: "Leaves") -> None:
-        leaves = [decode([leaf])[0] for leaf in state if leaf.HasField("tensor")]
-        rows = []
-        for length, saved in zip(leaves[::2], leaves[1::2], strict=True):
-            row = self._sequences.new()
-            row.length = int(length[0])
-            if row.length:
-                self._layers.restore(row.sequence, saved.tobytes())
-            rows.append(row)
-        cache.take(Cache(self._sequences, rows))
+    def store(self, cache: Cache, entry: int, kind: str, state: "Leaves") -> Extent:
+        if kind != STATE_KIND:
+            raise FrameError(f"a saved {kind[:40]!r} for a cache of ggml")
+        tensors = [leaf.tensor for leaf in state if leaf.HasField("tensor")]
+        if len(tensors) % 2 or {leaf.json for leaf in state if not leaf.HasField("tensor")} - {
+            "null"
+        }:
+            raise FrameError("a saved state of other parts than ggml's")
+        with self._sequences.rows(len(tensors) // 2) as rows:
+            for row, length, saved in zip(rows, tensors[::2], tensors[1::2], strict=True):
+                self._load(row, length, saved)
+        loaded = Cache(self._sequences, rows)
+        cache.take(loaded)
+        return Extent(len(rows), cache.size)
+
+    def _load(self, row: Row, length: Tensor, saved: Tensor) -> None:
+        if (length.dtype, list(length.shape), saved.dtype) != ("uint32", [1], "uint8"):
+            raise FrameError(f"a saved length of {length.dtype}, with a state of {saved.dtype}")
+        tokens = int.from_bytes(length.data, "little")
+        if tokens > self.most_tokens:
+            raise FrameError(f"{tokens} saved tokens, of {self.most_tokens} at most")
+        if tokens:
+            self._layers.restore(row.sequence, saved.data)
+            row.length = tokens
+            found = self._layers.last_position(row.sequence) + 1
+            if found != tokens or self._layers.state_size(row.sequence) != len(saved.data):
+                raise FrameError(f"a saved state of {found} tokens, not of {tokens}")
 
     def snapshot(self, cache: Cache) -> Cache:
         return cache.copy()
 
     def restore(self, cache: Cache, snapshot: Cache, tokens: int) -> None:
         cache.take(snapshot)
+
+    def entries(self, cache: Cache) -> int:
+        return 1
 
     def trimmable(self, cache: Cache) -> bool:
         return not self._layers.recurrent
@@ -157,7 +204,15 @@ class GgmlStage(FrameServer[Cache, Held]):
         """The frame's hidden states, removed from it, and their dtype on the wire."""
         received, dtype = decode(hidden)
         del hidden[:]
-        return received if self._embedding is None else self._embedding.rows(received), dtype
+        if self._embedding is None:
+            # All sequences share a KV cache, and attention multiplies even what it masks.
+            if not np.isfinite(received).all():
+                raise FrameError("a hidden state of infinite numbers, or of none")
+            return received, dtype
+        most = self._embedding.count - 1
+        if not 0 <= received.min() <= received.max() <= most:
+            raise FrameError(f"token ids {received.min()}-{received.max()}, not within 0-{most}")
+        return self._embedding.rows(received), dtype
 
     def _compute(self, rows: list[Row], hidden: Floats, wanted: bool) -> Floats:
         """Through the layers: (batch, columns, hidden) to hidden states or logits.
@@ -167,6 +222,7 @@ class GgmlStage(FrameServer[Cache, Held]):
         """
         batch, columns = hidden.shape[:2]
         starts = [row.length for row in rows]
+        self._check_room(rows, columns)
         taken = [row.take(columns) for row in rows]
         width = self._layers.sizes.vocabulary or self._layers.sizes.hidden
         result = np.zeros((batch, columns if wanted else 0, width), np.float32)
@@ -193,6 +249,12 @@ class GgmlStage(FrameServer[Cache, Held]):
                     result[i, taken[i][0] : taken[i][1]] = computed[at : at + count]
                 at += count
         return result
+
+    def _check_room(self, rows: list[Row], columns: int) -> None:
+        """Raises StageError for more tokens than the KV cache has cells, before any is computed."""
+        most = self._layers.sizes.cells
+        if any(row.length + row.count(columns) > most for row in rows):
+            raise self._layers.full()
 
     def _nbytes(self, row: Row) -> int:
         """Bytes of a row, and at least so many that not too many rows are kept for reuse."""

@@ -18,9 +18,17 @@ from mlx_lm.models.cache import make_prompt_cache
 from node.mlx.cache_view import CacheView
 from node.mlx.compat import drop_array, own_arrays
 from node.mlx.compat_caches import Caches, replace_update, restore_update
-from node.mlx.crossing import Crossing, crossing, finishing, forbidden_cuts, token_bytes
+from node.mlx.crossing import (
+    Crossing,
+    crossing,
+    finishing,
+    forbidden_cuts,
+    hidden_size,
+    token_bytes,
+)
 from node.mlx.dataflow import Embedding, FromCache, FromResult, Trace, replace_call, trace
 from node.mlx.tree import children, find, pack, put, unpack, write
+from node.ring.stage_input import StageInput
 from unicluster.errors import StageError
 
 
@@ -96,6 +104,14 @@ class HollowModel:
     def is_whole(self) -> bool:
         """True when nothing was cut off."""
         return self.start == 0 and self.end == self.layer_count
+
+    @property
+    def stage_input(self) -> StageInput:
+        """The form of what `forward` takes; of a stage that is not the first."""
+        last = self._trace.results[self.start - 1]
+        is_float = last.dtype is None or bool(mx.issubdtype(last.dtype, mx.floating))
+        path = last.token_path or (0,)
+        return StageInput.at(path, last.token_axis, hidden_size(self._trace), is_float)
 
     def forward(self, received: Any, caches: Caches) -> tuple[Any, list[Any]]:
         """What leaves the last layer, lazily, for what crossed the cut before `start`.

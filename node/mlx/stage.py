@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 
-from node.mlx.compat_caches import Caches, from_saved, token_count
+from node.mlx.compat_caches import Caches, token_count
 from node.mlx.hollow import HollowModel
 from node.mlx.kv_quant import quantized
 from node.mlx.memory import give_all_back, give_back
-from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_leaves
+from node.mlx.prebuilt import Build, Foresight, Kind, Step, kind_of_leaves
 from node.mlx.rollback import restore, snapshot
+from node.mlx.saved.state import BITS, GROUP_SIZES, cache_from_state, check_alike
 from node.mlx.tensors import decode_tree, encode_tree
+from node.ring.bounds import FrameError
+from node.ring.cache_table import Extent
 from node.ring.frame_server import FrameServer
+from node.ring.stage_input import check_indexes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ class StageCache:
         self.entries = entries
         self.kind: Kind = ()
         self.step: Step | None = None
+        self.unchecked: set[int] = set()  # stored entries, until a forward shows how they should be
 
 
 class Stage(FrameServer[StageCache, Any]):
@@ -46,6 +51,13 @@ class Stage(FrameServer[StageCache, Any]):
         self._hollow = hollow
         self._run = hollow.finish if hollow.finishes else hollow.forward
         self._foresight = Foresight(foresee)
+        self._input = hollow.stage_input
+
+    def extent(self, hidden: "Leaves") -> tuple[int, int]:
+        return self._input.extent(hidden)
+
+    def check_positions(self, hidden: "Leaves", tokens: int) -> None:
+        check_indexes(hidden, tokens)
 
     def forward(self, cache: StageCache, hidden: "Leaves", *, prefill: bool) -> bool:
         kind = () if prefill else kind_of_leaves(hidden)
@@ -56,7 +68,7 @@ class Stage(FrameServer[StageCache, Any]):
             result, extra = step.result, step.extra
         else:
             step = None  # it holds on to the caches' arrays, and MLX would copy them
-            result, extra = self._run(decode_tree(hidden), cache.entries)
+            result, extra = self._computed(self._run, hidden, cache)
         del hidden[:]
         encode_tree(result, hidden, extra)
         again = bool(kind) and cache.kind == kind
@@ -66,7 +78,7 @@ class Stage(FrameServer[StageCache, Any]):
     def hold(self, cache: StageCache, hidden: "Leaves") -> Any:
         # Nobody may ever read the result of a prefill chunk, so only the caches are computed.
         self.touch(cache)
-        result, extra = self._hollow.forward(decode_tree(hidden), cache.entries)
+        result, extra = self._computed(self._hollow.forward, hidden, cache)
         del hidden[:]
         mx.eval(_states(cache), extra)
         return result
@@ -92,8 +104,10 @@ class Stage(FrameServer[StageCache, Any]):
         return StageCache(self._hollow.cache_view.make())
 
     def merge(self, sources: Sequence[StageCache]) -> StageCache:
-        rows = zip(*(source.entries for source in sources), strict=True)
-        return StageCache([row[0].merge(list(row)) for row in rows])
+        rows = list(zip(*(source.entries for source in sources), strict=True))
+        if any(type(row[0]).__name__.startswith("Batch") for row in rows):
+            raise FrameError("a source is a batch already")
+        return _derived([row[0].merge(list(row)) for row in rows], *sources)
 
     def filter(self, cache: StageCache, rows: Sequence[int]) -> None:
         for entry in cache.entries:
@@ -102,9 +116,10 @@ class Stage(FrameServer[StageCache, Any]):
     def extend(self, cache: StageCache, other: StageCache) -> None:
         for entry, more in zip(cache.entries, other.entries, strict=True):
             entry.extend(more)
+        cache.unchecked |= other.unchecked
 
     def extract(self, cache: StageCache, row: int) -> StageCache:
-        extracted = StageCache([entry.extract(row) for entry in cache.entries])
+        extracted = _derived([entry.extract(row) for entry in cache.entries], cache)
         mx.eval(_states(extracted))  # else it would hold on to the whole batch
         return extracted
 
@@ -127,7 +142,7 @@ class Stage(FrameServer[StageCache, Any]):
             entry.trim(tokens)
 
     def copy(self, cache: StageCache) -> StageCache:
-        return StageCache(copy.deepcopy(cache.entries))
+        return _derived(copy.deepcopy(cache.entries), cache)
 
     def free(self, cache: StageCache) -> None:
         """Nothing: the garbage collector frees it."""
@@ -146,20 +161,30 @@ class Stage(FrameServer[StageCache, Any]):
         into.kind = type(saved).__name__
         encode_tree(saved.state, into.state)
 
-    def store(self, cache: StageCache, entry: int, kind: str, state: "Leaves") -> None:
-        """Only mlx-lm's own cache classes are made."""
-        cache.entries[entry] = from_saved(kind, decode_tree(state))
+    def store(self, cache: StageCache, entry: int, kind: str, state: "Leaves") -> Extent:
+        made, extent = cache_from_state(
+            self._hollow.cache_view.make()[entry], kind, decode_tree(state)
+        )
+        cache.entries[entry] = made
+        cache.unchecked.add(entry)
+        return extent
 
     def quantize(self, cache: StageCache, bits: int, group_size: int) -> StageCache:
-        made = StageCache(quantized(copy.deepcopy(cache.entries), bits, group_size))
+        if bits not in BITS or group_size not in GROUP_SIZES:
+            raise FrameError(f"{bits} bits in groups of {group_size}, not {BITS} in {GROUP_SIZES}")
+        made = _derived(quantized(copy.deepcopy(cache.entries), bits, group_size), cache)
         mx.eval(_states(made))
         return made
 
     def snapshot(self, cache: StageCache) -> StageCache:
-        return StageCache(snapshot(cache.entries))
+        return _derived(snapshot(cache.entries), cache)
 
     def restore(self, cache: StageCache, snapshot: StageCache, tokens: int) -> None:
         restore(cache.entries, snapshot.entries, tokens)
+        cache.unchecked |= snapshot.unchecked
+
+    def entries(self, cache: StageCache) -> int:
+        return len(cache.entries)
 
     def trimmable(self, cache: StageCache) -> bool:
         return all(entry.is_trimmable() for entry in cache.entries)
@@ -167,6 +192,23 @@ class Stage(FrameServer[StageCache, Any]):
     def size(self, cache: StageCache) -> int:
         """Tokens, as far as the entries count them: state-space caches don't."""
         return max(map(token_count, cache.entries), default=0)
+
+    def _computed(self, run: Build, hidden: "Leaves", cache: StageCache) -> tuple[Any, list[Any]]:
+        tree = decode_tree(hidden)
+        if cache.unchecked:
+            fresh = self._hollow.cache_view.make()
+            run(tree, fresh)  # nothing is evaluated: the shapes of what it makes are enough
+            for index in cache.unchecked:
+                check_alike(cache.entries[index], fresh[index])
+            cache.unchecked.clear()
+        return run(tree, cache.entries)
+
+
+def _derived(entries: Caches, *sources: StageCache) -> StageCache:
+    """A cache made of others."""
+    made = StageCache(entries)
+    made.unchecked = set().union(*(source.unchecked for source in sources))
+    return made
 
 
 def _states(cache: StageCache) -> list[Any]:

@@ -1,10 +1,14 @@
 """The caches of one session by number, and the operations that a frame asks for on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
-from unicluster.errors import StageError
+from node.ring.bounds import MOST_CACHES, MOST_ROWS, MOST_TOKENS, FrameError
+from node.ring.leaves import check_leaves
+from unicluster.errors import UniclusterError, in_one_line
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
 
@@ -16,10 +20,22 @@ if TYPE_CHECKING:
 C = TypeVar("C")  # an engine's cache: of all layers of the stage together
 
 
+class Extent(NamedTuple):
+    """rows: of a batch; None of an empty cache, which takes any. tokens: at most, in each row."""
+
+    rows: int | None
+    tokens: int
+
+
 class CacheEngine(ABC, Generic[C]):
     """Cache operations of one engine; each has the name of its field in CacheOp."""
 
     engine: ClassVar[str]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a row may have."""
+        return MOST_TOKENS
 
     def touch(self, cache: C) -> None:
         """Called before an operation reads or changes a cache."""
@@ -69,12 +85,24 @@ class CacheEngine(ABC, Generic[C]):
         """All about a cache but `live`."""
 
     @abstractmethod
+    def trimmable(self, cache: C) -> bool:
+        """Whether the last tokens of a cache can be taken off."""
+
+    @abstractmethod
+    def size(self, cache: C) -> int:
+        """Tokens in a cache; 0 of one that does not count them."""
+
+    @abstractmethod
+    def entries(self, cache: C) -> int:
+        """How many states a cache is saved as."""
+
+    @abstractmethod
     def fetch(self, cache: C, entry: int, into: CacheState) -> None:
         """Writes the state of one entry, to be saved, into an empty message."""
 
     @abstractmethod
-    def store(self, cache: C, entry: int, kind: str, state: "Leaves") -> None:
-        """Replaces one entry by a saved state."""
+    def store(self, cache: C, entry: int, kind: str, state: "Leaves") -> Extent:
+        """Replaces one entry by a saved state. Raises FrameError if it does not fit."""
 
     def quantize(self, cache: C, bits: int, group_size: int) -> C:
         """A copy with its KV caches quantized."""
@@ -88,106 +116,267 @@ class CacheEngine(ABC, Generic[C]):
     def restore(self, cache: C, snapshot: C, tokens: int) -> None:
         """Puts a snapshot back and trims the rest by `tokens`. The snapshot is used up."""
 
-    def unsupported(self, operation: str | None) -> StageError:
+    def unsupported(self, operation: str | None) -> FrameError:
         """The error for an operation that this engine does not have."""
-        return StageError(f"{self.engine} has no cache operation {operation or 'of that name'}")
+        return FrameError(f"{self.engine} has no cache operation {operation or 'of that name'}")
+
+
+@dataclass
+class Slot(Generic[C]):
+    """A cache, and the bounds that follow from the operations it went through.
+
+    rows: of its batch; None until the first forward decides. tokens: at most so many in a row,
+    padding included. padded: columns to come that `prepare` announced. is_snapshot: it holds
+    only what can't be trimmed, for `restore`.
+    """
+
+    cache: C
+    rows: int | None = None
+    tokens: int = 0
+    padded: int = 0
+    is_snapshot: bool = False
 
 
 class CacheTable(Generic[C]):
-    """Caches by the numbers that the head gave them."""
+    """Caches by the numbers that the head gave them.
+
+    Every number of an operation is checked before the engine sees it.
+    """
 
     def __init__(self, engine: CacheEngine[C]) -> None:
         self._engine = engine
-        self._caches: dict[int, C] = {}
+        self._slots: dict[int, Slot[C]] = {}
+        self._used_up: set[int] = set()  # snapshots that were put back and are still to be freed
 
     def __len__(self) -> int:
-        return len(self._caches)
+        return len(self._slots)
 
     def __contains__(self, number: int) -> bool:
-        return number in self._caches
+        return number in self._slots
 
     def __getitem__(self, number: int) -> C:
-        return self._caches[number]
+        return self._slots[number].cache
 
     def apply(self, op: CacheOp, report: StageReport) -> None:
         """Carries one operation out; answers go into `report`.
 
-        Raises StageError for an operation that the engine does not have, and whatever the
-        engine raises.
+        Raises FrameError for one that the engine does not have or the caches can't do, and the
+        StageError of an engine without room.
         """
         name = op.WhichOneof("op")
         operation = OPERATIONS.get(name or "")
         if operation is None:
             raise self._engine.unsupported(name)
-        operation(self, op, report)
+        with self.named(f"{name} of cache {op.cache}"):
+            operation(self, op, report)
+
+    def advance(self, number: int, rows: int, tokens: int) -> tuple[C, int]:
+        """The cache to forward (rows, tokens) with, and how long its rows are then at most.
+
+        Raises FrameError if they don't fit it.
+        """
+        slot = self._usable(number, touch=False)
+        if slot.rows is not None and slot.rows != rows:
+            raise FrameError(f"a batch of {rows} for {slot.rows} rows")
+        self._check("rows", rows, MOST_ROWS, least=1)
+        self._check("tokens", slot.tokens + tokens, MOST_TOKENS, least=1)
+        slot.rows = rows
+        slot.tokens += tokens
+        slot.padded = max(slot.padded - tokens, 0)
+        return slot.cache, slot.tokens
 
     def clear(self) -> None:
         """Frees all caches."""
-        for cache in self._caches.values():
-            self._engine.free(cache)
-        self._caches.clear()
+        for slot in self._slots.values():
+            self._engine.free(slot.cache)
+        self._slots.clear()
+        self._used_up.clear()
 
     def make(self, op: CacheOp, report: StageReport) -> None:
-        self._caches[op.cache] = self._engine.make()
+        self._check_new(op.cache)
+        self._slots[op.cache] = Slot(self._engine.make())
 
     def merge(self, op: CacheOp, report: StageReport) -> None:
-        sources = [self._touched(number) for number in op.merge.sources]
-        self._caches[op.cache] = self._engine.merge(sources)
+        self._check_new(op.cache)
+        self._check("sources", len(op.merge.sources), MOST_ROWS, least=1)
+        sources = [self._settled(number) for number in op.merge.sources]
+        for number, source in zip(op.merge.sources, sources, strict=True):
+            if self._rows(source) != 1:
+                raise FrameError(f"source {number} has {source.rows} rows instead of one")
+        merged = self._engine.merge([source.cache for source in sources])
+        tokens = max(source.tokens for source in sources)
+        self._slots[op.cache] = Slot(merged, len(sources), tokens)
 
     def filter(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.filter(self._touched(op.cache), list(op.filter.rows))
+        slot, rows = self._settled(op.cache), list(op.filter.rows)
+        count = self._rows(slot)
+        if not rows or len(set(rows)) != len(rows):
+            raise FrameError("rows that are not different ones, at least one")
+        self._check("row", max(rows), count - 1)
+        self._engine.filter(slot.cache, rows)
+        slot.rows = len(rows)
 
     def extend(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.extend(self._touched(op.cache), self._touched(op.extend.other))
+        slot, other = self._settled(op.cache), self._settled(op.extend.other)
+        if slot is other:
+            raise FrameError("it can't be extended by itself")
+        rows = self._rows(slot) + self._rows(other)
+        self._check("rows", rows, MOST_ROWS)
+        self._engine.extend(slot.cache, other.cache)
+        slot.rows, slot.tokens = rows, max(slot.tokens, other.tokens)
 
     def extract(self, op: CacheOp, report: StageReport) -> None:
-        source = self._touched(op.extract.source)
-        self._caches[op.cache] = self._engine.extract(source, op.extract.row)
+        self._check_new(op.cache)
+        source = self._settled(op.extract.source)
+        self._check("row", op.extract.row, self._rows(source) - 1)
+        extracted = self._engine.extract(source.cache, op.extract.row)
+        self._slots[op.cache] = Slot(extracted, 1, source.tokens)
 
     def prepare(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.prepare(self._touched(op.cache), op.prepare)
+        slot, asked = self._settled(op.cache), op.prepare
+        rows, most = self._rows(slot), self._engine.most_tokens
+        named = {
+            "left_padding": asked.left_padding,
+            "lengths": asked.lengths,
+            "right_padding": asked.right_padding,
+        }
+        for name, numbers in named.items():
+            if numbers and len(numbers) != rows:
+                raise FrameError(f"{len(numbers)} {name} for {rows} rows")
+            if numbers:
+                self._check(f"{name} at least", min(numbers), most)
+                self._check(name, max(numbers), most)
+        if asked.right_padding and not asked.lengths:
+            raise FrameError("right_padding without lengths")
+        columns = {sum(pair) for pair in zip(asked.lengths, asked.right_padding, strict=False)}
+        if len(columns) > 1:
+            raise FrameError(f"rows of {min(columns)} to {max(columns)} columns")
+        if asked.left_padding and slot.tokens:
+            raise FrameError("left_padding for a cache that is not empty")
+        self._engine.prepare(slot.cache, asked)
+        slot.padded = max(columns) if columns and any(asked.right_padding) else 0
 
     def finalize(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.finalize(self._touched(op.cache))
+        self._engine.finalize(self._settled(op.cache).cache)
 
     def trim(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.trim(self._touched(op.cache), op.trim.tokens)
+        slot, tokens = self._settled(op.cache), op.trim.tokens
+        if not tokens:
+            return
+        if not self._engine.trimmable(slot.cache):
+            raise FrameError(f"{tokens} tokens of a cache that can't be trimmed")
+        self._check("tokens", tokens, self._engine.size(slot.cache))
+        self._engine.trim(slot.cache, tokens)
+        slot.tokens -= min(tokens, slot.tokens)
 
     def copy(self, op: CacheOp, report: StageReport) -> None:
-        self._caches[op.cache] = self._engine.copy(self._touched(op.copy.source))
+        self._check_new(op.cache)
+        source = self._usable(op.copy.source)
+        self._slots[op.cache] = replace(source, cache=self._engine.copy(source.cache))
 
     def free(self, op: CacheOp, report: StageReport) -> None:
-        # A snapshot that was put back is gone before the head frees it.
-        if op.cache in self._caches:
-            self._engine.free(self._caches.pop(op.cache))
+        if op.cache in self._used_up:
+            self._used_up.remove(op.cache)
+            return
+        slot = self._slots.pop(op.cache, None)
+        if slot is None:
+            raise FrameError("there is no such cache")
+        self._engine.free(slot.cache)
 
     def query(self, op: CacheOp, report: StageReport) -> None:
-        if op.cache in self._caches:
-            report.answer.CopyFrom(self._engine.query(self._touched(op.cache)))
+        if op.cache in self._slots:
+            report.answer.CopyFrom(self._engine.query(self._usable(op.cache).cache))
         report.answer.live = len(self)
 
     def fetch(self, op: CacheOp, report: StageReport) -> None:
-        self._engine.fetch(self._touched(op.cache), op.fetch.entry, report.state)
+        slot = self._settled(op.cache)
+        self._check("entry", op.fetch.entry, self._engine.entries(slot.cache) - 1)
+        self._engine.fetch(slot.cache, op.fetch.entry, report.state)
 
     def store(self, op: CacheOp, report: StageReport) -> None:
-        store = op.store
-        self._engine.store(self._touched(op.cache), store.entry, store.kind, store.state)
+        slot, store = self._settled(op.cache), op.store
+        self._check("entry", store.entry, self._engine.entries(slot.cache) - 1)
+        check_leaves(store.state)
+        rows, tokens = self._engine.store(slot.cache, store.entry, store.kind, store.state)
+        if rows is not None and slot.rows is not None and rows != slot.rows:
+            raise FrameError(f"{rows} rows for {slot.rows} rows")
+        self._check("rows", rows or 0, MOST_ROWS)
+        self._check("tokens", tokens, self._engine.most_tokens)
+        slot.rows = slot.rows if rows is None else rows
+        slot.tokens = max(slot.tokens, tokens)
 
     def quantize(self, op: CacheOp, report: StageReport) -> None:
-        source, asked = self._touched(op.quantize.source), op.quantize
-        self._caches[op.cache] = self._engine.quantize(source, asked.bits, asked.group_size)
+        self._check_new(op.cache)
+        source, asked = self._settled(op.quantize.source), op.quantize
+        made = self._engine.quantize(source.cache, asked.bits, asked.group_size)
+        self._slots[op.cache] = replace(source, cache=made)
 
     def snapshot(self, op: CacheOp, report: StageReport) -> None:
-        self._caches[op.cache] = self._engine.snapshot(self._touched(op.snapshot.source))
+        self._check_new(op.cache)
+        source = self._settled(op.snapshot.source)
+        saved = self._engine.snapshot(source.cache)
+        self._slots[op.cache] = replace(source, cache=saved, is_snapshot=True)
 
     def restore(self, op: CacheOp, report: StageReport) -> None:
-        cache, saved = self._touched(op.cache), self._caches.pop(op.restore.snapshot)
-        self._engine.restore(cache, saved, op.restore.tokens)
+        slot, number, tokens = self._settled(op.cache), op.restore.snapshot, op.restore.tokens
+        saved = self._slots.get(number)
+        if saved is None or not saved.is_snapshot:
+            raise FrameError(f"there is no snapshot {number}")
+        if saved.rows not in (None, slot.rows):
+            raise FrameError(f"a snapshot of {saved.rows} rows for {slot.rows} rows")
+        if saved.tokens + tokens != slot.tokens:
+            raise FrameError(f"{tokens} tokens since the snapshot, of {slot.tokens - saved.tokens}")
+        del self._slots[number]
+        self._used_up.add(number)
+        self._engine.restore(slot.cache, saved.cache, tokens)
+        slot.tokens = saved.tokens
 
-    def _touched(self, number: int) -> C:
-        cache = self._caches[number]
-        self._engine.touch(cache)
-        return cache
+    def _usable(self, number: int, *, touch: bool = True) -> Slot[C]:
+        slot = self._slots.get(number)
+        if slot is None:
+            raise FrameError(f"there is no cache {number}")
+        if slot.is_snapshot:
+            raise FrameError(f"cache {number} is a snapshot")
+        if touch:
+            self._engine.touch(slot.cache)
+        return slot
+
+    def _settled(self, number: int) -> Slot[C]:
+        """A cache that does not wait for columns that `prepare` announced."""
+        slot = self._usable(number)
+        if slot.padded:
+            raise FrameError(f"cache {number} was prepared for {slot.padded} more columns")
+        return slot
+
+    def _rows(self, slot: Slot[C]) -> int:
+        """Rows of a cache; from now on one, where no forward has decided."""
+        if slot.rows is None:
+            slot.rows = 1
+        return slot.rows
+
+    def _check_new(self, number: int) -> None:
+        if not number:
+            raise FrameError("caches are numbered from 1")
+        if number in self._slots or number in self._used_up:
+            raise FrameError("there is one of that number already")
+        self._check("caches", len(self) + len(self._used_up), MOST_CACHES - 1)
+
+    def _check(self, name: str, value: int, most: int, least: int = 0) -> None:
+        if not least <= value <= most:
+            raise FrameError(f"{name} {value}, not within {least}-{most}")
+
+    @contextmanager
+    def named(self, operation: str) -> Iterator[None]:
+        """Puts the operation and the cache's number before what goes wrong."""
+        try:
+            yield
+        except FrameError as error:
+            raise FrameError(f"{operation}: {error}") from error
+        except UniclusterError:
+            raise
+        except Exception as error:
+            engine = self._engine.engine
+            raise FrameError(f"{operation}: {engine} can't: {in_one_line(error)}") from error
 
 
 # By the name of the field in CacheOp, which is that of the method.

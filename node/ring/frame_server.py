@@ -4,8 +4,9 @@ import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Generic
 
+from node.ring.bounds import FrameError
 from node.ring.cache_table import C, CacheEngine, CacheTable
-from node.ring.leaves import leaf_bytes
+from node.ring.leaves import check_leaves, leaf_bytes
 from node.ring.session import H, Session
 from unicluster.v1.stage_pb2 import Frame, StagePart, StageReport
 
@@ -27,7 +28,11 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         return Session(stage, last, CacheTable(self))
 
     def serve(self, session: Session[C, H], frame: Frame, arrived: float) -> None:
-        """Does this stage's part of a frame; see StageEngine."""
+        """Does this stage's part of a frame; see StageEngine.
+
+        Raises FrameError for a frame whose numbers don't fit the session.
+        """
+        _check(session, frame)
         started = time.perf_counter()
         report = frame.reports.add(
             stage=session.stage,
@@ -50,7 +55,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
                 if number in session.held:
                     self.drop(session.held.pop(number))
             if frame.claim:
-                self.claim(session.held.pop(frame.claim), frame.hidden)
+                self._claim(session, frame)
         self.tidy(freed=freed, prefill=frame.hold)
         report.compute_s = time.perf_counter() - started
 
@@ -68,6 +73,9 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         session.held.clear()
         session.due.clear()
         session.caches.clear()
+
+    def check_positions(self, hidden: "Leaves", tokens: int) -> None:
+        """Raises FrameError for positions beside the hidden state that `tokens` don't have."""
 
     @abstractmethod
     def forward(self, cache: C, hidden: "Leaves", *, prefill: bool) -> bool:
@@ -91,21 +99,48 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         """Gives memory back at the end of a frame."""
 
     @abstractmethod
-    def trimmable(self, cache: C) -> bool:
-        """Whether the last tokens of a cache can be taken off."""
-
-    @abstractmethod
-    def size(self, cache: C) -> int:
-        """Tokens in a cache; 0 of one that does not count them."""
+    def extent(self, hidden: "Leaves") -> tuple[int, int]:
+        """(batch, tokens) of a frame's input. Raises FrameError if the layers can't take it."""
 
     def _forward(
         self, session: Session[C, H], part: StagePart, frame: Frame, report: StageReport
     ) -> None:
-        cache, shape = session.caches[part.cache], frame.hidden[0].tensor.shape
-        self.computed_tokens += shape[0] * shape[1]
+        with session.caches.named(f"forward with cache {part.cache}"):
+            if not frame.hidden:
+                raise FrameError("the frame has no hidden state")
+            rows, tokens = self.extent(frame.hidden)
+            cache, length = session.caches.advance(part.cache, rows, tokens)
+            self.check_positions(frame.hidden, length)
+            self._run_layers(session, part.cache, cache, frame)
+        self.computed_tokens += rows * tokens
+        report.trimmable = self.trimmable(cache)
+        report.size = self.size(cache)
+
+    def _run_layers(self, session: Session[C, H], number: int, cache: C, frame: Frame) -> None:
         if session.last and frame.hold:
             session.held[frame.id] = self.hold(cache, frame.hidden)
         elif self.forward(cache, frame.hidden, prefill=frame.hold):
-            session.due.append(part.cache)
-        report.trimmable = self.trimmable(cache)
-        report.size = self.size(cache)
+            session.due.append(number)
+
+    def _claim(self, session: Session[C, H], frame: Frame) -> None:
+        with session.caches.named(f"claim of frame {frame.claim}"):
+            if frame.claim not in session.held:
+                raise FrameError("it is not held")
+            self.claim(session.held.pop(frame.claim), frame.hidden)
+
+
+def _check(session: Session[C, H], frame: Frame) -> None:
+    """Raises FrameError for stages and frame numbers that can't be."""
+    check_leaves(frame.hidden)
+    stages = [part.stage for part in frame.parts]
+    most = session.stage if session.last else None
+    if stages and (min(stages) < session.stage or (most is not None and max(stages) > most)):
+        raise FrameError(f"frame {frame.id}: operations for stages {stages}, at {session.stage}")
+    if len(set(stages)) != len(stages):
+        raise FrameError(f"frame {frame.id}: two parts for one stage, of {stages}")
+    if len(frame.reports) > session.stage:
+        raise FrameError(f"frame {frame.id}: {len(frame.reports)} reports at {session.stage}")
+    if session.last and frame.hold and (not frame.id or frame.id in session.held):
+        raise FrameError(f"frame {frame.id}: a result of that number can't be held")
+    if session.last and frame.claim and any(part.cache for part in frame.parts):
+        raise FrameError(f"frame {frame.id}: it forwards, and claims frame {frame.claim}")

@@ -61,6 +61,8 @@ class StageService(StageServicer):
         if not isinstance(message, HopMessage) or not message.HasField("open"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "open: must come first")
         opening = message.open
+        if not opening.stage:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "stage: 0 is the head")
         if opening.returns:
             await self._return_results(opening, context)
         elif opening.session in self._sessions:

@@ -21,7 +21,7 @@ FLOORS = {
     ],
     "node": [
         *("doctor", "agent", "inprocess", "inspect", "worker", "generation", "engines"),
-        *("ggml", "pipeline", "mlx", "ring", "metering", "weights", "."),
+        *("ggml", "pipeline", "mlx", "mlx.saved", "ring", "metering", "weights", "."),
     ],
     "unicluster": [
         *("chat", "benchmark", "client", "telemetry", "checkpoints", "cluster", ".", "v1"),
