@@ -26,6 +26,7 @@ from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.retry import attempts, succeeded
 from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.2
+# Pauses before a ring is opened again, and between looks at machines that unload.
+FIRST_RETRY_SECONDS = 0.2
+LAST_RETRY_SECONDS = 1.0
+LOOK_SECONDS = 0.05
 # If it takes longer to open a ring over stages that are ready, something is wrong with them.
 OPEN_SECONDS = 15.0
 # A worker is given 5 s to end before it is killed.
@@ -63,6 +67,10 @@ class Files:
     sources: list[str]
     from_hub: list[list[str]]
     draft: Draft | None = None
+
+
+class _RingClosed(Exception):  # noqa: N818 - no error yet: it is opened again
+    """The ring ended while all its stages stand."""
 
 
 class _Lease:
@@ -102,7 +110,7 @@ class _Lease:
                 info = await self._node.Describe(DescribeNodeRequest(), timeout=UNLOAD_SECONDS)
                 if self._spec not in info.stages:
                     return
-                await asyncio.sleep(RETRY_SECONDS / 4)
+                await asyncio.sleep(LOOK_SECONDS)
 
     def _note(self, event: StageEvent, events: Events) -> None:
         if event.HasField("progress"):
@@ -252,21 +260,28 @@ class Deployment:
             self._tasks.append(asyncio.create_task(hold))
         clock = asyncio.get_running_loop().time
         began: float | None = None
-        while True:
-            addresses = await self._all_ready()
-            began = began or clock()
-            ring = asyncio.create_task(self._hold_ring(addresses))
-            try:
-                await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
-                self._raise_if_lost()
-                if ring.result():
-                    began = None
-                elif clock() - began > OPEN_SECONDS:
-                    raise UnavailableError(self.detail)
-            finally:
-                ring.cancel()
-                await asyncio.gather(ring, return_exceptions=True)
-            await asyncio.sleep(RETRY_SECONDS)
+        async for attempt in attempts(
+            "ring",
+            lambda error: isinstance(error, _RingClosed),
+            first=FIRST_RETRY_SECONDS,
+            last=LAST_RETRY_SECONDS,
+        ):
+            with attempt:
+                addresses = await self._all_ready()
+                began = began or clock()
+                ring = asyncio.create_task(self._hold_ring(addresses))
+                try:
+                    await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+                    self._raise_if_lost()
+                    if ring.result():
+                        began = None
+                        succeeded(attempt)
+                    elif clock() - began > OPEN_SECONDS:
+                        raise UnavailableError(self.detail)
+                    raise _RingClosed(self.detail)
+                finally:
+                    ring.cancel()
+                    await asyncio.gather(ring, return_exceptions=True)
 
     def _stir(self) -> None:
         self._changed.set()

@@ -21,12 +21,13 @@ from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.cluster.trust import Identity
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.retry import attempts, succeeded
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import Draft, StageSpec
 
 log = logging.getLogger(__name__)
 
-# Between attempts to serve again after a loss; doubled each time it fails, up to the last.
+# Pauses between attempts to serve again after a loss, which end when a machine comes or goes.
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
 # For the head to say how it is.
@@ -168,23 +169,30 @@ class Service:
 
     async def run(self) -> None:
         """Serves until cancelled. Raises what keeps the first deployment from getting ready."""
-        retry = FIRST_RETRY_SECONDS
-        while True:
-            try:
-                await self._deploy_once()
-            except UniclusterError as error:
-                if not self._ready.is_set():
+        async for attempt in attempts(
+            f"serving {self.display}",
+            lambda error: isinstance(error, UniclusterError) and self._ready.is_set(),
+            first=FIRST_RETRY_SECONDS,
+            last=LAST_RETRY_SECONDS,
+            pause=self._members.changed,
+        ):
+            with attempt:
+                try:
+                    await self._deploy_once()
+                except UniclusterError as error:
+                    if self._ready.is_set() and self._lose(error):
+                        succeeded(attempt)
                     raise
-                lost = self.deployment is not None and self.deployment.was_ready
-                self.deployment = None
-                self._problem, self._stuck = str(error), not lost
-                self._moving = isinstance(error, DrainedError)
-                self._turned.set()
-                log.warning("not serving: %s", error)
-                if lost:
-                    retry = FIRST_RETRY_SECONDS
-            await self._members.changed(timeout=retry)
-            retry = min(2 * retry, LAST_RETRY_SECONDS)
+
+    def _lose(self, error: UniclusterError) -> bool:
+        """Notes the loss of the deployment; returns whether it had answered."""
+        lost = self.deployment is not None and self.deployment.was_ready
+        self.deployment = None
+        self._problem, self._stuck = str(error), not lost
+        self._moving = isinstance(error, DrainedError)
+        self._turned.set()
+        log.warning("not serving: %s", error)
+        return lost
 
     async def _deploy_once(self) -> None:
         machines = await self._members.machines()

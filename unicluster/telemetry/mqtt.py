@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import aiomqtt
 
 from unicluster.cluster.trust import Cluster
 from unicluster.errors import in_one_line
+from unicluster.retry import attempts, succeeded
 from unicluster.telemetry.broker_url import BrokerUrl
 
 log = logging.getLogger(__name__)
@@ -88,23 +88,35 @@ class Publisher:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self, ending: asyncio.Event) -> None:
-        retry, away = FIRST_RETRY_SECONDS, False
-        while not ending.is_set():
-            try:
-                async with self._client() as client:
-                    if away:
-                        log.warning("MQTT broker %s is back", self.url.where)
-                    retry, away = FIRST_RETRY_SECONDS, False
-                    await self._serve(client, ending)
-            except (aiomqtt.MqttError, OSError) as error:
-                if not away:
-                    reason = in_one_line(error)
-                    log.warning("MQTT broker %s: %s; trying on", self.url.where, reason)
-                away = True
-                # A broker that restarts is not met by all machines at the same moment.
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ending.wait(), retry * random.uniform(0.5, 1))  # noqa: S311
-                retry = min(2 * retry, LAST_RETRY_SECONDS)
+        away = False
+
+        async def pause(seconds: float) -> None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), seconds)
+
+        async for attempt in attempts(
+            f"MQTT broker {self.url.where}",
+            lambda error: isinstance(error, (aiomqtt.MqttError, OSError)),
+            first=FIRST_RETRY_SECONDS,
+            last=LAST_RETRY_SECONDS,
+            pause=pause,
+        ):
+            if ending.is_set():
+                return
+            with attempt:
+                try:
+                    async with self._client() as client:
+                        if away:
+                            log.warning("MQTT broker %s is back", self.url.where)
+                        away = False
+                        succeeded(attempt)
+                        await self._serve(client, ending)
+                except (aiomqtt.MqttError, OSError) as error:
+                    if not away:
+                        reason = in_one_line(error)
+                        log.warning("MQTT broker %s: %s; trying on", self.url.where, reason)
+                    away = True
+                    raise
 
     def _client(self) -> aiomqtt.Client:
         user, password = self.url.user, self.url.password
