@@ -31,6 +31,7 @@ from coordinator.serving.service import Service
 from coordinator.serving.telemetry import root_of, tell
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
+from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
@@ -141,6 +142,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     before anything loads.
     """
     identity = cluster.issue(default_name())
+    raise_file_limit()
     server = make_server()
     clients = cluster.client_access.authority.ca_pem
     port = bind(

@@ -11,6 +11,8 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -22,6 +24,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from coordinator.serving.exposition import Deployment
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import check_free
+from unicluster.cluster.roles import audit
 from unicluster.cluster.trust import Cluster, Identity, default_name
 from unicluster.v1.chat_pb2 import Measured
 
@@ -31,6 +34,12 @@ PATH = "/metrics"
 # For a client to shake hands, to ask, and to take the answer: each.
 CLIENT_SECONDS = 10.0
 READ_SECONDS = 10.0
+# At a time, all together and from one address: each takes a thread.
+MOST_CLIENTS = 256
+MOST_OF_ONE = 16
+# Who is refused is logged once in so many seconds for each address, of so many addresses.
+LOG_AGAIN_SECONDS = 60.0
+MOST_LOGGED = 1024
 
 App = Callable[..., Iterable[bytes]]
 
@@ -96,12 +105,15 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each client, which also shakes hands there."""
+    """A thread for each client, which also shakes hands there; of so many clients at a time."""
 
     daemon_threads = True
 
     def __init__(self, host: str, port: int, app: App, tls: ssl.SSLContext) -> None:
         self._tls = tls
+        self._clients: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._logged: dict[str, float] = {}
         self._everywhere = not host and socket.has_dualstack_ipv6()
         self.address_family = socket.AF_INET6 if self._everywhere else _family(host)
         super().__init__((host, port), _Handler)
@@ -115,13 +127,36 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether the client gets a thread; else its connection is closed at once."""
+        host = client_address[0]
+        with self._counting:
+            if self._clients.total() >= MOST_CLIENTS or self._clients[host] >= MOST_OF_ONE:
+                return False
+            self._clients[host] += 1
+        return True
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._counting:
+                self._clients[client_address[0]] -= 1
+
     def finish_request(self, request: Any, client_address: Any) -> None:
         request.settimeout(CLIENT_SECONDS)
         with self._tls.wrap_socket(request, server_side=True) as secured:
             super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.warning("metrics: refused %s", client_address[0], exc_info=log.isEnabledFor(10))
+        now, host = time.monotonic(), client_address[0]
+        with self._counting:
+            recent = {h: t for h, t in self._logged.items() if now - t < LOG_AGAIN_SECONDS}
+            self._logged = recent
+            if host in recent or len(recent) >= MOST_LOGGED:
+                return
+            recent[host] = now
+        audit.warning("metrics refused to %s", host, exc_info=log.isEnabledFor(logging.DEBUG))
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -10,6 +10,7 @@ from coordinator.fleet.members import Members
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.service import Service
 from unicluster import __version__
+from unicluster.cluster.background import going_on
 from unicluster.telemetry.home_assistant import Sensor, discovery
 from unicluster.telemetry.mqtt import Publisher
 from unicluster.telemetry.rate import Rate
@@ -32,13 +33,14 @@ async def tell(
     events = f"{publisher.url.prefix}/events"
     rate = Rate(gateway.tokens)
     while True:
-        state = state_of(service, coordinator)
-        publisher.state(publisher.topic("state"), state)
-        for event in seen.news(state, frozenset(members.names)):
-            publisher.event(events, {"time": round(time.time(), 3), **event})
-        if rate.seconds >= READ_SECONDS:
-            readings = readings_of(rate.next(gateway.tokens), gateway.running)
-            publisher.event(publisher.topic("readings"), readings)
+        with going_on("telemetry"):
+            state = state_of(service, coordinator)
+            publisher.state(publisher.topic("state"), state)
+            for event in seen.news(state, frozenset(members.names)):
+                publisher.event(events, {"time": round(time.time(), 3), **event})
+            if rate.seconds >= READ_SECONDS:
+                readings = readings_of(rate.next(gateway.tokens), gateway.running)
+                publisher.event(publisher.topic("readings"), readings)
         await asyncio.sleep(LOOK_SECONDS)
 
 

@@ -2,16 +2,14 @@
 
 import asyncio
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from statistics import median
 
 from coordinator.fleet.measured import Learned, taken
 from coordinator.planning.placement import Stage
+from unicluster.cluster.background import going_on
 from unicluster.v1.chat_pb2 import Finish, Measured
-
-log = logging.getLogger(__name__)
 
 # Of shorter answers the time a token takes is told too roughly.
 TOKENS = 16
@@ -56,17 +54,15 @@ class Timing:
         while True:
             await self._news.wait()
             self._news.clear()
-            meters = (await measure()).meters
-            known = taken(
-                self._stages,
-                [stage.decode_s for stage in meters.stages],
-                [hop.decode_s for hop in meters.hops],
-                median(self._seconds),
-            )
-            try:
+            with going_on("keeping what was measured"):
+                meters = (await measure()).meters
+                known = taken(
+                    self._stages,
+                    [stage.decode_s for stage in meters.stages],
+                    [hop.decode_s for hop in meters.hops],
+                    median(self._seconds),
+                )
                 await asyncio.to_thread(Learned.record, self._model, self._stages, known)
-            except OSError as error:
-                log.warning("what was measured can't be kept: %s", error)
 
     @property
     def seconds_per_token(self) -> float | None:

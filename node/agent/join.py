@@ -17,7 +17,9 @@ from node.agent.telemetry import tell
 from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.weights_service import WeightsService
+from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
+from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement, Browser, one_address
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
@@ -91,6 +93,7 @@ async def _join(
 ) -> int:
     identity = cluster.issue(args.name)
     hardware = _offering(await asyncio.to_thread(probe, cap), args.engine)
+    raise_file_limit()
     server = make_server()
     port = bind(server, args.host, args.port, identity)
     browser = Browser(Kind.NODE, cluster.fingerprint, host=args.host)
@@ -182,10 +185,11 @@ async def _keep_current(
                 log.warning("%s", wrong)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
-        usable = await asyncio.to_thread(agent.usable_memory)
-        if abs(usable - told) > NOTICEABLE * max(told, 1):
-            told = usable
-            await advertisement.update(usable=str(usable))
+        with going_on("advertising this machine"):
+            usable = await asyncio.to_thread(agent.usable_memory)
+            if abs(usable - told) > NOTICEABLE * max(told, 1):
+                told = usable
+                await advertisement.update(usable=str(usable))
 
 
 def _greet_the_user(

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
+from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import as_error, connect, join_address
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.trust import Identity
@@ -77,9 +78,10 @@ async def _keep_greeting(
     """Says when the peer stops answering; `problem` is what was the matter last."""
     while True:
         await asyncio.sleep(GREET_SECONDS)
-        before, problem = problem, await _greet(peer, channel, greeting)
-        if problem is not None and before is None:
-            log.warning("%s; trying on", problem)
+        with going_on(f"greeting {peer}"):
+            before, problem = problem, await _greet(peer, channel, greeting)
+            if problem is not None and before is None:
+                log.warning("%s; trying on", problem)
 
 
 async def _greet(

@@ -7,6 +7,7 @@ from typing import Any
 from node.agent.agent import Agent
 from node.agent.sensors import Warmth, read_warmth
 from unicluster import PROTOCOL, __version__
+from unicluster.cluster.background import going_on
 from unicluster.telemetry.home_assistant import Sensor, discovery
 from unicluster.telemetry.mqtt import Publisher
 from unicluster.telemetry.rate import Rate
@@ -23,10 +24,13 @@ async def tell(agent: Agent, publisher: Publisher, name: str) -> None:
         publisher.state(publisher.topic("state"), state_of(agent, name))
         if time.monotonic() >= due:
             due = time.monotonic() + READ_SECONDS
-            usable, warmth = await asyncio.to_thread(lambda: (agent.usable_memory(), read_warmth()))
-            tokens_per_s = rate.next(agent.computed_tokens)
-            readings = readings_of(agent, usable, warmth, tokens_per_s)
-            publisher.event(publisher.topic("readings"), readings)
+            with going_on("telemetry"):
+                usable, warmth = await asyncio.to_thread(
+                    lambda: (agent.usable_memory(), read_warmth())
+                )
+                tokens_per_s = rate.next(agent.computed_tokens)
+                readings = readings_of(agent, usable, warmth, tokens_per_s)
+                publisher.event(publisher.topic("readings"), readings)
         await agent.changed(due - time.monotonic())
 
 

@@ -35,6 +35,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 # gRPC logs each call that its client cancels as an error, with a traceback.
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
+HANDSHAKE_SECONDS = 5.0
+
 # A peer that is gone without a word is noticed within the sum of the two.
 KEEPALIVE_TIME = 1.0
 KEEPALIVE_TIMEOUT = 2.5
@@ -54,6 +56,8 @@ _COMMON: _Options = [
 SERVER_OPTIONS: _Options = [
     *_COMMON,
     ("grpc.so_reuseport", 0),  # else two servers share a port in silence
+    # Else a stranger who says nothing holds a connection for two minutes.
+    ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
     # Without these two a server hangs up on clients whose pings it finds too many.
     ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME * 500)),
     ("grpc.http2.max_ping_strikes", 0),

@@ -21,6 +21,7 @@ from zeroconf import (  # type: ignore[attr-defined]  # the records are exported
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 import unicluster
+from unicluster.cluster.background import going_on
 from unicluster.cluster.interfaces import best_first, own_addresses
 from unicluster.cluster.records import (
     Kind,
@@ -216,8 +217,9 @@ class Browser:
         """Answers come from the cache while they are fresh, so this is seldom a question."""
         while True:
             await asyncio.sleep(POLL_EVERY)
-            for name in self._known:
-                self._refresh(name)
+            with going_on("looking for machines"):
+                for name in self._known:
+                    self._refresh(name)
 
     def _refresh(self, name: str) -> None:
         self._stale.add(name)
@@ -229,7 +231,9 @@ class Browser:
     async def _look_up(self, name: str) -> None:
         while name in self._stale:
             self._stale.discard(name)
-            machine = await _ask(self._zeroconf.zeroconf, self._kind, name, self._fingerprint)
+            machine = None
+            with going_on(f"asking after {shown(name)}"):
+                machine = await _ask(self._zeroconf.zeroconf, self._kind, name, self._fingerprint)
             before = self._machines.pop(name, None)
             if machine is not None and name in self._known:  # after a goodbye it is not
                 self._machines[name] = machine
