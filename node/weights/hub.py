@@ -2,23 +2,39 @@
 
 Addresses, tokens, retries and the cache's layout are huggingface_hub's, and so are the
 environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+
+Its own downloads go on after a lost connection, but not in the next process, and compare sizes,
+not checksums. So what comes over plain HTTP is streamed and verified here, by its public calls,
+and then handed to its cache.
 """
 
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.file_download import get_hf_file_metadata, http_get
-from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    hf_raise_for_status,
+    http_stream_backoff,
+    tqdm,
+)
 
-from node.weights.hub_errors import HTTPError, reasons
+from node.weights.hub_compat import HTTPError
+from node.weights.hub_errors import reasons
 from node.weights.store import UNVERIFIED, folder
 from unicluster.checkpoints.checkpoint import (
     Checkpoint,
@@ -31,18 +47,28 @@ from unicluster.checkpoints.checkpoint import (
 )
 from unicluster.checkpoints.gguf import FIRST_BYTES, gguf_header_end
 from unicluster.checkpoints.gguf_names import check_named, chosen, split_id
-from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
-from unicluster.errors import InputError, NotFoundError
+from unicluster.checkpoints.safetensors import LENGTH_BYTES, MOST_HEADER_BYTES, header_length
+from unicluster.errors import InputError, NotFoundError, in_one_line
 from unicluster.retry import attempts_in_thread
+
+log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 8
 ATTEMPTS = 5
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 8.0
 READ_BYTES = 1 << 22
+# What is lost of a file when the connection or the process ends.
+CHUNK_BYTES = 1 << 20
+# The hub gives larger files only by hf_xet.
+MOST_HTTP_BYTES = 50 * 10**9
 GIT_DIGITS = 40
+PARTIAL_CONTENT = 206
 
 OnBytes = Callable[[int], None]
+
+# Its types are stricter than what it takes.
+_Bar: Any = tqdm
 
 disable_progress_bars()
 
@@ -120,28 +146,59 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: 
         if checkpoint.is_whole(name):
             on_bytes(size)
             return
-        # What is too big for plain HTTP comes by hf_xet, which verifies and resumes by itself.
-        if size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+        repo, _ = split_id(manifest.model)
+        if size <= MOST_HTTP_BYTES:
             _fetch_verified(manifest, name, partial, on_bytes)
             blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
             blob.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(blob)
-        repo, _ = split_id(manifest.model)
-        whole = hf_hub_download(repo, name, revision=manifest.revision)
+            whole = hf_hub_download(repo, name, revision=manifest.revision)
+        else:
+            # hf_xet verifies and resumes by itself.
+            whole = hf_hub_download(
+                repo, name, revision=manifest.revision, tqdm_class=_progress_class(on_bytes)
+            )
         checkpoint.link(name, Path(whole))
 
 
+def _progress_class(on_bytes: OnBytes) -> Any:
+    """A progress bar for huggingface_hub that shows nothing and reports bytes.
+
+    Only the first of a download does: hf_xet has one for bytes on the disk, then one for the
+    network.
+    """
+    bars: list[Any] = []
+
+    class Progress(_Bar):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            bars.append(self)
+
+        def update(self, n: float | None = 1) -> Any:
+            if self is bars[0]:
+                on_bytes(int(n or 0))
+            return super().update(n)
+
+    return Progress
+
+
 def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    """Raises NotFoundError for a file that is damaged however often it is fetched."""
+    """Fetches what `partial` lacks of a file until all of it is here and right.
+
+    Raises NotFoundError for a file that is damaged however often it is fetched.
+    """
+    file = manifest.files[name]
+    partial.touch()
+    on_bytes(_size(partial))
     for attempt in attempts_in_thread(
         name, _may_pass, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
     ):
         with attempt:
             _fetch_rest(manifest, name, partial, on_bytes)
-            if _checksum(partial, manifest.files[name].checksum) == manifest.files[name].checksum:
+            if _size(partial) == file.size and _checksum(partial, file.checksum) == file.checksum:
                 return
-            on_bytes(-partial.stat().st_size)
-            partial.unlink()
+            on_bytes(-_size(partial))
+            partial.write_bytes(b"")
             raise _DamagedError(
                 f"{manifest.model}: {name} arrived damaged {ATTEMPTS} times: its checksum is not "
                 "the hub's; try another network, or another HF_ENDPOINT"
@@ -149,31 +206,57 @@ def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBy
 
 
 def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    with partial.open("ab") as stream:
-        here = stream.tell()
-        http_get(
-            _url(manifest, name),
-            _Counted(stream, on_bytes),  # type: ignore[arg-type]
-            resume_size=here,
-            headers=build_hf_headers(),
-            expected_size=manifest.files[name].size,
-            displayed_filename=name,
-        )
+    """Appends to `partial` what it lacks, over as many connections as bring something.
+
+    Raises the error of one that brought nothing, or ConnectionError.
+    """
+    size = manifest.files[name].size
+    while (here := _size(partial)) < size:
+        try:
+            _fetch_some(manifest, name, partial, on_bytes)
+        except (HTTPError, OSError) as error:
+            if _size(partial) <= here or not _may_pass(error):
+                raise
+            log.warning("%s: %s; going on", name, in_one_line(error))
+        if _size(partial) <= here:
+            raise ConnectionError(f"{name}: a connection brought nothing")
 
 
-class _Counted:
-    """A file that tells how many bytes are written to it."""
+def _fetch_some(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+    """Appends to `partial` what one connection brings."""
+    here = _size(partial)
+    with partial.open("ab") as stream, _opened(manifest, name, here) as response:
+        if here and response.status_code != PARTIAL_CONTENT:
+            stream.truncate(0)  # the whole file comes again
+            on_bytes(-here)
+        for chunk in response.iter_bytes(CHUNK_BYTES):
+            stream.write(chunk)
+            on_bytes(len(chunk))
 
-    def __init__(self, stream: BinaryIO, on_bytes: OnBytes) -> None:
-        self._stream = stream
-        self._on_bytes = on_bytes
 
-    def write(self, data: bytes) -> int:
-        self._on_bytes(len(data))
-        return self._stream.write(data)
+@contextmanager
+def _opened(manifest: Manifest, name: str, start: int, end: int | None = None) -> Iterator[Any]:
+    """The hub's answer with the bytes [start, end) of a file, or, if it ignores that, all of it."""
+    repo, _ = split_id(manifest.model)
+    headers = build_hf_headers()
+    if start or end is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        headers["Accept-Encoding"] = "identity"  # bytes of the file, not of how it travels
+    with http_stream_backoff(
+        "GET",
+        hf_hub_url(repo, name, revision=manifest.revision),
+        headers=headers,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        # After a connection that breaks in the middle it would be in the way.
+        retry_on_exceptions=(),
+        retry_on_status_codes=(408, 429),
+    ) as response:
+        hf_raise_for_status(response)
+        yield response
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
 
 
 def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
@@ -189,9 +272,13 @@ def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _safetensors_header(manifest: Manifest, name: str) -> bytes:
+    """The bytes as they are, for a copy that mlx-lm can read.
+
+    huggingface_hub's parse_safetensors_file_metadata returns only what they say.
+    """
     data = _start(manifest, name, LENGTH_BYTES)
     length = header_length(data) if len(data) == LENGTH_BYTES else 0
-    if not LENGTH_BYTES < length <= manifest.files[name].size:
+    if not LENGTH_BYTES < length <= min(manifest.files[name].size, MOST_HEADER_BYTES):
         raise InputError(f"{manifest.model}: {name} on the hub is no safetensors file")
     return _start(manifest, name, length)
 
@@ -210,23 +297,19 @@ def _gguf_header(manifest: Manifest, name: str) -> bytes:
     return data[:length]
 
 
-def _url(manifest: Manifest, name: str) -> str:
-    repo, _ = split_id(manifest.model)
-    return hf_hub_url(repo, name, revision=manifest.revision)
-
-
 def _start(manifest: Manifest, name: str, length: int) -> bytes:
     """The first bytes of a file, whether or not the hub minds what range is asked for."""
-    url = _url(manifest, name)
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{length - 1}"}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     data = b""
-    with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
-        for chunk in response.iter_bytes():
-            data += chunk
-            if len(data) >= length:
-                break
+    for attempt in attempts_in_thread(
+        name, _may_pass, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
+    ):
+        with attempt:
+            data = b""
+            with _opened(manifest, name, 0, length) as response:
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) >= length:
+                        break
     return data[:length]
 
 

@@ -12,10 +12,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from node.weights.hub_compat import HTTPError
 from unicluster.errors import NotFoundError, UnavailableError, in_one_line
-
-# That of the HTTP library which huggingface_hub uses: it has changed between versions.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 
+from node.weights.hub_compat import repository_folder
 from unicluster.checkpoints.checkpoint import (
     Checkpoint,
     File,
@@ -73,7 +73,7 @@ def folder(model: str) -> Path:
     repo, _ = split_id(ModelName(model))
     if Path(model).is_absolute():
         repo = f"{OURS}/{re.sub(r'[^A-Za-z0-9._]+', '-', Path(model).name)}"
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / repository_folder(repo)
 
 
 def stages(model: str) -> Path:

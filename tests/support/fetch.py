@@ -7,8 +7,6 @@ whether it may.
 import asyncio
 import sys
 
-from huggingface_hub import constants
-
 from node.mlx.survey import survey
 from node.weights import hub
 from node.weights.fetch import describe, fetch, fetch_ranges
@@ -18,7 +16,7 @@ from unicluster.cluster.trust import Cluster
 from unicluster.errors import UniclusterError
 
 # What has come of a chunk is lost when the connection breaks, and the files here are small.
-constants.DOWNLOAD_CHUNK_SIZE = 4096
+hub.CHUNK_BYTES = 4096
 
 
 async def main(repo: str, only: str = "") -> None:

@@ -1,7 +1,7 @@
-"""Contracts with what is not documented of MLX, mlx-lm and gRPC, a test a piece.
+"""Contracts with what is not documented of MLX and mlx-lm, a test a piece.
 
 One that fails after an upgrade names the piece: see node/mlx/compat.py, compat_caches.py and the
-bounds in pyproject.toml. What is relied on of llama.cpp: test_ggml_stages.py computes with it.
+bounds in pyproject.toml. Others: test_ggml_compat.py, test_hub_compat.py.
 """
 
 import copy

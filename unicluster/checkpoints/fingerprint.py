@@ -16,7 +16,7 @@ from unicluster.checkpoints.checkpoint import (
     is_weights,
 )
 from unicluster.checkpoints.gguf_names import parts
-from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length
+from unicluster.checkpoints.safetensors import LENGTH_BYTES, MOST_HEADER_BYTES, header_length
 from unicluster.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _add_samples(digest: "hashlib._Hash", descriptor: int, size: int) -> None:
     start = os.pread(descriptor, LENGTH_BYTES, 0)
     known = len(start) == LENGTH_BYTES and not start.startswith(b"GGUF")
     header = header_length(start) if known else 0
-    digest.update(os.pread(descriptor, min(header, size), 0))
+    digest.update(os.pread(descriptor, min(header, size, MOST_HEADER_BYTES), 0))
     for index in range(SAMPLES):
         at = header + (size - header) * index // SAMPLES
         digest.update(os.pread(descriptor, SAMPLE_BYTES, at))

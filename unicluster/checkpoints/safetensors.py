@@ -14,6 +14,8 @@ from unicluster.errors import InputError, in_one_line
 
 # The length of the header comes first.
 LENGTH_BYTES = 8
+# The format allows no longer header.
+MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def _parse(stream: BinaryIO, size: int) -> Header:
     end = header_length(stream.read(LENGTH_BYTES))
     if end > size:
         raise ValueError("the header is cut off")
+    if end > MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {end} bytes")
     tensors = {}
     for name, entry in json.loads(stream.read(end - LENGTH_BYTES)).items():
         if name != "__metadata__":
