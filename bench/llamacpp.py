@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from node.ggml.library import amx_is_broken, llama
+from node.ggml.library import amx_is_broken, library_folder, llama, shared_library
 from tests.support.tiny_gguf import save
 
 LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 12, 768, 3072, 12, 264
@@ -134,10 +134,10 @@ class RpcServers:
 
 def serve_rpc(endpoint: str) -> None:
     """Never returns."""
-    ggml = _library("ggml")
+    ggml = shared_library("ggml")
     ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     devices = (ctypes.c_void_p * 1)(ggml.ggml_backend_dev_by_type(CPU))
-    start = _library("ggml-rpc").ggml_backend_rpc_start_server
+    start = shared_library("ggml-rpc").ggml_backend_rpc_start_server
     start.argtypes = [
         ctypes.c_char_p,
         ctypes.c_char_p,
@@ -149,7 +149,7 @@ def serve_rpc(endpoint: str) -> None:
 
 
 def _remote_device(endpoint: str) -> int:
-    rpc, ggml = _library("ggml-rpc"), _library("ggml-base")
+    rpc, ggml = shared_library("ggml-rpc"), shared_library("ggml-base")
     rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
     server = ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(endpoint.encode()))
@@ -157,12 +157,7 @@ def _remote_device(endpoint: str) -> int:
 
 
 def _rpc() -> bool:
-    return any(Path(llama()._lib._name).parent.glob("*ggml-rpc.*"))
-
-
-def _library(name: str) -> Any:
-    (file, *_) = sorted(Path(llama()._lib._name).parent.glob(f"*{name}.*"))
-    return ctypes.CDLL(str(file))
+    return any(library_folder().glob("*ggml-rpc.*"))
 
 
 def _free_port() -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
+
 from node.ggml.architectures import (
     INDEXER_KEY,
     PATTERN_KEY,
@@ -16,7 +18,19 @@ from node.ggml.architectures import (
     layer_count,
     layer_kinds,
 )
-from unicluster.checkpoints.gguf import ALIGNMENT, MAGIC, PLAIN, Header, TensorInfo, Value, nbytes
+from unicluster.checkpoints.gguf import (
+    ALIGNMENT,
+    ARRAY,
+    BOOL,
+    MAGIC,
+    PLAIN,
+    STRING,
+    UINT32,
+    Header,
+    TensorInfo,
+    Value,
+    nbytes,
+)
 from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError, StageError
 
@@ -27,8 +41,7 @@ _EVERYWHERE = ("output_norm.", "rope_")
 # Arrays whose length is not the number of layers, even where it happens to be the same.
 _NOT_BY_LAYER = ("rope.dimension_sections",)
 
-UINT32, STRING_TYPE, ARRAY_TYPE, BOOL_TYPE = 4, 8, 9, 7
-F32, IQ1_S = 0, 19
+F32, IQ1_S = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.IQ1_S)
 COPY_BYTES = 1 << 24
 ENDLESS = 1 << 30
 
@@ -201,7 +214,7 @@ class Gguf:
                 base = found.get(f"{name}.rope.freq_base")
                 if base is not None:
                     found[f"{name}.rope.freq_base_swa"] = base
-            found[f"{name}.{own}"] = _array(BOOL_TYPE, flags)
+            found[f"{name}.{own}"] = _array(BOOL, flags)
         dense = self.header.own("leading_dense_block_count")
         if dense is not None:
             found[f"{name}.leading_dense_block_count"] = _uint32(
@@ -210,7 +223,7 @@ class Gguf:
         found.pop(f"{name}.nextn_predict_layers", None)
         found[f"{name}.block_count"] = _uint32(end - first)
         found[f"{name}.vocab_size"] = _uint32(self.vocabulary if finishes else 1)
-        found["tokenizer.ggml.model"] = Value(STRING_TYPE, _string("no_vocab"))
+        found["tokenizer.ggml.model"] = Value(STRING, _string("no_vocab"))
         return found
 
 
@@ -277,6 +290,6 @@ def _kind(array: Value) -> int:
 
 def _array(kind: int, values: Sequence[object]) -> Value:
     head = struct.pack("<IQ", kind, len(values))
-    if kind == STRING_TYPE:
-        return Value(ARRAY_TYPE, head + b"".join(_string(str(value)) for value in values))
-    return Value(ARRAY_TYPE, head + struct.pack(f"<{len(values)}{PLAIN[kind]}", *values))
+    if kind == STRING:
+        return Value(ARRAY, head + b"".join(_string(str(value)) for value in values))
+    return Value(ARRAY, head + struct.pack(f"<{len(values)}{PLAIN[kind]}", *values))

@@ -2,6 +2,8 @@
 
 from math import prod
 
+from gguf import LlamaFileType
+
 from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
 from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, cells, context_limit, open_gguf
@@ -9,41 +11,11 @@ from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 
-# llama.h: what general.file_type says of most tensors.
+# What general.file_type says of most tensors; no name where it was only guessed.
 FILE_TYPES = {
-    0: "f32",
-    1: "f16",
-    2: "q4_0",
-    3: "q4_1",
-    7: "q8_0",
-    8: "q5_0",
-    9: "q5_1",
-    10: "q2_k",
-    11: "q3_k_s",
-    12: "q3_k_m",
-    13: "q3_k_l",
-    14: "q4_k_s",
-    15: "q4_k_m",
-    16: "q5_k_s",
-    17: "q5_k_m",
-    18: "q6_k",
-    19: "iq2_xxs",
-    20: "iq2_xs",
-    21: "q2_k_s",
-    22: "iq3_xs",
-    23: "iq3_xxs",
-    24: "iq1_s",
-    25: "iq4_nl",
-    26: "iq3_s",
-    27: "iq3_m",
-    28: "iq2_s",
-    29: "iq2_m",
-    30: "iq4_xs",
-    31: "iq1_m",
-    32: "bf16",
-    36: "tq1_0",
-    37: "tq2_0",
-    38: "mxfp4",
+    int(kind): kind.name.partition("_")[2].lower().removesuffix("_moe")
+    for kind in LlamaFileType
+    if kind is not LlamaFileType.GUESSED
 }
 HALF, SINGLE = 2, 4
 

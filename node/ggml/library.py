@@ -1,7 +1,9 @@
 """The parts of llama.cpp's C interface that are used here, by way of llama-cpp-python.
 
-All of it is public (llama.h, ggml.h, ggml-backend.h) but for one thing: what a callback is given
-of a computed tensor is read from its struct. Checked with llama-cpp-python 0.3.36.
+All of it is public (llama.h, ggml.h, ggml-backend.h) but for three things, each with a contract
+test (tests/unit/test_ggml_compat.py): the layout of a tensor, as callbacks are given it, that of
+what is known of a type, and in which folder llama-cpp-python has its libraries. For them
+pyproject.toml pins llama-cpp-python to one version.
 """
 
 import ctypes
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from unicluster.errors import UnavailableError
 
 log = logging.getLogger("unicluster.llama")
 
-F32, F16 = 0, 1
+F32, F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
 MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
 # llama.h: enum llama_rope_type.
 MULTIPLE_POSITIONS = (8, 40)
@@ -58,7 +61,15 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-NAME_OFFSET = Tensor.name.offset
+def tensor_name(address: int) -> bytes:
+    """The name of the ggml_tensor at an address; cheaper than all of it."""
+    return ctypes.string_at(address + Tensor.name.offset)
+
+
+def tensor_shape(address: int) -> tuple[int, int]:
+    """(width, rows) of the ggml_tensor at an address: its first two sizes."""
+    found = Tensor.from_address(address)
+    return int(found.ne[0]), int(found.ne[1])
 
 
 @functools.cache
@@ -78,6 +89,26 @@ def llama() -> Any:
     return found
 
 
+def library_folder() -> Path:
+    """Where libllama and the libraries it has loaded are."""
+    return Path(llama()._lib._name).parent
+
+
+def shared_library(name: str) -> Any:
+    """One of llama.cpp's libraries, such as `ggml-base`, which is loaded if it is not yet.
+
+    Raises UnavailableError where it was built without that.
+    """
+    files = (f for f in sorted(library_folder().glob(f"*{name}.*")) if _is_named(f, name))
+    if (file := next(files, None)) is None:
+        raise UnavailableError(f"{library_folder()}: llama.cpp was built without {name}")
+    return ctypes.CDLL(str(file))
+
+
+def _is_named(file: Path, name: str) -> bool:
+    return file.name.partition(".")[0].removeprefix("lib") == name
+
+
 @functools.cache
 def _log_callback() -> Any:
     def note(level: int, text: bytes, _data: Any) -> None:
@@ -94,9 +125,7 @@ _on_log = _log_callback()
 @functools.cache
 def _ggml() -> Any:
     """libggml-base, which libllama has loaded."""
-    folder = Path(llama()._lib._name).parent
-    (file, *_) = sorted(folder.glob("*ggml-base.*"))
-    library = ctypes.CDLL(str(file))
+    library = shared_library("ggml-base")
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     for copy in (library.ggml_backend_tensor_get, library.ggml_backend_tensor_set):
@@ -110,9 +139,7 @@ def _ggml() -> Any:
 @functools.cache
 def _registry() -> Any:
     """libggml, which knows the backends."""
-    folder = Path(llama()._lib._name).parent
-    (file, *_) = (f for f in sorted(folder.glob("*ggml.*")) if "-" not in f.name)
-    library = ctypes.CDLL(str(file))
+    library = shared_library("ggml")
     for name, result in (
         ("ggml_backend_dev_count", ctypes.c_size_t),
         ("ggml_backend_dev_get", ctypes.c_void_p),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from node.ggml.library import NAME_OFFSET, Floats, Tensor, read_tensor, write_tensor
+from node.ggml.library import Floats, read_tensor, tensor_name, tensor_shape, write_tensor
 from unicluster.errors import StageError
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
@@ -47,11 +47,10 @@ class Tap:
 
     def _answer(self, address: int, ask: bool, _data: Any) -> bool:
         """Whether a tensor is wanted; and once it is computed, whether to go on."""
-        name = ctypes.string_at(address + NAME_OFFSET)
+        name = tensor_name(address)
         if ask:
             return name in self._names
-        tensor = Tensor.from_address(address)
-        width, rows = int(tensor.ne[0]), int(tensor.ne[1])
+        width, rows = tensor_shape(address)
         # An exception would be lost in a callback: the counts tell.
         if name == self._entry:
             if self._fits(self._given, self._put, rows, width):

@@ -1,6 +1,8 @@
 """The header of a GGUF file: its metadata, and which tensor is at which bytes.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Types and their sizes are
+those of the `gguf` package. Its reader wants the whole file, and takes seconds for a tokenizer's
+words; here the first bytes of a file are enough, and what they say is checked before it is used.
 """
 
 import mmap
@@ -11,54 +13,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUFValueType
+
 from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError
 
-MAGIC = b"GGUF"
+MAGIC = struct.pack("<I", GGUF_MAGIC)
 VERSIONS = (2, 3)
-ALIGNMENT = 32
+ALIGNMENT = int(GGUF_DEFAULT_ALIGNMENT)
+MOST_DIMS = 4  # ggml.h: GGML_MAX_DIMS
 # With a tokenizer a header has some megabytes, without one, in later parts, some kilobytes.
 FIRST_BYTES = 1 << 16
-STRING, ARRAY = 8, 9
+# No header is longer; a damaged one may claim to be as long as the file.
+MOST_BYTES = 1 << 28
+UINT32, BOOL = int(GGUFValueType.UINT32), int(GGUFValueType.BOOL)
+STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 # struct's letters for the types of plain values, by their number.
 PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-# Name, numbers in a block and bytes of a block, by ggml's number of the type: ggml.h.
-TYPES = {
-    0: ("f32", 1, 4),
-    1: ("f16", 1, 2),
-    2: ("q4_0", 32, 18),
-    3: ("q4_1", 32, 20),
-    6: ("q5_0", 32, 22),
-    7: ("q5_1", 32, 24),
-    8: ("q8_0", 32, 34),
-    9: ("q8_1", 32, 40),
-    10: ("q2_k", 256, 84),
-    11: ("q3_k", 256, 110),
-    12: ("q4_k", 256, 144),
-    13: ("q5_k", 256, 176),
-    14: ("q6_k", 256, 210),
-    15: ("q8_k", 256, 292),
-    16: ("iq2_xxs", 256, 66),
-    17: ("iq2_xs", 256, 74),
-    18: ("iq3_xxs", 256, 98),
-    19: ("iq1_s", 256, 50),
-    20: ("iq4_nl", 32, 18),
-    21: ("iq3_s", 256, 110),
-    22: ("iq2_s", 256, 82),
-    23: ("iq4_xs", 256, 136),
-    24: ("i8", 1, 1),
-    25: ("i16", 1, 2),
-    26: ("i32", 1, 4),
-    27: ("i64", 1, 8),
-    28: ("f64", 1, 8),
-    29: ("iq1_m", 256, 56),
-    30: ("bf16", 1, 2),
-    34: ("tq1_0", 256, 54),
-    35: ("tq2_0", 256, 66),
-    39: ("mxfp4", 32, 17),
-    40: ("nvfp4", 64, 36),
-    41: ("q1_0", 128, 18),
+# Name, numbers in a block and bytes of a block, by ggml's number of the type.
+TYPES: dict[int, tuple[str, int, int]] = {
+    int(kind): (kind.name.lower(), *sizes) for kind, sizes in GGML_QUANT_SIZES.items()
 }
 
 
@@ -144,10 +119,12 @@ def parse(data: "bytes | mmap.mmap") -> Header:
     found = []
     for _ in range(tensor_count):
         name = reader.string()
-        shape = tuple(reader.number("Q") for _ in range(reader.number("I")))
+        dims = reader.number("I")
+        if dims > MOST_DIMS:
+            raise ValueError(f"a tensor of {dims} dimensions")
+        shape = tuple(reader.number("Q") for _ in range(dims))
         found.append((name, shape, reader.number("I"), reader.number("Q")))
-    alignment = metadata.get("general.alignment")
-    step = ALIGNMENT if alignment is None else int(alignment.read())
+    step = _alignment(metadata.get("general.alignment"))
     end = -(-reader.at // step) * step
     tensors = {}
     for name, shape, kind, offset in found:
@@ -183,9 +160,21 @@ def gguf_header_end(start: bytes) -> int:
     try:
         return parse(start).end
     except CutOffError:
-        return max(FIRST_BYTES, 4 * len(start))
+        if len(start) >= MOST_BYTES:
+            raise InputError(f"damaged GGUF: a header of more than {MOST_BYTES} bytes") from None
+        return min(max(FIRST_BYTES, 4 * len(start)), MOST_BYTES)
     except (struct.error, ValueError, KeyError) as error:
         raise InputError(f"damaged GGUF: {' '.join(str(error).split())}") from error
+
+
+def _alignment(stated: Value | None) -> int:
+    """Of tensors in the file. Raises ValueError for what ggml takes for damage too."""
+    if stated is None:
+        return ALIGNMENT
+    step = stated.read() if stated.type == UINT32 else 0
+    if step < 1 or step & (step - 1):
+        raise ValueError("its alignment is no power of two")
+    return int(step)
 
 
 def nbytes(shape: tuple[int, ...], kind: int) -> int:
@@ -221,7 +210,7 @@ class _Reader:
             return self.string()
         if kind != ARRAY:
             return self.number(PLAIN[kind])
-        inner, count = self.number("I"), self.number("Q")
+        inner, count = self._array()
         if inner in PLAIN:
             letters = f"<{count}{PLAIN[inner]}"
             values = struct.unpack_from(letters, self._data, self.at)
@@ -236,7 +225,7 @@ class _Reader:
         elif kind != ARRAY:
             self.at += struct.calcsize("<" + PLAIN[kind])
         else:
-            inner, count = self.number("I"), self.number("Q")
+            inner, count = self._array()
             if inner in PLAIN:
                 self.at += count * struct.calcsize("<" + PLAIN[inner])
             else:
@@ -244,3 +233,10 @@ class _Reader:
                     self.skip(inner)
         if self.at > len(self._data):
             raise CutOffError
+
+    def _array(self) -> tuple[int, int]:
+        """The type of an array's values, and how many there are."""
+        inner, count = self.number("I"), self.number("Q")
+        if inner == ARRAY:
+            raise ValueError("an array of arrays")  # as ggml: else it may go any number deep
+        return inner, count
