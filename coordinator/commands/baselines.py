@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -76,9 +75,9 @@ async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
             ]
         ranks = [
             await local.start(
-                *("-m", BASELINE, model),
+                *(BASELINE, model),
                 pipes=True,
-                env={**os.environ, **each},
+                env=each,
             )
             for each in settings
         ]

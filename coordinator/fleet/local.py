@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -12,6 +11,7 @@ from coordinator.programs import INSPECT
 from unicluster.checkpoints import inspecting
 from unicluster.cluster.trust import Cluster, Store
 from unicluster.errors import UnavailableError
+from unicluster.program import child_environment, module_command
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 HOME = "UNICLUSTER_HOME"
@@ -52,7 +52,7 @@ async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
     """
     started = [
         await start(
-            *("-m", "unicluster", "join", "--name", name, "--memory", str(memory)),
+            *("unicluster", "join", "--name", name, "--memory", str(memory)),
             *("--host", HOST, "--port", "0", "--quiet"),
         )
         for name in names
@@ -67,17 +67,19 @@ async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
 
 
 async def start(
-    *arguments: str, pipes: bool = False, env: dict[str, str] | None = None
+    module: str, *arguments: str, pipes: bool = False, env: dict[str, str] | None = None
 ) -> asyncio.subprocess.Process:
-    """A child of this Python; its errors are shown, unless `pipes` asks for all of its streams."""
+    """A module run by this Python; its errors show, unless `pipes` asks for all of its streams.
+
+    env: variables besides those of this process.
+    """
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
+        *module_command(module, *arguments),
         stdin=pipe if pipes else asyncio.subprocess.DEVNULL,
         stdout=pipe,
         stderr=pipe if pipes else None,
-        env=env,
+        env=child_environment(env),
         start_new_session=True,  # Ctrl-C in a chat is not for the agents
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from node.agent.chips import known_bandwidth
+from unicluster.program import ROOT, child_environment, code_command
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -32,7 +33,7 @@ print(json.dumps({"backend": names[0] if names else "cpu", "device": mx.device_i
 
 _GGML_QUESTION = f"""
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(ROOT)!r})
 from node.ggml.library import devices
 print(json.dumps(devices()))
 """
@@ -110,7 +111,9 @@ def probe(
 
 def run_command(command: Sequence[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, env=child_environment()
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -144,7 +147,7 @@ class _Mlx:
 
 
 def _ask_mlx(run: Runner) -> _Mlx:
-    answer = run([sys.executable, "-c", _MLX_QUESTION])
+    answer = run(code_command(_MLX_QUESTION))
     if answer is None:
         return _Mlx("none", None)
     facts = json.loads(answer.splitlines()[-1])
@@ -153,7 +156,7 @@ def _ask_mlx(run: Runner) -> _Mlx:
 
 def _ask_ggml(run: Runner) -> str:
     """What ggml computes on here, in a process of its own; empty when it is not installed."""
-    answer = run([sys.executable, "-c", _GGML_QUESTION])
+    answer = run(code_command(_GGML_QUESTION))
     if answer is None:
         return ""
     names = [name for name, _ in json.loads(answer.splitlines()[-1])]

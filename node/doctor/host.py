@@ -11,6 +11,7 @@ import psutil
 
 from node.agent.probe import GIB, Runner, run_command
 from node.doctor.finding import Finding, Level
+from unicluster.program import code_command
 from unicluster.units import format_bytes
 
 # No machine that runs this can rightly think that it is earlier.
@@ -54,7 +55,7 @@ def _clock(now: float) -> Finding:
 
 
 def _mlx(run: Runner) -> Finding:
-    answer = run([sys.executable, "-c", "import mlx.core, mlx_lm; print(mlx_lm.__version__)"])
+    answer = run(code_command("import mlx.core, mlx_lm; print(mlx_lm.__version__)"))
     if answer is not None:
         return Finding(Level.GOOD, "mlx", f"mlx-lm {answer.split()[-1]}")
     extra = "cuda" if shutil.which("nvidia-smi") else "cpu"

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
+from unicluster.program import child_environment, module_command
 
 log = logging.getLogger("unicluster.worker")
 
 # Gets the number of the file descriptor that its events go to as its last argument.
-COMMAND = (sys.executable, "-m", "node.worker")
+COMMAND = tuple(module_command("node.worker"))
 
 STOP_SECONDS = 5.0
 # A worker that ends closes its channel a moment before it is gone.
@@ -49,11 +50,13 @@ class WorkerProcess:
         process: asyncio.subprocess.Process,
         report: WorkerReport,
         transports: Sequence[asyncio.BaseTransport],
+        folder: "tempfile.TemporaryDirectory[str]",
     ) -> None:
-        """`transports`: this end of all that the worker reads and writes."""
+        """`transports`: this end of all that the worker reads and writes. `folder`: its own."""
         self._process = process
         self._report = report
         self._transports = transports
+        self._folder = folder
         self._stopped = False
         self._kills_before = _oom_kills()
         self._ending = asyncio.create_task(self._end())
@@ -76,6 +79,8 @@ class WorkerProcess:
             output, printed = await _read_pipe(report.output)
             theirs.callback(os.close, output)
             ours.callback(printed.close)
+            folder = tempfile.TemporaryDirectory(prefix="unicluster-worker-")
+            ours.callback(folder.cleanup)
             process = await asyncio.create_subprocess_exec(
                 *(*command, str(channel)),
                 stdin=stdin.fileno(),
@@ -84,8 +89,9 @@ class WorkerProcess:
                 pass_fds=(channel,),
                 start_new_session=True,  # Ctrl-C in the terminal is for the agent, which stops us
                 env=_environment(),
+                cwd=folder.name,
             )
-            worker = cls(process, report, (giving, events, printed))
+            worker = cls(process, report, (giving, events, printed), folder)
             ours.pop_all()
         # One that ended at once has closed its end; `exit` tells why it ended.
         if not giving.is_closing():
@@ -147,6 +153,7 @@ class WorkerProcess:
             for transport in self._transports:
                 transport.close()
             self._report.end()
+            await asyncio.to_thread(self._folder.cleanup)
 
     async def _ended(self) -> None:
         report = self._report
@@ -178,15 +185,9 @@ async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, with the project importable wherever the agent was started.
-
-    gRPC prints each client that it refuses: only for who debugs.
-    """
-    root = str(Path(__file__).parents[2])
-    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    path = os.pathsep.join(path for path in paths if path)
+    """gRPC prints each client that it refuses: only for who debugs."""
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
-    return {**quiet, **os.environ, "PYTHONPATH": path}
+    return {**quiet, **child_environment()}
 
 
 def _oom_kills() -> int:

@@ -6,19 +6,16 @@
 import asyncio
 import io
 import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 
 from unicluster.errors import InputError, UnavailableError
+from unicluster.program import child_environment, module_command
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # The first layout takes seconds, most of them imports; each after it less.
 DEADLINE_S = 300.0
-# From here the program's module can be imported, wherever this process was started.
-ROOT = Path(__file__).parents[2]
 
 
 async def inspect(
@@ -30,11 +27,11 @@ async def inspect(
     UnavailableError after `deadline_s` seconds.
     """
     child = await asyncio.create_subprocess_exec(
-        *_command(program),
+        *module_command(program),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
+        env=child_environment(),
     )
     try:
         async with asyncio.timeout(deadline_s):
@@ -61,19 +58,15 @@ def inspect_configs(
         return []
     try:
         child = subprocess.run(
-            _command(program, "--configs"),
+            module_command(program, "--configs"),
             input=_encoded(requests),
             capture_output=True,
             timeout=deadline_s,
-            cwd=ROOT,
+            env=child_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise _too_late(requests[0], deadline_s) from error
     return _answers(requests, child.returncode, child.stdout, child.stderr)
-
-
-def _command(program: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", program, *arguments]
 
 
 def _encoded(requests: Sequence[InspectRequest]) -> bytes:
