@@ -2,7 +2,8 @@
 
 mlx-lm documents no cache class. What of the cache protocol (`update_and_fetch`, `merge`, `trim`,
 `state`, ...) is called elsewhere by those names; what looks inside a cache, or asks of which class
-it is, is here, a function a piece, each with a contract test (tests/unit/test_compat.py).
+it is, is here, a function a piece, each with a contract test (tests/unit/test_compat.py). The
+layout of saved states: saved/state.py.
 """
 
 import copy
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -207,18 +207,6 @@ def _shadow(value: Any, seen: dict[int, mx.array]) -> Any:
 
 
 # --- saved caches
-
-
-def from_saved(kind: str, state: Any) -> Any:
-    """A cache of a saved state. `kind`: its class's name.
-
-    Raises ValueError for a name that is not one of mlx-lm's cache classes.
-    """
-    found: Any = getattr(mlx_cache, kind, None)
-    is_cache = isinstance(found, type) and issubclass(found, mlx_cache._BaseCache)
-    if not is_cache:
-        raise ValueError(f"{kind!r} is no cache class of this mlx-lm")
-    return found.from_state(state)
 
 
 class DeferredState:

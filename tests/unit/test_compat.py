@@ -4,6 +4,7 @@ One that fails after an upgrade names the piece: see node/mlx/compat.py, compat_
 bounds in pyproject.toml. Others: test_ggml_compat.py, test_hub_compat.py.
 """
 
+import ast
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from mlx_lm.models.cache import (
 )
 
 from node.mlx import compat, compat_caches
+from node.mlx.saved.state import cache_from_state
 from node.pipeline.pending_logits import PendingLogits
 
 HEADS, SIZE = 2, 64
@@ -339,14 +341,14 @@ def test_new_caches_for_a_batch() -> None:
     assert not compat_caches.can_merge(QuantizedKVCache()), "quantized caches can be merged by now"
 
 
-def test_a_cache_is_made_of_its_saved_state() -> None:
-    cache = KVCache()
-    update(cache, 4)
-    made = compat_caches.from_saved("KVCache", cache.state)
-    assert made.size() == 4, "mlx_lm.models.cache._BaseCache.from_state"
-    for kind in ("make_prompt_cache", "nn", "no such class"):
-        with pytest.raises(ValueError, match="no cache class"):
-            compat_caches.from_saved(kind, cache.state)
+@pytest.mark.parametrize("kind", sorted(KV_KINDS.keys() - {"ConcatenateKVCache"}))
+def test_a_cache_is_made_of_its_saved_state(kind: str) -> None:
+    cache = KV_KINDS[kind]()
+    update(cache, 5)
+    made, extent = cache_from_state(KV_KINDS[kind](), kind, cache.state)
+    piece = f"mlx_lm.models.cache.{kind}.state has other parts than saved/state.py checks"
+    assert str(made.state) == str(cache.state), piece
+    assert (extent.rows, extent.tokens) == (1, 5), piece
 
 
 class Handle:
@@ -441,3 +443,40 @@ def test_where_writes_do_not_reach_the_device_that_is_known(
 ) -> None:
     monkeypatch.setattr(compat, "memory", memory)
     assert not compat.writes_reach_device()
+
+
+# --- nothing of that elsewhere
+
+ROOT = Path(__file__).parents[2]
+COMPAT = {
+    "node/mlx/compat.py",
+    "node/mlx/compat_caches.py",
+    "node/mlx/saved/state.py",
+    "node/weights/hub_compat.py",
+    "node/ggml/library.py",
+}
+LIBRARIES = ("mlx", "mlx_lm", "huggingface_hub", "llama_cpp", "transformers", "tokenizers", "grpc")
+CACHE_CALLS = {"make_prompt_cache", "can_trim_prompt_cache", "trim_prompt_cache"}
+
+
+def private_imports(file: Path) -> Iterator[str]:
+    """Names with an underscore, and mlx-lm's cache classes, that a module imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIBRARIES):
+            module = str(node.module)
+            for name in (alias.name for alias in node.names):
+                is_private = any(part.startswith("_") for part in f"{module}.{name}".split("."))
+                is_cache = module == "mlx_lm.models.cache" and name not in CACHE_CALLS
+                if is_private or is_cache:
+                    yield f"{file.relative_to(ROOT)}: {module}.{name}"
+
+
+def test_private_parts_are_imported_in_one_place_each() -> None:
+    files = [
+        f for room in ("node", "coordinator", "unicluster") for f in (ROOT / room).rglob("*.py")
+    ]
+    others = [f for f in files if f.relative_to(ROOT).as_posix() not in COMPAT]
+    assert [name for file in others for name in private_imports(file)] == []
+    assert list(private_imports(ROOT / "node/mlx/compat.py")) == [
+        "node/mlx/compat.py: mlx_lm.utils._get_classes"
+    ]
