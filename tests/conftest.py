@@ -1,13 +1,23 @@
 """What holds for all tests: the options, the order, and a limit for each."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 
+from tests.support.cluster import ROOT
 from tests.support.deadlines import scaled
 
 # Stages share this machine, and llama.cpp's threads wait for one another without sleeping.
 os.environ.setdefault("UNICLUSTER_GGML_THREADS", "1")
+
+# Processes that tests start import transformers in half the time: tests/support/startup.
+IMPORTS = ROOT / "build" / "tests" / f"transformers-{version('transformers')}"
+IMPORTS.mkdir(parents=True, exist_ok=True)
+os.environ["UNICLUSTER_TESTS_IMPORTS"] = str(IMPORTS)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT / "tests" / "support" / "startup"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
 
 # A test may take this many seconds on an idle machine, its fixtures included; most take one.
 LIMIT_S = 200.0

@@ -16,6 +16,8 @@ import mlx_lm
 import pytest
 
 from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.deadlines import scaled
+from tests.support.sampled import sampled
 from tests.support.tiny import ARCHITECTURES
 from unicluster.client.answers import Answer, Delta
 from unicluster.errors import NotFoundError, UnavailableError
@@ -123,7 +125,10 @@ def test_without_multicast_one_peer_leads_to_all(cluster: LocalCluster, tmp_path
 
 
 # llama last, with all tests that share it: one of them costs the cluster a machine.
-@pytest.mark.parametrize("served", [*ARCHITECTURES[1:], "llama"], indirect=True)
+SERVED = (*ARCHITECTURES[1:], "llama")
+
+
+@pytest.mark.parametrize("served", sampled(SERVED, ("gemma3", "llama")), indirect=True)
 def test_a_cut_model_answers_as_one_process_would(served: Served) -> None:
     stages = served.server.describe().stages
 
@@ -164,7 +169,7 @@ async def test_an_answer_that_is_given_up_frees_its_caches(served: Served) -> No
 
         await events.aclose()
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(scaled(10)):
             while (await client.describe()).live_caches:
                 pass
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.support.cluster import DEADLINE, LocalCluster
+from tests.support.deadlines import scaled
 from unicluster.cluster.trust import Store
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=scaled(600),
         **options,
     )
 
@@ -97,7 +98,7 @@ def test_the_launchd_command_joins_with_its_settings_and_leaves(
         try:
             greeting = service.stdout.readline()
             service.terminate()
-            rest, _ = service.communicate(timeout=20)
+            rest, _ = service.communicate(timeout=scaled(20))
         finally:
             service.kill()
 

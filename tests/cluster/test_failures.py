@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram, endless_model, until
+from tests.support.deadlines import scaled
 from tests.support.strikes import (
     CONTEXT,
     NOTICED_WITHIN,
@@ -133,7 +134,7 @@ async def test_the_coordinator_is_killed(
         print(f"{seconds:.2f} s: {type(error).__name__}: {error}")
         assert isinstance(error, UnavailableError)
         assert server.address in str(error)
-        assert seconds < NOTICED_WITHIN
+        assert seconds < scaled(NOTICED_WITHIN)
     cluster.wait_for_no_workers(5)
     alive = [agent.name for agent in cluster.agents.values() if agent.running]
     lines = cluster.run("nodes").out.splitlines()
@@ -153,6 +154,6 @@ async def test_the_coordinator_is_told_to_end(
             print(f"{seconds:.2f} s: {type(error).__name__}: {error}")
             assert isinstance(error, UnavailableError)
             assert str(error) == "the model is being unloaded"
-            assert seconds < NOTICED_WITHIN
+            assert seconds < scaled(NOTICED_WITHIN)
         assert server.result().code == 0
         assert not cluster.workers()  # it waited for them

@@ -17,6 +17,7 @@ import mlx_lm
 import pytest
 
 from tests.support.cluster import DEADLINE, ROOT, LocalCluster, endless_model, until
+from tests.support.deadlines import scaled
 from tests.support.hub import Hub
 from tests.support.mounts import behind_a_disk, can_mount
 from tests.support.tiny import tiny_config, write_model
@@ -108,7 +109,7 @@ def fetch(
         env=environment(hub, home, **more),
         capture_output=True,
         text=True,
-        timeout=DEADLINE,
+        timeout=scaled(DEADLINE),
         check=False,
     )
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.support.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
+from tests.support.deadlines import scaled
 from unicluster.cluster.channels import CHANNEL_OPTIONS, connect
 from unicluster.cluster.trust import Cluster, Identity, Store
 from unicluster.v1.chat_pb2 import DescribeChatRequest
@@ -163,7 +164,7 @@ def test_strangers_get_nothing(cluster: LocalCluster, server: ServeProgram, door
     for reason, credentials in strangers(cluster.cluster).items():
         with grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS) as channel:
             with pytest.raises(grpc.RpcError) as refusal:
-                NodeStub(channel).Describe(DescribeNodeRequest(), timeout=10)
+                NodeStub(channel).Describe(DescribeNodeRequest(), timeout=scaled(10))
             assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE, reason
 
 
@@ -176,7 +177,7 @@ def test_debugging_shows_why_strangers_are_refused(tmp_path: Path) -> None:
             grpc.secure_channel(agent.address, expired, options=CHANNEL_OPTIONS) as channel,
             pytest.raises(grpc.RpcError),
         ):
-            NodeStub(channel).Describe(DescribeNodeRequest(), timeout=10)
+            NodeStub(channel).Describe(DescribeNodeRequest(), timeout=scaled(10))
 
         until(lambda: "certificate has expired" in agent.err, "gRPC says so")
 
@@ -193,8 +194,10 @@ def test_the_last_words_of_a_crash_come_through(tmp_path: Path) -> None:
 async def test_members_are_let_in(cluster: LocalCluster, server: ServeProgram) -> None:
     me = cluster.cluster.issue("me")
     async with connect(cluster.agents["ann"].address, me) as channel:
-        assert (await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=10)).name == "ann"
+        assert (
+            await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=scaled(10))
+        ).name == "ann"
     async with connect(server.address, me) as channel:
         assert (
-            await ChatStub(channel).Describe(DescribeChatRequest(), timeout=10)
+            await ChatStub(channel).Describe(DescribeChatRequest(), timeout=scaled(10))
         ).live_caches == 0

@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.cluster import ROOT, LocalCluster, ServeProgram, endless_model, until
+from tests.support.deadlines import scaled
 from unicluster.client.answers import Answer
 from unicluster.client.trace import Span, Trace
 from unicluster.cluster.channels import connect_sync, split_address
@@ -72,7 +73,7 @@ def fetch(
     if certificate:
         tls.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     with (
-        socket.create_connection((host, port), timeout=30) as plain,
+        socket.create_connection((host, port), timeout=scaled(30)) as plain,
         tls.wrap_socket(plain, server_hostname=SERVER_NAME) as secured,
     ):
         secured.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
@@ -173,7 +174,7 @@ def test_a_scraper_s_certificate_opens_no_other_port(
     identity = Identity("scraper", key, cert, cluster.cluster.ca_pem)
 
     with connect_sync(server.address, identity) as channel, pytest.raises(grpc.RpcError) as caught:
-        ChatStub(channel).Describe(DescribeChatRequest(), timeout=30)
+        ChatStub(channel).Describe(DescribeChatRequest(), timeout=scaled(30))
 
     assert isinstance(caught.value, grpc.Call)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.cluster import HOST, LocalCluster
+from tests.support.deadlines import scaled
 from unicluster.cluster.trust import Store
 
 # `unicluster`, as a later version would speak.
@@ -38,7 +39,7 @@ def agent_of_the_future(cluster: LocalCluster) -> Iterator[str]:
             yield f"{HOST}:{match[1]}"
         finally:
             agent.terminate()
-            agent.communicate(timeout=30)
+            agent.communicate(timeout=scaled(30))
 
 
 def test_a_newer_machine_is_left_out_and_this_one_told_to_upgrade(tmp_path: Path) -> None:

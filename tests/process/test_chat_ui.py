@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.chat_server import ChatServer, chat_server, until
+from tests.support.deadlines import scaled
 from unicluster.client.client import Client
 from unicluster.cluster.trust import Store
 
@@ -79,7 +80,7 @@ class Terminal:
 
     def expect(self, text: str, seconds: float = 10.0) -> str:
         """Wait for `text`; returns what appeared before it, without escape codes."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + scaled(seconds)
         while (found := self._seen().find(text, self._read)) < 0:
             left = deadline - time.monotonic()
             assert left > 0, f"no {text!r} in {self._seen()[self._read :]!r}"
@@ -131,7 +132,7 @@ def pipe(
         env=environment,
         input=piped.encode() if isinstance(piped, str) else piped,
         capture_output=True,
-        timeout=20,
+        timeout=scaled(20),
         check=False,
     )
     return subprocess.CompletedProcess(
@@ -220,7 +221,7 @@ def test_exit_and_ctrl_d_leave(environment: dict[str, str], leave: str) -> None:
     with terminal(environment) as chat:
         chat.expect(READY)
         chat.type(leave)
-        assert chat.process.wait(timeout=5) == 0
+        assert chat.process.wait(timeout=scaled(5)) == 0
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line_or_tells_how_to_leave(
@@ -322,7 +323,7 @@ def test_the_model_cannot_control_the_terminal(environment: dict[str, str]) -> N
 def test_no_server_ends_the_chat_with_one_line(environment: dict[str, str]) -> None:
     with terminal(environment, "--server", "127.0.0.1:1") as chat:
         chat.expect("unicluster: 127.0.0.1:1 refuses connections")
-        assert chat.process.wait(timeout=5) == 1
+        assert chat.process.wait(timeout=scaled(5)) == 1
 
 
 @pytest.mark.parametrize(
@@ -406,7 +407,7 @@ def test_a_reader_that_leaves_ends_the_chat_quietly(
         assert process.stderr
         assert process.stdout.readline() == "a line that a reader may not want\n"
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(timeout=10)) == ("", 0)
+        assert (process.stderr.read(), process.wait(timeout=scaled(10))) == ("", 0)
     until(lambda: live_answers(server) == 0)
 
 
@@ -423,5 +424,5 @@ def test_ctrl_c_ends_a_single_answer(environment: dict[str, str], server: ChatSe
         assert process.stderr
         assert process.stdout.read(4) == "Once"
         process.send_signal(signal.SIGINT)
-        assert (process.stderr.read(), process.wait(timeout=10)) == ("", 130)
+        assert (process.stderr.read(), process.wait(timeout=scaled(10))) == ("", 130)
     until(lambda: live_answers(server) == 0)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from tests.support.deadlines import scaled
 from unicluster.cluster import discovery
 from unicluster.cluster.discovery import Advertisement, Browser
 from unicluster.cluster.records import Kind, service_name_of
@@ -51,7 +52,7 @@ async def advertiser(
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(scaled(15)):
             assert await process.stdout.readline() == b"ready\n"
         yield process
     finally:
@@ -66,16 +67,18 @@ async def test_a_browser_sees_machines_come_change_and_go(cluster: str) -> None:
         async with Advertisement(
             Kind.NODE, "studio", 7001, cluster, host=HOST, version="0.1", protocol="1", **txt
         ) as advertisement:
-            assert await browser.wait_for(lambda found: "studio" in found, timeout=5)
+            assert await browser.wait_for(lambda found: "studio" in found, timeout=scaled(5))
             machine = browser.found["studio"]
             assert machine.addresses == ("127.0.0.1:7001",)
             assert (machine.memory, machine.usable, machine.protocol) == (128, 96, 1)
             assert (machine.chip, machine.backend, machine.version) == ("M4 Max", "metal", "0.1")
 
             await advertisement.update(usable="64")
-            assert await browser.wait_for(lambda found: found["studio"].usable == 64, timeout=3)
+            assert await browser.wait_for(
+                lambda found: found["studio"].usable == 64, timeout=scaled(3)
+            )
 
-        assert await browser.wait_for(lambda found: not found, timeout=3)
+        assert await browser.wait_for(lambda found: not found, timeout=scaled(3))
 
 
 async def test_a_browser_finds_what_was_there_before_it(cluster: str) -> None:
@@ -84,7 +87,7 @@ async def test_a_browser_finds_what_was_there_before_it(cluster: str) -> None:
         advertiser("two", 7002, cluster),
         Browser(Kind.NODE, cluster, host=HOST) as browser,
     ):
-        assert await browser.wait_for(lambda found: set(found) == {"one", "two"}, timeout=5)
+        assert await browser.wait_for(lambda found: set(found) == {"one", "two"}, timeout=scaled(5))
 
 
 async def test_another_cluster_on_the_network_is_ignored(cluster: str) -> None:
@@ -94,7 +97,7 @@ async def test_another_cluster_on_the_network_is_ignored(cluster: str) -> None:
         Browser(Kind.NODE, other, host=HOST) as theirs,
         Advertisement(Kind.NODE, "studio", 7001, other, host=HOST),
     ):
-        assert await theirs.wait_for(lambda found: "studio" in found, timeout=5)
+        assert await theirs.wait_for(lambda found: "studio" in found, timeout=scaled(5))
         assert ours.found == {}
 
 
@@ -104,7 +107,7 @@ async def test_front_doors_are_not_machines(cluster: str) -> None:
         Browser(Kind.CHAT, cluster, host=HOST) as doors,
         Advertisement(Kind.CHAT, "studio", 7001, cluster, host=HOST, model="demo"),
     ):
-        assert await doors.wait_for(lambda found: "studio" in found, timeout=5)
+        assert await doors.wait_for(lambda found: "studio" in found, timeout=scaled(5))
         assert doors.found["studio"].txt["model"] == "demo"
         assert nodes.found == {}
 
@@ -122,20 +125,20 @@ async def test_two_clusters_may_use_the_same_name(cluster: str) -> None:
         Advertisement(Kind.NODE, "studio", 7002, cluster, host=HOST),
         Browser(Kind.NODE, cluster, host=HOST) as browser,
     ):
-        assert await browser.wait_for(lambda found: "studio" in found, timeout=5)
+        assert await browser.wait_for(lambda found: "studio" in found, timeout=scaled(5))
         assert browser.found["studio"].address == "127.0.0.1:7002"
 
 
 async def test_a_crashed_machine_may_come_back_under_its_name(cluster: str) -> None:
     async with Browser(Kind.NODE, cluster, host=HOST) as browser:
         async with advertiser("studio", 7001, cluster) as process:
-            assert await browser.wait_for(lambda found: "studio" in found, timeout=5)
+            assert await browser.wait_for(lambda found: "studio" in found, timeout=scaled(5))
             process.send_signal(signal.SIGKILL)
             await process.wait()
 
         async with Advertisement(Kind.NODE, "studio", 7002, cluster, host=HOST):
             assert await browser.wait_for(
-                lambda found: found["studio"].address == "127.0.0.1:7002", timeout=8
+                lambda found: found["studio"].address == "127.0.0.1:7002", timeout=scaled(8)
             )
 
 
@@ -145,11 +148,11 @@ async def test_a_machine_that_dies_without_goodbye_is_forgotten(
     monkeypatch.setattr(discovery, "POLL_EVERY", 0.5)
     async with Browser(Kind.NODE, cluster, host=HOST) as browser:
         async with advertiser("studio", 7001, cluster, ttl=2) as process:
-            assert await browser.wait_for(lambda found: "studio" in found, timeout=5)
+            assert await browser.wait_for(lambda found: "studio" in found, timeout=scaled(5))
             process.send_signal(signal.SIGKILL)
             await process.wait()
 
-        assert await browser.wait_for(lambda found: not found, timeout=8)
+        assert await browser.wait_for(lambda found: not found, timeout=scaled(8))
 
 
 async def test_without_a_host_all_addresses_are_told(cluster: str) -> None:
@@ -157,7 +160,7 @@ async def test_without_a_host_all_addresses_are_told(cluster: str) -> None:
         advertiser("studio", 7001, cluster, host=""),
         Browser(Kind.NODE, cluster) as browser,
     ):
-        assert await browser.wait_for(lambda found: "studio" in found, timeout=5)
+        assert await browser.wait_for(lambda found: "studio" in found, timeout=scaled(5))
         addresses = browser.found["studio"].addresses
         assert addresses
         assert all(address.endswith(":7001") for address in addresses)
@@ -168,7 +171,7 @@ async def test_changed_returns_when_something_does(cluster: str) -> None:
     async with Browser(Kind.NODE, cluster, host=HOST) as browser:
         change = asyncio.create_task(browser.changed())
         async with Advertisement(Kind.NODE, "studio", 7001, cluster, host=HOST):
-            await asyncio.wait_for(change, timeout=5)
+            await asyncio.wait_for(change, timeout=scaled(5))
             assert "studio" in browser.found
 
 

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from node.engines.mlx_layout import inspect
 from node.mlx.lazy import load_lazy
+from tests.support.deadlines import scaled
 from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
@@ -179,7 +180,7 @@ def run(request: InspectRequest) -> "subprocess.CompletedProcess[bytes]":
         [sys.executable, "-m", "node.inspect"],
         input=delimited(request),
         capture_output=True,
-        timeout=60,
+        timeout=scaled(60),
     )
 
 

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import (
 
 from node.mlx.rollback import restore, snapshot
 from tests.support.mixed import mixed
+from tests.support.sampled import sampled
 from tests.support.tiny import tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint
 from unicluster.errors import InputError
@@ -49,7 +50,11 @@ RINGS = [
 ]
 
 
-@pytest.fixture(scope="module", params=RINGS, ids=", ".join)
+# Either engine hands on to either, is the head, and makes the logits.
+SAMPLE = [("mlx", "mlx", "ggml"), ("ggml", "mlx", "ggml"), ("ggml", "ggml", "mlx")]
+
+
+@pytest.fixture(scope="module", params=sampled(RINGS, SAMPLE), ids=", ".join)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

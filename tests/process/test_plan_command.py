@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint, write_gguf
 
@@ -19,7 +20,7 @@ def run(*words: str, home: Path | None = None) -> "subprocess.CompletedProcess[s
         [sys.executable, "-m", "unicluster", *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=scaled(120),
         env=env,
     )
 

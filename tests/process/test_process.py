@@ -19,6 +19,7 @@ import uvloop
 from node.engines.mlx_layout import inspect
 from node.worker.config import WorkerConfig
 from node.worker.process import STOP_SECONDS, Exit, WorkerProcess
+from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.cluster.trust import Cluster
@@ -52,7 +53,7 @@ def of(config: WorkerConfig, **fields: Any) -> WorkerConfig:
 async def started(config: WorkerConfig) -> AsyncIterator[WorkerProcess]:
     worker = await WorkerProcess.start(config)
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(scaled(DEADLINE)):
             yield worker
     finally:
         await worker.stop()
@@ -157,7 +158,7 @@ async def test_a_worker_that_does_not_listen_is_killed(config: WorkerConfig) -> 
         began = time.monotonic()
         await worker.stop()
 
-        assert time.monotonic() - began < STOP_SECONDS + 2
+        assert time.monotonic() - began < STOP_SECONDS + scaled(2)
         assert not psutil.pid_exists(worker.pid)
 
 
@@ -271,5 +272,5 @@ asyncio.run(main())
 
         parent.send_signal(number)
 
-        _, alive = psutil.wait_procs([worker], timeout=DEADLINE)
+        _, alive = psutil.wait_procs([worker], timeout=scaled(DEADLINE))
     assert alive == []

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.support.deadlines import scaled
 from unicluster.cluster.channels import as_error, bind, connect, make_server
 from unicluster.cluster.roles import WHO_MAY_CALL, Role
 from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store
@@ -122,11 +123,11 @@ async def outcome(channel: grpc.aio.Channel, name: str, method: Any) -> grpc.Sta
     call: Any
     try:
         if method.client_streaming:
-            call = channel.stream_stream(name)(iter([b""]), timeout=10)
+            call = channel.stream_stream(name)(iter([b""]), timeout=scaled(10))
         elif method.server_streaming:
-            call = channel.unary_stream(name)(b"", timeout=10)
+            call = channel.unary_stream(name)(b"", timeout=scaled(10))
         else:
-            await channel.unary_unary(name)(b"", timeout=10)
+            await channel.unary_unary(name)(b"", timeout=scaled(10))
             return grpc.StatusCode.OK
         async for _ in call:
             pass
@@ -158,7 +159,7 @@ async def test_who_is_refused_is_in_the_audit_log(
 
     async with connect(address, doors.cluster.client_access.issue("laptop")) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=10)
+            await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=scaled(10))
 
     assert isinstance(as_error(caught.value, "server"), TrustError)
     assert "/unicluster.v1.Node/Drain is for the role member" in (caught.value.details() or "")
@@ -174,7 +175,7 @@ async def test_a_port_of_members_does_not_even_shake_hands_with_others(
 
     async with connect(address, identity_of(doors.cluster, role)) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            await channel.unary_unary("/unicluster.v1.Chat/Describe")(b"", timeout=10)
+            await channel.unary_unary("/unicluster.v1.Chat/Describe")(b"", timeout=scaled(10))
 
     assert isinstance(as_error(caught.value, "server"), UnavailableError)
     assert doors.called == []
@@ -225,7 +226,7 @@ async def test_a_client_can_not_sign_itself_a_member(doors: Doors) -> None:
     for name in names:
         async with connect(address, forged(access, name)) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=10)
+                await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=scaled(10))
             ended.append(caught.value.code())
 
     # As a client it gets in and may not; as a member its signature is wrong.
@@ -243,7 +244,7 @@ async def test_a_client_can_not_pose_as_a_server(doors: Doors) -> None:
     try:
         async with connect(f"{HOST}:{port}", doors.cluster.issue("studio")) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                await channel.unary_unary("/unicluster.v1.Chat/Describe")(b"", timeout=10)
+                await channel.unary_unary("/unicluster.v1.Chat/Describe")(b"", timeout=scaled(10))
     finally:
         await server.stop(grace=None)
 
@@ -333,7 +334,7 @@ def test_the_client_runs_where_only_a_client_token_is(tmp_path: Path) -> None:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         env={"UNICLUSTER_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
     )
 

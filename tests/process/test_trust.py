@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from tests.support.deadlines import scaled
 from unicluster.cluster.channels import (
     CHANNEL_OPTIONS,
     as_error,
@@ -87,7 +88,7 @@ class Server:
         """Its log up to a line with `text`."""
         assert self.process.stderr is not None
         lines = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(scaled(10)):
             while not lines or text not in lines[-1]:
                 line = await self.process.stderr.readline()
                 assert line, f"the log ended without {text!r}: {lines}"
@@ -116,7 +117,7 @@ async def server() -> AsyncIterator[Server]:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(f"{cluster.token}\n".encode())
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(scaled(15)):
             port = int(await process.stdout.readline())
         yield Server(cluster, process, port)
     finally:
@@ -126,7 +127,7 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def ask_who(channel: grpc.aio.Channel) -> str:
-    answer: bytes = await channel.unary_unary("/test/Who")(b"", timeout=5)
+    answer: bytes = await channel.unary_unary("/test/Who")(b"", timeout=scaled(5))
     return answer.decode()
 
 
@@ -289,7 +290,7 @@ def test_agents_that_start_together_end_up_in_one_cluster(tmp_path: Path) -> Non
         for _ in range(3)
     ]
 
-    outputs = [agent.communicate(timeout=20)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=scaled(20))[0] for agent in agents]
 
     assert len(set(outputs)) == 1
     assert len(outputs[0].strip()) == 16
@@ -339,7 +340,7 @@ async def test_ipv6_and_host_names_work_too(server: Server) -> None:
 
 def test_a_program_without_an_event_loop_connects(server: Server) -> None:
     with connect_sync(server.address, server.cluster.issue("script")) as channel:
-        assert channel.unary_unary("/test/Who")(b"", timeout=5).startswith(b"script (")
+        assert channel.unary_unary("/test/Who")(b"", timeout=scaled(5)).startswith(b"script (")
 
 
 async def test_a_client_without_a_certificate_is_refused(server: Server) -> None:
@@ -387,7 +388,7 @@ async def test_a_flood_of_strangers_does_not_stop_the_server(server: Server) -> 
             await reader.read()
         writer.close()
 
-    await asyncio.wait_for(asyncio.gather(*(knock() for _ in range(100))), timeout=10)
+    await asyncio.wait_for(asyncio.gather(*(knock() for _ in range(100))), timeout=scaled(10))
 
     async with connect(server.address, server.cluster.issue("laptop")) as channel:
         assert (await ask_who(channel)).startswith("laptop ")
@@ -448,9 +449,9 @@ async def test_a_silent_peer_is_noticed_within_four_seconds(server: Server) -> N
         server.process.send_signal(signal.SIGSTOP)
         start = time.monotonic()
         with pytest.raises(grpc.RpcError) as caught:
-            await asyncio.wait_for(call.read(), timeout=10)
+            await asyncio.wait_for(call.read(), timeout=scaled(10))
 
-        assert time.monotonic() - start < 4.5
+        assert time.monotonic() - start < scaled(4.5)
         assert str(as_error(caught.value, "server")) == "server stopped answering"
 
 
@@ -475,7 +476,7 @@ async def test_a_killed_peer_is_noticed_at_once(server: Server) -> None:
 
         server.process.kill()
         with pytest.raises(grpc.RpcError) as caught:
-            await asyncio.wait_for(call.read(), timeout=2)
+            await asyncio.wait_for(call.read(), timeout=scaled(2))
 
         assert isinstance(as_error(caught.value, "server"), UnavailableError)
 

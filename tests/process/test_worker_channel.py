@@ -16,6 +16,7 @@ import uvloop
 from node.worker import process, report
 from node.worker.config import WorkerConfig
 from node.worker.process import Exit, WorkerProcess
+from tests.support.deadlines import scaled
 from unicluster.v1.node_pb2 import StageSpec
 
 DEADLINE = 60.0
@@ -46,7 +47,7 @@ def config() -> WorkerConfig:
 async def started(config: WorkerConfig, body: str) -> AsyncIterator[WorkerProcess]:
     worker = await WorkerProcess.start(config, (sys.executable, "-c", CHILD + body))
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(scaled(DEADLINE)):
             yield worker
     finally:
         await worker.stop()

@@ -16,11 +16,12 @@ import unicluster
 from node.generation.config import GenerationConfig
 from node.generation.engine import GenerationEngine
 from node.ring.compute_thread import MLXThread
+from tests.support.deadlines import scaled
 from tests.support.tiny import EOS, VOCAB
 from unicluster.v1.chat_pb2 import Finish, GenerateRequest
 from unicluster.v1.node_pb2 import StageSpec
 
-DEADLINE = 120.0
+DEADLINE = 60.0  # seconds on an idle machine
 THREAD = MLXThread()  # models of MLX live on one thread
 
 
@@ -30,7 +31,7 @@ def _end_streams() -> None:
     ended = threading.Event()
     THREAD.post(mx.clear_streams)
     THREAD.post(ended.set)
-    ended.wait(DEADLINE)
+    ended.wait(scaled(DEADLINE))
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Told:
 async def listen(events: Any) -> Told:
     """Hears an answer out; raises what ends it."""
     told = Told()
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(scaled(DEADLINE)):
         async for event in events:
             if event.HasField("finish"):
                 told.finish = event.finish
@@ -124,7 +125,7 @@ class Split(Tiny):
 
     async def until_free(self) -> None:
         """Waits until no cache is left on the stages."""
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(scaled(DEADLINE)):
             while await THREAD.run(self.model.live_caches):
                 await asyncio.to_thread(gc.collect)
 
@@ -175,7 +176,7 @@ class Script:
 
 async def until(condition: Callable[[], Any]) -> None:
     """Waits for a condition, collecting garbage meanwhile."""
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(scaled(DEADLINE)):
         while not condition():
             await asyncio.to_thread(gc.collect)
 

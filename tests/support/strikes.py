@@ -7,14 +7,16 @@ from collections.abc import Callable
 import psutil
 
 from tests.support.cluster import AgentProgram, ServeProgram
+from tests.support.deadlines import scaled
 from unicluster.client.answers import Delta
 from unicluster.client.client import AsyncClient
 from unicluster.errors import StageError, UnavailableError
 
 CONTEXT = 4096
-# The promises, in seconds.
+# The promises, in seconds on an idle machine.
 NOTICED_WITHIN = 5.0
 ANSWERS_WITHIN = 20.0
+FREED_WITHIN = 5.0
 
 
 async def hear_out(client: AsyncClient, begun: asyncio.Event) -> None:
@@ -31,13 +33,13 @@ async def errors_after(
     async with server.async_client() as client:
         begun = [asyncio.Event() for _ in range(2)]
         answers = [asyncio.create_task(hear_out(client, event)) for event in begun]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(scaled(30)):
             await asyncio.gather(*(event.wait() for event in begun))
         struck = time.monotonic()
         strike()
         ended = []
         for answer in answers:
-            await asyncio.wait([answer], timeout=30)
+            await asyncio.wait([answer], timeout=scaled(30))
             ended.append((time.monotonic() - struck, answer.exception()))
         return ended
 
@@ -49,7 +51,7 @@ async def assert_answers_end(server: ServeProgram, strike: Callable[[], None], n
         assert isinstance(error, UnavailableError | StageError)
         assert f"machine {name} " in str(error)
         assert "\n" not in str(error)
-        assert seconds < NOTICED_WITHIN
+        assert seconds < scaled(NOTICED_WITHIN)
 
 
 async def assert_sleep_is_survived(server: ServeProgram, agent: AgentProgram) -> psutil.Process:
@@ -83,8 +85,10 @@ async def assert_answers_again(server: ServeProgram) -> None:
                     told = str(error)
                     print(f"{time.monotonic() - started:.2f} s: {told}")
                 assert "\n" not in told
-                assert time.monotonic() - started < ANSWERS_WITHIN
+                assert time.monotonic() - started < scaled(ANSWERS_WITHIN)
                 await asyncio.sleep(0.25)
         print(f"{time.monotonic() - started:.2f} s: answers again")
         assert len(answer.token_ids) == 20
-        assert (await client.describe()).live_caches == 0
+        async with asyncio.timeout(scaled(FREED_WITHIN)):
+            while (await client.describe()).live_caches:
+                pass  # each question takes its time

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.deadlines import scaled
+
 ROOT = Path(__file__).parents[2]
 OURS = ("unicluster", "node", "coordinator")
 BELOW = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluster"}}
@@ -158,4 +160,4 @@ def test_mlx_is_imported_only_by_nodes(package: str) -> None:
 )
 def test_agent_client_and_coordinator_run_without_mlx(module: str) -> None:
     program = f"import sys\nsys.modules['mlx'] = sys.modules['mlx_lm'] = None\nimport {module}\n"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=scaled(60))

@@ -9,6 +9,7 @@ import pytest
 
 from node.generation.engine import GenerationEngine
 from node.worker.chat_service import ChatService
+from tests.support.deadlines import scaled
 from tests.support.engines import DEADLINE, Fragile, Script, Tiny, listen, live_caches, until
 from tests.support.tiny import tiny_config, write_model
 from unicluster.cluster.channels import as_error, bind, connect, make_server
@@ -119,7 +120,7 @@ async def test_a_deadline_ends_the_answer_and_frees_its_caches(tiny: Tiny) -> No
 
 async def test_closing_the_engine_ends_the_streams(tiny: Tiny) -> None:
     engine = await tiny.engine(ENDLESS, context=100_000)
-    async with served(engine) as chat, asyncio.timeout(DEADLINE):
+    async with served(engine) as chat, asyncio.timeout(scaled(DEADLINE)):
         call = chat.Generate(GenerateRequest(token_ids=[1]))
         await anext(aiter(call))
         engine.close()

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 from node.ring.compute_thread import MLXThread, Signal, give_way
+from tests.support.deadlines import scaled
 
 THREAD = MLXThread()
 
@@ -26,17 +27,25 @@ async def test_what_waits_lets_others_run() -> None:
 
 
 async def test_a_signal_that_is_set_already_does_not_wait() -> None:
-    signal = Signal()
+    signal, told = Signal(), list[None]()
     signal.set()
 
-    await THREAD.run(signal.wait)
+    await asyncio.wait_for(THREAD.run(lambda: told.append(signal.wait())), scaled(10))
+
+    assert told == [None]
 
 
 def test_another_thread_just_waits() -> None:
     signal = Signal()
-    threading.Timer(0.01, signal.set).start()
+    waiting = threading.Thread(target=signal.wait, daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
 
-    signal.wait()
+    signal.set()
+
+    waiting.join(scaled(10))
+    assert not waiting.is_alive()
 
 
 async def test_those_that_give_way_take_turns() -> None:

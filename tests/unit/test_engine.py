@@ -14,6 +14,7 @@ from node.generation.config import GenerationConfig
 from node.generation.engine import GenerationEngine
 from node.generation.ticket import Ticket
 from tests.support import zoo
+from tests.support.deadlines import scaled
 from tests.support.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
 from tests.support.tiny import ARCHITECTURES, EOS, tiny_config, write_model
 from unicluster.errors import (
@@ -450,12 +451,12 @@ async def test_closing_does_not_wait_for_a_model_that_hangs(tiny: Tiny) -> None:
     class Stuck(Script):
         def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
             began.set()
-            released.wait()
+            released.wait(scaled(60))
             return super().__call__(inputs, cache)
 
     engine = await tiny.engine(Stuck([65]))
     ticket = await engine.submit(of_tokens([1]))
-    await asyncio.to_thread(began.wait)
+    assert await asyncio.to_thread(began.wait, scaled(60))
     engine.close()
     with pytest.raises(UnavailableError, match="tiny is shutting down"):
         await listen(ticket)
