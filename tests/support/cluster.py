@@ -281,8 +281,8 @@ class LocalCluster:
         return server
 
     def start(self, *arguments: str, prefix: Sequence[str] = ()) -> Program:
-        """Starts any command."""
-        program = Program(arguments, self.env, self._log(arguments[0]), prefix)
+        """Starts any command, never on a default port: unicluster may run on this machine."""
+        program = Program(on_free_ports(arguments), self.env, self._log(arguments[0]), prefix)
         self._started.append(program)
         return program
 
@@ -315,6 +315,13 @@ class LocalCluster:
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{len(self._started)}-{name}"
+
+
+def on_free_ports(arguments: Sequence[str]) -> list[str]:
+    """The command on any free port. A port among `arguments` comes later, and wins."""
+    command, *rest = arguments
+    ports = {"join": ["--port", "0"], "serve": ["--grpc-port", "0"]}
+    return [command, *ports.get(command, []), *rest]
 
 
 def is_worker(process: psutil.Process) -> bool:
