@@ -170,7 +170,7 @@ def test_a_mistyped_token(tmp_path: Path) -> None:
     token = Cluster.new().token
     with LocalCluster(tmp_path) as nowhere:
         told = nowhere.run("join", "--token", token[:-1] + ("a" if token[-1] != "a" else "b"))
-    assert_complains(told, FAILED, "the join token is mistyped or cut off: copy it again from")
+    assert_complains(told, FAILED, "the join token is mistyped or cut off: copy it from")
     assert token[:-1] not in told.err
     assert not nowhere.home.exists()
 
