@@ -19,8 +19,9 @@ INSTALLED := $(STAMP) $(if $(GGML),$(WITH_GGML))
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 BUILD := $(if $(GGML),CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(if $(filter Linux_x86_64,$(shell uname -sm | tr ' ' _)),CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)"))
 
-# Two workers keep two cores busy. Files stay whole: their tests share what is costly to start.
-JOBS ?= 2
+# Tests of clusters wait much, so that three workers keep two cores busy. Files stay whole: their
+# tests share what is costly to start.
+JOBS ?= 3
 PYTEST := PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -q
 IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/fleet tests
 

@@ -21,6 +21,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 # A test may take this many seconds on an idle machine, its fixtures included; most take one.
 LIMIT_S = 200.0
+# The first chapter of the fleet's story installs three hosts.
+FLEET_LIMIT_S = 1500.0
 # Beside other workers the rooms with the longest files go first, so that none is left at the end.
 LONGEST_FIRST = ("cluster", "process", "unit")
 
@@ -43,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=_room)  # stable: within a room the order stays
     for item in items:
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(scaled(LIMIT_S)))
+            in_fleet = item.path.parent.name == "fleet"
+            limit = FLEET_LIMIT_S if in_fleet else scaled(LIMIT_S)
+            item.add_marker(pytest.mark.timeout(limit))
 
 
 def _room(item: pytest.Item) -> int:
