@@ -175,7 +175,8 @@ class Agent(NodeServicer):
             check_inspect(request)
             if request.config_json:
                 return await inspect(INSPECT, request)
-            async with Sources(_dialled(request.sources, context), self._identity) as sources:
+            addresses, vouching = _dialled(request.sources, context)
+            async with Sources(addresses, self._identity, vouching) as sources:
                 found = await describe(request.model, request.revision, sources)
                 if request.drafts_for:
                     await describe(request.drafts_for, request.drafts_for_revision, sources)
@@ -213,13 +214,15 @@ class Agent(NodeServicer):
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
         telling = asyncio.create_task(self._tell_draining(context, writing))
+        addresses, vouching = _dialled(request.sources, context)
         config = WorkerConfig(
             spec=request,
             node=self._identity.name,
             host=self._host,
             port=port,
             identity=self._identity.to_dict(),
-            sources=tuple(_dialled(request.sources, context)),
+            sources=addresses,
+            vouching=vouching,
         )
         try:
             async with contextlib.aclosing(self._run(config)) as events:
@@ -289,10 +292,14 @@ def how_to_get_mlx() -> str:
     return f"pip install 'unicluster[{extra}]', then join again"
 
 
-def _dialled(sources: Iterable[str], context: Context) -> list[str]:
-    """Addresses as this machine dials them: ":port" is at the caller's own."""
+def _dialled(sources: Iterable[str], context: Context) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Addresses as this machine dials them, ":port" at the caller's own; and the latter alone.
+
+    What the caller offers itself it vouches for.
+    """
     host = host_of(context)
-    return [join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources]
+    dialled = {s: join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources}
+    return tuple(dialled.values()), tuple(dialled[s] for s in dialled if s.startswith(":"))
 
 
 def _here(request: InspectRequest, manifest: Manifest) -> InspectRequest:

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,6 +13,7 @@ import grpc
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges, batches, merged, size, within, without
 from unicluster.cluster.channels import as_error
+from unicluster.cluster.roles import audit
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 # What is asked for at once, verified, and then kept whatever happens.
 BATCH_BYTES = 32 << 20
 ANSWER_SECONDS = 10.0
+# To read and hash a batch, on a disk that others keep busy.
+DIGEST_SECONDS = 60.0
 # Between two looks whether a machine has more by now.
 LOOK_SECONDS = 0.5
 # A machine that lacks a file may be about to fetch it, and one that fails be restarting.
@@ -84,10 +87,21 @@ class Work:
             )
 
 
-async def pull(work: Work, address: str, stub: "WeightsAsyncStub", on_bytes: OnBytes) -> None:
+class _FalseError(Exception):
+    """What came of a file is not what those who vouch for it have."""
+
+
+async def pull(
+    work: Work,
+    address: str,
+    stub: "WeightsAsyncStub",
+    on_bytes: OnBytes,
+    vouchers: "Sequence[WeightsAsyncStub]" = (),
+) -> None:
     """Pulls from one machine whatever it has, until there is nothing left to do.
 
-    Raises OSError when this machine can't store it.
+    vouchers: machines whose word counts for what is in the files, if they have them; one that
+    sends other bytes is asked no more. Raises OSError when this machine can't store it.
     """
     while work.left:
         try:
@@ -98,7 +112,11 @@ async def pull(work: Work, address: str, stub: "WeightsAsyncStub", on_bytes: OnB
             if any(file.coming and work.is_waiting_for(file.name) for file in holdings.files):
                 work.hope()
             while (batch := work.take(held)) is not None:
-                await _pull_batch(work, batch, stub, on_bytes)
+                await _pull_batch(work, batch, stub, on_bytes, vouchers)
+        except _FalseError as error:
+            audit.warning("%s sent other bytes than there are in %s", address, error)
+            work.problem = f"{address} sent other bytes than there are in {error}"
+            return  # nothing more is taken from it
         except (grpc.aio.AioRpcError, UnavailableError) as error:
             work.problem = str(_explained(error, address))
             log.info("%s", work.problem)
@@ -107,10 +125,15 @@ async def pull(work: Work, address: str, stub: "WeightsAsyncStub", on_bytes: OnB
 
 
 async def _pull_batch(
-    work: Work, batch: Batch, stub: "WeightsAsyncStub", on_bytes: OnBytes
+    work: Work,
+    batch: Batch,
+    stub: "WeightsAsyncStub",
+    on_bytes: OnBytes,
+    vouchers: "Sequence[WeightsAsyncStub]",
 ) -> None:
-    """Gives the batch back, and the bytes that `on_bytes` was told of, if it fails."""
+    """Gives the batch back, and takes its bytes off what `on_bytes` has counted, if it fails."""
     name, ranges = batch
+    total = size(ranges)
     came, digest, said = 0, hashlib.sha256(), b""
     request = ReadRequest(
         files=work.files, name=name, ranges=[ByteRange(start=s, end=e) for s, e in ranges]
@@ -118,6 +141,8 @@ async def _pull_batch(
     try:
         async for block in stub.Read(request):
             said = block.sha256
+            if came + len(block.data) > total:
+                raise UnavailableError(f"of {name} more came than was asked for")
             if block.data:
                 work.hope()
                 where = within(ranges, came, came + len(block.data))
@@ -125,14 +150,34 @@ async def _pull_batch(
                 digest.update(block.data)
                 came += len(block.data)
                 on_bytes(len(block.data))
-        if said != digest.digest() or came != size(ranges):
+        if said != digest.digest() or came != total:
             raise UnavailableError(f"{name} arrived damaged")
+        if await _is_false(request, digest.digest(), vouchers):
+            raise _FalseError(name)
         await asyncio.to_thread(work.checkpoint.list, name, ranges)
     except BaseException:
         on_bytes(-came)
         work.give_back(batch)
         raise
     work.finish()
+
+
+async def _is_false(
+    request: ReadRequest, sha256: bytes, vouchers: "Sequence[WeightsAsyncStub]"
+) -> bool:
+    """Whether one of those who vouch for the file has other bytes there.
+
+    Raises AioRpcError where one can't be asked; who lacks the bytes has nothing to say.
+    """
+    for voucher in vouchers:
+        try:
+            known = await voucher.Digest(request, timeout=DIGEST_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            continue
+        return known.sha256 != sha256
+    return False
 
 
 def _explained(error: grpc.aio.AioRpcError | UnavailableError, address: str) -> UniclusterError:

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 
@@ -17,14 +17,24 @@ from unicluster.errors import InputError
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 
+if TYPE_CHECKING:
+    from unicluster.v1.weights_pb2_grpc import WeightsAsyncStub
+
 log = logging.getLogger(__name__)
 
 
 class Sources:
-    """The machines that may have a model's files, by address. An async context manager."""
+    """The machines that may have a model's files, by address. An async context manager.
 
-    def __init__(self, addresses: Iterable[str], identity: Identity) -> None:
+    vouching: those of them whose word counts for what is in the files: the source that the
+    coordinator trusts, which is itself for a directory that it offers.
+    """
+
+    def __init__(
+        self, addresses: Iterable[str], identity: Identity, vouching: Collection[str] = ()
+    ) -> None:
         self._channels = {address: connect(address, identity) for address in addresses}
+        self._vouching = [address for address in self._channels if address in vouching]
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,7 +86,9 @@ class Sources:
         """
         work = Work(checkpoint, wanted)
         pulls = [
-            asyncio.create_task(pull(work, address, WeightsStub(channel), on_bytes))
+            asyncio.create_task(
+                pull(work, address, WeightsStub(channel), on_bytes, self._vouchers_for(address))
+            )
             for address, channel in self._channels.items()
         ]
         try:
@@ -92,10 +104,20 @@ class Sources:
                 task.cancel()
             await asyncio.gather(*pulls, return_exceptions=True)
 
+    def _vouchers_for(self, address: str) -> "list[WeightsAsyncStub]":
+        """Those who vouch for what a machine sends; nobody, where it vouches itself."""
+        if address in self._vouching:
+            return []
+        return [WeightsStub(self._channels[voucher]) for voucher in self._vouching]
+
     async def _described(self, model: str, revision: str) -> list[Holdings]:
         """Holdings of the machines that can describe a model in full, of the revision asked for."""
         request = HaveRequest(files=ModelFiles(model=model, revision=revision))
-        found = await asyncio.gather(*(self._have(a, request) for a in self._channels))
+        found = await asyncio.gather(
+            *(self._have(address, request) for address in self._vouching or self._channels)
+        )
+        if self._vouching and not any(found):  # of this model they have nothing
+            found = await asyncio.gather(*(self._have(a, request) for a in self._channels))
         return [
             holdings
             for holdings in found

@@ -97,7 +97,7 @@ async def fetch_stage(
     `fetch_ranges` and Engine.ranges do.
     """
     spec, tell = config.spec, teller()
-    async with Sources(config.sources, identity) as sources:
+    async with Sources(config.sources, identity, config.vouching) as sources:
         checkpoint = await describe(spec.model, spec.revision, sources)
         engine = choose(checkpoint, spec.engine)
         if not is_whole(checkpoint):

@@ -12,9 +12,9 @@ class WorkerConfig:
     """A stage as the coordinator specified it, and the little that only the worker's starter knows.
 
     spec: read where its options act; nothing of it is copied. sources: those of the spec, as this
-    machine dials them. alone: no other machine has files, so all that is missing comes from the
-    hub, whatever the spec says. prebuilt: decode steps are built before their input arrives; see
-    mlx/prebuilt.
+    machine dials them. vouching: those of them whose word counts for what is in the files. alone:
+    no other machine has files, so all that is missing comes from the hub, whatever the spec says.
+    prebuilt: decode steps are built before their input arrives; see mlx/prebuilt.
     """
 
     spec: StageSpec
@@ -23,6 +23,7 @@ class WorkerConfig:
     port: int
     identity: dict[str, str]
     sources: tuple[str, ...] = ()
+    vouching: tuple[str, ...] = ()
     alone: bool = False
     prebuilt: bool = True
 
@@ -42,4 +43,5 @@ class WorkerConfig:
         """Undoes `to_line`. Raises ValueError, KeyError or TypeError for another line."""
         values = json.loads(line)
         spec = StageSpec.FromString(base64.b64decode(values.pop("spec")))
-        return cls(spec, **values | {"sources": tuple(values["sources"])})
+        addresses = {name: tuple(values[name]) for name in ("sources", "vouching")}
+        return cls(spec, **values | addresses)

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from unicluster.v1.weights_pb2 import (
     HeldFile,
     Holdings,
     ModelFiles,
+    RangesDigest,
     ReadRequest,
 )
 from unicluster.v1.weights_pb2_grpc import WeightsServicer
@@ -52,6 +53,21 @@ class WeightsService(WeightsServicer):
         return await asyncio.to_thread(self._holdings, files)
 
     async def Read(self, request: ReadRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        digest = hashlib.sha256()
+        async for data in self._blocks(request, context):
+            digest.update(data)
+            await context.write(Block(data=data))
+            self.sent += len(data)
+        await context.write(Block(sha256=digest.digest()))
+
+    async def Digest(self, request: ReadRequest, context: Context) -> RangesDigest:  # noqa: N802
+        digest = hashlib.sha256()
+        async for data in self._blocks(request, context):
+            await asyncio.to_thread(digest.update, data)
+        return RangesDigest(sha256=digest.digest())
+
+    async def _blocks(self, request: ReadRequest, context: Context) -> AsyncIterator[bytes]:
+        """The bytes that are asked for, in pieces; ends the call where they can't be had."""
         files = await _checked(request.files, context)
         if len(request.ranges) > MOST_RANGES:
             count = f"{len(request.ranges)} ranges of bytes, and at most {MOST_RANGES} at a time"
@@ -63,20 +79,14 @@ class WeightsService(WeightsServicer):
         wanted = merged((r.start, r.end) for r in request.ranges)
         if without(wanted, await asyncio.to_thread(checkpoint.held, request.name)):
             await abort(context, NotFoundError(f"this machine has only a part of {what}"))
-        digest = hashlib.sha256()
         for start, end in wanted:
             for at in range(start, end, BLOCK_BYTES):
+                stop = min(end, at + BLOCK_BYTES)
                 try:
-                    data = await asyncio.to_thread(
-                        checkpoint.read, request.name, at, min(end, at + BLOCK_BYTES)
-                    )
+                    yield await asyncio.to_thread(checkpoint.read, request.name, at, stop)
                 except (InputError, OSError) as error:
                     log.warning("%s: %s", what, error)
                     await abort(context, NotFoundError(f"{what} can't be read on this machine"))
-                digest.update(data)
-                await context.write(Block(data=data))
-                self.sent += len(data)
-        await context.write(Block(sha256=digest.digest()))
 
     def _holdings(self, files: ModelFiles) -> Holdings:
         checkpoint = self._find(files.model, files.revision)

@@ -263,7 +263,7 @@ class Span(_message.Message):
     TRIP_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """request, waiting, prefill, step, ... see node/timeline.py"""
+    """request, waiting, prefill, step, ... see node/metering/timeline.py"""
     stage: _builtins.int
     start_s: _builtins.float
     duration_s: _builtins.float

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bunicluster/v1/weights.proto\x12\runicluster.v1\"-\n\nModelFiles\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"7\n\x0bHaveRequest\x12(\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x19.unicluster.v1.ModelFiles\"D\n\x08Holdings\x12\x10\n\x08revision\x18\x01 \x01(\t\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.unicluster.v1.HeldFile\"p\n\x08HeldFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\t\x12&\n\x04held\x18\x04 \x03(\x0b\x32\x18.unicluster.v1.ByteRange\x12\x0e\n\x06\x63oming\x18\x05 \x01(\x08\"\'\n\tByteRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\"o\n\x0bReadRequest\x12(\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x19.unicluster.v1.ModelFiles\x12\x0c\n\x04name\x18\x02 \x01(\t\x12(\n\x06ranges\x18\x03 \x03(\x0b\x32\x18.unicluster.v1.ByteRange\"%\n\x05\x42lock\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x32\x82\x01\n\x07Weights\x12;\n\x04Have\x12\x1a.unicluster.v1.HaveRequest\x1a\x17.unicluster.v1.Holdings\x12:\n\x04Read\x12\x1a.unicluster.v1.ReadRequest\x1a\x14.unicluster.v1.Block0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bunicluster/v1/weights.proto\x12\runicluster.v1\"-\n\nModelFiles\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"7\n\x0bHaveRequest\x12(\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x19.unicluster.v1.ModelFiles\"D\n\x08Holdings\x12\x10\n\x08revision\x18\x01 \x01(\t\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.unicluster.v1.HeldFile\"p\n\x08HeldFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\t\x12&\n\x04held\x18\x04 \x03(\x0b\x32\x18.unicluster.v1.ByteRange\x12\x0e\n\x06\x63oming\x18\x05 \x01(\x08\"\'\n\tByteRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\"o\n\x0bReadRequest\x12(\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x19.unicluster.v1.ModelFiles\x12\x0c\n\x04name\x18\x02 \x01(\t\x12(\n\x06ranges\x18\x03 \x03(\x0b\x32\x18.unicluster.v1.ByteRange\"%\n\x05\x42lock\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\x1e\n\x0cRangesDigest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x32\xc5\x01\n\x07Weights\x12;\n\x04Have\x12\x1a.unicluster.v1.HaveRequest\x1a\x17.unicluster.v1.Holdings\x12:\n\x04Read\x12\x1a.unicluster.v1.ReadRequest\x1a\x14.unicluster.v1.Block0\x01\x12\x41\n\x06\x44igest\x12\x1a.unicluster.v1.ReadRequest\x1a\x1b.unicluster.v1.RangesDigestb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READREQUEST']._serialized_end=486
   _globals['_BLOCK']._serialized_start=488
   _globals['_BLOCK']._serialized_end=525
-  _globals['_WEIGHTS']._serialized_start=528
-  _globals['_WEIGHTS']._serialized_end=658
+  _globals['_RANGESDIGEST']._serialized_start=527
+  _globals['_RANGESDIGEST']._serialized_end=557
+  _globals['_WEIGHTS']._serialized_start=560
+  _globals['_WEIGHTS']._serialized_end=757
 # @@protoc_insertion_point(module_scope)

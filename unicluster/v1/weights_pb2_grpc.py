@@ -46,6 +46,11 @@ class WeightsStub:
                 request_serializer=unicluster_dot_v1_dot_weights__pb2.ReadRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_weights__pb2.Block.FromString,
                 _registered_method=True)
+        self.Digest = channel.unary_unary(
+                '/unicluster.v1.Weights/Digest',
+                request_serializer=unicluster_dot_v1_dot_weights__pb2.ReadRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_weights__pb2.RangesDigest.FromString,
+                _registered_method=True)
 
 
 class WeightsServicer:
@@ -66,6 +71,13 @@ class WeightsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Digest(self, request, context):
+        """The SHA-256 of what Read would send, for those who had it from another machine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_WeightsServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=unicluster_dot_v1_dot_weights__pb2.ReadRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_weights__pb2.Block.SerializeToString,
+            ),
+            'Digest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Digest,
+                    request_deserializer=unicluster_dot_v1_dot_weights__pb2.ReadRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_weights__pb2.RangesDigest.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class Weights:
             '/unicluster.v1.Weights/Read',
             unicluster_dot_v1_dot_weights__pb2.ReadRequest.SerializeToString,
             unicluster_dot_v1_dot_weights__pb2.Block.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Digest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Weights/Digest',
+            unicluster_dot_v1_dot_weights__pb2.ReadRequest.SerializeToString,
+            unicluster_dot_v1_dot_weights__pb2.RangesDigest.FromString,
             options,
             channel_credentials,
             insecure,

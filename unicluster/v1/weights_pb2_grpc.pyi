@@ -38,6 +38,8 @@ class WeightsStub:
     Have: _grpc.UnaryUnaryMultiCallable[_weights_pb2.HaveRequest, _weights_pb2.Holdings]
     """What this machine has of a model. Nothing is fetched for it."""
     Read: _grpc.UnaryStreamMultiCallable[_weights_pb2.ReadRequest, _weights_pb2.Block]
+    Digest: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ReadRequest, _weights_pb2.RangesDigest]
+    """The SHA-256 of what Read would send, for those who had it from another machine."""
 
 @_typing.type_check_only
 class WeightsAsyncStub(WeightsStub):
@@ -49,6 +51,8 @@ class WeightsAsyncStub(WeightsStub):
     Have: _aio.UnaryUnaryMultiCallable[_weights_pb2.HaveRequest, _weights_pb2.Holdings]  # type: ignore[assignment]
     """What this machine has of a model. Nothing is fetched for it."""
     Read: _aio.UnaryStreamMultiCallable[_weights_pb2.ReadRequest, _weights_pb2.Block]  # type: ignore[assignment]
+    Digest: _aio.UnaryUnaryMultiCallable[_weights_pb2.ReadRequest, _weights_pb2.RangesDigest]  # type: ignore[assignment]
+    """The SHA-256 of what Read would send, for those who had it from another machine."""
 
 class WeightsServicer(metaclass=_abc_1.ABCMeta):
     """Copies of a model's files within the cluster. Offered by every agent, and by `serve` for the
@@ -69,5 +73,13 @@ class WeightsServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.ReadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_weights_pb2.Block], _abc.AsyncIterator[_weights_pb2.Block]]: ...
+
+    @_abc_1.abstractmethod
+    def Digest(
+        self,
+        request: _weights_pb2.ReadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.RangesDigest, _abc.Awaitable[_weights_pb2.RangesDigest]]:
+        """The SHA-256 of what Read would send, for those who had it from another machine."""
 
 def add_WeightsServicer_to_server(servicer: WeightsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
