@@ -35,6 +35,7 @@ from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
+from unicluster.cluster.sizes import CHAT_BYTES
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Identity, Store, default_name
 from unicluster.command_line import Argument, Command, Option, beginning
@@ -143,7 +144,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     """
     identity = cluster.issue(default_name())
     raise_file_limit()
-    server = make_server()
+    server = make_server(most_bytes=CHAT_BYTES)
     clients = cluster.client_access.authority.ca_pem
     port = bind(
         *(server, options.host, options.port, identity),

@@ -11,7 +11,13 @@ from typing import Any
 
 from node.mlx.compat_caches import SAVED_LIST, DeferredState, members
 from node.mlx.tensors import decode_tree, encode_tree
+from unicluster.cluster.sizes import FRAME_BYTES
+from unicluster.errors import InputError
+from unicluster.units import format_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
+
+# Of a frame beside its largest operation: what other operations and reports may take.
+FRAME_OVERHEAD = 1 << 20
 
 
 class RemoteStage:
@@ -53,13 +59,24 @@ class RemoteStage:
         self._on_free()
 
     def store(self, saved: Any) -> "RemoteCache":
-        """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage."""
-        handle = self.make()
+        """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage.
+
+        Raises InputError where a member is larger than a frame may be.
+        """
+        handle, pending = self.make(), 0
         for entry, member in enumerate(members(saved) or ()):
             operation = CacheOp(cache=handle.number)
             operation.store.entry = entry
             operation.store.kind = type(member).__name__
             encode_tree(member.state, operation.store.state)
+            size = operation.ByteSize()
+            if size + FRAME_OVERHEAD > FRAME_BYTES:
+                reason = f"and a frame of the ring {format_bytes(FRAME_BYTES)} at most"
+                raise InputError(f"a layer of the saved cache has {format_bytes(size)}, {reason}")
+            if pending + size + FRAME_OVERHEAD > FRAME_BYTES:
+                self.ask(CacheOp(cache=handle.number, query=CacheOp.Query()))
+                pending = 0
+            pending += size
             self.operations.append(operation)
         return handle
 

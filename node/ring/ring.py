@@ -14,6 +14,7 @@ import grpc
 
 from node.ring.compute_thread import Signal
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
+from unicluster.cluster.sizes import RESULT_BYTES
 from unicluster.cluster.trust import Identity
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
@@ -221,7 +222,7 @@ class Ring:
         ]
 
     def _dial(self, stop: RouteStop, identity: Identity) -> Hop:
-        channel = connect(stop.address, identity)
+        channel = connect(stop.address, identity, most_bytes=RESULT_BYTES)
         self._channels.append(channel)
         return StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
 

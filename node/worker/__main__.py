@@ -36,6 +36,7 @@ from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
 from unicluster.cluster.trust import Identity
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
@@ -127,7 +128,7 @@ async def serve(config: WorkerConfig) -> None:
     """Loads and serves until told to end."""
     identity, spec = Identity.from_dict(config.identity), config.spec
     thread = MLXThread()
-    server = make_server()
+    server = make_server(most_bytes=FRAME_BYTES if spec.first_layer else CHAT_BYTES)
     port = bind(server, config.host, config.port, identity)
     engine, checkpoint, draft = await fetch_stage(config, identity, thread)
     await thread.run(maybe_set_recommended_wired_limit)  # on Metal: else idle weights are paged out

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from unicluster.cluster.calls import CallLimit
 from unicluster.cluster.roles import RoleCheck
+from unicluster.cluster.sizes import CONTROL_BYTES, SizeCheck
 from unicluster.cluster.trust import SERVER_NAME, Identity
 from unicluster.errors import (
     BusyError,
@@ -25,7 +27,10 @@ from unicluster.errors import (
     UniclusterError,
 )
 
-MAX_MESSAGE = 1 << 30
+# Calls that a server answers at once, streams included: more are refused.
+MOST_CALLS = 2048
+# Of one peer: all clients of a gateway are one peer of its head.
+MOST_CALLS_OF_PEER = 1024
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -44,8 +49,7 @@ KEEPALIVE_TIMEOUT = 2.5
 _Options = list[tuple[str, Any]]
 
 _COMMON: _Options = [
-    ("grpc.max_send_message_length", MAX_MESSAGE),
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", -1),  # whoever receives has a limit
     ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT * 1000)),  # else a minute
@@ -76,12 +80,22 @@ CHANNEL_OPTIONS: _Options = [
 
 def make_server(
     interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = (),
+    *,
+    most_bytes: int = CONTROL_BYTES,
 ) -> grpc.aio.Server:
     """A server without ports or services yet, which checks its callers' roles.
 
+    most_bytes: of the largest request to any of its services; see `sizes`.
     Call it within a running event loop.
     """
-    return grpc.aio.server(interceptors=[RoleCheck(), *interceptors], options=SERVER_OPTIONS)
+    return grpc.aio.server(
+        interceptors=[
+            *(RoleCheck(), CallLimit(MOST_CALLS_OF_PEER), SizeCheck()),
+            *interceptors,
+        ],
+        options=[*SERVER_OPTIONS, _receives(most_bytes)],
+        maximum_concurrent_rpcs=MOST_CALLS,
+    )
 
 
 def bind(
@@ -107,12 +121,17 @@ def bind(
         raise _taken(host, port, flag) from None
 
 
-def connect(address: str, identity: Identity) -> grpc.aio.Channel:
-    """A channel to `address` ("host:port"), which connects when it is first used."""
+def connect(
+    address: str, identity: Identity, *, most_bytes: int = CONTROL_BYTES
+) -> grpc.aio.Channel:
+    """A channel to `address` ("host:port"), which connects when it is first used.
+
+    most_bytes: of the largest response.
+    """
     return grpc.aio.secure_channel(
         join_address(*split_address(address)),
         identity.channel_credentials(),
-        options=CHANNEL_OPTIONS,
+        options=[*CHANNEL_OPTIONS, _receives(most_bytes)],
     )
 
 
@@ -121,8 +140,12 @@ def connect_sync(address: str, identity: Identity) -> grpc.Channel:
     return grpc.secure_channel(
         join_address(*split_address(address)),
         identity.channel_credentials(),
-        options=CHANNEL_OPTIONS,
+        options=[*CHANNEL_OPTIONS, _receives(CONTROL_BYTES)],
     )
+
+
+def _receives(most_bytes: int) -> tuple[str, int]:
+    return ("grpc.max_receive_message_length", most_bytes)
 
 
 def join_address(host: str, port: int) -> str:
@@ -185,6 +208,9 @@ OUR_OWN = (("unicluster-error", "1"),)
 # What gRPC makes of a message that could not be written, if it notices before the connection's end.
 _WRITE_FAILED = "Internal error from Core"
 
+# What gRPC says of a message that is larger than its receiver accepts.
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\.? (\d+)\)")
+
 # What gRPC itself says of a broken connection, and how a person would say it.
 _BROKEN = [
     (
@@ -225,6 +251,9 @@ def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
         if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"
             return TrustError(message) if "CERTIFICATE" in pattern else UnavailableError(message)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (large := _TOO_LARGE.search(details)):
+        size, most = large.groups()
+        return InputError(f"{who} accepts no message of {size} bytes, but of {most} at most")
     if code is grpc.StatusCode.INTERNAL and details == _WRITE_FAILED and not is_ours:
         return UnavailableError(f"{who} closed the connection")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -4,23 +4,20 @@ A role is the authority that issued a certificate. It is read from the issuer's 
 has proven by then: a certificate verifies only against the authority that it names.
 """
 
-import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import grpc.aio
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from unicluster.cluster.handlers import Context, Handler, checked
 from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
 
 audit = logging.getLogger("unicluster.audit")
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Role(StrEnum):
@@ -90,7 +87,7 @@ class RoleCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not ge
 def _checked(handler: Handler, method: str, allowed: frozenset[Role]) -> Handler:
     """`handler`, which first looks at who calls."""
 
-    async def check(context: Context) -> None:
+    async def check(request: Any, context: Context) -> None:
         role = role_of(context)
         if role in allowed:
             return
@@ -101,28 +98,4 @@ def _checked(handler: Handler, method: str, allowed: frozenset[Role]) -> Handler
             f"{method} is for the role {needed}, and this certificate's role is {role or 'none'}",
         )
 
-    makers: dict[tuple[bool, bool], tuple[Any, Any]] = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-    }
-    make, behavior = makers[handler.request_streaming, handler.response_streaming]
-
-    async def answer(request: Any, context: Context) -> Any:
-        await check(context)
-        return await behavior(request, context)
-
-    async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
-        await check(context)
-        async for response in behavior(request, context):
-            yield response
-
-    # gRPC tells by this whether responses are yielded, or written to the context.
-    yields = inspect.isasyncgenfunction(behavior)
-    made: Handler = make(
-        generate if yields else answer,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
-    return made
+    return checked(handler, check)
