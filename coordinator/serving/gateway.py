@@ -7,9 +7,10 @@ from typing import Any
 import grpc
 
 from coordinator.serving.service import Service
+from unicluster.chat_limits import check_limits
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import as_error, channel_was_closed, peer_name
-from unicluster.errors import NotFoundError, UnavailableError
+from unicluster.errors import BusyError, InputError, NotFoundError, UnavailableError
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
     DescribeChatRequest,
@@ -25,6 +26,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # How long an answer may wait while the model moves away from a machine that is drained.
 MOVE_SECONDS = 60.0
+# At once, the waiting ones included; the head's own queue is shorter.
+MOST_ANSWERS = 1024
 
 
 class Gateway(ChatServicer):
@@ -37,24 +40,34 @@ class Gateway(ChatServicer):
         self.service: Service | None = None
         self.tokens = 0  # that clients have got
         self.running = 0  # answers
+        self._waiting = 0  # for the model to move
         self._display = display
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         service = self.service
         if service is None:
             await abort(context, UnavailableError(f"{self._display} is being looked into"))
+        try:
+            check_limits(request)
+        except InputError as error:
+            await abort(context, error)
+        if self.running + self._waiting >= MOST_ANSWERS:
+            reason = f"{MOST_ANSWERS} answers run or wait here: try again later"
+            await abort(context, BusyError(reason))
         if request.model and request.model not in service.names:
             error = NotFoundError(f"model: {request.model!r} is not served, {service.display!r} is")
             await abort(context, error)
         if service.moving:
-            await service.until_moved(MOVE_SECONDS)
+            self._waiting += 1
+            try:
+                await service.until_moved(MOVE_SECONDS)
+            finally:
+                self._waiting -= 1
         deployment = service.deployment
         if deployment is None or deployment.chat is None:
             await abort(context, UnavailableError(service.why_not))
-        forwarded = GenerateRequest()
-        forwarded.CopyFrom(request)
-        forwarded.model = ""
-        call = deployment.chat.Generate(forwarded, timeout=context.time_remaining())
+        request.ClearField("model")
+        call = deployment.chat.Generate(request, timeout=context.time_remaining())
         self.running += 1
         try:
             with deployment.answering(), deployment.timing.answer() as finished:

@@ -6,6 +6,7 @@ its ticket; when it finishes, fails or is cancelled it leaves, and its caches ar
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -14,12 +15,15 @@ from functools import partial
 from typing import Any
 
 from node.generation.config import GenerationConfig
-from node.generation.request import check_request
+from node.generation.request import Job, check_request
 from node.generation.sampling import Sampling
 from node.generation.scheduler import Scheduler
 from node.generation.ticket import Ticket
 from node.metering.meters import AnswerMeter
 from node.mlx.memory import give_all_back
+from node.prompts.cancellation import Cancellation
+from node.prompts.templates import TEMPLATES
+from node.prompts.tokenizing import LONG, Tokenizing
 from node.ring.compute_thread import MLXThread
 from unicluster.errors import (
     BusyError,
@@ -32,6 +36,9 @@ from unicluster.v1.chat_pb2 import ChatInfo, GenerateRequest
 from unicluster.v1.meters_pb2 import Meters
 
 log = logging.getLogger("unicluster.engine")
+
+# Threads that tokenize prompts.
+CHECKERS = 2
 
 
 class GenerationEngine:
@@ -47,8 +54,11 @@ class GenerationEngine:
         self._config = config
         self._name = config.model_name
         self._defaults = Sampling.of_model(config.defaults)
-        # One at a time: tokenizers may not be shared by threads that change their settings.
-        self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._tokenizing = Tokenizing(tokenizer, config.spec.context)
+        self._checkers = ThreadPoolExecutor(max_workers=CHECKERS, thread_name_prefix="tokenize")
+        self._long = asyncio.Semaphore(CHECKERS - 1)  # long prompts leave a thread to short ones
+        self._checking = 0  # requests whose prompt waits for a thread, or is being tokenized
+        TEMPLATES.warm()
 
         self._lock = threading.Lock()  # for what is touched from both sides:
         self._open: set[Ticket] = set()
@@ -69,16 +79,33 @@ class GenerationEngine:
         if request.model not in ("", self._name):
             raise NotFoundError(f"model: {request.model!r} is not served here, {self._name!r} is")
         self._check_room()
-        context = self._config.spec.context
-        job = await asyncio.get_running_loop().run_in_executor(
-            self._checker, check_request, request, self._tokenizer, context, self._defaults
-        )
+        self._checking += 1
+        try:
+            job = await self._check(request)
+        finally:
+            self._checking -= 1
         ticket = Ticket(job, asked, on_cancel=self._on_cancel)
         with self._lock:
             self._check_room()
             self._open.add(ticket)
             self._thread.post(partial(self._admit, ticket))
         return ticket
+
+    async def _check(self, request: GenerateRequest) -> Job:
+        """Whoever waits for this may leave: then the work ends, too."""
+        cancellation = Cancellation()
+        context = self._config.spec.context
+        work = partial(
+            check_request,
+            *(request, self._tokenizer, context, self._defaults),
+            *(self._tokenizing, cancellation),
+        )
+        slot = self._long if request.ByteSize() > LONG else contextlib.nullcontext()
+        try:
+            async with slot:
+                return await asyncio.get_running_loop().run_in_executor(self._checkers, work)
+        finally:
+            cancellation.cancel()
 
     async def set_model(self, model: Any) -> None:
         """Serves `model` from now on: after loading, and after a failure.
@@ -97,7 +124,7 @@ class GenerationEngine:
     def close(self) -> None:
         """Ends every request with UnavailableError and lets go of the model; any thread."""
         self.fail(UnavailableError(f"{self._name} is shutting down"))
-        self._checker.shutdown(wait=False)
+        self._checkers.shutdown(wait=False, cancel_futures=True)
 
     def describe(self) -> ChatInfo:
         """What the engine knows: all but the weights and what lies on other machines."""
@@ -131,7 +158,7 @@ class GenerationEngine:
         if self._failure is not None:
             raise UnavailableError(str(self._failure))
         users, most_waiting = self._config.spec.users, self._config.most_waiting
-        if len(self._open) >= users + most_waiting:
+        if len(self._open) + self._checking >= users + most_waiting:
             raise BusyError(
                 f"the queue is full: {users} requests run and {most_waiting} wait; try again later"
             )

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.generation.sampling import Sampling
+from node.prompts.cancellation import AbandonedError, Cancellation
+from node.prompts.templates import TEMPLATES, template_of, variables_of
+from node.prompts.tokenizing import Tokenizing
+from unicluster.chat_limits import check_limits, text_bytes
 from unicluster.errors import InputError, in_one_line
 from unicluster.v1 import chat_pb2
-
-ROLES = ("system", "user", "assistant", "tool")
-MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,26 @@ class Job:
 
 
 def check_request(
-    request: chat_pb2.GenerateRequest, tokenizer: Any, context: int, defaults: Sampling
+    request: chat_pb2.GenerateRequest,
+    tokenizer: Any,
+    context: int,
+    defaults: Sampling,
+    tokenizing: Tokenizing,
+    cancellation: Cancellation,
 ) -> Job:
-    """Raises InputError, which begins with the field's name, for what makes no sense."""
+    """The job of a request; blocks while its prompt is rendered and tokenized.
+
+    Raises InputError, which begins with the field's name, for an invalid request, and
+    AbandonedError once it is cancelled.
+    """
+    check_limits(request)
     sampling = defaults.updated(request.sampling)
-    if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
-        raise InputError(f"logprobs: must be at most {MAX_LOGPROBS}, got {request.logprobs}")
-    if not all(request.stop):
-        raise InputError("stop: must not contain an empty string")
-    tokens = _prompt(request, tokenizer)
+    if request.messages and request.token_ids:
+        raise InputError("messages: give either messages or token_ids, not both")
+    if request.messages:
+        tokens = _render(request, tokenizer, tokenizing, cancellation)
+    else:
+        tokens = _given(request.token_ids, len(tokenizer))
     field = "messages" if request.messages else "token_ids"
     if len(tokens) >= context:
         raise InputError(
@@ -55,36 +67,41 @@ def check_request(
     )
 
 
-def _prompt(request: chat_pb2.GenerateRequest, tokenizer: Any) -> list[int]:
-    if request.messages and request.token_ids:
-        raise InputError("messages: give either messages or token_ids, not both")
-    if request.messages:
-        return _render(request.messages, tokenizer)
-    if not request.token_ids:
+def _given(token_ids: Sequence[int], vocabulary: int) -> list[int]:
+    if not token_ids:
         raise InputError("messages: there are none, nor are there token_ids")
-    vocabulary = len(tokenizer)
-    for token in request.token_ids:
-        if token >= vocabulary:
-            raise InputError(f"token_ids: {token} is not in the vocabulary of {vocabulary} tokens")
-    return list(request.token_ids)
+    largest = max(token_ids)
+    if largest >= vocabulary:
+        raise InputError(f"token_ids: {largest} is not in the vocabulary of {vocabulary} tokens")
+    return list(token_ids)
 
 
-def _render(messages: Sequence[chat_pb2.Message], tokenizer: Any) -> list[int]:
-    for number, message in enumerate(messages, start=1):
-        if message.role not in ROLES:
-            raise InputError(
-                f"messages: the role of message {number} must be one of {', '.join(ROLES)}, "
-                f"got {message.role!r}"
-            )
+def _render(
+    request: chat_pb2.GenerateRequest,
+    tokenizer: Any,
+    tokenizing: Tokenizing,
+    cancellation: Cancellation,
+) -> list[int]:
+    messages = request.messages
+    tokenizing.check_length(text_bytes(request))
     last = messages[-1]
     if last.role in ("system", "user") and not last.content.strip():
         raise InputError("messages: the prompt is empty")
     if not tokenizer.has_chat_template:
         raise InputError("messages: this model has no chat template: send token_ids instead")
     chat = [{"role": message.role, "content": message.content} for message in messages]
+    template = template_of(tokenizer)
     try:
-        tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-    except Exception as error:  # a template is the model's own code and may raise anything
+        if template is None:  # a format in Python, which is mlx-lm's or transformers' own
+            tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        else:
+            text = TEMPLATES.render(
+                *(template, chat, variables_of(tokenizer), tokenizing.most_bytes, cancellation)
+            )
+            tokens = tokenizing.encode(text, cancellation)
+    except (InputError, AbandonedError):
+        raise
+    except Exception as error:  # such a format may raise anything
         reason = in_one_line(error)
         raise InputError(f"messages: the model's chat template refuses them: {reason}") from error
     if not tokens:
@@ -95,8 +112,6 @@ def _render(messages: Sequence[chat_pb2.Message], tokenizer: Any) -> list[int]:
 def _max_tokens(request: chat_pb2.GenerateRequest, room: int) -> int:
     if not request.HasField("max_tokens"):
         return room
-    if request.max_tokens == 0:
-        raise InputError("max_tokens: must be at least 1, got 0")
     if request.max_tokens > room:
         raise InputError(
             f"max_tokens: the context has room for {room} after the prompt, "

@@ -19,6 +19,9 @@ _Tokenizer: Any = PreTrainedTokenizer
 class GgufTokenizer(_Tokenizer):
     """Tokens and text as llama.cpp has them, special tokens in a prompt included."""
 
+    # `apply_chat_template` is transformers' own, but for the tokenizing.
+    renders_by_template = True
+
     def __init__(self, file: Path, header: Header) -> None:
         """`file`: its first bytes, up to the end of the header, are enough."""
         self._lib = lib = llama()

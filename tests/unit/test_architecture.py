@@ -22,7 +22,7 @@ FLOORS = {
         ".",
     ],
     "node": [
-        *("doctor", "agent", "inprocess", "inspect", "worker", "generation", "engines"),
+        *("doctor", "agent", "inprocess", "inspect", "worker", "generation", "prompts", "engines"),
         *("ggml", "pipeline", "mlx", "mlx.saved", "ring", "metering", "weights", "."),
     ],
     "unicluster": [
