@@ -49,8 +49,8 @@ class Gateway(ChatServicer):
             await abort(context, UnavailableError(f"{self._display} is being looked into"))
         try:
             check_limits(request)
-        except InputError as error:
-            await abort(context, error)
+        except InputError as refused:
+            await abort(context, refused)
         if self.running + self._waiting >= MOST_ANSWERS:
             reason = f"{MOST_ANSWERS} answers run or wait here: try again later"
             await abort(context, BusyError(reason))

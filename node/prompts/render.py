@@ -52,11 +52,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The text of a rendered template, or why there is none."""
     most = request.pop("most_characters")
     try:
-        (text,), _ = render_jinja_template(**request)
+        # (texts, indexes), whatever its annotation says
+        rendered: Any = render_jinja_template(**request)
     except MemoryError:
         return {"error": "it needs too much memory"}
     except Exception as error:  # a template is the model's own code and may raise anything
         return {"error": f"{error}"[:1000] or type(error).__name__}
+    text = rendered[0][0]  # of one conversation
     if len(text) > most:
         return {"error": f"it makes {len(text)} characters of them, and at most {most}"}
     return {"text": text}

@@ -36,9 +36,11 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not ge
             reason = f"{self._most} calls of yours are open already: try again later"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
         self._open[peer] += 1
-        context.add_done_callback(lambda _: self._leave(peer))
 
-    def _leave(self, peer: bytes) -> None:
-        self._open[peer] -= 1
-        if not self._open[peer]:
-            del self._open[peer]
+        def leave(context: Context) -> None:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+        done: Any = leave  # grpc-stubs wants a class, and gRPC any callable
+        context.add_done_callback(done)

@@ -127,7 +127,7 @@ def _miscounted(data: bytes, message: Descriptor) -> str:
                     field = kind.fields_by_number.get(number)
                     if field is None:
                         continue
-                    if field.type == FieldDescriptor.TYPE_MESSAGE:
+                    if field.message_type is not None:
                         parts.append((start, at, field.message_type))
                     elif field.type not in _PLAIN and size > MOST_PACKED_BYTES:
                         return f"{field.name}: {size} bytes, and at most {MOST_PACKED_BYTES}"
