@@ -76,7 +76,7 @@ class Cut:
         part = Part(0, half, finishes=False, context=CONTEXT, users=4)
         cut = stage_file(gguf, checkpoint, file.parent, part)
         self.front = load(gguf, file.parent, cut, part).front
-        self._model = PipelineModel(self.front, self._ring, foresee=False)
+        self._model = PipelineModel(self.front, self._ring, prebuilt=False)
 
     def run(self) -> tuple[float, float]:
         """The same as Alone's."""

@@ -59,7 +59,7 @@ class Cost:
     """Times in seconds."""
 
     stages: int
-    foresee: bool  # steps are built before their input is there
+    prebuilt: bool  # decode steps are built before their input arrives
     token_median: float
     token_p10: float
     token_p99: float
@@ -88,7 +88,7 @@ class Subject(NamedTuple):
     """What decodes: mlx-lm's own model for one stage, or a ring."""
 
     stages: int
-    foresee: bool
+    prebuilt: bool
 
 
 PLAIN = Subject(1, True)
@@ -104,7 +104,7 @@ def loaded(path: Path, subject: Subject) -> Iterator[Any]:
     checkpoint = describe_here(str(path), identity)
     layout = Layout.from_proto(inspect(checkpoint))
     cuts = split_evenly(layout, subject.stages)
-    with load_local(checkpoint, "", cuts, identity, prebuilt=subject.foresee)[0] as model:
+    with load_local(checkpoint, "", cuts, identity, prebuilt=subject.prebuilt)[0] as model:
         yield model
 
 
@@ -160,7 +160,7 @@ def cost(ring: Subject, times: Times, plain: Times, empty: Times) -> Cost:
     tails = np.percentile(times, 99, axis=1)
     return Cost(
         stages=ring.stages,
-        foresee=ring.foresee,
+        prebuilt=ring.prebuilt,
         token_median=float(np.median(medians)),
         token_p10=float(np.percentile(times, 10)),
         token_p99=float(np.median(tails)),
@@ -204,7 +204,7 @@ def table(result: Result, parameters: int) -> str:
 
 
 def _name(cost: Cost) -> str:
-    return f"{cost.stages} stages" + ("" if cost.foresee else ", off")
+    return f"{cost.stages} stages" + ("" if cost.prebuilt else ", off")
 
 
 def _ms(seconds: float, width: int = 0) -> str:

@@ -73,7 +73,7 @@ class Engine(Protocol):
     ) -> LoadedHead | LoadedStage:
         """Loads the stage, whose bytes are here; on the thread that is to compute it.
 
-        `prebuilt`: decode steps may be built ahead, where the engine can. Raises InputError or
+        `prebuilt`: decode steps may be prebuilt, where the engine can. Raises InputError or
         StageError.
         """
 

@@ -62,7 +62,7 @@ class MLXEngine:
             )
         if first == 0:
             return LoadedHead(hollow, total, prebuilt)
-        return LoadedStage(Stage(hollow, foresee=prebuilt), total)
+        return LoadedStage(Stage(hollow, prebuilt=prebuilt), total)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         ends = load_config(checkpoint.root).get("eos_token_id")

@@ -62,7 +62,7 @@ class LoadedModel(PipelineModel):
     def __init__(
         self, front: Front, ring: Ring | None, closing: Any, *, prebuilt: bool = True
     ) -> None:
-        super().__init__(front, ring, foresee=prebuilt)
+        super().__init__(front, ring, prebuilt=prebuilt)
         self._closing = closing
 
     def close(self) -> None:

@@ -176,13 +176,13 @@ def quantized(cache: Any, bits: int, group_size: int) -> Any:
 
 
 def shadow(caches: Sequence[Any]) -> Caches:
-    """Caches of the same contents, each to go its own way, at no cost in memory."""
+    """Shadow caches: they share their arrays until a step writes to them, then diverge."""
     seen: dict[int, mx.array] = {}
     return [_shadow(cache, seen) for cache in caches]
 
 
 def commit(caches: Sequence[Any], shadows: Sequence[Any]) -> None:
-    """Makes caches what their shadows have become; the shadows are then used up."""
+    """Puts the state of the shadows into the caches; the shadows are then used up."""
     for cache, other in zip(caches, shadows, strict=True):
         cache.__dict__ = other.__dict__
 

@@ -1,8 +1,8 @@
-"""Prebuilt decode steps: the graph is built before the input is there, and then only evaluated.
+"""Prebuilt decode steps: the graph is built before its input arrives, and then only evaluated.
 
-A decode step's input is known in all but its values. So the step is built on placeholder arrays
-whose bytes are written when they come, and on shadow caches, which are committed if the step comes
-as expected; if another comes, shadows and step are dropped, and nothing has happened.
+Shape and dtype of a decode step's input are known before its values. The step is built on
+placeholder arrays, into which the values are written later, and on shadow caches. If the input is
+as expected the shadows are committed; otherwise shadows and step are dropped without any effect.
 """
 
 import json
@@ -25,7 +25,7 @@ Build = Callable[[Any, Caches], tuple[Any, list[Any]]]
 
 
 class LeafKind(NamedTuple):
-    """A leaf of a tree, but for an array's bytes. Plain values are in `json`."""
+    """Key, dtype and shape of one leaf of a tree; a plain value, as JSON, in `json`."""
 
     key: str
     dtype: str
@@ -37,7 +37,7 @@ Kind = tuple[LeafKind, ...]
 
 
 def kind_of_leaves(leaves: Iterable[Leaf]) -> Kind:
-    """What a tree on the wire has in common with those to come."""
+    """The kind of a tree on the wire: keys, dtypes, shapes and plain values, without the bytes."""
     return tuple(
         LeafKind(leaf.key, leaf.tensor.dtype, tuple(leaf.tensor.shape), leaf.json)
         for leaf in leaves
@@ -49,8 +49,8 @@ def kind_of_array(array: mx.array) -> Kind:
     return (LeafKind("", NAMES[array.dtype], tuple(array.shape), ""),)
 
 
-class Blank:
-    """A tree of evaluated arrays whose bytes can be written later.
+class PlaceholderInput:
+    """A step's input before it is known: a tree of evaluated arrays whose bytes come later.
 
     Raises ValueError or TypeError where MLX's memory can't be written to.
     """
@@ -75,48 +75,51 @@ class Blank:
 
     @property
     def is_untouched(self) -> bool:
-        """False once something that was computed from it has been evaluated."""
+        """False once something computed from it has been evaluated."""
         return not any(map(compat.is_evaluated, self._arrays))
 
     def fill(self, leaves: Iterable[Leaf]) -> None:
-        """Takes the bytes of a tree of the same kind."""
+        """Writes the bytes of a tree of the same kind."""
         for view, leaf in zip(self._views, leaves, strict=True):
             if view is not None:
                 view[:] = leaf.tensor.data
 
-    def fill_one(self, array: mx.array) -> None:
-        """Takes the values of an array of the same kind; evaluates it."""
+    def fill_array(self, array: mx.array) -> None:
+        """Writes the values of one array of the same kind, which is evaluated."""
         (view,) = filter(None, self._views)
         view[:] = compat.memory(array).tobytes()
 
 
-class Step:
-    """One step over some caches, built on a blank of the kind of its input."""
+class PrebuiltStep:
+    """One step over some caches, built on a placeholder input.
+
+    shadows: the caches after the step; `compat_caches.commit` makes them the real ones.
+    """
 
     def __init__(self, kind: Kind, caches: Caches, build: Build) -> None:
-        """Raises what building raises, and ValueError if it looked at values not yet there."""
+        """Raises ValueError if the model evaluates its input, and any error of `build`."""
         self.kind = kind
-        self.blank = Blank(kind)
-        self.after = shadow(caches)
-        self.result, self.extra = build(self.blank.tree, self.after)
-        if not self.blank.is_untouched:
-            raise ValueError("the model looks at its input while the step is built")
+        self.placeholder = PlaceholderInput(kind)
+        self.shadows = shadow(caches)
+        self.result, self.extra = build(self.placeholder.tree, self.shadows)
+        if not self.placeholder.is_untouched:
+            raise ValueError("the model evaluates its input while the step is built")
 
 
-class Foresight:
-    """Builds steps, unless the model or MLX's backend turns out not to allow it."""
+class StepBuilder:
+    """Prebuilds steps, until the model or MLX's backend turns out not to allow it."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
 
-    def step(self, kind: Kind, caches: Caches, build: Build) -> Step | None:
-        """The step, or None if it can't be built before its input is there."""
+    def build(self, kind: Kind, caches: Caches, build: Build) -> PrebuiltStep | None:
+        """The step, or None if it can't be built before its input arrives."""
         if not (self._enabled and compat.writes_reach_device()):
             return None
         try:
-            return Step(kind, caches, build)
+            return PrebuiltStep(kind, caches, build)
         except Exception as error:
-            # If this step ever comes it is built the usual way, and then the error is told.
-            log.info("steps are not built ahead: %s", error)
+            # The step itself is then built the usual way, and raises the error there.
+            log.info("decode steps are not prebuilt: %s", error)
             self._enabled = False
             return None

@@ -10,7 +10,7 @@ from node.mlx.compat_caches import Caches, token_count
 from node.mlx.hollow import HollowModel
 from node.mlx.kv_quant import quantized
 from node.mlx.memory import give_all_back, give_back
-from node.mlx.prebuilt import Build, Foresight, Kind, Step, kind_of_leaves
+from node.mlx.prebuilt import Build, Kind, PrebuiltStep, StepBuilder, kind_of_leaves
 from node.mlx.rollback import restore, snapshot
 from node.mlx.saved.state import BITS, GROUP_SIZES, cache_from_state, check_alike
 from node.mlx.tensors import decode_tree, encode_tree
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 class StageCache:
     """The caches of a stage's layers.
 
-    kind: of the input of the last decode step; empty after anything else. step: the next one,
+    kind: of the last decode step's input; empty after anything else. step: the next decode step,
     if it was prebuilt.
     """
 
     def __init__(self, entries: Caches) -> None:
         self.entries = entries
         self.kind: Kind = ()
-        self.step: Step | None = None
-        self.unchecked: set[int] = set()  # stored entries, until a forward shows how they should be
+        self.step: PrebuiltStep | None = None
+        self.unchecked: set[int] = set()  # stored entries that no forward has confirmed yet
 
 
 class Stage(FrameServer[StageCache, Any]):
@@ -46,11 +46,11 @@ class Stage(FrameServer[StageCache, Any]):
 
     engine: ClassVar[str] = "mlx"
 
-    def __init__(self, hollow: HollowModel, *, foresee: bool = True) -> None:
-        """foresee: decode steps are built before their input arrives."""
+    def __init__(self, hollow: HollowModel, *, prebuilt: bool = True) -> None:
+        """`prebuilt`: decode steps are built before their input arrives."""
         self._hollow = hollow
         self._run = hollow.finish if hollow.finishes else hollow.forward
-        self._foresight = Foresight(foresee)
+        self._step_builder = StepBuilder(prebuilt)
         self._input = hollow.stage_input
 
     def extent(self, hidden: "Leaves") -> tuple[int, int]:
@@ -63,11 +63,11 @@ class Stage(FrameServer[StageCache, Any]):
         kind = () if prefill else kind_of_leaves(hidden)
         step, cache.step = cache.step, None
         if step is not None and step.kind == kind:
-            step.blank.fill(hidden)
-            cache.entries = step.after
+            step.placeholder.fill(hidden)
+            cache.entries = step.shadows
             result, extra = step.result, step.extra
         else:
-            step = None  # it holds on to the caches' arrays, and MLX would copy them
+            step = None  # it references the caches' arrays, and MLX would copy them
             result, extra = self._computed(self._run, hidden, cache)
         del hidden[:]
         encode_tree(result, hidden, extra)
@@ -88,7 +88,7 @@ class Stage(FrameServer[StageCache, Any]):
 
     def prebuild(self, cache: StageCache) -> None:
         if cache.kind and cache.step is None:
-            cache.step = self._foresight.step(cache.kind, cache.entries, self._run)
+            cache.step = self._step_builder.build(cache.kind, cache.entries, self._run)
 
     def tidy(self, *, freed: bool, prefill: bool) -> None:
         if freed:
@@ -97,7 +97,7 @@ class Stage(FrameServer[StageCache, Any]):
             give_back()
 
     def touch(self, cache: StageCache) -> None:
-        """Forgets the next step, which would not know of the change."""
+        """Drops the prebuilt step, which would miss the change."""
         cache.kind, cache.step = (), None
 
     def make(self) -> StageCache:

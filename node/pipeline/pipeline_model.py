@@ -13,7 +13,7 @@ import mlx.nn as nn
 from node.metering.timeline import Timeline, recording
 from node.metering.trips import Trip, Trips
 from node.mlx.compat_caches import commit, members
-from node.mlx.prebuilt import Foresight, Kind, Step, kind_of_array, kind_of_leaves
+from node.mlx.prebuilt import Kind, PrebuiltStep, StepBuilder, kind_of_array, kind_of_leaves
 from node.mlx.tensors import decode_tree, encode_tree
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
@@ -29,13 +29,17 @@ PUSHED_FRAMES = 64
 
 
 @dataclass
-class _Expected:
-    """What a call over some caches was like, and what the next may find done."""
+class _ExpectedCall:
+    """The last decode call over some caches, after which the next is expected.
+
+    local: caches of the layers here. tokens, returned: kinds of its input and of its reply. step:
+    the next decode step, if it was prebuilt.
+    """
 
     local: list[Any]
     tokens: Kind
     returned: Kind = ()
-    step: Step | None = None
+    step: PrebuiltStep | None = None
 
     def is_met(self, local: list[Any], tokens: Kind) -> bool:
         same = all(cache is other for cache, other in zip(self.local, local, strict=True))
@@ -68,8 +72,8 @@ class PipelineModel(nn.Module):
     """Layers here and on other machines behind the interface of an mlx-lm model.
 
     Use it from one thread, like any MLX model. `ring` is None when all layers are here. `trips`
-    says how busy the other stages are; `machine` is this one's name. `foresee`: decode steps are
-    built before their input is there.
+    measures the other stages; `machine` is this one's name. `prebuilt`: decode steps are built
+    before their input arrives.
     """
 
     def __init__(
@@ -78,14 +82,14 @@ class PipelineModel(nn.Module):
         ring: Ring | None,
         machine: str = "head",
         *,
-        foresee: bool = True,
+        prebuilt: bool = True,
     ) -> None:
         super().__init__()
         self.trips = Trips([machine, *(stop.node for stop in ring.route)] if ring else [machine])
         self.model = hollow.model
         self._hollow = hollow
         self._ring = ring
-        self._foresight = Foresight(foresee)
+        self._step_builder = StepBuilder(prebuilt)
         self._lock = threading.Lock()
         self._dropped: deque[int] = deque()
         self._flush_due = False
@@ -187,18 +191,18 @@ class PipelineModel(nn.Module):
         handles: list[RemoteCache],
         timelines: Sequence[Timeline],
     ) -> PendingLogits:
-        """Decode, or a verification of guesses: as much as can be is built while others compute."""
+        """Decodes or verifies drafted tokens; builds the next step while other stages compute."""
         self._steps.enter()
         began = time.perf_counter()
         message = HopMessage(frame=Frame())
         try:
             before, handles[0].expected = handles[0].expected, None
-            expected = _Expected(local, kind_of_array(inputs))
+            expected = _ExpectedCall(local, kind_of_array(inputs))
             if before is not None and not before.is_met(local, expected.tokens):
-                before = None  # its step holds on to the caches' arrays, and MLX would copy them
+                before = None  # its step references the caches' arrays, and MLX would copy them
             if before is not None and before.step is not None:
-                before.step.blank.fill_one(inputs)
-                commit(local, before.step.after)
+                before.step.placeholder.fill_array(inputs)
+                commit(local, before.step.shadows)
                 hidden, extra = before.step.result, before.step.extra
             else:
                 hidden, extra = self._hollow.front(inputs, local)
@@ -216,14 +220,16 @@ class PipelineModel(nn.Module):
             if returned:
                 # Not before: building would take the interpreter from the frame's sending.
                 reply.wait_until_sent()
-                tail = self._foreseen_tail(inputs, returned, local)
+                tail = self._prebuilt_lm_head(inputs, returned, local)
                 if handles[0].expected is expected:
-                    expected.step = self._foresight.step(expected.tokens, local, self._hollow.front)
+                    expected.step = self._step_builder.build(
+                        expected.tokens, local, self._hollow.front
+                    )
             frame = reply.wait()
             woke = _woke(timelines, reply.number)
             expected.returned = kind_of_leaves(frame.hidden)
             if tail is not None and tail.kind == expected.returned:
-                tail.blank.fill(frame.hidden)
+                tail.placeholder.fill(frame.hidden)
                 logits = tail.result
             else:
                 logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
@@ -231,11 +237,13 @@ class PipelineModel(nn.Module):
 
         return PendingLogits(resolve, way=reply)
 
-    def _foreseen_tail(self, inputs: mx.array, returned: Kind, local: list[Any]) -> Step | None:
+    def _prebuilt_lm_head(
+        self, inputs: mx.array, returned: Kind, local: list[Any]
+    ) -> PrebuiltStep | None:
         def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
             return self._hollow.tail(inputs, received, local), []
 
-        return self._foresight.step(returned, [], build)
+        return self._step_builder.build(returned, [], build)
 
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""

@@ -75,7 +75,7 @@ class Head(HeadServicer):
                     ring = await Ring.open(list(request.route), self._identity, on_failure)
                     stages.extend(ring.stages.stages)
                 self.model = PipelineModel(
-                    self._front, ring, self._info.node, foresee=self._prebuilt
+                    self._front, ring, self._info.node, prebuilt=self._prebuilt
                 )
                 if ring is not None:
                     clocks = follow(self.model.trips.clocks, ring.route, self._identity)

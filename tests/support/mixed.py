@@ -63,7 +63,7 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
         cuts = [(2 * index, 2 * index + 2) for index in range(len(engines))]
         spec = stage_specs(checkpoint, "", cuts)[0]
         head, _ = FirstStage(checkpoint, spec).load(identity, background.run)
-        yield PipelineModel(head.front, ring, foresee=head.prebuilt)
+        yield PipelineModel(head.front, ring, prebuilt=head.prebuilt)
         background.run(ring.close())
     finally:
         for worker in workers:

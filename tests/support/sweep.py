@@ -23,7 +23,7 @@ from node.mlx.compat_caches import Caches, commit
 from node.mlx.crossing import finishing, forbidden_cuts
 from node.mlx.dataflow import trace
 from node.mlx.hollow import HollowModel
-from node.mlx.prebuilt import Build, Foresight, kind_of_leaves
+from node.mlx.prebuilt import Build, StepBuilder, kind_of_leaves
 from node.mlx.tensors import decode_tree
 from tests.support import zoo
 from tests.support.wire import on_the_wire
@@ -177,15 +177,15 @@ def run_stages(stages: list[HollowModel]) -> list[mx.array]:
 
 
 def _run(build: Build, tree: Any, caches: Caches, turn: int) -> Any:
-    """One part of a forward. Decode steps are built ahead, and every third is then not used."""
+    """One part of a forward. Decode steps are prebuilt, and every third is then not used."""
     leaves = on_the_wire(tree)
-    step = Foresight().step(kind_of_leaves(leaves), caches, build) if turn > 2 else None
+    step = StepBuilder().build(kind_of_leaves(leaves), caches, build) if turn > 2 else None
     if step is None or turn % 3 == 0:
         step = None
         result, extra = build(decode_tree(leaves), caches)
     else:
-        step.blank.fill(leaves)
-        commit(caches, step.after)
+        step.placeholder.fill(leaves)
+        commit(caches, step.shadows)
         result, extra = step.result, step.extra
     mx.eval(result, extra)
     return result

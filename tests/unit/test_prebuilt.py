@@ -1,4 +1,4 @@
-"""Steps built before their input is there: the same bits, and no trace of those not used."""
+"""Prebuilt decode steps: bit-identical results, and no effect of steps that are not used."""
 
 import logging
 import weakref
@@ -25,9 +25,9 @@ from node.mlx.compat_caches import commit, shadow
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from node.mlx.prebuilt import (
-    Blank,
-    Foresight,
-    Step,
+    PlaceholderInput,
+    PrebuiltStep,
+    StepBuilder,
     kind_of_array,
     kind_of_leaves,
 )
@@ -44,23 +44,23 @@ HIDDEN = 64
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_written_later_are_what_is_computed_with(dtype: str) -> None:
     values = mx.array([[1, 0, 1], [0, 1, 1]]).astype(DTYPES[dtype])
-    blank = Blank(kind_of_array(values))
-    doubled = mx.concatenate([blank.tree, blank.tree])
+    placeholder = PlaceholderInput(kind_of_array(values))
+    doubled = mx.concatenate([placeholder.tree, placeholder.tree])
 
-    blank.fill(on_the_wire(values))
+    placeholder.fill(on_the_wire(values))
 
     assert mx.array_equal(doubled, mx.concatenate([values, values]))
 
 
 def test_trees_and_plain_values_are_filled_in() -> None:
     leaves = on_the_wire({"result": [mx.ones((2, 3)), None, 7], "state": mx.array([1, 2])})
-    blank = Blank(kind_of_leaves(leaves))
+    placeholder = PlaceholderInput(kind_of_leaves(leaves))
 
-    blank.fill(leaves)
+    placeholder.fill(leaves)
 
-    assert blank.tree["result"][1:] == [None, 7]
-    assert mx.array_equal(blank.tree["result"][0], mx.ones((2, 3)))
-    assert blank.tree["state"].tolist() == [1, 2]
+    assert placeholder.tree["result"][1:] == [None, 7]
+    assert mx.array_equal(placeholder.tree["result"][0], mx.ones((2, 3)))
+    assert placeholder.tree["state"].tolist() == [1, 2]
 
 
 # --- every kind of cache
@@ -115,28 +115,28 @@ def inputs() -> Iterator[mx.array]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_built_ahead_does_what_the_usual_one_does(kind: str) -> None:
-    plain, foreseen = KINDS[kind](), KINDS[kind]()
+def test_a_prebuilt_step_computes_the_usual_result(kind: str) -> None:
+    plain, prebuilt = KINDS[kind](), KINDS[kind]()
 
     def build(x: Any, caches: list[Any]) -> tuple[mx.array, list[Any]]:
         return attend(caches[0], x), []
 
     for turn, x in enumerate(inputs()):
         wanted = attend(plain, x)
-        unused = Step(kind_of_array(x), [foreseen], build)
-        step = Step(kind_of_array(x), [foreseen], build)
+        unused = PrebuiltStep(kind_of_array(x), [prebuilt], build)
+        step = PrebuiltStep(kind_of_array(x), [prebuilt], build)
         if turn % 3:
-            step.blank.fill(on_the_wire(x))
-            commit([foreseen], step.after)
+            step.placeholder.fill(on_the_wire(x))
+            commit([prebuilt], step.shadows)
             got = step.result
         else:
-            got = attend(foreseen, x)
+            got = attend(prebuilt, x)
         assert mx.array_equal(got, wanted), f"step {turn}"
         del unused
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_happens_to_a_shadow_does_not_happen_to_the_cache(kind: str) -> None:
+def test_a_shadow_leaves_its_cache_unchanged(kind: str) -> None:
     cache = KINDS[kind]()
     first, second, *_ = inputs()
     attend(cache, first)
@@ -147,16 +147,16 @@ def test_what_happens_to_a_shadow_does_not_happen_to_the_cache(kind: str) -> Non
     assert mx.array_equal(attend(cache, second), attend(fresh, second))
 
 
-def test_a_model_that_looks_at_its_input_is_never_built_ahead(
+def test_a_model_that_evaluates_its_input_is_never_prebuilt(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stage = HollowModel(zoo.build("dbrx"), "dbrx", 2, 4)
-    foresight = Foresight()
+    builder = StepBuilder()
     kind = kind_of_array(mx.zeros((1, 1, HIDDEN)))
     caplog.set_level(logging.INFO)
 
-    assert foresight.step(kind, stage.cache_view.make(), stage.forward) is None
-    assert "looks at its input" in caplog.text
+    assert builder.build(kind, stage.cache_view.make(), stage.forward) is None
+    assert "evaluates its input" in caplog.text
 
 
 # --- a stage
@@ -188,14 +188,14 @@ class Head:
         frame.parts.append(StagePart(stage=1, ops=ops, cache=cache))
         self._values, key = mx.random.split(self._values)
         encode_tree(mx.random.normal((batch, tokens, HIDDEN), key=key), frame.hidden)
-        self.used += self._is_foreseen(cache, frame, ops)
+        self.used += self._is_prebuilt(cache, frame, ops)
         self.stage.serve(self.session, frame, 0.0)
         self.stage.look_ahead(self.session)
         self.replies += [leaf.SerializeToString() for leaf in frame.hidden]
         self.replies.append(b"%d %d" % (frame.reports[0].trimmable, frame.reports[0].size))
         return frame
 
-    def _is_foreseen(self, cache: int, frame: Frame, ops: tuple[CacheOp, ...]) -> bool:
+    def _is_prebuilt(self, cache: int, frame: Frame, ops: tuple[CacheOp, ...]) -> bool:
         caches = self.session.caches
         step = caches[cache].step if cache in caches else None
         return not ops and step is not None and step.kind == kind_of_leaves(frame.hidden)
@@ -244,33 +244,33 @@ def conversation(head: Head) -> None:
         head.send(1)
 
 
-def test_a_stage_answers_as_one_that_builds_nothing_ahead(hollow: HollowModel) -> None:
-    usual, ahead = Head(Stage(hollow, foresee=False)), Head(Stage(hollow))
+def test_prebuilt_steps_give_the_usual_replies(hollow: HollowModel) -> None:
+    usual, prebuilding = Head(Stage(hollow, prebuilt=False)), Head(Stage(hollow))
 
     conversation(usual)
-    conversation(ahead)
+    conversation(prebuilding)
 
-    same = [a == b for a, b in zip(ahead.replies, usual.replies, strict=True)]
+    same = [a == b for a, b in zip(prebuilding.replies, usual.replies, strict=True)]
     assert all(same), f"replies that differ: {[i for i, s in enumerate(same) if not s]}"
     assert usual.used == 0
-    assert ahead.used > 30
+    assert prebuilding.used > 30
 
 
-def test_where_writes_do_not_reach_the_device_nothing_is_built_ahead(
+def test_where_writes_do_not_reach_the_device_nothing_is_prebuilt(
     hollow: HollowModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLX gives out a copy of what the device has: tokens stay the same, by the usual way."""
-    usual, ahead = Head(Stage(hollow, foresee=False)), Head(Stage(hollow))
+    usual, prebuilding = Head(Stage(hollow, prebuilt=False)), Head(Stage(hollow))
     conversation(usual)
     monkeypatch.setattr(compat, "memory", lambda array: memoryview(bytearray(array.nbytes)))
     compat.writes_reach_device.cache_clear()
     try:
-        conversation(ahead)
+        conversation(prebuilding)
     finally:
         compat.writes_reach_device.cache_clear()
 
-    assert ahead.used == 0
-    assert ahead.replies == usual.replies
+    assert prebuilding.used == 0
+    assert prebuilding.replies == usual.replies
 
 
 def test_freed_caches_leave_no_step_behind(hollow: HollowModel) -> None:
@@ -293,8 +293,8 @@ def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
     lazy = load_lazy(write_model(tmp_path, tiny_config("llama")))
     hollow = HollowModel(lazy.model, lazy.model_type, 2, 6)
     peaks = []
-    for foresee in (False, True):
-        head = Head(Stage(hollow, foresee=foresee))
+    for prebuilt in (False, True):
+        head = Head(Stage(hollow, prebuilt=prebuilt))
         head.send(1, make(1), tokens=1500, hold=True)
         for _ in range(4):
             head.send(1)
@@ -305,23 +305,23 @@ def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
             head.send(1)
         peaks.append(mx.get_peak_memory() - before)
         size = sum(cache.nbytes for cache in head.session.caches[1].entries)
-        assert (head.used > 0) == foresee
+        assert (head.used > 0) == prebuilt
 
     assert peaks[1] < peaks[0] + size / 100
 
 
 def test_an_array_that_is_a_view_of_another_is_filled_in() -> None:
     tokens = mx.arange(12, dtype=mx.uint32).reshape(3, 4)[:, 1:2]
-    blank = Blank(kind_of_array(tokens))
+    placeholder = PlaceholderInput(kind_of_array(tokens))
 
-    blank.fill_one(tokens)
+    placeholder.fill_array(tokens)
 
-    assert blank.tree.tolist() == [[1], [5], [9]]
+    assert placeholder.tree.tolist() == [[1], [5], [9]]
 
 
 def test_decoding_the_wire_and_filling_it_in_agree() -> None:
     leaves = on_the_wire(mx.random.normal((2, 1, 8)).astype(mx.bfloat16))
-    blank = Blank(kind_of_leaves(leaves))
-    blank.fill(leaves)
+    placeholder = PlaceholderInput(kind_of_leaves(leaves))
+    placeholder.fill(leaves)
 
-    assert mx.array_equal(blank.tree, decode_tree(leaves))
+    assert mx.array_equal(placeholder.tree, decode_tree(leaves))

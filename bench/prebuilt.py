@@ -1,11 +1,11 @@
-"""What it gains to build a decode step before its input arrives: one stage, without any network.
+"""Gain of prebuilt decode steps on one stage, without any network.
 
-    python -m bench.foreseen [--layers 61] [--hidden 64] [--rounds N] [--tokens N]
+    python -m bench.prebuilt [--layers 61] [--hidden 64] [--rounds N] [--tokens N]
 
-Two stages over the same layers of a random llama, one building ahead and one not, take turns of a
-few tokens. A token's time is that from a frame's arrival to the frame for the next hop, which
-leaves out the building that one of them does while it waits. The processor time of the thread
-that serves the frame, of which MLX's computing is no part, tells the same on a busy machine.
+Two stages over the same layers of a random llama, one with prebuilt steps and one without, take
+turns of a few tokens. A token's time is measured from a frame's arrival to the frame for the next
+hop, which leaves out the prebuilding that one of them does between frames. The CPU time of the
+thread that serves the frame, without MLX's own threads, is comparable on a busy machine too.
 """
 
 import argparse
@@ -92,22 +92,24 @@ def main() -> None:
         hollow = HollowModel(lazy.model, lazy.model_type, 1, options.layers + 1)
         for _ in load_parts(hollow.layers):
             pass
-    off, on = (Subject(Stage(hollow, foresee=foresee), options.hidden) for foresee in (False, True))
+    off, on = (
+        Subject(Stage(hollow, prebuilt=prebuilt), options.hidden) for prebuilt in (False, True)
+    )
     off.prefill()
     on.prefill()
     for _ in range(options.rounds):
         off.decode(options.tokens)
         on.decode(options.tokens)
     print(f"{options.layers} layers, hidden size {options.hidden}; from arrival to answer, ms")
-    print(f"{'':14}{'median':>10}{'10th %':>10}{'least':>10}{'processor, median':>20}")
-    for name, subject in (("usual", off), ("built ahead", on)):
+    print(f"{'':14}{'median':>10}{'10th %':>10}{'least':>10}{'CPU, median':>20}")
+    for name, subject in (("usual", off), ("prebuilt", on)):
         times = np.array(subject.walls) * 1e3
         figures = np.median(times), np.percentile(times, 10), times.min()
         cpu = float(np.median(subject.cpu)) * 1e3
         print(f"{name:14}" + "".join(f"{figure:10.2f}" for figure in figures) + f"{cpu:20.2f}")
     turns = [np.reshape(s.walls, (options.rounds, -1)) for s in (off, on)]
     ratio = np.median(np.median(turns[1], axis=1) / np.median(turns[0], axis=1))
-    print(f"built ahead takes {ratio:.2f} of the usual time, median of the rounds")
+    print(f"prebuilt steps take {ratio:.2f} of the usual time, median of the rounds")
 
 
 if __name__ == "__main__":
