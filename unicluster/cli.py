@@ -21,6 +21,7 @@ SECTIONS = {
     "Machines": {
         "join": ("node.agent.join", "offer this machine to the cluster"),
         "token": ("unicluster.cluster.token_command", "show or rotate the cluster's join token"),
+        "login": ("unicluster.cluster.login", "get access to a cluster's chat, and no more"),
         "nodes": ("coordinator.commands.nodes", "list the machines of the cluster"),
         "drain": (
             "coordinator.commands.drain",

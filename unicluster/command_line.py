@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 Completions = Callable[[str], Iterable[str]]  # the names that begin with a text
@@ -65,6 +66,14 @@ class Option(click.Option):
 def server_option(otherwise: str) -> Option:
     """`--server HOST:PORT`. otherwise: what happens without."""
     return Option("--server", otherwise, metavar="HOST:PORT", envvar="UNICLUSTER_SERVER")
+
+
+def on_command_line(name: str) -> bool:
+    """Whether the running command got its parameter `name` as an argument, which ps shows."""
+    context = click.get_current_context(silent=True)
+    return context is not None and (
+        context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    )
 
 
 def debug_option() -> Option:

@@ -24,6 +24,7 @@ from unicluster.cluster.discovery import Advertisement, Browser, one_address
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
+from unicluster.cluster.token_input import JOIN_VARIABLE, join_token_options, read_join_token
 from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.command_line import Command, Option
@@ -55,6 +56,7 @@ class JoinOptions:
     peer: tuple[str, ...]
     engine: str
     token: str | None
+    token_file: str | None
     replace: bool
     mqtt: str | None
     quiet: bool
@@ -68,7 +70,8 @@ def run(**given: Any) -> int:
         raise InputError(f"--memory {args.memory}: must be more than nothing")
     if not 0 <= args.port <= 65534:
         raise InputError(f"--port {args.port}: between 0 and 65534")
-    if args.replace and args.token is None:
+    token = read_join_token(args.token, args.token_file)
+    if args.replace and token is None:
         raise InputError("--replace: only makes sense with --token")
     if args.engine != "auto" and importlib.util.find_spec(_PACKAGES[args.engine]) is None:
         raise _not_installed(args.engine)
@@ -77,8 +80,8 @@ def run(**given: Any) -> int:
     broker = chosen_broker(args.mqtt)
     check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
     store = Store()
-    if args.token is not None:
-        cluster, created = store.join(args.token, replace=args.replace), False
+    if token is not None:
+        cluster, created = store.join(token, replace=args.replace), False
     else:
         cluster, created = store.load_or_create()
     return asyncio.run(_join(args, cap, cluster, created, broker))
@@ -209,7 +212,7 @@ def _greet_the_user(
         print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:
         print("\nA new cluster. On each of the other machines, run:\n")
-        print(f"  unicluster join --token {cluster.token}\n")
+        print(f"  {JOIN_VARIABLE}={cluster.token} unicluster join\n")
         print("Whoever has this token is a member. `unicluster token show` prints it again.")
     print("Ctrl-C leaves the cluster.", flush=True)
 
@@ -218,8 +221,8 @@ command = Command(
     run,
     sections={
         "Cluster": [
-            Option("--token", "join token of an existing cluster; it is kept"),
-            Option("--replace", "with --token: leave the cluster joined before", is_flag=True),
+            *join_token_options(),
+            Option("--replace", "with a token: leave the cluster joined before", is_flag=True),
             Option("--name", "default: the host's name", default=default_name),
         ],
         "What it offers": [
@@ -253,7 +256,7 @@ command = Command(
     },
     examples=[
         "unicluster join",
-        "unicluster join --token uc1-... --memory 400GB",
+        "unicluster join --token-file uc1.txt --memory 400GB",
         "unicluster join --peer studio.local:47600",
     ],
     environment="UNICLUSTER_JOIN",

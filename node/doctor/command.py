@@ -32,7 +32,7 @@ def run(peer: tuple[str, ...], host: str) -> int:
                     Level.BAD,
                     "cluster",
                     "this machine is in no cluster",
-                    "run `unicluster join`, with --token if the cluster exists",
+                    "run `unicluster join`, with `--token -` if the cluster exists",
                 )
             )
         else:

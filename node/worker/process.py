@@ -15,7 +15,9 @@ from typing import Any
 from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
+from unicluster.cluster.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.program import child_environment, module_command
+from unicluster.telemetry.broker_url import VARIABLE as MQTT_VARIABLE
 
 log = logging.getLogger("unicluster.worker")
 
@@ -28,6 +30,9 @@ CLOSED_SECONDS = 5.0
 # For the last bytes of a process that has ended. Its children may hold the pipes open for longer.
 DRAIN_SECONDS = 1.0
 REASON_CHARS = 500
+
+# Variables that hold secrets of the agent's or of commands.
+SECRETS = frozenset({JOIN_VARIABLE, CLIENT_VARIABLE, MQTT_VARIABLE})
 
 # What MLX, Metal and the C++ runtime say when an allocation fails.
 _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "memoryerror")
@@ -185,9 +190,10 @@ async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
 
 
 def _environment() -> dict[str, str]:
-    """gRPC prints each client that it refuses: only for who debugs."""
+    """Without secrets that no worker needs. gRPC prints whom it refuses: only for who debugs."""
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
-    return {**quiet, **child_environment()}
+    ours = {name: value for name, value in child_environment().items() if name not in SECRETS}
+    return {**quiet, **ours}
 
 
 def _oom_kills() -> int:

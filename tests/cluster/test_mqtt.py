@@ -173,6 +173,11 @@ def test_the_password_can_come_from_a_file(tmp_path: Path, monkeypatch: pytest.M
         "mqtt://ann:secret@broker",
         "mqtts://ann:secret@broker/a?retain=1",
         "mqtts://ann:secret@broker/a%23",
+        "mqtts://ann:/secret@broker",
+        "mqtts://ann:1/secret@broker",
+        "mqtts://ann:1?secret=2@broker",
+        "mqtts://broker?secret=1",
+        "mqtts://ann:1#secret@broker",
     ],
 )
 def test_a_bad_address_is_refused_without_its_password(url: str) -> None:

@@ -1,9 +1,11 @@
-"""`unicluster token show|rotate|cert`."""
+"""`unicluster token show|client|rotate|cert`."""
 
+import sys
 from pathlib import Path
 
 import click
 
+from unicluster.cluster.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
 from unicluster.command_line import Argument, Command, CommandGroup
 from unicluster.errors import InputError
@@ -13,6 +15,17 @@ SCRAPER = "scraper"
 
 def show() -> int:
     print(Store().require().token)
+    print(f"Another machine joins with it in {JOIN_VARIABLE}: `unicluster join`", file=sys.stderr)
+    return 0
+
+
+def client() -> int:
+    print(Store().require().client_access.token)
+    print(
+        "It opens chats and nothing else. Whoever gets it runs `unicluster login` and pastes it "
+        f"there, or has it in {CLIENT_VARIABLE} or in a file (--token-file).",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -21,7 +34,7 @@ def rotate() -> int:
     print(cluster.token)
     print(
         "The old token is void here. On every machine of the cluster: stop the agent, then\n"
-        f"  unicluster join --replace --token {cluster.token}"
+        f"  {JOIN_VARIABLE}={cluster.token} unicluster join --replace"
     )
     return 0
 
@@ -62,6 +75,7 @@ def _write_certificate(cluster: Cluster, folder: Path) -> None:
 command = CommandGroup(
     [
         Command(show, name="show", summary="Print the join token."),
+        Command(client, name="client", summary="Print a token that opens chats and no more."),
         Command(rotate, name="rotate", summary="Make a new one; machines must join again."),
         Command(
             cert,

@@ -298,7 +298,7 @@ class Store:
             return Cluster.from_token(token)
         except TrustError:
             raise TrustError(
-                f"{self.path} is damaged: delete it, then join again with `unicluster join --token`"
+                f"{self.path} is damaged: delete it, then join again: `unicluster join --token -`"
             ) from None
 
     def load_access(self) -> ClientAccess | None:
@@ -348,7 +348,7 @@ class Store:
         if cluster is None:
             raise TrustError(
                 "this machine is in no cluster: run `unicluster join`, "
-                "with --token if the cluster exists"
+                "with `--token -` if the cluster exists"
             )
         return cluster
 

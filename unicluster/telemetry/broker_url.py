@@ -1,5 +1,6 @@
 """Which MQTT broker is told: `mqtts://user:password@broker:8883/prefix`."""
 
+import logging
 import os
 import ssl
 from dataclasses import dataclass, field
@@ -7,8 +8,10 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from unicluster.cluster.trust import Cluster
-from unicluster.command_line import Option
+from unicluster.command_line import Option, on_command_line
 from unicluster.errors import InputError
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "UNICLUSTER_MQTT"
 FILE_VARIABLE = "UNICLUSTER_MQTT_FILE"
@@ -53,8 +56,8 @@ class BrokerUrl:
 def mqtt_option() -> Option:
     return Option(
         "--mqtt",
-        "tell an MQTT broker: mqtts://user:password@broker:8883/prefix. Better in the "
-        f"environment, or in a file that {FILE_VARIABLE} names",
+        "tell an MQTT broker: mqtts://user:password@broker:8883/prefix. A password belongs into "
+        f"the environment, or into a file that {FILE_VARIABLE} names: ps shows arguments",
         metavar="URL",
         envvar=VARIABLE,
     )
@@ -72,7 +75,17 @@ def chosen_broker(argument: str | None) -> BrokerUrl | None:
             url = Path(path).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{FILE_VARIABLE}: can't read {path}: {error}") from error
-    return parse_broker(url) if url else None
+    if not url:
+        return None
+    broker = parse_broker(url)
+    if broker.password is not None and on_command_line("mqtt"):
+        log.warning(
+            "--mqtt with a password shows in ps to all users of this machine: better %s in the "
+            "environment, or a file that %s names",
+            VARIABLE,
+            FILE_VARIABLE,
+        )
+    return broker
 
 
 def parse_broker(url: str) -> BrokerUrl:
@@ -81,14 +94,16 @@ def parse_broker(url: str) -> BrokerUrl:
         parts = urlsplit(url)
         port = parts.port
         query = parse_qs(parts.query, strict_parsing=bool(parts.query))
-    except ValueError as error:
-        raise _bad("its port or its options make no sense") from error
+    except ValueError:  # which repeats a part of the URL, perhaps of its password
+        raise _bad("its port or its options are invalid") from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise _bad("in a password, write %2F for /, %3F for ?, %23 for # and %40 for @")
     if parts.scheme not in _PORTS:
         raise _bad("it begins with mqtts:// or, without TLS, mqtt://")
     if not parts.hostname:
         raise _bad("it names no host")
-    if unknown := set(query) - _OPTIONS:
-        raise _bad(f"it has no option {', '.join(sorted(unknown))}; ca and discovery are known")
+    if set(query) - _OPTIONS:
+        raise _bad("its options are ca and discovery")
     tls = parts.scheme == "mqtts"
     password = unquote(parts.password) if parts.password is not None else None
     loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
