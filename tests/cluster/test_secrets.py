@@ -29,7 +29,7 @@ def command_lines() -> str:
 
 def fed(file: Path) -> list[str]:
     """A prefix for a command that reads `file` on its standard input."""
-    return ["sh", "-c", f'"$@" < {file}', "sh"]
+    return ["sh", "-c", f'exec "$@" < {file}', "sh"]
 
 
 def test_ps_shows_no_token_and_no_password_of_a_running_cluster(tmp_path: Path) -> None:
