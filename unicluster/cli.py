@@ -20,8 +20,8 @@ from unicluster.errors import UniclusterError
 SECTIONS = {
     "Machines": {
         "join": ("node.agent.join", "offer this machine to the cluster"),
-        "token": ("unicluster.cluster.token_command", "show or rotate the cluster's join token"),
-        "login": ("unicluster.cluster.login", "get access to a cluster's chat, and no more"),
+        "token": ("unicluster.access.token_command", "show or rotate the cluster's join token"),
+        "login": ("unicluster.access.login", "get access to a cluster's chat, and no more"),
         "nodes": ("coordinator.commands.nodes", "list the machines of the cluster"),
         "drain": (
             "coordinator.commands.drain",

@@ -16,6 +16,7 @@ from node.agent.probe import Hardware, probe
 from node.agent.telemetry import tell
 from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
+from unicluster.access.token_input import JOIN_VARIABLE, join_token_options, read_join_token
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
@@ -24,7 +25,6 @@ from unicluster.cluster.discovery import Advertisement, Browser, one_address
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
-from unicluster.cluster.token_input import JOIN_VARIABLE, join_token_options, read_join_token
 from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.command_line import Command, Option

@@ -15,7 +15,7 @@ from typing import Any
 from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
-from unicluster.cluster.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
+from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.program import child_environment, module_command
 from unicluster.telemetry.broker_url import VARIABLE as MQTT_VARIABLE
 

@@ -26,7 +26,8 @@ FLOORS = {
         *("ggml", "pipeline", "mlx", "mlx.saved", "ring", "metering", "weights", "."),
     ],
     "unicluster": [
-        *("chat", "benchmark", "client", "telemetry", "checkpoints", "cluster", ".", "v1"),
+        *("chat", "benchmark", "client", "telemetry", "checkpoints", "access", "cluster"),
+        *(".", "v1"),
     ],
 }
 # These stand above all packages: the command, what names the public API, and the public `load`.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from unicluster.cluster.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
+from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
 from unicluster.command_line import Argument, Command, CommandGroup
 from unicluster.errors import InputError
