@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 import grpc
 
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
+from unicluster.checkpoints.fingerprint import whole
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
@@ -125,10 +128,12 @@ class Members:
     async def inspect(
         self, request: InspectRequest, names: Sequence[str] | None = None
     ) -> ModelLayout:
-        """What a model weighs, by the first machine (of `names`, if given) that can tell.
+        """Layout of a model, from the first machine (of `names`, if any) that can inspect it.
 
-        Raises what the machines say when none can.
+        Raises what the machines say when none can, InputError for a directory that isn't here.
         """
+        if os.path.isabs(request.model) and not request.revision and not request.config_json:
+            request = await asyncio.to_thread(_with_revision, request)
         problem: UniclusterError | None = None
         asked = [m for m in await self.machines() if names is None or m.name in names]
         for machine in sorted(asked, key=_preference):
@@ -171,3 +176,11 @@ class Members:
 def _preference(machine: Machine) -> tuple[bool, ...]:
     """A sort key: first the machines with the most preferred engine."""
     return tuple(not machine.can(engine) for engine in ENGINES)
+
+
+def _with_revision(request: InspectRequest) -> InspectRequest:
+    """A request for a directory in the state that it has here: agents look into no other."""
+    pinned = InspectRequest()
+    pinned.CopyFrom(request)
+    pinned.revision = whole(Path(request.model)).manifest.revision
+    return pinned
