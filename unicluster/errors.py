@@ -22,7 +22,7 @@ class UniclusterError(Exception):
 
 
 class InputError(UniclusterError):
-    """Something asked for makes no sense: a flag, a model, a prompt."""
+    """Invalid input: a flag, a model, a prompt."""
 
     exit_code = 2
 

@@ -22,7 +22,7 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None or match[2] not in _FACTORS:
-        raise InputError(f"{text!r} is no amount of memory: write it like 96GB or 512MiB")
+        raise InputError(f"invalid size {text!r}: write it like 96GB or 512MiB")
     return int(Decimal(match[1]) * _FACTORS[match[2]])
 
 

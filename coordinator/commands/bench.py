@@ -115,7 +115,7 @@ async def _cut_here(args: BenchOptions, count: int, console: Console) -> AsyncIt
     users = max(2, *args.users)
     events = Events()
     with local.own_cluster() as cluster, printing(events, stderr=True) as printer:
-        with console.status(f"Looking into {source.display}"):
+        with console.status(f"Inspecting {source.display}"):
             layout = await inspected_here(source, args.generation, users=users)
         memory = least_memory(layout, count)
         names = [f"stage-{number}" for number in range(count)]

@@ -81,7 +81,7 @@ class Layout:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
         if counts != {self.layers} or not self.layers or self.users < 1:
             raise InputError(
-                f"a layout of {self.model_type} makes no sense: {self.layers} layers, "
+                f"invalid layout of {self.model_type}: {self.layers} layers, "
                 f"{len(self.layer_active_bytes)} active sizes, "
                 f"{len(self.kv_bytes_per_layer)} KV sizes, {self.users} users"
             )
@@ -333,8 +333,8 @@ class Plan:
         return max(self.stages, key=lambda s: s.seconds_per_token)
 
     @property
-    def binds(self) -> str:
-        """What would have to be faster for the plan to be faster, in a phrase."""
+    def bottleneck(self) -> str:
+        """The resource that limits the plan's speed, in a phrase with its share of the time."""
         slowest = self.slowest
         stage_ms, total_ms = slowest.seconds_per_token * 1e3, self.seconds_per_token * 1e3
         if self.objective == "throughput":

@@ -89,13 +89,13 @@ def _reason(other: Plan, best: Plan) -> str:
     if best.objective == "throughput":
         slowest = other.slowest
         return (
-            f"its slowest stage, {slowest.machine.name}, takes {format_ms(more)} ms a token longer"
+            f"its slowest stage, {slowest.machine.name}, takes {format_ms(more)} ms per token more"
         )
     if other.engines != best.engines and _machines(other) == _machines(best):
-        return f"{format_ms(more)} ms a token longer: {' and '.join(other.engines)} only"
+        return f"{format_ms(more)} ms per token more: {' and '.join(other.engines)} only"
     hops = other.hops_s - best.hops_s
     if hops >= more / 2:
         stages = len(other.stages) - len(best.stages)
         count = f"{stages} hop{'s' if stages > 1 else ''} more" if stages > 0 else "slower hops"
-        return f"{format_ms(more)} ms a token longer: {count}"
-    return f"{format_ms(more)} ms a token longer: more layers on slower memory"
+        return f"{format_ms(more)} ms per token more: {count}"
+    return f"{format_ms(more)} ms per token more: more layers on slower memory"

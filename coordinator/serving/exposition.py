@@ -37,11 +37,11 @@ class Deployment(Collector):
 
 def _served(metrics: Metrics) -> Iterator[Metric]:
     info = metrics.info
-    about = InfoMetricFamily("unicluster_deployment", "What is served.")
+    about = InfoMetricFamily("unicluster_deployment", "Model that is served.")
     about.add_metric((), {"model": info.model, "quant": info.quant})
     yield about
     state = GaugeMetricFamily(
-        "unicluster_deployment_state", "1 for the state it is in.", labels=("state",)
+        "unicluster_deployment_state", "1 for the current state.", labels=("state",)
     )
     for name in STATES:
         state.add_metric((name,), float(info.state == name))
@@ -69,14 +69,18 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
     for outcome, count in sorted(metrics.ended.items()):
         ended.add_metric((outcome,), count)
     yield ended
-    for name, told, value in (
+    for name, meaning, value in (
         ("generated_tokens", "Tokens of answers.", metrics.generated_tokens),
         ("prompt_tokens", "Tokens of prompts.", metrics.prompt_tokens),
-        ("prompt_tokens_reused", "Of prompts: kept from before.", metrics.reused_tokens),
-        ("drafted_tokens", "Tokens guessed ahead.", metrics.drafted_tokens),
-        ("accepted_tokens", "Of those guessed ahead: right.", metrics.accepted_tokens),
+        (
+            "prompt_tokens_reused",
+            "Prompt tokens from the prefix cache.",
+            metrics.reused_tokens,
+        ),
+        ("drafted_tokens", "Tokens drafted.", metrics.drafted_tokens),
+        ("accepted_tokens", "Drafted tokens that were accepted.", metrics.accepted_tokens),
     ):
-        yield CounterMetricFamily(f"unicluster_{name}", told, value=value)
+        yield CounterMetricFamily(f"unicluster_{name}", meaning, value=value)
     yield _histogram(
         "unicluster_time_to_first_token_seconds",
         "From a request's arrival to its first token.",
@@ -89,14 +93,16 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
     )
     cache = GaugeMetricFamily(
         "unicluster_cache_bytes",
-        "KV caches on all machines: kept of finished answers, and promised to running ones.",
+        "KV caches on all machines: cached for reuse (kept), reserved for answers (promised).",
         labels=("use",),
     )
-    cache.add_metric(("kept",), metrics.kept_bytes)
-    cache.add_metric(("promised",), metrics.promised_bytes)
+    cache.add_metric(("kept",), metrics.cached_bytes)
+    cache.add_metric(("promised",), metrics.reserved_bytes)
     yield cache
     yield _gauge(
-        "unicluster_cache_limit_bytes", "What KV caches may take together.", metrics.cache_bytes
+        "unicluster_cache_limit_bytes",
+        "Memory for KV caches, all machines.",
+        metrics.cache_bytes,
     )
 
 
@@ -110,7 +116,7 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
     )
     decode = GaugeMetricFamily(
         "unicluster_stage_decode_seconds",
-        "What one token of one answer takes: the median of the last ones.",
+        "Time to decode one token of one answer: the median of recent ones.",
         labels=STAGE,
     )
     for index, stage in enumerate(stages):
@@ -132,7 +138,7 @@ def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:
     )
     decode = GaugeMetricFamily(
         "unicluster_hop_decode_seconds",
-        "The way of one token of one answer: the median of the last ones.",
+        "Time of the hop for one token of one answer: the median of recent ones.",
         labels=HOP,
     )
     for hop in hops:
@@ -143,12 +149,12 @@ def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:
     yield from (taken, carried, decode)
 
 
-def _gauge(name: str, told: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, told, value=value)
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, meaning, value=value)
 
 
-def _histogram(name: str, told: str, histogram: Histogram) -> Metric:
+def _histogram(name: str, meaning: str, histogram: Histogram) -> Metric:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
     below = accumulate(histogram.counts)
     buckets = [(bound, float(count)) for bound, count in zip(bounds, below, strict=True)]
-    return HistogramMetricFamily(name, told, buckets=buckets, sum_value=histogram.sum)
+    return HistogramMetricFamily(name, meaning, buckets=buckets, sum_value=histogram.sum)

@@ -42,11 +42,12 @@ class Gateway(ChatServicer):
         self.running = 0  # answers
         self._waiting = 0  # for the model to move
         self._display = display
+        self._inspecting = f"{display} is loading: inspecting the model"
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         service = self.service
         if service is None:
-            await abort(context, UnavailableError(f"{self._display} is being looked into"))
+            await abort(context, UnavailableError(self._inspecting))
         try:
             check_limits(request)
         except InputError as refused:
@@ -95,7 +96,7 @@ class Gateway(ChatServicer):
         self, request: DescribeChatRequest, context: Context
     ) -> ChatInfo:
         if self.service is None:
-            await abort(context, UnavailableError(f"{self._display} is being looked into"))
+            await abort(context, UnavailableError(self._inspecting))
         return await self.service.describe()
 
     async def Measure(self, request: MeasureRequest, context: Context) -> Measured:  # noqa: N802

@@ -79,7 +79,7 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
 
 def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> RenderableType:
     """What was predicted for each stage and hop of a token, and what they took."""
-    table = new_table(f"{model}: predicted and measured, ms a token")
+    table = new_table(f"{model}: predicted and measured, ms per token")
     add_names(table, "")
     add_numbers(table, "layers", "predicted", "measured", "error")
     for stage, seconds in zip(stages, taken.stages, strict=True):
@@ -90,7 +90,7 @@ def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> Rende
     if taken.hops is not None:
         table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_taken))
     elif hops:
-        table.add_row(counted(len(stages), "hop"), "", format_ms(hops), "not known")
+        table.add_row(counted(len(stages), "hop"), "", format_ms(hops), "unknown")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
     whole = _compared(predicted, hops_taken + sum(taken.stages))
     table.add_row(Text("together", "bold"), "", *whole)
@@ -179,7 +179,7 @@ class _Nodes:
         yield table
         yield _sum_up(len(self.nodes), sum(info.usable_memory for info, _ in self.nodes))
         if any(not info.bandwidth_measured for info, _ in self.nodes):
-            yield Text("* what the chip is known for, not measured", style="dim")
+            yield Text("* nominal bandwidth of the chip, not measured", style="dim")
 
 
 @dataclass(frozen=True)
@@ -244,18 +244,20 @@ class _Planned:
             facts.add_row("" if i else "engine", Text(line))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
-            hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms a token, {known}"
+            hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms per token, {known}"
             facts.add_row("hops", hops)
-        facts.add_row("binds", Text(plan.binds))
+        facts.add_row("bottleneck", Text(plan.bottleneck))
         for i, (machine, reason) in enumerate(plan.left_out):
             facts.add_row("" if i else "left out", Text(f"{machine.name}: {reason}"))
         if plan.gap:
             gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
             facts.add_row("search", Text(gap))
         facts.add_row("predicted", Text(self._speed(), style="bold"))
-        told = [s.measured for s in plan.stages] + [s.hop_measured for s in plan.stages if s.hop_s]
-        if not all(told):
-            rest = "the rest was measured here" if any(told) else "nothing was measured yet"
+        measured = [s.measured for s in plan.stages] + [
+            s.hop_measured for s in plan.stages if s.hop_s
+        ]
+        if not all(measured):
+            rest = "the rest was measured here" if any(measured) else "nothing was measured yet"
             facts.add_row("*", f"assumed: {rest}")
         return facts
 
@@ -266,8 +268,8 @@ class _Planned:
             together = f"{plan.tokens_per_s_aggregate:.3g} for {plan.users} users together"
             speed = f"{speed} for one user, {together}"
         if plan.prefill_tokens_per_s is not None:
-            speed = f"{speed}; prompts at {plan.prefill_tokens_per_s:.3g}"
-        return f"{speed}; {format_ms(plan.seconds_per_token)} ms a token"
+            speed = f"{speed}; prompt processing: {plan.prefill_tokens_per_s:.3g} tokens/s"
+        return f"{speed}; {format_ms(plan.seconds_per_token)} ms per token"
 
 
 def _memory(stage: Stage) -> list[tuple[int, Ink]]:

@@ -62,7 +62,7 @@ class Printer:
                 self.close()
                 self._console.print(fleet_table(event.machines))
             case Inspecting():
-                self._spin(f"Looking into {event.model}")
+                self._spin(f"Inspecting {event.model}")
             case Inspected():
                 self.close()
             case Planned():

@@ -1,4 +1,4 @@
-"""What `unicluster status` shows of a deployment."""
+"""The tables of `unicluster status`: a deployment, its stages and its metrics."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _STATES = {"ready": "green", "failed": "bold red"}
 
 
 def status_table(metrics: Metrics, address: str) -> RenderableType:
-    """What is served at `address`, how busy its machines are, and what they have done."""
+    """The deployment at `address`: its state, how busy its machines are, and its totals."""
     return _Status(metrics, address)
 
 
@@ -59,9 +59,9 @@ class _Status:
         """The ring's machines; figures only while their head answers."""
         metrics = self.metrics
         table = new_table("")
-        told = any(stage.engine != DEFAULT for stage in metrics.info.stages)
+        engines = any(stage.engine != DEFAULT for stage in metrics.info.stages)
         add_names(table, "machine")
-        add_words(table, *["engine"] * told)
+        add_words(table, *["engine"] * engines)
         add_numbers(table, "layers")
         add_words(table, "")
         add_numbers(table, "busy", "waiting", "ms/token", "hop ms", *["sent", "frames"] * wide)
@@ -69,7 +69,7 @@ class _Status:
         for index, stage in enumerate(metrics.info.stages):
             named: list[RenderableType] = [
                 cut(stage.node),
-                *[stage.engine] * told,
+                *[stage.engine] * engines,
                 layer_range(stage.first_layer, stage.end_layer),
             ]
             if index not in by_stage:
@@ -94,32 +94,30 @@ class _Status:
         yield "serves", f"context {info.context}, {counted(info.users, 'user')}{lanes}"
         if not metrics.stages:
             return
-        now = f"{metrics.tokens_per_s:.1f} a second now, {metrics.generated_tokens} in all"
+        now = f"{metrics.tokens_per_s:.1f} tokens/s now, {metrics.generated_tokens} in total"
         yield "tokens", now
         ended = [f"{count} {_ENDED[how]}" for how, count in sorted(metrics.ended.items()) if count]
         requests = [f"{metrics.running} running", f"{metrics.waiting} waiting", *ended]
         yield "requests", ", ".join(requests)
         if metrics.time_to_first_token.count:
-            first = f"first after {metrics.time_to_first_token.mean:.2f} s"
-            yield (
-                "on average",
-                f"{first}, then one every {format_ms(metrics.between_tokens.mean)} ms",
-            )
+            ttft = f"TTFT {metrics.time_to_first_token.mean:.2f} s"
+            yield "on average", f"{ttft}, {format_ms(metrics.between_tokens.mean)} ms per token"
         if metrics.prompt_tokens:
-            reused = f"{metrics.reused_tokens} of them kept from before"
+            reused = f"{metrics.reused_tokens} of them from the prefix cache"
             yield "prompts", f"{metrics.prompt_tokens} tokens, {reused}"
         if metrics.drafted_tokens:
             share = metrics.accepted_tokens / metrics.drafted_tokens
-            yield "guessed", f"{metrics.drafted_tokens} tokens ahead, {share * 100:.0f} % right"
+            yield "drafted", f"{metrics.drafted_tokens} tokens, {share * 100:.0f} % accepted"
         if metrics.cache_bytes:
-            kept, promised = format_bytes(metrics.kept_bytes), format_bytes(metrics.promised_bytes)
-            whole = format_bytes(metrics.cache_bytes)
-            yield "KV cache", f"{promised} promised to answers, {kept} kept, of {whole}"
+            cached = format_bytes(metrics.cached_bytes)
+            reserved = format_bytes(metrics.reserved_bytes)
+            total = format_bytes(metrics.cache_bytes)
+            yield "KV cache", f"{reserved} reserved for answers, {cached} cached, of {total}"
 
 
 _ENDED = {
-    "stop": "came to their end",
-    "length": "cut off at their limit",
+    "stop": "completed",
+    "length": "stopped at the token limit",
     "cancelled": "cancelled",
     "failed": "failed",
 }

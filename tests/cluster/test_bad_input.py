@@ -71,7 +71,7 @@ def taken_port() -> Iterator[str]:
 WRONG_WORDS = [
     ("frobnicate", "no such command 'frobnicate'"),
     ("join --name two.words", "'two.words' can't name a machine"),
-    ("join --memory lots", "'lots' is no amount of memory: write it like 96GB"),
+    ("join --memory lots", "invalid size 'lots': write it like 96GB"),
     ("join --memory 0GB", "--memory 0GB: must be more than nothing"),
     ("join --port 70000", "--port 70000: between 0 and 65534"),
     ("join --port 0 --host 192.0.2.77", "can't listen on 192.0.2.77"),

@@ -29,14 +29,14 @@ def test_a_model_is_cut_here_and_measured_beside_mlx_lm(tmp_path: Path, model: P
     figures = {figure["name"]: figure for figure in found["figures"]}
     assert len(found["stages"]) == 2
     for name in (
-        "decode, a token",
-        "decode, a token, mlx-lm in one process",
-        "decode, a token, mlx-lm's ring of 2",
-        "decode, added by a hop",
+        "decode, per token",
+        "decode, per token, mlx-lm in one process",
+        "decode, per token, mlx-lm's ring of 2",
+        "decode, added per hop",
         "2 users, against 1",
-        "first token after 64",
+        "TTFT, prompt of 64",
         "next turn, against the first",
-        "a hop that computes nothing",
+        "empty hop",
     ):
         assert len(figures[name]["values"]) == 1
     assert "against mlx-lm in one" in result.out

@@ -111,9 +111,9 @@ def test_caches_that_cannot_be_quantized_are_refused(cluster: LocalCluster, tmp_
     assert "gemma3 has sliding windows, which mlx-lm can't quantize" in told.err
 
 
-def test_a_chat_says_how_many_guesses_were_right() -> None:
+def test_a_chat_says_how_many_drafted_tokens_were_accepted() -> None:
     usage = Usage(3, 40, drafted_tokens=20, accepted_tokens=15)
 
     told = summary(Finish("stop", usage, Timings(0.0, 0.12, 1.0, 39.0)))
 
-    assert told == "40 tokens, 39.0 tokens/s, first token after 0.12 s, 15 of 20 guesses right"
+    assert told == "40 tokens, 39.0 tokens/s, TTFT 0.12 s, 15 of 20 drafted tokens accepted"

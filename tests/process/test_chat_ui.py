@@ -158,7 +158,7 @@ def test_a_line_gets_a_streamed_answer_and_its_numbers(environment: dict[str, st
         chat.expect("parrot q4, 2 machines, context 4096, /help lists the commands")
         chat.say("hello there")
         chat.expect("You said: hello there\r\n")
-        chat.expect("4 tokens, 41.3 tokens/s, first token after 0.12 s")
+        chat.expect("4 tokens, 41.3 tokens/s, TTFT 0.12 s")
         chat.expect(READY)
     assert "\x1b[2m4 tokens" in chat.raw
 
@@ -166,7 +166,7 @@ def test_a_line_gets_a_streamed_answer_and_its_numbers(environment: dict[str, st
 def test_the_conversation_goes_along_until_it_is_reset(environment: dict[str, str]) -> None:
     with terminal(environment, "--system", "Be brief.", "--temperature", "0.5") as chat:
         chat.say("hello")
-        chat.expect("first token")
+        chat.expect("TTFT")
         assert last_request(chat) == {
             "messages": [
                 {"role": "system", "content": "Be brief."},
@@ -279,7 +279,7 @@ def test_save_writes_markdown_and_replaces_nothing(
     file = tmp_path / "talk.md"
     with terminal(environment, "--system", "Be brief.") as chat:
         chat.say("hello")
-        chat.expect("first token")
+        chat.expect("TTFT")
         chat.say(f"/save {file}")
         chat.expect("saved to")
         chat.say(f"/save {file}")
@@ -296,7 +296,7 @@ def test_the_history_outlives_the_chat_and_is_private(
 ) -> None:
     with terminal(environment) as chat:
         chat.say("a memorable line")
-        chat.expect("first token")
+        chat.expect("TTFT")
     with terminal(environment) as chat:
         chat.expect(READY)
         chat.type(f"{UP}\r")
@@ -308,7 +308,7 @@ def test_reasoning_is_dimmed_and_not_remembered(environment: dict[str, str]) -> 
     with terminal(environment) as chat:
         chat.say("think")
         chat.expect("Let me see. A spider...\r\n\r\nEight.\r\n")
-        chat.expect("first token")
+        chat.expect("TTFT")
         assert last_request(chat)["messages"][1] == {"role": "assistant", "content": "Eight."}
     assert "\x1b[2mLet me see. " in chat.raw
 

@@ -90,7 +90,7 @@ def test_a_person_sees_who_holds_what_and_why_not_otherwise() -> None:
 
     shown = run_here("plan", "qwen3-235b-a22b", "--fleet", fleet).out
 
-    for part in ("layers", "hop ms", "binds", "predicted", "Other plans", "longer", "█"):
+    for part in ("layers", "hop ms", "bottleneck", "predicted", "Other plans", "longer", "█"):
         assert part in shown
     assert "* " in shown
     assert "assumed: nothing was measured yet" in shown

@@ -36,8 +36,8 @@ BEFORE = Metrics(
     reused_tokens=200,
     running=2,
     waiting=1,
-    kept_bytes=GB,
-    promised_bytes=2 * GB,
+    cached_bytes=GB,
+    reserved_bytes=2 * GB,
     cache_bytes=8 * GB,
 )
 # Ten seconds later: the first machine has worked for nine of them.
@@ -60,33 +60,35 @@ def shown(metrics: Metrics, width: int = 120) -> str:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_it_says_what_is_served_and_how_busy_that_keeps_the_machines(width: int) -> None:
-    told = shown(NOW.since(BEFORE), width)
+    text = shown(NOW.since(BEFORE), width)
 
     for part in (
         *("llama-70b q8 at 192.168.1.21:47700: ready", *NAMES, "0-49", "50-79", "90 %", "40 %"),
-        *("0.50", "41", "0.42", "context 8192, 4 users, 2 lanes", "40.0 a second now, 1400 in all"),
-        *("2 running, 1 waiting, 1 cancelled, 3 came to their end", "first after 1.50 s"),
-        *("500 tokens, 200 of them kept from before", "2.0 GB promised", "1.0 GB kept, of 8.0 GB"),
+        *("0.50", "41", "0.42", "context 8192, 4 users, 2 lanes"),
+        "40.0 tokens/s now, 1400 in total",
+        *("2 running, 1 waiting, 1 cancelled, 3 completed", "TTFT 1.50 s"),
+        "500 tokens, 200 of them from the prefix cache",
+        *("2.0 GB reserved", "1.0 GB cached, of 8.0 GB"),
     ):
-        assert part in told
-    assert max(map(len, told.splitlines())) <= width
+        assert part in text
+    assert max(map(len, text.splitlines())) <= width
 
 
-def test_guesses_are_shown_where_there_are_any() -> None:
-    guessing = replace(NOW, drafted_tokens=200, accepted_tokens=150)
+def test_drafted_tokens_are_shown_where_there_are_any() -> None:
+    drafting = replace(NOW, drafted_tokens=200, accepted_tokens=150)
 
-    assert "200 tokens ahead, 75 % right" in shown(guessing)
-    assert "ahead" not in shown(NOW)
+    assert "200 tokens, 75 % accepted" in shown(drafting)
+    assert "drafted" not in shown(NOW)
 
 
 def test_without_a_head_there_is_the_reason_instead_of_figures() -> None:
     lost = Metrics(replace(INFO, state="recovering", detail="machine studio-of-ann stopped"))
 
-    told = shown(lost)
+    text = shown(lost)
 
-    assert "recovering\nmachine studio-of-ann stopped" in told
-    assert "0-49" in told
-    assert "tokens " not in told
+    assert "recovering\nmachine studio-of-ann stopped" in text
+    assert "0-49" in text
+    assert "tokens " not in text
 
 
 def test_a_head_that_was_started_anew_has_no_rates_yet() -> None:

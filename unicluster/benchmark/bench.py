@@ -136,15 +136,15 @@ class Bench:
             found[name] = median(steps)
             if not name:
                 slow = quantiles(steps, n=100)[98]
-        self._note("decode, a token", "s", found[""])
-        self._note("decode, a token, 99 of 100 below", "s", slow)
+        self._note("decode, per token", "s", found[""])
+        self._note("decode, per token, p99", "s", slow)
         self._note("decode", "tokens/s", 1 / found[""])
         for number, name in enumerate(self._others):
-            self._note(f"decode, a token, {name}", "s", found[name])
-            self._note(f"decode, a token, against {name}", "x", found[""] / found[name])
+            self._note(f"decode, per token, {name}", "s", found[name])
+            self._note(f"decode, per token, against {name}", "x", found[""] / found[name])
             if number == 0 and len(self.info.stages) > 1:
                 added = (found[""] - found[name]) / len(self.info.stages)
-                self._note("decode, added by a hop", "s", added)
+                self._note("decode, added per hop", "s", added)
 
     async def _users(self) -> None:
         one = await measure.speed(self._ask, 1, self.sizes.decode)
@@ -157,18 +157,18 @@ class Bench:
         tokens, found = self.sizes.prefill, {}
         for name, ask in self._in_turn():
             found[name] = await measure.first_token(ask, tokens)
-        self._note(f"first token after {tokens}", "s", found[""])
+        self._note(f"TTFT, prompt of {tokens}", "s", found[""])
         self._note(f"prefill of {tokens}", "tokens/s", tokens / found[""])
         for name in self._others:
-            self._note(f"first token after {tokens}, {name}", "s", found[name])
+            self._note(f"TTFT, prompt of {tokens}, {name}", "s", found[name])
             self._note(f"prefill of {tokens}, against {name}", "x", found[name] / found[""])
         short = await measure.first_token(self._ask, measure.SHORT)
-        self._note(f"first token after {measure.SHORT}", "s", short)
+        self._note(f"TTFT, prompt of {measure.SHORT}", "s", short)
 
     async def _turns(self) -> None:
         first, second = await measure.turns(self._ask, self.sizes.history)
-        self._note(f"first token of a chat that begins with {self.sizes.history}", "s", first)
-        self._note("first token of its next turn", "s", second)
+        self._note(f"TTFT, first turn of {self.sizes.history}", "s", first)
+        self._note("TTFT, next turn", "s", second)
         self._note("next turn, against the first", "x", second / first)
 
     async def _gap(self) -> None:
@@ -176,7 +176,7 @@ class Bench:
             return
         longest = self.info.context - measure.SHORT
         found = await measure.gap(self._ask, self.sizes.long, longest)
-        name = f"longest wait for a token while {self.sizes.long} prefill"
+        name = f"maximum inter-token latency during a prefill of {self.sizes.long}"
         self._note(name, "s", found.longest_s)
 
     async def _hops(self) -> None:
@@ -184,7 +184,7 @@ class Bench:
         if stages < 2:
             return
         found = [(await self._client.describe()).ring_s for _ in range(FRAMES)]
-        self._note("a hop that computes nothing", "s", median(found) / stages)
+        self._note("empty hop", "s", median(found) / stages)
 
 
 def of_client(client: AsyncClient) -> Ask:

@@ -179,16 +179,16 @@ def greeting(info: ChatInfo) -> str:
 
 
 def summary(finish: Finish) -> str:
-    """As in `27 tokens, 41.3 tokens/s, first token after 0.12 s`."""
+    """As in `27 tokens, 41.3 tokens/s, TTFT 0.12 s`."""
     tokens, timings = finish.usage.completion_tokens, finish.timings
     parts = [f"{tokens} {'token' if tokens == 1 else 'tokens'}"]
     if timings.tokens_per_s:
         parts.append(f"{timings.tokens_per_s:.1f} tokens/s")
-    parts.append(f"first token after {timings.time_to_first_token_s:.2f} s")
+    parts.append(f"TTFT {timings.time_to_first_token_s:.2f} s")
     if drafted := finish.usage.drafted_tokens:
-        parts.append(f"{finish.usage.accepted_tokens} of {drafted} guesses right")
+        parts.append(f"{finish.usage.accepted_tokens} of {drafted} drafted tokens accepted")
     if finish.reason == "length":
-        parts.append("cut off: the limit of tokens was reached")
+        parts.append("stopped at the token limit")
     return ", ".join(parts)
 
 

@@ -63,9 +63,9 @@ class Metrics:
     """Counters since the head's process started, `now_s` by its clock, and how it is now.
 
     `stages` and `hops` are empty while no head answers. `ended` counts requests by how they
-    ended: stop, length, cancelled, failed. Of what caches may take, `cache_bytes`, finished
-    answers have `kept_bytes`, and running ones may come to `promised_bytes`. `tokens_per_s` is
-    over all answers: see `since`.
+    ended: stop, length, cancelled, failed. Of the memory for KV caches, `cache_bytes`,
+    caches of finished answers have `cached_bytes`, and running ones may grow to `reserved_bytes`.
+    `tokens_per_s` is over all answers: see `since`.
     """
 
     info: ChatInfo
@@ -82,8 +82,8 @@ class Metrics:
     accepted_tokens: int = 0
     running: int = 0
     waiting: int = 0
-    kept_bytes: int = 0
-    promised_bytes: int = 0
+    cached_bytes: int = 0
+    reserved_bytes: int = 0
     cache_bytes: int = 0
     tokens_per_s: float = 0.0
 
@@ -136,8 +136,8 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
         accepted_tokens=meters.accepted_tokens,
         running=meters.running,
         waiting=meters.waiting,
-        kept_bytes=meters.kept_bytes,
-        promised_bytes=meters.promised_bytes,
+        cached_bytes=meters.kept_bytes,
+        reserved_bytes=meters.promised_bytes,
         cache_bytes=meters.cache_bytes,
     )
 
