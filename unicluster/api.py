@@ -83,7 +83,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     here = Machine.uniform("this machine", hardware.usable_memory, hardware.bandwidth)
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])
     manifest = checkpoint.manifest
-    held = [name for name in manifest.weights if checkpoint.is_whole(name)]
+    available = [name for name in manifest.weights if checkpoint.is_whole(name)]
     from_hub = asyncio.run(
         hub_files(
             manifest.model,
@@ -93,7 +93,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
             ["", *addresses],
             addresses,
             identity,
-            held,
+            available,
         )
     )
     stops = [RouteStop(node=m.name, address=m.address) for m in machines]

@@ -215,8 +215,8 @@ def _completer(
     def items(
         ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
-        found = [CompletionItem(name) for name in complete(incomplete)]
+        items = [CompletionItem(name) for name in complete(incomplete)]
         # The shell knows files best; it is asked when nothing else is meant.
-        return found or ([CompletionItem(incomplete, type="file")] if files else [])
+        return items or ([CompletionItem(incomplete, type="file")] if files else [])
 
     return items

@@ -53,13 +53,13 @@ class Baseline:
 async def baselines(model: str, stages: int) -> AsyncIterator[tuple[dict[str, Ask], list[str]]]:
     """What to compare with, by name, while the block runs; and why some of it is not there."""
     async with contextlib.AsyncExitStack() as stack:
-        found = {ONE: await stack.enter_async_context(_running(model, 1))}
+        running = {ONE: await stack.enter_async_context(_running(model, 1))}
         if stages > 1:
             name = f"mlx-lm's ring of {stages}"
-            found[name] = await stack.enter_async_context(_running(model, stages))
+            running[name] = await stack.enter_async_context(_running(model, stages))
         yield (
-            {name: each.ask for name, each in found.items() if not each.refused},
-            [each.refused for each in found.values() if each.refused],
+            {name: each.ask for name, each in running.items() if not each.refused},
+            [each.refused for each in running.values() if each.refused],
         )
 
 

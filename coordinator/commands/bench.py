@@ -56,9 +56,9 @@ class BenchOptions:
     generation: StageSpec
 
 
-def run(**given: Any) -> int:
-    generation = take_generation(given)
-    args = BenchOptions(**given, generation=generation)
+def run(**options: Any) -> int:
+    generation = take_generation(options)
+    args = BenchOptions(**options, generation=generation)
     if args.local is None and args.model is not None:
         raise InputError(f"bench {args.model}: give --local N to cut it on this machine")
     if args.local is None and args.generation != StageSpec():

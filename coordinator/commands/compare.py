@@ -5,15 +5,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from coordinator.fleet.measured import Learned, taken
+from coordinator.fleet.measured import Measurements, token_times
 from coordinator.fleet.members import Members
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.placement import Layout, Stage
 from coordinator.planning.stages import Span, stages
 from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.plan import comparison_table
-from unicluster.client.answers import ChatInfo
-from unicluster.client.answers import Stage as Served
+from unicluster.client.answers import ChatInfo, ServedStage
 from unicluster.client.client import Client
 from unicluster.cluster.trust import Cluster, Store, default_name
 from unicluster.errors import UnavailableError
@@ -36,15 +35,15 @@ def compare(peers: Sequence[str], console: Console) -> int:
         predicted = asyncio.run(_predicted(cluster, peers, served))
         with console.status("Asking for an answer, twice"):
             seconds = [_seconds_per_token(client) for _ in range(2)][-1]
-        told = client.measure()
-    measured = taken(
+        metrics = client.measure()
+    measured = token_times(
         predicted,
-        [stage.decode_s for stage in told.stages],
-        [hop.decode_s for hop in told.hops],
+        [stage.decode_s for stage in metrics.stages],
+        [hop.decode_s for hop in metrics.hops],
         seconds,
     )
     console.print(comparison_table(served.model, predicted, measured))
-    known = Learned.record(served.model, predicted, measured)
+    known = Measurements.record(served.model, predicted, measured)
     console.print(f"Kept in {known.path}: plans of {served.model} on these machines now go by it.")
     return 0
 
@@ -79,11 +78,11 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
                 )
                 layouts[stage.engine] = Layout.from_proto(await members.inspect(request))
     head = ENGINES[served.stages[0].engine]
-    ended = Layout.unfinished if head.head_makes_logits else Layout.finished
-    found = [ended(layout) for layout in layouts.values()]
-    variants = ModelVariants(found[0], found[1] if len(found) > 1 else None)
+    ended = Layout.without_lm_head if head.head_makes_logits else Layout.with_lm_head
+    ring_layouts = [ended(layout) for layout in layouts.values()]
+    variants = ModelVariants(ring_layouts[0], ring_layouts[1] if len(ring_layouts) > 1 else None)
     used = [machines[stage.node] for stage in served.stages]
-    fleet = Learned.load().fleet(used, served.model, variants)
+    fleet = Measurements.load().fleet(used, served.model, variants)
     by_engine = {variant.engine: variant for variant in variants.layouts}
     ring = [
         Span(machine, stage.first_layer, stage.end_layer, by_engine[stage.engine])
@@ -92,8 +91,8 @@ async def _predicted(cluster: Cluster, peers: Sequence[str], served: ChatInfo) -
     return stages(fleet.network, ring)
 
 
-def _spec(specs: dict[str, list[StageSpec]], stage: Served) -> StageSpec:
-    """What its machine was told to load."""
+def _spec(specs: dict[str, list[StageSpec]], stage: ServedStage) -> StageSpec:
+    """Spec of a stage, as its machine loaded it."""
     for spec in specs[stage.node]:
         if (spec.first_layer, spec.end_layer) == (stage.first_layer, stage.end_layer):
             return spec

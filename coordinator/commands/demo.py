@@ -42,11 +42,11 @@ async def _demo(
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
     source = resolve("demo")
     layout = await inspected_here(source, spec, context=CONTEXT)
-    held = layout.weight_bytes + layout.kv_bytes
-    memory = int(SLICE * (held + layout.reserve(held)))
+    resident = layout.weight_bytes + layout.kv_bytes
+    memory = int(SLICE * (resident + layout.reserve(resident)))
     console.print(
         f"Three agents on this machine, each offering {memory / 1e6:.1f} MB. The demo model "
-        f"takes {held / 1e6:.1f} MB with its cache.\n"
+        f"takes {resident / 1e6:.1f} MB with its cache.\n"
     )
     async with local.agents(MACHINES, memory):
         options = ServeOptions(

@@ -17,16 +17,16 @@ def run(sources: bool) -> int:
         table.add_column(header, justify="right", no_wrap=True)
     if sources:
         table.add_column("source", style="dim")
-    for found in boxes().values():
+    for entry in boxes().values():
         table.add_row(
-            found.name,
-            f"{found.memory >> 30} GiB",
-            format_bytes(found.usable),
-            format_rate(found.bandwidth),
-            f"{found.compute / 1e12:.3g}" if found.compute else "",
-            f"${found.price}" if found.price else "",
-            found.link,
-            *[Text(found.source)] * sources,
+            entry.name,
+            f"{entry.memory >> 30} GiB",
+            format_bytes(entry.usable),
+            format_rate(entry.bandwidth),
+            f"{entry.compute / 1e12:.3g}" if entry.compute else "",
+            f"${entry.price}" if entry.price else "",
+            entry.link,
+            *[Text(entry.source)] * sources,
         )
     Console().print(table)
     return 0

@@ -12,11 +12,11 @@ from rich.console import Console
 from coordinator.commands.compare import compare
 from coordinator.fleet import fleet
 from coordinator.fleet.fleet import Fleet
-from coordinator.fleet.measured import Learned
+from coordinator.fleet.measured import Measurements
 from coordinator.fleet.members import Members
 from coordinator.models import inspect_child
 from coordinator.models.catalog import QUANTS, model_names
-from coordinator.models.question import Asked, alternatives, ask, variants_of, with_gguf
+from coordinator.models.question import RequestedModel, alternatives, ask, variants_of, with_gguf
 from coordinator.planning.placement import Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.rivals import rivals
@@ -37,7 +37,7 @@ from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 class Question:
     """What is to be planned, over what."""
 
-    asked: Asked
+    asked: RequestedModel
     variants: ModelVariants
     fleet: Fleet
     alternatives: Alternatives
@@ -64,8 +64,8 @@ class PlanOptions:
     compare: bool
 
 
-def run(**given: Any) -> int:
-    args = PlanOptions(**given)
+def run(**options: Any) -> int:
+    args = PlanOptions(**options)
     if args.compare:
         return compare(args.peer, Console())
     if args.model is None:
@@ -107,7 +107,7 @@ def run(**given: Any) -> int:
     return 0
 
 
-def _asked(args: PlanOptions, model: str) -> Asked:
+def _asked(args: PlanOptions, model: str) -> RequestedModel:
     kv_bits = args.kv_bits or 0
     asked = ask(model, args.quant, args.context, args.users, kv_bits)
     if args.gguf is not None:
@@ -195,7 +195,7 @@ def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:
     return inspect_child.layouts(requests)
 
 
-async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
+async def _question_to_cluster(asked: RequestedModel, peers: Sequence[str]) -> Question:
     """The machines that are there, with what was measured on them."""
     cluster = Store().require()
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
@@ -212,7 +212,7 @@ async def _question_to_cluster(asked: Asked, peers: Sequence[str]) -> Question:
                 answers.append(await members.inspect(asked.gguf))
             variants = variants_of(asked, answers)
             options = scaled(quants=bool(asked.quant) or not variants.layout.quantized)
-    known = Learned.load().fleet(machines, asked.display, variants)
+    known = Measurements.load().fleet(machines, asked.display, variants)
     return Question(asked, variants, known, options)
 
 

@@ -28,7 +28,7 @@ from coordinator.serving.inspected import inspected
 from coordinator.serving.offer import Offered, offer
 from coordinator.serving.options import DEFAULT_PORT, ServeOptions, objective_option
 from coordinator.serving.service import Service
-from coordinator.serving.telemetry import root_of, tell
+from coordinator.serving.telemetry import publish_telemetry, root_of
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
@@ -168,9 +168,9 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         gateway.service = service
         if options.broker is not None:
             publisher = Publisher(options.broker, cluster, root_of(options.source.display))
-            telling = tell(gateway, service, members, publisher, default_name())
+            publishing = publish_telemetry(gateway, service, members, publisher, default_name())
             await stack.enter_async_context(publisher.running())
-            await stack.enter_async_context(in_background(telling))
+            await stack.enter_async_context(in_background(publishing))
         task = asyncio.create_task(service.run())
         try:
             ready = asyncio.create_task(service.until_ready())
@@ -233,12 +233,12 @@ async def _inspected(
     source, gguf = options.source, options.gguf
     sources = [*offered.sources, *(machine.address for machine in machines)]
     events.publish(Inspecting(source.display))
-    found = await inspected(options, members, offered.revisions, sources)
-    events.publish(Inspected(source.display, found.variants))
+    inspection = await inspected(options, members, offered.revisions, sources)
+    events.publish(Inspected(source.display, inspection.variants))
     return Service(
         source,
         gguf,
-        found,
+        inspection,
         offered.sources,
         members,
         identity,

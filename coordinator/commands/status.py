@@ -79,8 +79,8 @@ class _Servers:
     async def read(self) -> Readings:
         """Asks all at once."""
         addresses = self._addresses()
-        found = await asyncio.gather(*(self._ask(address) for address in addresses))
-        return dict(zip(addresses, found, strict=True))
+        answers = await asyncio.gather(*(self._ask(address) for address in addresses))
+        return dict(zip(addresses, answers, strict=True))
 
     async def close(self) -> None:
         for client in self._clients.values():
@@ -101,26 +101,28 @@ class _Servers:
 
 
 def _raise_if_none(readings: Readings) -> None:
-    errors = [found for found in readings.values() if isinstance(found, UniclusterError)]
+    errors = [reading for reading in readings.values() if isinstance(reading, UniclusterError)]
     if len(errors) == len(readings):
         raise errors[0] if errors else UnavailableError(NOTHING)
 
 
 def _render(readings: Readings) -> RenderableType:
     shown: list[RenderableType] = []
-    for address, found in readings.items():
+    for address, reading in readings.items():
         shown += [""] if shown else []
-        if isinstance(found, UniclusterError):
-            shown.append(Text(str(found), "red"))
+        if isinstance(reading, UniclusterError):
+            shown.append(Text(str(reading), "red"))
         else:
-            shown.append(status_table(found, address))
+            shown.append(status_table(reading, address))
     return Group(*(shown or [NOTHING]))
 
 
 def _print_json(readings: Readings) -> None:
-    for address, found in readings.items():
-        told = {"error": str(found)} if isinstance(found, UniclusterError) else asdict(found)
-        print(json.dumps({"address": address, **told}), flush=True)
+    for address, reading in readings.items():
+        fields = (
+            {"error": str(reading)} if isinstance(reading, UniclusterError) else asdict(reading)
+        )
+        print(json.dumps({"address": address, **fields}), flush=True)
 
 
 command = Command(

@@ -23,15 +23,15 @@ def find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Mac
 
 
 def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int, int]]:
-    """One range of layers for each machine, in the given order, of the least seconds a token.
+    """One range of layers for each machine, in that order, of the least seconds a token.
 
     Raises DoesNotFitError when there is none, InputError when a machine has not the engine.
     """
     for machine in machines:
         if not machine.can(layout.engine):
             raise InputError(f"nodes: {machine.name} does not offer {layout.engine}")
-    found = [Costs(layout).seconds(machine) for machine in machines]
-    costs = [(row.head, row.rest) for row in found]
+    speeds = [Costs(layout).seconds(machine) for machine in machines]
+    costs = [(row.head, row.rest) for row in speeds]
     rows = [costs[0][0]]
     for _, step in costs[1:]:
         rows.append((rows[-1][:, None] + step).min(axis=0))
@@ -57,10 +57,10 @@ async def _find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> l
         if names:
             await members.search(names)
         machines = await members.machines()
-    found = []
+    chosen = []
     for node in nodes:
-        meant = [m for m in machines if node in (m.name, m.address)]
-        if not meant:
+        matching = [m for m in machines if node in (m.name, m.address)]
+        if not matching:
             raise InputError(f"nodes: no machine {node} of this cluster answers")
-        found.append(meant[0])
-    return found
+        chosen.append(matching[0])
+    return chosen

@@ -34,21 +34,33 @@ FILE = "measured.json"
 class Measurement:
     """Seconds that a machine took for one token through layers [first, end) of a model.
 
-    finishes: and through what makes the logits, where that comes after the last layer.
+    has_lm_head: through the lm_head too, which comes after the last layer.
     """
 
     first: int
     end: int
     seconds_per_token: float
-    finishes: bool = False
+    has_lm_head: bool = False
 
     @property
     def seconds_per_layer(self) -> float:
         return self.seconds_per_token / (self.end - self.first)
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Measurement":
+        return cls(row["first"], row["end"], row["seconds_per_token"], row.get("finishes", False))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "end": self.end,
+            "seconds_per_token": self.seconds_per_token,
+            "finishes": self.has_lm_head,
+        }
+
 
 @dataclass(frozen=True)
-class Taken:
+class TokenTimes:
     """What a token of one user took, in seconds: on each stage of a ring, and on each hop.
 
     hops[i] leads from stage i to the next, or from the last back to the head; None where hops
@@ -59,21 +71,21 @@ class Taken:
     hops: tuple[float, ...] | None = None
 
 
-def taken(
+def token_times(
     predicted: Sequence[Stage], stages: Sequence[float], hops: Sequence[float], seconds: float
-) -> Taken:
+) -> TokenTimes:
     """What a token of so many seconds took by stage and hop, from what they report themselves.
 
     Numbers are in the order of the ring; 0 is not known. Unless all are known the time is shared
     out as was predicted.
     """
     if len(predicted) == 1:
-        return Taken((seconds,))
+        return TokenTimes((seconds,))
     known = len(stages) == len(predicted) == len(hops) and all(stages) and all(hops)
     return _added_up(stages, hops, seconds) if known else shared_out(predicted, seconds)
 
 
-def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) -> Taken:
+def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) -> TokenTimes:
     """Made to add up to the whole token.
 
     What nobody tells of is the head's: sampling, text, and what lies between steps. Where they
@@ -81,12 +93,12 @@ def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) ->
     """
     rest = seconds - sum(stages) - sum(hops)
     if rest >= 0:
-        return Taken((stages[0] + rest, *stages[1:]), tuple(hops))
+        return TokenTimes((stages[0] + rest, *stages[1:]), tuple(hops))
     share = seconds / (seconds - rest)
-    return Taken(tuple(s * share for s in stages), tuple(h * share for h in hops))
+    return TokenTimes(tuple(s * share for s in stages), tuple(h * share for h in hops))
 
 
-def shared_out(predicted: Sequence[Stage], seconds: float) -> Taken:
+def shared_out(predicted: Sequence[Stage], seconds: float) -> TokenTimes:
     """What each stage took if only the whole token was timed: a share as was predicted.
 
     Hops are taken as they were known, but for no more than half of the time.
@@ -96,11 +108,11 @@ def shared_out(predicted: Sequence[Stage], seconds: float) -> Taken:
     computing = sum(stage.seconds_per_token for stage in predicted)
     stages = tuple((seconds - known) * s.seconds_per_token / computing for s in predicted)
     if known == sum(hops):
-        return Taken(stages)
-    return Taken(stages, tuple(hop / sum(hops) * known for hop in hops))
+        return TokenTimes(stages)
+    return TokenTimes(stages, tuple(hop / sum(hops) * known for hop in hops))
 
 
-class Learned:
+class Measurements:
     """Measurements by machine and model, and hops by pairs of machines."""
 
     def __init__(self, path: Path) -> None:
@@ -109,26 +121,28 @@ class Learned:
         self.hops: dict[str, float] = {}
 
     @classmethod
-    def load(cls, folder: Path | None = None) -> "Learned":
+    def load(cls, folder: Path | None = None) -> "Measurements":
         """What is stored; nothing if the file is not there or damaged, which is logged."""
         path = (folder or default_folder()) / FILE
-        found = cls(path)
+        stored = cls(path)
         try:
             content = json.loads(path.read_text("utf-8"))
             for machine, models in content["stages"].items():
-                found.stages[machine] = {m: Measurement(**row) for m, row in models.items()}
-            found.hops = {pair: float(seconds) for pair, seconds in content["hops"].items()}
+                stored.stages[machine] = {
+                    m: Measurement.from_json(row) for m, row in models.items()
+                }
+            stored.hops = {pair: float(seconds) for pair, seconds in content["hops"].items()}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged, so nothing in it counts: %s", path, error)
             return cls(path)
-        return found
+        return stored
 
     @classmethod
     def record(
-        cls, model: str, stages: Sequence[Stage], taken: Taken, folder: Path | None = None
-    ) -> "Learned":
+        cls, model: str, stages: Sequence[Stage], times: TokenTimes, folder: Path | None = None
+    ) -> "Measurements":
         """Stores what `stages` of a model took, in place of what was known of them.
 
         Returns all that is known then. Raises OSError when it can't be written.
@@ -137,14 +151,14 @@ class Learned:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # several models may be served from here
             known = cls.load(folder)
-            for stage, seconds in zip(stages, taken.stages, strict=True):
-                row = Measurement(stage.first, stage.end, seconds, stage.finishes)
+            for stage, seconds in zip(stages, times.stages, strict=True):
+                row = Measurement(stage.first, stage.end, seconds, stage.has_lm_head)
                 known.stages.setdefault(stage.machine.name, {})[_key(model, stage.engine)] = row
-            if taken.hops is not None and len(stages) > 1:
+            if times.hops is not None and len(stages) > 1:
                 names = [stage.machine.name for stage in stages]
                 pairs = map(_pair, names, [*names[1:], names[0]])
                 both_ways: dict[str, list[float]] = {}
-                for pair, seconds in zip(pairs, taken.hops, strict=True):
+                for pair, seconds in zip(pairs, times.hops, strict=True):
                     both_ways.setdefault(pair, []).append(seconds)
                 known.hops |= {pair: fmean(times) for pair, times in both_ways.items()}
             known._save()
@@ -199,7 +213,7 @@ class Learned:
             return None
         if not 0 <= measured.first < measured.end <= layout.layers:
             return None
-        variant = layout.finished() if measured.finishes else layout.unfinished()
+        variant = layout.with_lm_head() if measured.has_lm_head else layout.without_lm_head()
         read = sum(variant.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
         nominal = _calibrated(machine, layout.engine, 1.0, measured=False)
@@ -209,7 +223,7 @@ class Learned:
     def _save(self) -> None:
         content: dict[str, Any] = {
             "stages": {
-                machine: {model: vars(row) for model, row in models.items()}
+                machine: {model: row.as_json() for model, row in models.items()}
                 for machine, models in self.stages.items()
             },
             "hops": self.hops,

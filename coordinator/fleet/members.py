@@ -77,7 +77,9 @@ class Members:
         clock = asyncio.get_running_loop().time
         deadline = clock() + SEARCH_SECONDS
         if names is None:
-            await self._browser.wait_for(lambda found: bool(found or self._peers), SEARCH_SECONDS)
+            await self._browser.wait_for(
+                lambda machines: bool(machines or self._peers), SEARCH_SECONDS
+            )
             while clock() < deadline:
                 if not await self._grew():
                     return
@@ -102,7 +104,7 @@ class Members:
         names = {m.address: name for name, m in self._browser.found.items()}
         waiting = {*names, *self._peers}
         asked: set[str] = set()
-        found: dict[str, tuple[NodeInfo, str]] = {}
+        answered: dict[str, tuple[NodeInfo, str]] = {}
         while waiting:
             # What others have heard of may be gone for a while before they forget it.
             level = logging.INFO if asked else logging.WARNING
@@ -110,13 +112,13 @@ class Members:
             calls = [self._describe(names.get(a, a), a, level) for a in sorted(waiting)]
             answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
             for info, address in answers:
-                found.setdefault(info.name, (info, address))
+                answered.setdefault(info.name, (info, address))
             waiting = {peer for info, _ in answers for peer in info.peers} - asked
-        known = {name: address for name, (_, address) in found.items()}
+        known = {name: address for name, (_, address) in answered.items()}
         if known and known != self._remembered:
             self._remembered = known
             remember(known)
-        return list(found.values())
+        return list(answered.values())
 
     async def machines(self) -> list[Machine]:
         """The same for the planner. Raises UnavailableError when there is none."""
@@ -147,12 +149,12 @@ class Members:
     async def changed(self, timeout: float) -> None:
         """Returns when a machine came or went, or after `timeout` seconds."""
         before = set(self._browser.found)
-        await self._browser.wait_for(lambda found: set(found) != before, timeout)
+        await self._browser.wait_for(lambda machines: set(machines) != before, timeout)
 
     async def _grew(self) -> bool:
         """Waits for a machine more than are known now; False when none came for a while."""
         count = len(self._browser.found)
-        return await self._browser.wait_for(lambda found: len(found) > count, QUIET_SECONDS)
+        return await self._browser.wait_for(lambda machines: len(machines) > count, QUIET_SECONDS)
 
     async def _describe(self, name: str, address: str, level: int) -> tuple[NodeInfo, str] | None:
         """None for a machine that does not answer, which is logged at `level`."""

@@ -44,8 +44,8 @@ class Entry:
     @property
     def config(self) -> dict[str, Any]:
         """The facts of the original repository's config.json that say what the model is."""
-        found: dict[str, Any] = _configs()[self.id]["config"]
-        return found
+        config: dict[str, Any] = _configs()[self.id]["config"]
+        return config
 
     @property
     def quants(self) -> tuple[str, ...]:
@@ -106,8 +106,8 @@ def resolve(name: str, quant: str | None = None) -> Source:
     Raises InputError for a bad quantization or directory, NotFoundError for an unknown name.
     """
     name, quant = name.strip(), quant and quant.lower()
-    if (found := _of_ggufs(name, quant)) is not None:
-        return found
+    if (source := _of_ggufs(name, quant)) is not None:
+        return source
     if name.lower().endswith(GGUF) and quant not in (None, "none"):
         raise InputError(f"--quant {quant}: {name} is a GGUF, whose weights stay as they are")
     if quant is not None and quant not in QUANTS:

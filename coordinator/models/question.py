@@ -19,7 +19,7 @@ Inspect = Callable[[Sequence[InspectRequest]], Sequence[ModelLayout]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedModel:
     """A model, and the request that tells its layout. `quants`: others that could be asked for.
 
     gguf: the request for the same model as a GGUF. assume: one of about the same size, if none
@@ -40,7 +40,7 @@ class Asked:
         return [self.request] if self.gguf is None else [self.request, self.gguf]
 
 
-def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0) -> Asked:
+def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0) -> RequestedModel:
     """A catalogue name, a config.json, a directory, a hub repository or demo.
 
     Raises InputError or NotFoundError as `catalog.resolve` does.
@@ -54,7 +54,7 @@ def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0
             raise InputError(f"{entry.id} comes quantized: --quant {' or '.join(entry.quants)}")
         request.model, request.config_json = source.display, json.dumps(entry.config)
         request.quant = "" if quant == "none" else entry.recipes.get(quant, quant)
-        return Asked(source.display, quant, request, entry.quants)
+        return RequestedModel(source.display, quant, request, entry.quants)
     if name.endswith(".json"):
         path = Path(name).expanduser()
         try:
@@ -67,17 +67,17 @@ def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0
         request.model, display = source.model, source.display
     request.quant = "" if quant in (None, "none") else str(quant)
     shown = f"{display} {request.quant}" if request.quant else display
-    return Asked(shown, request.quant, request, catalog.QUANTS)
+    return RequestedModel(shown, request.quant, request, catalog.QUANTS)
 
 
-def with_gguf(asked: Asked, name: str) -> Asked:
+def with_gguf(asked: RequestedModel, name: str) -> RequestedModel:
     """The same with a GGUF of the model beside it. Raises what `catalog.resolve` does."""
     source = catalog.resolve(name)
     gguf = _changed(asked.request, model=source.model, quant="", config_json="")
     return replace(asked, gguf=gguf, gguf_display=source.display)
 
 
-def variants_of(asked: Asked, answers: Sequence[ModelLayout]) -> ModelVariants:
+def variants_of(asked: RequestedModel, answers: Sequence[ModelLayout]) -> ModelVariants:
     """The sizes of a model's variants; `answers` are those to `asked.requests`.
 
     Raises InputError where no variant is for the engine asked for, or the GGUF is another model.
@@ -97,7 +97,7 @@ def variants_of(asked: Asked, answers: Sequence[ModelLayout]) -> ModelVariants:
 
 
 def alternatives(
-    asked: Asked, inspect: Inspect
+    asked: RequestedModel, inspect: Inspect
 ) -> Callable[[ModelVariants], list[list[Alternative]]]:
     """Every smaller variant of the model, exactly: in each quantization, context, and users."""
 
@@ -107,7 +107,7 @@ def alternatives(
         smaller = [(f"--quant {quant}", _quantized(asked, q)) for quant, q in quants.items()]
         smaller += [(f"--context {tokens}", _for_context(asked, tokens)) for tokens in contexts]
         answers = iter(inspect([r for _, other in smaller for r in other.requests]))
-        found = [
+        smaller_variants = [
             Alternative(flag, variants_of(other, [next(answers) for _ in other.requests]))
             for flag, other in smaller
         ]
@@ -115,21 +115,21 @@ def alternatives(
             Alternative(f"--users {n}", variants.map(partial(for_users, users=n)))
             for n in halves(variants.layout.users, 1)
         ]
-        return [found[: len(quants)], found[len(quants) :], fewer]
+        return [smaller_variants[: len(quants)], smaller_variants[len(quants) :], fewer]
 
     return options
 
 
-def _quantized(asked: Asked, quant: str) -> Asked:
+def _quantized(asked: RequestedModel, quant: str) -> RequestedModel:
     return replace(asked, request=_changed(asked.request, quant=quant), quant=quant)
 
 
-def _for_context(asked: Asked, context: int) -> Asked:
+def _for_context(asked: RequestedModel, context: int) -> RequestedModel:
     gguf = None if asked.gguf is None else _changed(asked.gguf, context=context)
     return replace(asked, request=_changed(asked.request, context=context), gguf=gguf)
 
 
-def _smaller_quants(asked: Asked, variants: ModelVariants) -> dict[str, str]:
+def _smaller_quants(asked: RequestedModel, variants: ModelVariants) -> dict[str, str]:
     """Quantizations of fewer bits, the most bits first, each with what a request calls it."""
     as_stored = variants.layout.quantized and not asked.quant
     if as_stored or (ENGINES[variants.layout.engine].reads_gguf and not variants.hypothetical):

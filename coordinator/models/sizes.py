@@ -19,23 +19,23 @@ FILE = "sizes.json"
 def stored() -> dict[str, Any]:
     """By model: its parameters, and bytes of weights by quantization."""
     text = resources.files("coordinator.models").joinpath(FILE).read_text("utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    sizes: dict[str, Any] = json.loads(text)
+    return sizes
 
 
 def computed(models: Sequence[Entry]) -> dict[str, Any]:
     """The same, from the configurations of these models. Takes a second for each."""
     asked = [(e, q, ask(e.id, q, 0, 1).request) for e in models for q in QUANTS if q in e.quants]
-    found: dict[str, Any] = {e.id: {"parameters": 0, "bytes": {}} for e in models}
+    sizes: dict[str, Any] = {e.id: {"parameters": 0, "bytes": {}} for e in models}
     for (entry, quant, _), answer in zip(asked, layouts([r for _, _, r in asked]), strict=True):
         layout = Layout.from_proto(answer)
-        found[entry.id]["parameters"] = layout.parameters
-        found[entry.id]["bytes"][quant] = layout.weight_bytes
-    return found
+        sizes[entry.id]["parameters"] = layout.parameters
+        sizes[entry.id]["bytes"][quant] = layout.weight_bytes
+    return sizes
 
 
 def main() -> None:
-    rows = [f'"{model}": {json.dumps(sizes)}' for model, sizes in computed(entries()).items()]
+    rows = [f'"{model}": {json.dumps(row)}' for model, row in computed(entries()).items()]
     text = "{\n" + ",\n".join(rows) + "\n}\n"
     (Path(__file__).parent / FILE).write_text(text, "utf-8")
 

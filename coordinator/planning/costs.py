@@ -32,8 +32,8 @@ class Costs:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        held = self._row(layout.held_bytes, layout.head_bytes)
-        self.needed = Row(self._with_reserve(held.head), self._with_reserve(held.rest))
+        resident = self._row(layout.resident_bytes, layout.head_bytes)
+        self.needed = Row(self._with_reserve(resident.head), self._with_reserve(resident.rest))
         self.read = self._row(layout.read_bytes, layout.head_read_bytes)
         self._layers = self._row([1] * layout.layers, 0)
 
@@ -56,9 +56,9 @@ class Costs:
         slowdown = machine.engines[self.layout.engine].slowdown
         return read / reads(self.layout, machine) + LAYER_S * layers * slowdown
 
-    def _with_reserve(self, held: Matrix) -> Matrix:
+    def _with_reserve(self, resident: Matrix) -> Matrix:
         """As Layout.needed."""
-        return held + np.minimum(self.layout.full_reserve, np.floor(held / RESERVE_SHARE))
+        return resident + np.minimum(self.layout.full_reserve, np.floor(resident / RESERVE_SHARE))
 
     def _row(self, values: Sequence[float], head: float) -> Row:
         edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))

@@ -52,12 +52,12 @@ class Box:
 def boxes() -> dict[str, Box]:
     """The catalogue by name, in the order of its file."""
     text = resources.files("coordinator.planning").joinpath("hardware.yaml").read_text("utf-8")
-    found = {}
+    catalogue = {}
     for row in yaml.safe_load(text):
         for option in row["memory"]:
             name = f"{row['family']}-{option}"
             memory = option * GIB
-            found[name] = Box(
+            catalogue[name] = Box(
                 name=name,
                 chip=row["chip"],
                 memory=memory,
@@ -69,7 +69,7 @@ def boxes() -> dict[str, Box]:
                 source=row["source"],
                 engines={engine: _speeds(row, engine) for engine in ENGINES},
             )
-    return found
+    return catalogue
 
 
 def _speeds(row: Mapping[str, Any], engine: str) -> EngineSpeeds:

@@ -49,8 +49,8 @@ class Layout:
     forbidden_counts: no stage may have so many layers, unless it has all.
     draft_bytes: the part of head_bytes that is a draft model with its KV caches.
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
-    tail_bytes: the part of the last layer's bytes that makes logits.
-    finish_bytes: what a last stage without that part would need to make them; 0: it can't.
+    lm_head_bytes: the part of the last layer's bytes that makes logits.
+    added_lm_head_bytes: what a last stage without that part would need to make them; 0: it can't.
     vocabulary: logits of a token; 0: not known.
     """
 
@@ -73,8 +73,8 @@ class Layout:
     engine: str = DEFAULT
     draft_bytes: int = 0
     hidden_size: int = 0
-    tail_bytes: int = 0
-    finish_bytes: int = 0
+    lm_head_bytes: int = 0
+    added_lm_head_bytes: int = 0
     vocabulary: int = 0
 
     def __post_init__(self) -> None:
@@ -107,28 +107,28 @@ class Layout:
             layer_active_parameters=tuple(layout.layer_active_parameters) or None,
             engine=layout.engine or DEFAULT,
             hidden_size=layout.hidden_size,
-            tail_bytes=layout.tail_bytes,
-            finish_bytes=layout.finish_bytes,
+            lm_head_bytes=layout.tail_bytes,
+            added_lm_head_bytes=layout.finish_bytes,
             vocabulary=layout.vocabulary,
         )
 
-    def unfinished(self) -> Layout:
+    def without_lm_head(self) -> Layout:
         """The same where the head makes the logits: without the tail of the last layer."""
-        return self if not self.tail_bytes else self._with_tail(0, self.tail_bytes)
+        return self if not self.lm_head_bytes else self._with_lm_head_bytes(0, self.lm_head_bytes)
 
-    def finished(self) -> Layout:
+    def with_lm_head(self) -> Layout:
         """The same where the last stage makes the logits."""
-        return self if self.tail_bytes else self._with_tail(self.finish_bytes, 0)
+        return self if self.lm_head_bytes else self._with_lm_head_bytes(self.added_lm_head_bytes, 0)
 
-    def _with_tail(self, tail: int, finish: int) -> Layout:
-        more = tail - self.tail_bytes
+    def _with_lm_head_bytes(self, size: int, added: int) -> Layout:
+        more = size - self.lm_head_bytes
         active = self.layer_active_bytes
         return replace(
             self,
             layer_bytes=(*self.layer_bytes[:-1], self.layer_bytes[-1] + more),
             layer_active_bytes=(*active[:-1], active[-1] + more),
-            tail_bytes=tail,
-            finish_bytes=finish,
+            lm_head_bytes=size,
+            added_lm_head_bytes=added,
         )
 
     def with_draft(self, draft_bytes: int) -> Layout:
@@ -147,7 +147,7 @@ class Layout:
     @property
     def returned_bytes(self) -> int:
         """Bytes that come back to a head of this variant for a token: hidden state or logits."""
-        logits = LOGIT_BYTES * self.vocabulary if self.tail_bytes else 0
+        logits = LOGIT_BYTES * self.vocabulary if self.lm_head_bytes else 0
         return logits or self.hidden_bytes
 
     @property
@@ -169,7 +169,7 @@ class Layout:
         return sum(self.kv_bytes_per_layer)
 
     @property
-    def held_bytes(self) -> tuple[int, ...]:
+    def resident_bytes(self) -> tuple[int, ...]:
         """Weights and KV, per layer."""
         both = zip(self.layer_bytes, self.kv_bytes_per_layer, strict=True)
         return tuple(weights + kv for weights, kv in both)
@@ -191,9 +191,9 @@ class Layout:
         by_frame = PREFILL_BYTES // max(self.hidden_bytes, 1)
         return max(1, min(self.context, PREFILL_TOKENS, by_frame))
 
-    def reserve(self, held: int) -> int:
-        """Bytes for the runtime and a prefill chunk beside `held` bytes of weights and KV."""
-        return min(self.full_reserve, held // RESERVE_SHARE)
+    def reserve(self, resident: int) -> int:
+        """Bytes for the runtime and a prefill chunk beside `resident` bytes of weights and KV."""
+        return min(self.full_reserve, resident // RESERVE_SHARE)
 
     def capacity(self, usable: int) -> int:
         """The most bytes of weights and KV that fit with their reserve into `usable`."""
@@ -201,13 +201,13 @@ class Layout:
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
         return max(usable - self.full_reserve, scaled)
 
-    def needed(self, held: int) -> int:
+    def needed(self, resident: int) -> int:
         """Usable bytes that a machine must have to hold so much of weights and KV."""
-        return held + self.reserve(held)
+        return resident + self.reserve(resident)
 
     @property
     def full_reserve(self) -> int:
-        """The most that is kept back, however much is held."""
+        """The most that is kept back, however much is resident."""
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 
@@ -250,7 +250,7 @@ class Stage:
     seconds_per_token: of one user. batch_seconds: what each further user of a batch adds.
     chunk_seconds: of a prefill chunk; None if the machine's compute is not known.
     hop_s: to the next stage, or from the last one back to the head.
-    finishes: it makes the logits; else the head does.
+    has_lm_head: it computes the logits; else the head does.
     """
 
     machine: Machine
@@ -266,7 +266,7 @@ class Stage:
     hop_s: float = 0.0
     hop_measured: bool = False
     engine: str = DEFAULT
-    finishes: bool = False
+    has_lm_head: bool = False
 
     @property
     def bytes(self) -> int:

@@ -13,7 +13,7 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Objective, Plan, Stage
 from coordinator.planning.pool import Pool
 from coordinator.planning.search.cheapest import cheapest
-from coordinator.planning.search.problem import Found
+from coordinator.planning.search.problem import Placement
 from coordinator.planning.shortfall import Alternatives, refusal, scaled
 from coordinator.planning.variants import ModelVariants
 from unicluster.errors import InputError
@@ -139,12 +139,12 @@ def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...
         limits = [pool.least_slowest() for pool in pools]
         slowest, proven = min(limits)[0], all(sure for _, sure in limits)
     tried = [(cheapest(pool.problem(slowest * (1 + ROUNDING))), pool) for pool in pools]
-    found = [(result, pool) for result, pool in tried if result is not None]
-    if not found:
+    solved = [(result, pool) for result, pool in tried if result is not None]
+    if not solved:
         count = max(len(pool.machines) for pool in pools)
         raise InputError(f"{count} machines are too many to search: name some of them with --nodes")
-    best, ring = min(found, key=_cost)
-    bound = min(result.bound for result, _ in found)
+    best, ring = min(solved, key=_cost)
+    bound = min(result.bound for result, _ in solved)
     gap = max(0.0, 1 - bound / best.cost)
     if objective == "throughput":
         bound = min(pool.slowest_bound() for pool in pools) if not proven else slowest
@@ -152,7 +152,7 @@ def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...
     return ring.stages(best.pieces), gap
 
 
-def _cost(pair: tuple[Found, Pool]) -> float:
+def _cost(pair: tuple[Placement, Pool]) -> float:
     return pair[0].cost
 
 
@@ -168,7 +168,7 @@ def split_evenly(layout: Layout, count: int) -> list[tuple[int, int]]:
             f"can't cut {layout.layers} layers into {count} stages"
             + (f": {layout.model_type} allows at most {most}" if layout.forbidden_cuts else "")
         )
-    return cuts.split_evenly(layout.held_bytes, layout.head_bytes, count, layout.forbidden_cuts)
+    return cuts.split_evenly(layout.resident_bytes, layout.head_bytes, count, layout.forbidden_cuts)
 
 
 def least_memory(layout: Layout, count: int) -> int:
@@ -177,9 +177,9 @@ def least_memory(layout: Layout, count: int) -> int:
     (Fewer may, where the largest of their ranges is no larger.)
     """
     ranges = split_evenly(layout, count)
-    held = [sum(layout.held_bytes[first:end]) for first, end in ranges]
-    held[0] += layout.head_bytes
-    return layout.needed(max(held))
+    resident = [sum(layout.resident_bytes[first:end]) for first, end in ranges]
+    resident[0] += layout.head_bytes
+    return layout.needed(max(resident))
 
 
 def _named(nodes: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:
@@ -195,7 +195,7 @@ def _why_out(machine: Machine, variants: ModelVariants, objective: Objective) ->
     able = [variant for variant in variants.layouts if machine.can(variant.engine)]
     if not able:
         return _why_unable(machine, variants)
-    smallest = min(variant.needed(min(variant.held_bytes)) for variant in able)
+    smallest = min(variant.needed(min(variant.resident_bytes)) for variant in able)
     if machine.usable < smallest:
         needed = format_bytes(smallest)
         return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"

@@ -47,8 +47,8 @@ class Pool:
         for group in self.groups:
             rows = [costs.seconds(group[0]) for costs in self._costs]
             rest = np.minimum.reduce([row.rest for row in rows])
-            for costs, found in ((rows[0].head, heads), (rest, rests)):
-                found.append(np.where(costs <= slowest, costs, np.inf))
+            for costs, matrices in ((rows[0].head, heads), (rest, rests)):
+                matrices.append(np.where(costs <= slowest, costs, np.inf))
         hops = [self._hops(size) for size in (self.layout.hidden_bytes, self.layout.returned_bytes)]
         return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), *hops)
 

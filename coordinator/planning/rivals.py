@@ -29,7 +29,7 @@ def rivals(
 ) -> list[Rival]:
     """The nearest of: the other objective's plan, one machine alone, each machine left out, and
     each engine alone."""
-    found: dict[tuple[object, ...], Plan] = {}
+    others: dict[tuple[object, ...], Plan] = {}
     for variant, names, objective in _ideas(variants, machines, best):
         try:
             other = plan(
@@ -44,8 +44,8 @@ def rivals(
             continue
         more = _score(other, best.objective) / _score(best, best.objective) - 1
         if _shape(other) != _shape(best) and more > NOTICEABLE:
-            found.setdefault(_shape(other), other)
-    ranked = sorted(found.values(), key=lambda other: _score(other, best.objective))
+            others.setdefault(_shape(other), other)
+    ranked = sorted(others.values(), key=lambda other: _score(other, best.objective))
     return [Rival(other, _reason(other, best)) for other in ranked[:MOST]]
 
 
@@ -70,17 +70,21 @@ def _kind(machine: Machine) -> tuple[object, ...]:
     return machine.usable, machine.link, *((s.backend, s.bandwidth, s.slowdown) for s in speeds)
 
 
-def _shape(found: Plan) -> tuple[object, ...]:
+def _shape(candidate: Plan) -> tuple[object, ...]:
     """What tells plans apart: alike machines don't."""
-    return tuple((_kind(stage.machine), stage.engine, stage.first) for stage in found.stages)
+    return tuple((_kind(stage.machine), stage.engine, stage.first) for stage in candidate.stages)
 
 
-def _machines(found: Plan) -> set[str]:
-    return {stage.machine.name for stage in found.stages}
+def _machines(candidate: Plan) -> set[str]:
+    return {stage.machine.name for stage in candidate.stages}
 
 
-def _score(found: Plan, objective: Objective) -> float:
-    return found.seconds_per_token if objective == "latency" else found.slowest.seconds_per_token
+def _score(candidate: Plan, objective: Objective) -> float:
+    return (
+        candidate.seconds_per_token
+        if objective == "latency"
+        else candidate.slowest.seconds_per_token
+    )
 
 
 def _reason(other: Plan, best: Plan) -> str:

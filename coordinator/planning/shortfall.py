@@ -61,9 +61,9 @@ def refusal(
         text = f"{asked} has no machine to run on: none with {needed_here} is here. {advice}"
         return NoPlanError(text, missing, suggestions)
     machines = pool.machines
-    held = layout.weight_bytes + layout.kv_bytes
+    resident = layout.weight_bytes + layout.kv_bytes
     offered = sum(m.usable for m in machines)
-    needed = held + offered - sum(layout.capacity(m.usable) for m in machines)
+    needed = resident + offered - sum(layout.capacity(m.usable) for m in machines)
     there = "the machine offers" if len(machines) == 1 else f"the {len(machines)} machines offer"
     sizes = f"{asked} needs {format_bytes(needed)} and {there} {format_bytes(offered)}"
     if needed > offered:
@@ -84,16 +84,16 @@ _NOTHING = "no single change would do: add machines or choose a smaller model"
 
 def _suggestions(variants: ModelVariants, pool: Pool, alternatives: Alternatives) -> list[str]:
     usable = _round_up(pool.missing_machine())
-    found = [f"one more machine with {format_bytes(usable)} usable"]
+    suggestions = [f"one more machine with {format_bytes(usable)} usable"]
     if bought := _cheapest(pool):
-        found.append(bought)
+        suggestions.append(bought)
     for options in alternatives(variants):
         for option in options:
             rings = option.variants.rings()
             if any(Pool(ring, pool.machines, pool.network).fits() for ring in rings):
-                found.append(option.flag)
+                suggestions.append(option.flag)
                 break
-    return found
+    return suggestions
 
 
 def _cheapest(pool: Pool) -> str:
@@ -172,10 +172,10 @@ def for_users(layout: Layout, users: int) -> Layout:
 
 def halves(number: int, least: int) -> list[int]:
     """8192, 4096, ... without `number` itself, down to `least`."""
-    found = []
+    numbers = []
     while (number := number // 2) >= least:
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers
 
 
 def _round_up(size: int) -> int:

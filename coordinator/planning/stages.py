@@ -62,5 +62,5 @@ def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
         hop_s=onward[0],
         hop_measured=onward[1],
         engine=layout.engine,
-        finishes=layout.tail_bytes > 0 and span.end == layout.layers,
+        has_lm_head=layout.lm_head_bytes > 0 and span.end == layout.layers,
     )

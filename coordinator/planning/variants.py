@@ -27,10 +27,10 @@ class ModelVariants:
     hypothetical: bool = False
 
     @classmethod
-    def with_hypothetical_gguf(cls, found: ModelLayout) -> "ModelVariants":
+    def with_hypothetical_gguf(cls, layout: ModelLayout) -> "ModelVariants":
         """An inspected model with a GGUF of about the same bits, if there could be one."""
-        gguf = Layout.from_proto(found.gguf) if found.HasField("gguf") else None
-        return cls(Layout.from_proto(found), gguf, hypothetical=gguf is not None)
+        gguf = Layout.from_proto(layout.gguf) if layout.HasField("gguf") else None
+        return cls(Layout.from_proto(layout), gguf, hypothetical=gguf is not None)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -41,13 +41,13 @@ class ModelVariants:
 
         Raises InputError where there is none.
         """
-        found = [layout for layout in self.layouts if engine in ("auto", layout.engine)]
-        if not found:
+        matching = [layout for layout in self.layouts if engine in ("auto", layout.engine)]
+        if not matching:
             kind = "no GGUF: give one with --gguf" if ENGINES[engine].reads_gguf else "a GGUF"
             raise InputError(f"--engine {engine}: the model is {kind}")
-        gguf = found[1] if len(found) > 1 else None
+        gguf = matching[1] if len(matching) > 1 else None
         return ModelVariants(
-            found[0], gguf, self.hypothetical and ENGINES[found[-1].engine].reads_gguf
+            matching[0], gguf, self.hypothetical and ENGINES[matching[-1].engine].reads_gguf
         )
 
     def map(self, change: Callable[[Layout], Layout]) -> "ModelVariants":
@@ -68,13 +68,13 @@ class ModelVariants:
             )
 
         # Where both can be cut alike, a ring of one engine alone is among the mixed ones.
-        found = [] if apart == model.forbidden_cuts else [RingVariants((model,))]
-        found.append(mixed(model, gguf.unfinished()))
-        if apart != gguf.forbidden_cuts or not model.finish_bytes:
-            found.append(RingVariants((gguf,)))
-        if model.finish_bytes:
-            found.append(mixed(gguf, model.finished()))
-        return found
+        rings = [] if apart == model.forbidden_cuts else [RingVariants((model,))]
+        rings.append(mixed(model, gguf.without_lm_head()))
+        if apart != gguf.forbidden_cuts or not model.added_lm_head_bytes:
+            rings.append(RingVariants((gguf,)))
+        if model.added_lm_head_bytes:
+            rings.append(mixed(gguf, model.with_lm_head()))
+        return rings
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> l
                 hub_files=hub_files,
                 kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
                 engine=stage.engine,
-                finishes=stage.finishes,
+                finishes=stage.has_lm_head,
             )
         )
         spec.ClearField("draft")  # loaded beside the head's layers only

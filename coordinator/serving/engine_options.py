@@ -35,9 +35,11 @@ def chosen_models(
     source = resolve(model, quant)
     if gguf is None:
         return checked_engine(source, engine), None
-    found = resolve(gguf)
+    gguf_source = resolve(gguf)
     check_gguf(engine, kv_bits)
-    return (found, None) if engine == for_checkpoint(gguf=True).name else (source, found)
+    return (
+        (gguf_source, None) if engine == for_checkpoint(gguf=True).name else (source, gguf_source)
+    )
 
 
 def check_gguf(engine: str, kv_bits: int) -> None:

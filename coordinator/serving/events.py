@@ -155,16 +155,16 @@ Event = (
 def moves(before: Sequence[Stage], after: Sequence[Stage]) -> tuple[Move, ...]:
     """The layers whose machine changed, in as few ranges as possible, in order."""
     old, new = _holders(before), _holders(after)
-    found: list[Move] = []
+    moved: list[Move] = []
     for layer, (source, target) in enumerate(zip(old, new, strict=True)):
         if source == target:
             continue
-        last = found[-1] if found else None
+        last = moved[-1] if moved else None
         if last is not None and (last.end, last.source, last.target) == (layer, source, target):
-            found[-1] = Move(last.first, layer + 1, source, target)
+            moved[-1] = Move(last.first, layer + 1, source, target)
         else:
-            found.append(Move(layer, layer + 1, source, target))
-    return tuple(found)
+            moved.append(Move(layer, layer + 1, source, target))
+    return tuple(moved)
 
 
 def _holders(stages: Sequence[Stage]) -> list[str]:

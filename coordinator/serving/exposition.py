@@ -20,7 +20,7 @@ STAGE = ("stage", "machine")
 HOP = ("source", "target")
 
 
-class Deployment(Collector):
+class DeploymentCollector(Collector):
     """Reads with `read` whenever it is scraped."""
 
     def __init__(self, read: Callable[[], Metrics]) -> None:

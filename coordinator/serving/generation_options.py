@@ -46,16 +46,16 @@ def kv_bits_option() -> Option:
     )
 
 
-def take_generation(given: dict[str, Any]) -> StageSpec:
+def take_generation(options: dict[str, Any]) -> StageSpec:
     """Takes the options of generation out of a command's, and returns a StageSpec of them alone.
 
     It is the template of each stage's: a new option is declared above and in the proto, and read
     where it acts. Raises InputError for invalid values and contradictions.
     """
-    own = {name: given.pop(name) for option in generation_options() if (name := option.name)}
-    draft = own.pop("draft")
-    _check(draft, **own)
-    spec = StageSpec(**own)
+    values = {name: options.pop(name) for option in generation_options() if (name := option.name)}
+    draft = values.pop("draft")
+    _check(draft, **values)
+    spec = StageSpec(**values)
     if draft is not None:
         source = resolve(draft)
         spec.draft.CopyFrom(Draft(model=source.model, quant=source.quant))

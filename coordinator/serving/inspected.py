@@ -36,8 +36,8 @@ class Inspected:
 
     @property
     def by_engine(self) -> dict[str, ModelLayout]:
-        found = [self.model, *([self.gguf] if self.gguf is not None else [])]
-        return {layout.engine or DEFAULT: layout for layout in found}
+        layouts = [self.model, *([self.gguf] if self.gguf is not None else [])]
+        return {layout.engine or DEFAULT: layout for layout in layouts}
 
 
 async def inspected(
@@ -63,20 +63,20 @@ async def inspected(
         )
         return await members.inspect(request, options.nodes)
 
-    found = await ask(source, context=options.context, kv_bits=options.generation.kv_bits)
+    layout = await ask(source, context=options.context, kv_bits=options.generation.kv_bits)
     as_gguf = drafting = None
     if gguf is not None:
-        as_gguf = await ask(gguf, context=found.context)
+        as_gguf = await ask(gguf, context=layout.context)
         names = source.display, gguf.display
-        check_same(Layout.from_proto(found), Layout.from_proto(as_gguf), names)
+        check_same(Layout.from_proto(layout), Layout.from_proto(as_gguf), names)
     if options.generation.HasField("draft"):
         drafting = await ask(
             options.generation.draft,
-            context=found.context,
+            context=layout.context,
             drafts_for=source.model,
-            drafts_for_revision=found.revision,
+            drafts_for_revision=layout.revision,
         )
-    return Inspected(found, as_gguf, drafting)
+    return Inspected(layout, as_gguf, drafting)
 
 
 async def inspected_here(

@@ -21,7 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from coordinator.serving.exposition import Deployment
+from coordinator.serving.exposition import DeploymentCollector
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import check_free
 from unicluster.cluster.roles import audit
@@ -61,7 +61,7 @@ async def metrics_port(
         return metrics_from_wire(measured.result(READ_SECONDS))
 
     registry = CollectorRegistry()
-    registry.register(Deployment(read))
+    registry.register(DeploymentCollector(read))
     tls = _server_side(cluster.issue(default_name()), admitted=cluster.scrapers.ca_pem)
     server = _Server(host, port, _at_path(make_wsgi_app(registry)), tls)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)

@@ -31,8 +31,10 @@ def offer(models: Iterable[str], port: int, server: grpc.aio.Server) -> Offered:
         return Offered({}, [])
 
     def find(model: str, revision: str) -> Checkpoint | None:
-        found = files.get(model)
-        return found if found is not None and found.manifest.revision == revision else None
+        checkpoint = files.get(model)
+        if checkpoint is None or checkpoint.manifest.revision != revision:
+            return None
+        return checkpoint
 
     add_WeightsServicer_to_server(WeightsService(find), server)
     return Offered({model: f.manifest.revision for model, f in files.items()}, [f":{port}"])

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import grpc
 
-from coordinator.fleet.measured import Learned
+from coordinator.fleet.measured import Measurements
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Objective, Plan, Stage
@@ -199,7 +199,7 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
-        fleet = Learned.load().fleet(machines, self.display, self.variants)
+        fleet = Measurements.load().fleet(machines, self.display, self.variants)
         # A search over many machines takes a second; answers go on meanwhile.
         placed = await asyncio.to_thread(
             plan,
@@ -254,18 +254,18 @@ class Service:
         agents = [stage.machine.address for stage in placed.stages]
         from_hub: list[list[str]] = [[] for _ in placed.stages]
         for engine in placed.engines:
-            own = [i for i, stage in enumerate(placed.stages) if stage.engine == engine]
-            found = await hub_files(
+            indices = [i for i, stage in enumerate(placed.stages) if stage.engine == engine]
+            assigned = await hub_files(
                 self._models[engine].model,
                 revisions[engine],
                 inspected[engine].files,
-                [(placed.stages[i].first, placed.stages[i].end) for i in own],
-                [agents[i] for i in own],
+                [(placed.stages[i].first, placed.stages[i].end) for i in indices],
+                [agents[i] for i in indices],
                 addresses,
                 self._identity,
-                finishes=placed.stages[own[-1]].finishes,
+                has_lm_head=placed.stages[indices[-1]].has_lm_head,
             )
-            for index, files in zip(own, found, strict=True):
+            for index, files in zip(indices, assigned, strict=True):
                 from_hub[index] = files
         sources = [*self._own_sources, *addresses]
         if draft is None:

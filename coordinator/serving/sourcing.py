@@ -29,9 +29,9 @@ async def hub_files(
     stages: Sequence[str],
     others: Iterable[str],
     identity: Identity,
-    held: Collection[str] = (),
+    available: Collection[str] = (),
     *,
-    finishes: bool = False,
+    has_lm_head: bool = False,
 ) -> list[list[str]]:
     """For each stage the files that it is to fetch from the hub.
 
@@ -39,15 +39,15 @@ async def hub_files(
         ranges: the layers [first, end) of each stage.
         stages: where the agent of each stage answers; empty: it is this process.
         others: agents that may have files already.
-        held: files that are known to be somewhere already.
-        finishes: the last stage makes the logits.
+        available: files that are known to be somewhere already.
+        has_lm_head: the last stage makes the logits.
     """
-    held = await whole_files(model, revision, others, identity) | set(held)
-    assigned = assign(model, files, ranges, held, finishes=finishes)
+    available = await whole_files(model, revision, others, identity) | set(available)
+    assigned = assign(model, files, ranges, available, has_lm_head=has_lm_head)
     if not any(assigned):
         return assigned
     tried = await asyncio.gather(*(_reaches_hub(model, revision, a, identity) for a in stages))
-    return assign(model, files, ranges, held, tried, finishes=finishes)
+    return assign(model, files, ranges, available, tried, has_lm_head=has_lm_head)
 
 
 async def whole_files(
@@ -55,12 +55,12 @@ async def whole_files(
 ) -> set[str]:
     """The files of a model that some machine has in full. Machines that don't answer have none."""
     files = ModelFiles(model=model, revision=revision)
-    found = await asyncio.gather(*(_holdings(files, address, identity) for address in addresses))
+    answers = await asyncio.gather(*(_holdings(files, address, identity) for address in addresses))
     return {
         file.name
-        for holdings in found
+        for holdings in answers
         for file in holdings.files
-        if sum(held.end - held.start for held in file.held) == file.size
+        if sum(part.end - part.start for part in file.held) == file.size
     }
 
 
@@ -68,17 +68,17 @@ def assign(
     model: str,
     files: Iterable[WeightFile],
     ranges: Sequence[tuple[int, int]],
-    held: Collection[str] = (),
+    available: Collection[str] = (),
     reaching: Sequence[bool] = (),
     *,
-    finishes: bool = False,
+    has_lm_head: bool = False,
 ) -> list[list[str]]:
     """For each stage, by its layers [first, end), the files that it fetches from the hub for all.
 
     Of the stages that need something of a file the one with the least to fetch so far fetches
     it. If `reaching` says that none of those reaches the hub, another stage does that can; if
-    none can, it is tried all the same, for the reason. Files that are `held` already, and those
-    of a directory, nobody fetches. `finishes`: the last stage makes the logits.
+    none can, it is tried all the same, for the reason. Files that are `available` already, and
+    those of a directory, nobody fetches. `has_lm_head`: the last stage makes the logits.
     """
     fetched: list[list[str]] = [[] for _ in ranges]
     if model == "demo" or os.path.isabs(model):
@@ -90,10 +90,10 @@ def assign(
         users = {
             index
             for index, (first, end) in enumerate(ranges)
-            if (file.outside and (first == 0 or (finishes and index == last)))
+            if (file.outside and (first == 0 or (has_lm_head and index == last)))
             or any(first <= i < end for i in file.layers)
         }
-        if file.name not in held and users:
+        if file.name not in available and users:
             chosen = min(users & able or able, key=lambda index: (burden[index], index))
             fetched[chosen].append(file.name)
             burden[chosen] += file.size

@@ -24,19 +24,19 @@ def root_of(model: str) -> str:
     return f"model/{_plain(model)}"
 
 
-async def tell(
+async def publish_telemetry(
     gateway: Gateway, service: Service, members: Members, publisher: Publisher, coordinator: str
 ) -> None:
     """Publishes until cancelled."""
     _introduce(service.display, publisher)
-    seen = Seen(machines=frozenset(members.names))
+    published = Published(machines=frozenset(members.names))
     events = f"{publisher.url.prefix}/events"
     rate = Rate(gateway.tokens)
     while True:
         with going_on("telemetry"):
             state = state_of(service, coordinator)
             publisher.state(publisher.topic("state"), state)
-            for event in seen.news(state, frozenset(members.names)):
+            for event in published.news(state, frozenset(members.names)):
                 publisher.event(events, {"time": round(time.time(), 3), **event})
             if rate.seconds >= READ_SECONDS:
                 readings = readings_of(rate.next(gateway.tokens), gateway.running)
@@ -72,7 +72,7 @@ def readings_of(tokens_per_s: float, running: int) -> dict[str, Any]:
 
 
 @dataclass
-class Seen:
+class Published:
     """What was told last."""
 
     machines: frozenset[str]

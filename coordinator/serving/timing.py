@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from statistics import median
 
-from coordinator.fleet.measured import Learned, taken
+from coordinator.fleet.measured import Measurements, token_times
 from coordinator.planning.placement import Stage
 from unicluster.cluster.background import going_on
 from unicluster.v1.chat_pb2 import Finish, Measured
@@ -56,13 +56,13 @@ class Timing:
             self._news.clear()
             with going_on("keeping what was measured"):
                 meters = (await measure()).meters
-                known = taken(
+                known = token_times(
                     self._stages,
                     [stage.decode_s for stage in meters.stages],
                     [hop.decode_s for hop in meters.hops],
                     median(self._seconds),
                 )
-                await asyncio.to_thread(Learned.record, self._model, self._stages, known)
+                await asyncio.to_thread(Measurements.record, self._model, self._stages, known)
 
     @property
     def seconds_per_token(self) -> float | None:

@@ -11,30 +11,30 @@ from unicluster.units import format_rate
 def engine_lines(plan: Plan, variants: ModelVariants) -> list[str]:
     """Nothing where there is nothing to choose: the default engine alone."""
     if variants.gguf is None:
-        return _of_one_form(variants)
+        return _of_one_variant(variants)
     if variants.hypothetical and variants.gguf.engine not in plan.engines:
         return []
-    lines = ["; ".join(_told(plan, variants, engine) for engine in plan.engines)]
+    lines = ["; ".join(_reasons(plan, variants, engine) for engine in plan.engines)]
     if variants.hypothetical:
-        lines.append(_assumed(variants.gguf.quant))
+        lines.append(_hypothetical(variants.gguf.quant))
     return lines
 
 
-def _of_one_form(variants: ModelVariants) -> list[str]:
+def _of_one_variant(variants: ModelVariants) -> list[str]:
     engine = ENGINES[variants.layout.engine]
     if engine.name == DEFAULT:
         return []
     name = f"{engine.title} ({engine.library})"
     if variants.hypothetical:
-        return [f"{name}, as was asked for", _assumed(variants.layout.quant)]
+        return [f"{name}, as was asked for", _hypothetical(variants.layout.quant)]
     return [f"{name}, because the model is a GGUF"]
 
 
-def _assumed(quant: str) -> str:
+def _hypothetical(quant: str) -> str:
     return f"assuming a GGUF of about the same size ({quant}); serve it with --gguf"
 
 
-def _told(plan: Plan, variants: ModelVariants, engine: str) -> str:
+def _reasons(plan: Plan, variants: ModelVariants, engine: str) -> str:
     """`ggml on a, b (reads 205 GB/s there, MLX 102), c (the only one there)`."""
     reasons: dict[str, list[str]] = {}
     for stage in plan.stages:
@@ -45,10 +45,10 @@ def _told(plan: Plan, variants: ModelVariants, engine: str) -> str:
 
 
 def _why(stage: Stage, variants: ModelVariants) -> str:
-    own, other = sorted(variants.layouts, key=lambda variant: variant.engine != stage.engine)
+    used, other = sorted(variants.layouts, key=lambda variant: variant.engine != stage.engine)
     if not stage.machine.can(other.engine):
         return " (it offers no other)"
-    ours, theirs = reads(own, stage.machine), reads(other, stage.machine)
+    ours, theirs = reads(used, stage.machine), reads(other, stage.machine)
     name = ENGINES[other.engine].title
     if abs(ours - theirs) < 0.005 * ours:
         return f" (reads {format_rate(ours)} there, like {name})"

@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.measured import Taken
+from coordinator.fleet.measured import TokenTimes
 from coordinator.planning.engines import DEFAULT, ENGINES
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
@@ -77,22 +77,22 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
     return table
 
 
-def comparison_table(model: str, stages: Sequence[Stage], taken: Taken) -> RenderableType:
+def comparison_table(model: str, stages: Sequence[Stage], measured: TokenTimes) -> RenderableType:
     """What was predicted for each stage and hop of a token, and what they took."""
     table = new_table(f"{model}: predicted and measured, ms per token")
     add_names(table, "")
     add_numbers(table, "layers", "predicted", "measured", "error")
-    for stage, seconds in zip(stages, taken.stages, strict=True):
+    for stage, seconds in zip(stages, measured.stages, strict=True):
         layers = layer_range(stage.first, stage.end)
         table.add_row(cut(stage.machine.name), layers, *_compared(stage.seconds_per_token, seconds))
     hops = sum(stage.hop_s for stage in stages)
-    hops_taken = hops if taken.hops is None else sum(taken.hops)
-    if taken.hops is not None:
-        table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_taken))
+    hops_measured = hops if measured.hops is None else sum(measured.hops)
+    if measured.hops is not None:
+        table.add_row(counted(len(stages), "hop"), "", *_compared(hops, hops_measured))
     elif hops:
         table.add_row(counted(len(stages), "hop"), "", format_ms(hops), "unknown")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
-    whole = _compared(predicted, hops_taken + sum(taken.stages))
+    whole = _compared(predicted, hops_measured + sum(measured.stages))
     table.add_row(Text("together", "bold"), "", *whole)
     return table
 
@@ -226,13 +226,12 @@ class _Planned:
     def _facts(self) -> Table:
         plan = self.plan
         drafts = self.layout.draft_bytes
-        own = format_bytes(self.layout.head_bytes - drafts)
+        embedding = format_bytes(self.layout.head_bytes - drafts)
         first, last = plan.stages[0].machine.name, plan.stages[-1].machine.name
-        head = f"{first}, with {own} of embedding and lm_head"
+        head = f"{first}, with {embedding} of embedding and lm_head"
         if not ENGINES[self.layout.engine].head_makes_logits:
-            head = (
-                f"{first}, with {own} of embedding; the lm_head is with the last layer, on {last}"
-            )
+            head = f"{first}, with {embedding} of embedding; "
+            head += f"the lm_head is with the last layer, on {last}"
         if drafts:
             head += f", and {format_bytes(drafts)} of draft model"
         facts = Table.grid(padding=(0, 2))

@@ -88,26 +88,26 @@ def known(header: Header) -> Architecture:
 
 def layer_count(header: Header) -> int:
     """Layers of the model proper, without those that only predict further tokens."""
-    blocks = int(header.own("block_count", 0))
-    return blocks - int(header.own("nextn_predict_layers", 0))
+    blocks = int(header.arch("block_count", 0))
+    return blocks - int(header.arch("nextn_predict_layers", 0))
 
 
 def layer_kinds(header: Header) -> dict[str, list[bool]]:
     """Metadata with a value for each layer, where llama.cpp would go by the layer's number."""
     rule, count = known(header), layer_count(header)
     found: dict[str, list[bool]] = {}
-    if rule.window and header.own(WINDOW_KEY, 0):
-        period = header.own(PATTERN_KEY, rule.window)
+    if rule.window and header.arch(WINDOW_KEY, 0):
+        period = header.arch(PATTERN_KEY, rule.window)
         if isinstance(period, list):
             found[PATTERN_KEY] = [bool(flag) for flag in period[:count]]
         else:
             found[PATTERN_KEY] = [i % period < period - 1 for i in range(count)]
     if rule.interval:
-        interval = header.own(INTERVAL_KEY, rule.interval)
+        interval = header.arch(INTERVAL_KEY, rule.interval)
         usual = [(i + 1) % interval != 0 for i in range(count)]
-        found[RECURRENT_KEY] = [bool(flag) for flag in header.own(RECURRENT_KEY, usual)[:count]]
+        found[RECURRENT_KEY] = [bool(flag) for flag in header.arch(RECURRENT_KEY, usual)[:count]]
     if rule.indexer:
-        types = header.own(INDEXER_KEY, choosing(count, header.own("context_length", 0)))
+        types = header.arch(INDEXER_KEY, choosing(count, header.arch("context_length", 0)))
         found[INDEXER_KEY] = [bool(flag) for flag in types[:count]]
     return found
 

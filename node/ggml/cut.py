@@ -90,7 +90,7 @@ class Gguf:
     @property
     def heads(self) -> int:
         """Attention heads of a layer, of the one with most."""
-        count: int | list[int] = self.header.own("attention.head_count", 0)
+        count: int | list[int] = self.header.arch("attention.head_count", 0)
         return max(count) if isinstance(count, list) else count
 
     @property
@@ -196,7 +196,7 @@ class Gguf:
     def metadata(self, first: int, end: int, finishes: bool) -> dict[str, Value]:
         """That of a stage's file."""
         name = self.header.architecture
-        blocks = int(self.header.own("block_count"))
+        blocks = int(self.header.arch("block_count"))
         found = {}
         for key, value in self.header.metadata.items():
             own = key.removeprefix(f"{name}.")
@@ -215,7 +215,7 @@ class Gguf:
                 if base is not None:
                     found[f"{name}.rope.freq_base_swa"] = base
             found[f"{name}.{own}"] = _array(BOOL, flags)
-        dense = self.header.own("leading_dense_block_count")
+        dense = self.header.arch("leading_dense_block_count")
         if dense is not None:
             found[f"{name}.leading_dense_block_count"] = _uint32(
                 min(max(dense - first, 0), end - first)

@@ -88,23 +88,23 @@ def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
 def _kv_width(gguf: Gguf, layer: int) -> int:
     """Numbers that are kept of a token in an attention layer."""
     header = gguf.header
-    heads = header.own("attention.head_count")
-    kv_heads = header.own("attention.head_count_kv", heads)
+    heads = header.arch("attention.head_count")
+    kv_heads = header.arch("attention.head_count_kv", heads)
     kv = kv_heads[layer] if isinstance(kv_heads, list) else kv_heads
     usual = gguf.hidden_size // (heads[layer] if isinstance(heads, list) else heads)
-    keys = header.own("attention.key_length", usual)
-    if header.own("attention.key_length_mla") is not None:
+    keys = header.arch("attention.key_length", usual)
+    if header.arch("attention.key_length_mla") is not None:
         # The values are a part of the keys; beside them are keys to choose by.
         chooses = layer_kinds(header).get(INDEXER_KEY, [True] * gguf.layers)[layer]
-        return int(keys) + chooses * int(header.own("attention.indexer.key_length", 0))
-    return int(kv * (keys + header.own("attention.value_length", usual)))
+        return int(keys) + chooses * int(header.arch("attention.indexer.key_length", 0))
+    return int(kv * (keys + header.arch("attention.value_length", usual)))
 
 
 def _state_bytes(gguf: Gguf) -> int:
     """Of a recurrent layer's state of one sequence, which llama.cpp keeps in float32."""
-    own = gguf.header.own
-    inner, state = own("ssm.inner_size", 0), own("ssm.state_size", 0)
-    shift = (own("ssm.conv_kernel", 1) - 1) * (inner + 2 * own("ssm.group_count", 0) * state)
+    arch = gguf.header.arch
+    inner, state = arch("ssm.inner_size", 0), arch("ssm.state_size", 0)
+    shift = (arch("ssm.conv_kernel", 1) - 1) * (inner + 2 * arch("ssm.group_count", 0) * state)
     return int(SINGLE * (shift + inner * state))
 
 
@@ -120,7 +120,7 @@ def _active(gguf: Gguf, name: str) -> int:
 
 def _active_share(gguf: Gguf, name: str) -> float:
     """The part of a tensor that one token needs: of experts only those chosen."""
-    used, count = gguf.header.own("expert_used_count", 0), gguf.header.own("expert_count", 0)
+    used, count = gguf.header.arch("expert_used_count", 0), gguf.header.arch("expert_count", 0)
     if not count or "_exps." not in name:
         return 1
     return float(max(used) if isinstance(used, list) else used) / float(count)

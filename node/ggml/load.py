@@ -104,5 +104,5 @@ def cores() -> int:
 
 def context_limit(gguf: Gguf) -> int:
     """The most tokens the model is made for; 0 when it doesn't say."""
-    limit: Any = gguf.header.own("context_length", 0)
+    limit: Any = gguf.header.arch("context_length", 0)
     return int(limit)

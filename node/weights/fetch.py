@@ -169,7 +169,7 @@ def _header_end(checkpoint: Checkpoint, name: str) -> int:
     """Where the header ends; of a GGUF, which doesn't say, how far to read to know more."""
     if not is_gguf(name):
         return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
-    (first, *_) = checkpoint.held(name)
+    (first, *_) = checkpoint.available(name)
     found = gguf_header_end(checkpoint.read(name, 0, first[1]))
     return min(found, checkpoint.manifest.files[name].size)
 

@@ -92,7 +92,7 @@ def copies(cluster: LocalCluster, name: str) -> list[Checkpoint]:
 
 def held_bytes(cluster: LocalCluster, name: str) -> int:
     (copy,) = copies(cluster, name)
-    return sum(size(copy.held(file)) for file in copy.manifest.weights)
+    return sum(size(copy.available(file)) for file in copy.manifest.weights)
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:

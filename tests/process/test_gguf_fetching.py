@@ -63,7 +63,7 @@ def test_a_description_is_the_headers_of_what_was_asked_for(
     for name in SPLIT:
         header = read_header(repository / name)
         # The first part is nothing but a header.
-        assert copy.held(name) == ((0, header.end),)
+        assert copy.available(name) == ((0, header.end),)
         assert read_header(copy.root / name).tensors == header.tensors
     assert hub.sent(WHOLE) == 0
 
@@ -81,7 +81,7 @@ def test_a_header_longer_than_the_first_look(hub: Hub, repository: Path, tmp_pat
     ran = fetch(hub, tmp_path / "hf", SMALL, "description")
 
     assert ran.returncode == 0, ran.stderr
-    ((start, end),) = copy_of(tmp_path / "hf", SMALL).held(WHOLE)
+    ((start, end),) = copy_of(tmp_path / "hf", SMALL).available(WHOLE)
     assert (start, end) == (0, read_header(repository / WHOLE).end)
     assert hub.sent(WHOLE) <= 6 * FIRST_BYTES
 

@@ -141,7 +141,7 @@ async def test_a_liar_is_asked_no_more(
         with pytest.raises(UnavailableError, match="sent other bytes than there are"):
             await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
 
-    assert not copy.held(WEIGHTS)
+    assert not copy.available(WEIGHTS)
     lines = [r.getMessage() for r in caplog.records if r.name == "unicluster.audit"]
     assert lines == [f"{liar} sent other bytes than there are in {WEIGHTS}"]
 
@@ -168,7 +168,7 @@ async def test_who_sends_without_end_is_hung_up_on(offering: Offering, tmp_path:
         with pytest.raises(UnavailableError, match="more came than was asked for"):
             await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
 
-    assert not copy.held(WEIGHTS)
+    assert not copy.available(WEIGHTS)
     assert sum(file.stat().st_size for file in copy.root.iterdir()) < 2 * size_of(offering)
 
 

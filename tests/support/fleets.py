@@ -91,7 +91,7 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
         kv=[dice.randint(0, 5) * GB // 10 for _ in sizes],
         users=dice.randint(1, 4),
     )
-    whole = sum(layout.held_bytes) + layout.head_bytes
+    whole = sum(layout.resident_bytes) + layout.head_bytes
     kinds = [
         (whole * dice.randint(20, 80) // 100, dice.choice([50, 200, 800]) * GB)
         for _ in range(dice.choice([2, 3, 8]))
@@ -114,7 +114,7 @@ def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: 
     layout = replace(
         case.layout,
         forbidden_cuts=_some_cuts(dice, case.layout.layers),
-        finish_bytes=dice.choice([0, dice.randint(1, 5) * GB // 10]),
+        added_lm_head_bytes=dice.choice([0, dice.randint(1, 5) * GB // 10]),
     )
     tail = dice.randint(0, 5) * GB // 10
     sizes = [size * dice.randint(7, 12) // 10 for size in layout.layer_bytes]
@@ -128,7 +128,7 @@ def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: 
         hidden_bytes=2 * layout.hidden_bytes,
         forbidden_cuts=_some_cuts(dice, layout.layers),
         engine="ggml",
-        tail_bytes=tail,
+        lm_head_bytes=tail,
         vocabulary=dice.choice([1_000, 300_000]),
     )
     kinds: list[dict[str, Any]] = [
@@ -162,8 +162,8 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
     if case.gguf is not None:
         yield from _placements(case, case.gguf, [case.gguf])
         layers, active = list(case.gguf.layer_bytes), list(case.gguf.layer_active_bytes)
-        layers[-1] -= case.gguf.tail_bytes
-        active[-1] -= case.gguf.tail_bytes
+        layers[-1] -= case.gguf.lm_head_bytes
+        active[-1] -= case.gguf.lm_head_bytes
         apart = (*layout.forbidden_cuts, *case.gguf.forbidden_cuts)
         without = replace(
             case.gguf,
@@ -173,8 +173,8 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
         )
         head = replace(layout, forbidden_cuts=apart)
         yield from _placements(case, head, [head, without])
-        if layout.finish_bytes:
-            more = layout.finish_bytes
+        if layout.added_lm_head_bytes:
+            more = layout.added_lm_head_bytes
             finished = replace(
                 head,
                 layer_bytes=(*layout.layer_bytes[:-1], layout.layer_bytes[-1] + more),
@@ -208,7 +208,7 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tu
         for one in names
         for other in names
     }
-    returned = 4 * head.vocabulary if head.tail_bytes else head.hidden_bytes
+    returned = 4 * head.vocabulary if head.lm_head_bytes else head.hidden_bytes
 
     def onward(
         row: tuple[str, ...], first: int, total: float, slowest: float

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fleet.measured import Learned, Taken, shared_out
+from coordinator.fleet.measured import Measurements, TokenTimes, shared_out
 from coordinator.planning.links import Network
 from coordinator.planning.placement import Stage
 from coordinator.planning.planner import plan
@@ -24,9 +24,11 @@ def ring(*spans: tuple[int, int]) -> tuple[Stage, ...]:
 
 
 def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None:
-    Learned.record("llama", ring((0, 5), (5, 10)), Taken((0.125, 0.075), (0.001, 0.003)), tmp_path)
+    Measurements.record(
+        "llama", ring((0, 5), (5, 10)), TokenTimes((0.125, 0.075), (0.001, 0.003)), tmp_path
+    )
 
-    fleet = Learned.load(tmp_path).fleet(FLEET, "llama", LAYOUT)
+    fleet = Measurements.load(tmp_path).fleet(FLEET, "llama", LAYOUT)
     found = plan(LAYOUT, fleet.machines, network=fleet.network)
 
     layers = {s.machine.name: s.end - s.first for s in found.stages}
@@ -40,25 +42,25 @@ def test_after_one_run_a_plan_predicts_what_was_measured(tmp_path: Path) -> None
 def test_of_a_token_timed_as_a_whole_stages_get_their_predicted_shares() -> None:
     predicted = ring((0, 8), (8, 10))
 
-    taken = shared_out(predicted, 2.0)
+    times = shared_out(predicted, 2.0)
 
     hops = sum(stage.hop_s for stage in predicted)
-    assert taken.hops is None
-    assert taken.stages == pytest.approx(((2.0 - hops) * 0.8, (2.0 - hops) * 0.2))
+    assert times.hops is None
+    assert times.stages == pytest.approx(((2.0 - hops) * 0.8, (2.0 - hops) * 0.2))
 
 
 def test_hops_known_to_take_longer_than_the_whole_token_are_measured_too() -> None:
-    taken = shared_out(ring((0, 5), (5, 10)), 0.2e-3)
+    times = shared_out(ring((0, 5), (5, 10)), 0.2e-3)
 
-    assert taken.hops == pytest.approx((0.05e-3, 0.05e-3))
-    assert sum(taken.stages) == pytest.approx(0.1e-3)
+    assert times.hops == pytest.approx((0.05e-3, 0.05e-3))
+    assert sum(times.stages) == pytest.approx(0.1e-3)
 
 
 def test_each_engine_has_a_slowdown_of_its_own(tmp_path: Path) -> None:
     gguf = replace(LAYOUT, engine="ggml")
     once = stages(Network(), [Span(FLEET[0], 0, 5, gguf)])
-    Learned.record("llama", once, Taken((0.125,)), tmp_path)
-    known = Learned.record("llama", ring((0, 5)), Taken((0.25,)), tmp_path)
+    Measurements.record("llama", once, TokenTimes((0.125,)), tmp_path)
+    known = Measurements.record("llama", ring((0, 5)), TokenTimes((0.25,)), tmp_path)
 
     ann, bob = known.calibrated(FLEET, "llama", ModelVariants(LAYOUT, gguf))
 
@@ -71,10 +73,12 @@ def test_each_engine_has_a_slowdown_of_its_own(tmp_path: Path) -> None:
 
 
 def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
-    gguf = replace(LAYOUT, engine="ggml", tail_bytes=GB // 2)
-    for variant in (gguf, gguf.unfinished()):
+    gguf = replace(LAYOUT, engine="ggml", lm_head_bytes=GB // 2)
+    for variant in (gguf, gguf.without_lm_head()):
         (stage,) = stages(Network(), [Span(FLEET[1], 8, 10, variant)])
-        known = Learned.record("llama", [stage], Taken((stage.seconds_per_token,)), tmp_path)
+        known = Measurements.record(
+            "llama", [stage], TokenTimes((stage.seconds_per_token,)), tmp_path
+        )
 
         slowdowns = {
             m.name: m.engines["ggml"].slowdown for m in known.calibrated(FLEET, "llama", gguf)
@@ -84,14 +88,14 @@ def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
 
 
 def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:
-    known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
+    known = Measurements.record("llama", ring((0, 5)), TokenTimes((0.125,)), tmp_path)
 
     speeds = [m.engines["mlx"] for m in known.calibrated(FLEET, "gemma", LAYOUT)]
     assert [(s.slowdown, s.measured) for s in speeds] == [(1, False)] * 2
 
 
 def test_a_machine_not_tried_yet_is_taken_to_be_off_by_as_much(tmp_path: Path) -> None:
-    known = Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
+    known = Measurements.record("llama", ring((0, 5)), TokenTimes((0.125,)), tmp_path)
 
     ann, bob = (m.engines["mlx"] for m in known.calibrated(FLEET, "llama", LAYOUT))
 
@@ -100,10 +104,10 @@ def test_a_machine_not_tried_yet_is_taken_to_be_off_by_as_much(tmp_path: Path) -
 
 
 def test_what_another_program_has_learnt_meanwhile_is_kept(tmp_path: Path) -> None:
-    Learned.record("llama", ring((0, 5)), Taken((0.125,)), tmp_path)
-    Learned.record("gemma", ring((0, 2)), Taken((0.1,)), tmp_path)
+    Measurements.record("llama", ring((0, 5)), TokenTimes((0.125,)), tmp_path)
+    Measurements.record("gemma", ring((0, 2)), TokenTimes((0.1,)), tmp_path)
 
-    assert set(Learned.load(tmp_path).stages["ann"]) == {"llama", "gemma"}
+    assert set(Measurements.load(tmp_path).stages["ann"]) == {"llama", "gemma"}
 
 
 def test_a_damaged_file_counts_for_nothing(
@@ -111,5 +115,5 @@ def test_a_damaged_file_counts_for_nothing(
 ) -> None:
     (tmp_path / "measured.json").write_text("{")
 
-    assert Learned.load(tmp_path).stages == {}
+    assert Measurements.load(tmp_path).stages == {}
     assert "damaged" in caplog.text

@@ -214,7 +214,7 @@ def gguf_of(layout: Layout, tail: int = 0) -> Layout:
         layer_active_bytes=(*layout.layer_active_bytes[:-1], last),
         head_bytes=layout.head_bytes - tail,
         engine="ggml",
-        tail_bytes=tail,
+        lm_head_bytes=tail,
         hidden_size=layout.hidden_size,
     )
 
@@ -228,7 +228,7 @@ def test_each_stage_has_the_engine_that_is_faster_there() -> None:
 
     found = plan(ModelVariants(layout, gguf_of(layout, GB)), [BOX, STUDIO])
 
-    assert [(s.machine.name, s.engine, s.finishes) for s in found.stages] == [
+    assert [(s.machine.name, s.engine, s.has_lm_head) for s in found.stages] == [
         ("studio", "mlx", False),
         ("box", "ggml", False),
     ]
@@ -242,12 +242,12 @@ def test_a_ring_whose_head_is_of_ggml_is_all_of_it() -> None:
     found = plan(ModelVariants(layout, gguf_of(layout, GB)), boxes)
 
     assert found.engines == ("ggml",)
-    assert [s.finishes for s in found.stages] == [False, True]
+    assert [s.has_lm_head for s in found.stages] == [False, True]
     assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
 
 
 def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
-    layout = replace(a_layout([GB] * 16, head=2 * GB), finish_bytes=GB)
+    layout = replace(a_layout([GB] * 16, head=2 * GB), added_lm_head_bytes=GB)
     variants = ModelVariants(layout, gguf_of(layout, GB))
     box = replace(BOX.only(["ggml"]), usable=layout.needed(17 * GB))
     # No place for the embedding, the lm_head and a layer, as an MLX head would have to have.
@@ -255,13 +255,13 @@ def test_behind_a_head_of_ggml_the_last_stage_makes_the_logits() -> None:
 
     found = plan(variants, [mini, box])
 
-    assert [(s.machine.name, s.first, s.engine, s.finishes) for s in found.stages] == [
+    assert [(s.machine.name, s.first, s.engine, s.has_lm_head) for s in found.stages] == [
         ("box", 0, "ggml", False),
         ("mini", 15, "mlx", True),
     ]
     assert sum(s.weight_bytes for s in found.stages) == layout.weight_bytes
     with pytest.raises(NoPlanError):
-        plan(ModelVariants(replace(layout, finish_bytes=0), variants.gguf), [mini, box])
+        plan(ModelVariants(replace(layout, added_lm_head_bytes=0), variants.gguf), [mini, box])
 
 
 def test_logits_that_come_back_take_their_time() -> None:

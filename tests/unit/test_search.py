@@ -40,9 +40,9 @@ def check(case: Case) -> None:
         assert all(stage.free_bytes >= 0 for stage in found.stages)
         head, last = found.stages[0], found.stages[-1]
         if (head.engine, last.engine) == ("ggml", "mlx"):
-            assert case.layout.finish_bytes
-            assert last.finishes
-        assert head.engine == "ggml" or not last.finishes
+            assert case.layout.added_lm_head_bytes
+            assert last.has_lm_head
+        assert head.engine == "ggml" or not last.has_lm_head
 
 
 @pytest.mark.parametrize("seed", sampled(range(20), range(3)))

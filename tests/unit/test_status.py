@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from coordinator.terminal.status import status_table
-from unicluster.client.answers import ChatInfo, Stage
+from unicluster.client.answers import ChatInfo, ServedStage
 from unicluster.client.metrics import Histogram, HopMetrics, Metrics, StageMetrics
 
 GB = 10**9
@@ -19,7 +19,7 @@ INFO = ChatInfo(
     users=4,
     state="ready",
     detail="",
-    stages=(Stage(NAMES[0], 0, 50, 50 * GB), Stage(NAMES[1], 50, 80, 30 * GB)),
+    stages=(ServedStage(NAMES[0], 0, 50, 50 * GB), ServedStage(NAMES[1], 50, 80, 30 * GB)),
     live_caches=0,
     lanes=2,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fleet.measured import Learned
+from coordinator.fleet.measured import Measurements
 from coordinator.planning.links import Network
 from coordinator.planning.placement import Stage
 from coordinator.planning.stages import Span, stages
@@ -60,7 +60,7 @@ def test_short_answers_do_not_count(alone: tuple[Stage, ...]) -> None:
     assert timing.seconds_per_token is None
 
 
-async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: float) -> Learned:
+async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: float) -> Measurements:
     """What is kept after an answer with so many seconds a token."""
 
     async def measure() -> Measured:
@@ -70,9 +70,9 @@ async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: floa
     keeping = asyncio.create_task(timing.keep(measure))
     with timing.answer() as finished:
         finished(an_end(seconds))
-    await asyncio.to_thread(until, lambda: "ann" in Learned.load().stages, "it is kept")
+    await asyncio.to_thread(until, lambda: "ann" in Measurements.load().stages, "it is kept")
     keeping.cancel()
-    return Learned.load()
+    return Measurements.load()
 
 
 async def test_what_counts_is_kept(alone: tuple[Stage, ...]) -> None:

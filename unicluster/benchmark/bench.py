@@ -94,7 +94,7 @@ class Bench:
     async def warm_up(self) -> None:
         """The first answer of everything is slower than all after it."""
         for ask in (self._ask, *self._others.values()):
-            await measure.hear(ask, measure.new_prompt(measure.SHORT), measure.UNDER_WAY)
+            await measure.timed(ask, measure.new_prompt(measure.SHORT), measure.UNDER_WAY)
 
     async def measure(self, names: Sequence[str] = MEASURES) -> None:
         """One round."""
@@ -130,20 +130,20 @@ class Bench:
         return subjects[first:] + subjects[:first]
 
     async def _decode(self) -> None:
-        found = {}
+        seconds = {}
         for name, ask in self._in_turn():
             steps = await measure.step_seconds(ask, self.sizes.decode)
-            found[name] = median(steps)
+            seconds[name] = median(steps)
             if not name:
                 slow = quantiles(steps, n=100)[98]
-        self._note("decode, per token", "s", found[""])
+        self._note("decode, per token", "s", seconds[""])
         self._note("decode, per token, p99", "s", slow)
-        self._note("decode", "tokens/s", 1 / found[""])
+        self._note("decode", "tokens/s", 1 / seconds[""])
         for number, name in enumerate(self._others):
-            self._note(f"decode, per token, {name}", "s", found[name])
-            self._note(f"decode, per token, against {name}", "x", found[""] / found[name])
+            self._note(f"decode, per token, {name}", "s", seconds[name])
+            self._note(f"decode, per token, against {name}", "x", seconds[""] / seconds[name])
             if number == 0 and len(self.info.stages) > 1:
-                added = (found[""] - found[name]) / len(self.info.stages)
+                added = (seconds[""] - seconds[name]) / len(self.info.stages)
                 self._note("decode, added per hop", "s", added)
 
     async def _users(self) -> None:
@@ -154,14 +154,14 @@ class Bench:
             self._note(f"{count} users, against 1", "x", together / one)
 
     async def _prefill(self) -> None:
-        tokens, found = self.sizes.prefill, {}
+        tokens, seconds = self.sizes.prefill, {}
         for name, ask in self._in_turn():
-            found[name] = await measure.first_token(ask, tokens)
-        self._note(f"TTFT, prompt of {tokens}", "s", found[""])
-        self._note(f"prefill of {tokens}", "tokens/s", tokens / found[""])
+            seconds[name] = await measure.first_token(ask, tokens)
+        self._note(f"TTFT, prompt of {tokens}", "s", seconds[""])
+        self._note(f"prefill of {tokens}", "tokens/s", tokens / seconds[""])
         for name in self._others:
-            self._note(f"TTFT, prompt of {tokens}, {name}", "s", found[name])
-            self._note(f"prefill of {tokens}, against {name}", "x", found[name] / found[""])
+            self._note(f"TTFT, prompt of {tokens}, {name}", "s", seconds[name])
+            self._note(f"prefill of {tokens}, against {name}", "x", seconds[name] / seconds[""])
         short = await measure.first_token(self._ask, measure.SHORT)
         self._note(f"TTFT, prompt of {measure.SHORT}", "s", short)
 
@@ -175,16 +175,16 @@ class Bench:
         if self.info.users < 2:
             return
         longest = self.info.context - measure.SHORT
-        found = await measure.gap(self._ask, self.sizes.long, longest)
+        gap = await measure.gap(self._ask, self.sizes.long, longest)
         name = f"maximum inter-token latency during a prefill of {self.sizes.long}"
-        self._note(name, "s", found.longest_s)
+        self._note(name, "s", gap.longest_s)
 
     async def _hops(self) -> None:
         stages = len(self.info.stages)
         if stages < 2:
             return
-        found = [(await self._client.describe()).ring_s for _ in range(FRAMES)]
-        self._note("empty hop", "s", median(found) / stages)
+        trips = [(await self._client.describe()).ring_s for _ in range(FRAMES)]
+        self._note("empty hop", "s", median(trips) / stages)
 
 
 def of_client(client: AsyncClient) -> Ask:

@@ -31,7 +31,7 @@ class Ask(Protocol):
 
 
 @dataclass(frozen=True)
-class Told:
+class TimedAnswer:
     """An answer, and when each token came; all by time.perf_counter."""
 
     asked: float
@@ -54,38 +54,40 @@ def new_prompt(tokens: int) -> list[int]:
     return [1 + byte % 255 for byte in os.urandom(tokens)]
 
 
-async def hear(ask: Ask, prompt: Sequence[int], tokens: int, *, reuse: bool = False) -> Told:
+async def timed(
+    ask: Ask, prompt: Sequence[int], tokens: int, *, reuse: bool = False
+) -> TimedAnswer:
     """Hears an answer out."""
-    told = Told(time.perf_counter(), [], [])
+    answer = TimedAnswer(time.perf_counter(), [], [])
     async for ids in ask(prompt, tokens, reuse=reuse):
-        told.at.extend([time.perf_counter()] * len(ids))
-        told.tokens.extend(ids)
-    return told
+        answer.at.extend([time.perf_counter()] * len(ids))
+        answer.tokens.extend(ids)
+    return answer
 
 
 async def step_seconds(ask: Ask, tokens: int, prompt: int = SHORT) -> list[float]:
     """Seconds of each step of one answer alone."""
-    return (await hear(ask, new_prompt(prompt), tokens)).steps_s
+    return (await timed(ask, new_prompt(prompt), tokens)).steps_s
 
 
 async def speed(ask: Ask, users: int, tokens: int, prompt: int = SHORT) -> float:
     """Tokens a second of all users together, while all of them decode."""
-    asked = (hear(ask, new_prompt(prompt), tokens) for _ in range(users))
-    told = await asyncio.gather(*asked)
-    begin, end = max(each.at[0] for each in told), min(each.at[-1] for each in told)
-    return sum(begin < at <= end for each in told for at in each.at) / (end - begin)
+    asked = (timed(ask, new_prompt(prompt), tokens) for _ in range(users))
+    answers = await asyncio.gather(*asked)
+    begin, end = max(each.at[0] for each in answers), min(each.at[-1] for each in answers)
+    return sum(begin < at <= end for each in answers for at in each.at) / (end - begin)
 
 
 async def first_token(ask: Ask, prompt: int) -> float:
     """Seconds to the first token after a prompt of so many."""
-    return (await hear(ask, new_prompt(prompt), 1)).first_s
+    return (await timed(ask, new_prompt(prompt), 1)).first_s
 
 
 async def turns(ask: Ask, history: int, said: int = 16, new: int = 16) -> tuple[float, float]:
     """Seconds to the first token of a chat's first turn, `history` long, and of its second."""
     prompt = new_prompt(history)
-    first = await hear(ask, prompt, said, reuse=True)
-    second = await hear(ask, [*prompt, *first.tokens, *new_prompt(new)], 1, reuse=True)
+    first = await timed(ask, prompt, said, reuse=True)
+    second = await timed(ask, [*prompt, *first.tokens, *new_prompt(new)], 1, reuse=True)
     return first.first_s, second.first_s
 
 

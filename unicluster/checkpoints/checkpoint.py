@@ -133,7 +133,7 @@ class Checkpoint:
             log.warning("%s: damaged, so the copy beside it is not used: %s", root, error)
             return None
 
-    def held(self, name: str) -> Ranges:
+    def available(self, name: str) -> Ranges:
         """The bytes of a file that are here and verified."""
         file, length = self._path(name), self.manifest.files[name].size
         if not file.exists() or file.stat().st_size != length:
@@ -146,7 +146,7 @@ class Checkpoint:
 
     def missing(self, name: str, wanted: Ranges) -> Ranges:
         """The bytes of `wanted` that are not here."""
-        return without(wanted, self.held(name))
+        return without(wanted, self.available(name))
 
     def is_whole(self, name: str) -> bool:
         """Whether all of a file is here."""

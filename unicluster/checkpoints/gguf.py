@@ -95,7 +95,7 @@ class Header:
         value = self.metadata.get(key)
         return default if value is None else value.read()
 
-    def own(self, key: str, default: Any = None) -> Any:
+    def arch(self, key: str, default: Any = None) -> Any:
         """The value of a key of the model's architecture."""
         return self.get(f"{self.architecture}.{key}", default)
 
@@ -116,18 +116,18 @@ def parse(data: "bytes | mmap.mmap") -> Header:
         start = reader.at
         reader.skip(kind)
         metadata[key] = Value(kind, bytes(data[start : reader.at]))
-    found = []
+    infos = []
     for _ in range(tensor_count):
         name = reader.string()
         dims = reader.number("I")
         if dims > MOST_DIMS:
             raise ValueError(f"a tensor of {dims} dimensions")
         shape = tuple(reader.number("Q") for _ in range(dims))
-        found.append((name, shape, reader.number("I"), reader.number("Q")))
+        infos.append((name, shape, reader.number("I"), reader.number("Q")))
     step = _alignment(metadata.get("general.alignment"))
     end = -(-reader.at // step) * step
     tensors = {}
-    for name, shape, kind, offset in found:
+    for name, shape, kind, offset in infos:
         start = end + offset
         tensors[name] = TensorInfo(shape, kind, (start, start + nbytes(shape, kind)))
     return Header(metadata, tensors, end)
@@ -192,11 +192,11 @@ class _Reader:
 
     def number(self, letter: str) -> Any:
         try:
-            (found,) = struct.unpack_from("<" + letter, self._data, self.at)
+            (value,) = struct.unpack_from("<" + letter, self._data, self.at)
         except struct.error:
             raise CutOffError from None
         self.at += struct.calcsize("<" + letter)
-        return found
+        return value
 
     def string(self) -> str:
         length = self.number("Q")

@@ -25,8 +25,8 @@ def model_id(repo: str, quant: str) -> str:
 
 def split_id(model: str) -> tuple[str, str]:
     """The repository and the quantization; any other model's name, and nothing."""
-    found = _MODEL.fullmatch(model)
-    return (found[1], found[2]) if found else (model, "")
+    match = _MODEL.fullmatch(model)
+    return (match[1], match[2]) if match else (model, "")
 
 
 def is_quant(word: str) -> bool:
@@ -52,8 +52,8 @@ def quant_of(name: str) -> str:
     if _OTHER.search(stem):
         return ""
     for word in (stem, *reversed(folders)):
-        if found := _WORD.findall(word):
-            return str(found[-1])
+        if words := _WORD.findall(word):
+            return str(words[-1])
     return ""
 
 
@@ -80,20 +80,20 @@ def chosen(model: str, names: Iterable[str]) -> list[str]:
             f"{repo}: several GGUFs of {quant} are in it: {' and '.join(first)}; download the one "
             "that is meant, and serve the file"
         )
-    found = parts(first[0])
-    if missing := [name for name in found if name not in here]:
+    names = parts(first[0])
+    if missing := [name for name in names if name not in here]:
         raise NotFoundError(f"{repo}: of a split GGUF there is no {missing[0]}")
-    return found
+    return names
 
 
 def check_named(repo: str, names: Iterable[str]) -> None:
     """Raises InputError, saying what to choose from, if a repository without a quantization was
     named and GGUFs are in it."""
     names = list(names)
-    if found := quants(names):
+    if known := quants(names):
         raise InputError(
-            f"{repo}: its weights are GGUFs: name one, such as {repo}:{found[0]}; it has "
-            f"{', '.join(found)}"
+            f"{repo}: its weights are GGUFs: name one, such as {repo}:{known[0]}; it has "
+            f"{', '.join(known)}"
         )
     if any(name.lower().endswith(".gguf") for name in names):
         raise InputError(

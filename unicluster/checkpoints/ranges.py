@@ -8,15 +8,15 @@ Ranges = tuple[Range, ...]
 
 def merged(ranges: Iterable[Range]) -> Ranges:
     """The same bytes, each once."""
-    found: list[Range] = []
+    result: list[Range] = []
     for start, end in sorted(ranges):
         if start >= end:
             continue
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
         else:
-            found.append((start, end))
-    return tuple(found)
+            result.append((start, end))
+    return tuple(result)
 
 
 def without(ranges: Ranges, removed: Ranges) -> Ranges:
@@ -56,11 +56,11 @@ def batches(ranges: Ranges, limit: int) -> Iterator[Ranges]:
 
 def within(ranges: Ranges, first: int, last: int) -> Ranges:
     """Where the bytes number `first` to `last` (exclusive) of `ranges`, laid end to end, are."""
-    found: list[Range] = []
+    result: list[Range] = []
     before = 0
     for start, end in ranges:
         low, high = max(first - before, 0), min(last - before, end - start)
         if low < high:
-            found.append((start + low, start + high))
+            result.append((start + low, start + high))
         before += end - start
-    return tuple(found)
+    return tuple(result)

@@ -19,7 +19,7 @@ MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """tensors: the bytes of each, counted from the file's start. size: the whole file's."""
 
     end: int
@@ -33,7 +33,7 @@ def header_length(start: bytes) -> int:
     return LENGTH_BYTES + int(length)
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path) -> SafetensorsHeader:
     """Raises InputError naming the file if it is damaged or not as long as its header says."""
     try:
         size = file.stat().st_size
@@ -51,7 +51,7 @@ def read_header(file: Path) -> Header:
     return header
 
 
-def _parse(stream: BinaryIO, size: int) -> Header:
+def _parse(stream: BinaryIO, size: int) -> SafetensorsHeader:
     end = header_length(stream.read(LENGTH_BYTES))
     if end > size:
         raise ValueError("the header is cut off")
@@ -62,4 +62,4 @@ def _parse(stream: BinaryIO, size: int) -> Header:
         if name != "__metadata__":
             first, last = entry["data_offsets"]
             tensors[name] = (end + first, end + last)
-    return Header(end, max((last for _, last in tensors.values()), default=end), tensors)
+    return SafetensorsHeader(end, max((last for _, last in tensors.values()), default=end), tensors)

@@ -38,14 +38,14 @@ Find = Callable[[str, str], Checkpoint | None]
 class WeightsService(WeightsServicer):
     """Reads from the copies that `find(model, revision)` knows on this machine.
 
-    `coming(model, revision)` names the files that are being fetched from the hub.
+    `in_flight(model, revision)` names the files that are being fetched from the hub.
     """
 
     def __init__(
-        self, find: Find, coming: Callable[[str, str], Collection[str]] = lambda *_: ()
+        self, find: Find, in_flight: Callable[[str, str], Collection[str]] = lambda *_: ()
     ) -> None:
         self._find = find
-        self._coming = coming
+        self._in_flight = in_flight
         self.sent = 0  # bytes of files, to all
 
     async def Have(self, request: HaveRequest, context: Context) -> Holdings:  # noqa: N802
@@ -77,7 +77,7 @@ class WeightsService(WeightsServicer):
         if checkpoint is None or request.name not in checkpoint.manifest.files:
             await abort(context, NotFoundError(f"{what} is not on this machine"))
         wanted = merged((r.start, r.end) for r in request.ranges)
-        if without(wanted, await asyncio.to_thread(checkpoint.held, request.name)):
+        if without(wanted, await asyncio.to_thread(checkpoint.available, request.name)):
             await abort(context, NotFoundError(f"this machine has only a part of {what}"))
         for start, end in wanted:
             for at in range(start, end, BLOCK_BYTES):
@@ -93,7 +93,7 @@ class WeightsService(WeightsServicer):
         if checkpoint is None:
             return Holdings()
         manifest = checkpoint.manifest
-        coming = self._coming(files.model, manifest.revision)
+        in_flight = self._in_flight(files.model, manifest.revision)
         return Holdings(
             revision=manifest.revision,
             files=[
@@ -101,8 +101,8 @@ class WeightsService(WeightsServicer):
                     name=name,
                     size=file.size,
                     checksum=file.checksum,
-                    held=[ByteRange(start=s, end=e) for s, e in checkpoint.held(name)],
-                    coming=name in coming,
+                    held=[ByteRange(start=s, end=e) for s, e in checkpoint.available(name)],
+                    coming=name in in_flight,
                 )
                 for name, file in manifest.files.items()
             ],

@@ -108,7 +108,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ServedStage:
     """One machine's share of the model: layers [first_layer, end_layer).
 
     `engine`: what computes it there, mlx or ggml.
@@ -137,7 +137,7 @@ class ChatInfo:
     users: int
     state: str
     detail: str
-    stages: tuple[Stage, ...]
+    stages: tuple[ServedStage, ...]
     live_caches: int
     lanes: int = 0
     kept_caches: int = 0
@@ -175,13 +175,13 @@ def deadline_of(options: Options) -> float | None:
 def _prompt_to_wire(messages: Messages) -> wire.GenerateRequest:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    given = list(messages)
-    if given and all(isinstance(item, int) for item in given):
+    items = list(messages)
+    if items and all(isinstance(item, int) for item in items):
         try:
-            return wire.GenerateRequest(token_ids=cast(list[int], given))
+            return wire.GenerateRequest(token_ids=cast(list[int], items))
         except ValueError as error:
             raise InputError(f"the prompt's token ids can't be right: {error}") from error
-    return wire.GenerateRequest(messages=_messages_to_wire(cast(list[Mapping[str, str]], given)))
+    return wire.GenerateRequest(messages=_messages_to_wire(cast(list[Mapping[str, str]], items)))
 
 
 def _messages_to_wire(messages: list[Mapping[str, str]]) -> list[wire.Message]:
@@ -253,7 +253,7 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
         state=info.state,
         detail=info.detail,
         stages=tuple(
-            Stage(
+            ServedStage(
                 stage.node,
                 stage.first_layer,
                 stage.end_layer,

@@ -230,8 +230,8 @@ class _Target:
                         "run `unicluster serve`, or name the server as HOST:PORT"
                     )
                 server = next(iter(browser.found.values()))
-                told = server.version, server.protocol, server.oldest
-                if wrong := mismatch(f"the server at {server.address}", *told):
+                versions = server.version, server.protocol, server.oldest
+                if wrong := mismatch(f"the server at {server.address}", *versions):
                     raise UnavailableError(wrong)
                 self.address = server.address
         return self.address

@@ -17,16 +17,16 @@ import numpy as np
 
 from coordinator.planning.search.paths import Grower
 from coordinator.planning.search.prices import Prices, raise_prices
-from coordinator.planning.search.problem import Found, Piece, Problem
+from coordinator.planning.search.problem import Piece, Placement, Problem
 from coordinator.planning.search.reach import Reach
 
 
-def cheapest(problem: Problem) -> Found | None:
+def cheapest(problem: Problem) -> Placement | None:
     """The placement of least cost, or None if none was found: none exists where Reach is exact."""
     reach = Reach(problem.counts, np.isfinite(problem.step), np.isfinite(problem.first))
     if not reach.possible():
         return None
-    best = min(_in_order(problem), key=lambda found: found.cost, default=None)
+    best = min(_in_order(problem), key=lambda placement: placement.cost, default=None)
     prices = Prices(problem, np.zeros(len(problem.counts)))
     prices, best = raise_prices(problem, prices, best)
     if best is not None and prices.bound >= best.cost * (1 - problem.tolerance):
@@ -34,20 +34,20 @@ def cheapest(problem: Problem) -> Found | None:
     return Grower(problem, reach, prices, best).run()
 
 
-def _in_order(problem: Problem) -> Iterator[Found]:
+def _in_order(problem: Problem) -> Iterator[Placement]:
     """The best placement on a subsequence of a few orders of all machines."""
-    given = list(range(len(problem.counts)))
-    roomiest = sorted(given, key=lambda i: -int(np.isfinite(problem.step[i]).sum()))
-    for order in (given, roomiest):
+    kinds = list(range(len(problem.counts)))
+    roomiest = sorted(kinds, key=lambda i: -int(np.isfinite(problem.step[i]).sum()))
+    for order in (kinds, roomiest):
         row = list(chain.from_iterable(repeat(i, problem.counts[i]) for i in order))
-        for head in given:
+        for head in kinds:
             rest = row.copy()
             rest.remove(head)
-            if (found := _along(problem, [head, *rest])) is not None:
-                yield found
+            if (placement := _along(problem, [head, *rest])) is not None:
+                yield placement
 
 
-def _along(problem: Problem, order: Sequence[int]) -> Found | None:
+def _along(problem: Problem, order: Sequence[int]) -> Placement | None:
     """The best placement on a subsequence of `order` whose first machine is the head."""
     head, n = order[0], problem.layers
     rows, origins = [problem.first[head]], []
@@ -68,4 +68,4 @@ def _along(problem: Problem, order: Sequence[int]) -> Found | None:
         first = int((before.min(axis=0) + problem.step[order[at]][:, end]).argmin())
         pieces.append(Piece(order[at], first, end))
         at, end = int(before[:, first].argmin()), first
-    return Found((Piece(head, 0, end), *reversed(pieces)), cost, 0.0)
+    return Placement((Piece(head, 0, end), *reversed(pieces)), cost, 0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordinator.planning.search.prices import Prices
-from coordinator.planning.search.problem import EXACT, Found, Matrix, Piece, Problem
+from coordinator.planning.search.problem import EXACT, Matrix, Piece, Placement, Problem
 from coordinator.planning.search.reach import Ints, Reach
 
 # Open paths, by the most machines there may be for it: what keeps a search to a few seconds.
@@ -38,7 +38,9 @@ class _Labels:
 class Grower:
     """Grows paths stage by stage, and keeps the best that is complete."""
 
-    def __init__(self, problem: Problem, reach: Reach, prices: Prices, best: Found | None) -> None:
+    def __init__(
+        self, problem: Problem, reach: Reach, prices: Prices, best: Placement | None
+    ) -> None:
         self._problem = problem
         self._prices = prices
         self._worth = 1 - problem.tolerance
@@ -59,7 +61,7 @@ class Grower:
         alone = np.diag(self._counts == 1)  # no hop leads from a machine to itself
         self._metric = bool(((problem.hops <= detours) | alone).all())
 
-    def run(self) -> Found | None:
+    def run(self) -> Placement | None:
         labels = self._heads()
         while len(labels):
             labels = labels.take(np.argsort(labels.bound, kind="stable"))
@@ -128,12 +130,12 @@ class Grower:
         """Labels of paths that can still be completed, and better than the best known."""
         left = self._counts - used
         bound = cost + self._prices.rest[head, end, last] - left @ self._prices.prices
-        hopeful = bound < self._limit * self._worth
+        promising = bound < self._limit * self._worth
         if self._pruned:
-            hopeful &= self._tails[np.searchsorted(self._codes, left @ self._strides)] <= end
+            promising &= self._tails[np.searchsorted(self._codes, left @ self._strides)] <= end
         code = used @ self._strides
         labels = _Labels(parent, head, last, end, code, used, cost, bound)
-        return labels.take(np.flatnonzero(hopeful))
+        return labels.take(np.flatnonzero(promising))
 
     def _unique(self, labels: _Labels) -> _Labels:
         """Without paths that another with the same machines and ends of the ring makes needless.
@@ -169,7 +171,7 @@ class Grower:
 
     def _complete(self, pieces: tuple[Piece, ...], cost: float) -> None:
         if cost < self._limit:
-            self._limit, self._best = cost, Found(pieces, cost, cost)
+            self._limit, self._best = cost, Placement(pieces, cost, cost)
 
 
 def _classes(rows: Matrix) -> Ints:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from coordinator.planning.search.problem import EQUAL, Found, Matrix, Piece, Problem
+from coordinator.planning.search.problem import EQUAL, Matrix, Piece, Placement, Problem
 
 PRICE_ROUNDS = 60
 
@@ -35,9 +35,9 @@ class Prices:
             kind = through.argmin(axis=2)
             self._next[:, j] = kind
             self.rest[:, j] = np.take_along_axis(through, kind[:, :, None], 2)[:, :, 0]
-        own = np.arange(kinds)
+        each = np.arange(kinds)
         starts = problem.first + prices[:, None]
-        starts[:, :n] += self.rest[own, :n, own]
+        starts[:, :n] += self.rest[each, :n, each]
         head, end = divmod(int(starts[:, 1:].argmin()), n)
         self._head, self._end = head, end + 1
         self.bound = float(starts[:, 1:].min() - prices @ np.asarray(problem.counts))
@@ -55,8 +55,8 @@ class Prices:
 
 
 def raise_prices(
-    problem: Problem, prices: Prices, best: Found | None
-) -> tuple[Prices, Found | None]:
+    problem: Problem, prices: Prices, best: Placement | None
+) -> tuple[Prices, Placement | None]:
     """Subgradient steps towards the prices of the highest bound."""
     counts = np.asarray(problem.counts)
     top, scale, stale = prices, 1.0, 0
@@ -66,7 +66,7 @@ def raise_prices(
         if (excess <= 0).all():
             cost = problem.cost(pieces)
             if best is None or cost < best.cost:
-                best = Found(pieces, cost, 0.0)
+                best = Placement(pieces, cost, 0.0)
         target = best.cost if best is not None else 1.1 * abs(top.bound)
         gap = target - prices.bound
         moves = np.where((excess < 0) & (prices.prices == 0), 0, excess)

@@ -60,14 +60,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Found:
+class Placement:
     """The cheapest placement found, and a cost that none can be below."""
 
     pieces: tuple[Piece, ...]
     cost: float
     bound: float
 
-    def proven(self, bound: float) -> "Found":
+    def proven(self, bound: float) -> "Placement":
         """The same with its bound; what is only rounding below the cost is the cost."""
         exact = bound >= self.cost * (1 - 2 * EQUAL)
-        return Found(self.pieces, self.cost, self.cost if exact else bound)
+        return Placement(self.pieces, self.cost, self.cost if exact else bound)
