@@ -43,10 +43,10 @@ def load(
     from coordinator.planning.planner import split_evenly
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_local
-    from unicluster.cluster.trust import Cluster
+    from unicluster.cluster.trust import YEAR, Cluster
     from unicluster.v1.node_pb2 import InspectRequest
 
-    identity = Cluster.new().issue("local")
+    identity = Cluster.new().issue("local", YEAR)  # of this process alone
     checkpoint = describe_here(source.model, identity)
     layout = Layout.from_proto(
         choose(checkpoint).inspect(checkpoint, InspectRequest(quant=source.quant))
@@ -67,6 +67,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from node.agent.probe import probe
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
+    from unicluster.cluster.keyring import Keyring
     from unicluster.cluster.trust import Store, default_name
     from unicluster.v1.node_pb2 import InspectRequest
     from unicluster.v1.stage_pb2 import RouteStop
@@ -74,7 +75,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     if not nodes:
         raise InputError("nodes: name at least one agent")
     cluster = Store().require()
-    identity = cluster.issue(default_name())
+    identity = Keyring.of_member(cluster, default_name())
     machines = find(cluster, identity, nodes)
     addresses = [machine.address for machine in machines]
     checkpoint = describe_here(model, identity, addresses)

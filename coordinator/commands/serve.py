@@ -33,11 +33,12 @@ from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement
+from unicluster.cluster.keyring import Keyring
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.sizes import CHAT_BYTES
 from unicluster.cluster.systemd import notify
-from unicluster.cluster.trust import Cluster, Identity, Store, default_name
+from unicluster.cluster.trust import Cluster, Credentials, Store, default_name
 from unicluster.command_line import Argument, Command, Option, beginning
 from unicluster.errors import InputError
 from unicluster.telemetry.broker_url import chosen_broker, mqtt_option
@@ -142,7 +143,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     `events` tell of it as it goes. The port is taken first, so that a taken one is reported
     before anything loads.
     """
-    identity = cluster.issue(default_name())
+    identity = Keyring.of_member(cluster, default_name())
     raise_file_limit()
     server = make_server(most_bytes=CHAT_BYTES)
     clients = cluster.client_access.authority.ca_pem
@@ -221,7 +222,7 @@ async def _measured(
 async def _inspected(
     options: ServeOptions,
     members: Members,
-    identity: Identity,
+    identity: Credentials,
     events: Events,
     offered: Offered,
 ) -> Service:

@@ -9,12 +9,12 @@ from coordinator.fleet.members import Members
 from coordinator.planning.costs import Costs
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout
-from unicluster.cluster.trust import Cluster, Identity
+from unicluster.cluster.trust import Cluster, Credentials
 from unicluster.errors import DoesNotFitError, InputError
 from unicluster.units import format_bytes
 
 
-def find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Machine]:
+def find(cluster: Cluster, identity: Credentials, nodes: Sequence[str]) -> list[Machine]:
     """The machines meant by `nodes`, addresses or names, in that order.
 
     Raises UnavailableError for one that does not answer.
@@ -50,7 +50,7 @@ def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int,
     return [(0, end), *reversed(ranges)]
 
 
-async def _find(cluster: Cluster, identity: Identity, nodes: Sequence[str]) -> list[Machine]:
+async def _find(cluster: Cluster, identity: Credentials, nodes: Sequence[str]) -> list[Machine]:
     addresses = [node for node in nodes if ":" in node]
     names = [node for node in nodes if ":" not in node]
     async with Members(cluster, identity, addresses) as members:

@@ -16,7 +16,7 @@ from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Cluster, Identity
+from unicluster.cluster.trust import Cluster, Credentials
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
@@ -42,7 +42,7 @@ class Members:
     def __init__(
         self,
         cluster: Cluster,
-        identity: Identity,
+        identity: Credentials,
         peers: Sequence[str] = (),
         host: str = "",
     ) -> None:

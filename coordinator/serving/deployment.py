@@ -24,7 +24,7 @@ from coordinator.serving.events import (
 )
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.v1.chat_pb2 import HoldRingRequest
@@ -176,7 +176,7 @@ class Deployment:
         display: str,
         layout: Layout,
         plan: Plan,
-        identity: Identity,
+        identity: Credentials,
         events: Events,
         files: Files,
         generation: StageSpec,

@@ -19,11 +19,12 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 
 from coordinator.serving.exposition import DeploymentCollector
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import check_free
+from unicluster.cluster.keyring import Keyring
 from unicluster.cluster.roles import audit
 from unicluster.cluster.trust import Cluster, Identity, default_name
 from unicluster.v1.chat_pb2 import Measured
@@ -62,7 +63,14 @@ async def metrics_port(
 
     registry = CollectorRegistry()
     registry.register(DeploymentCollector(read))
-    tls = _server_side(cluster.issue(default_name()), admitted=cluster.scrapers.ca_pem)
+    keyring = Keyring.of_member(cluster, default_name())
+    left = Gauge(
+        "unicluster_certificate_seconds_left",
+        "Until this port's certificate expires; it renews itself at half of its life.",
+        registry=registry,
+    )
+    left.set_function(lambda: keyring.current.expires_s - time.time())
+    tls = _RenewedTls(keyring, admitted=cluster.scrapers.ca_pem)
     server = _Server(host, port, _at_path(make_wsgi_app(registry)), tls)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -71,6 +79,25 @@ async def metrics_port(
     finally:
         await asyncio.to_thread(server.shutdown)
         server.server_close()
+
+
+class _RenewedTls:
+    """The server's side of TLS, with the certificate that is current in each handshake."""
+
+    def __init__(self, keyring: Keyring, admitted: str) -> None:
+        self._keyring = keyring
+        self._admitted = admitted
+        self._lock = threading.Lock()
+        self._shown = keyring.current
+        self._context = _server_side(self._shown, admitted)
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        with self._lock:
+            if (now := self._keyring.current) is not self._shown:
+                self._context = _server_side(now, self._admitted)
+                self._shown = now
+            return self._context
 
 
 def _server_side(identity: Identity, admitted: str) -> ssl.SSLContext:
@@ -109,7 +136,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, app: App, tls: ssl.SSLContext) -> None:
+    def __init__(self, host: str, port: int, app: App, tls: _RenewedTls) -> None:
         self._tls = tls
         self._clients: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -145,7 +172,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         request.settimeout(CLIENT_SECONDS)
-        with self._tls.wrap_socket(request, server_side=True) as secured:
+        with self._tls.context.wrap_socket(request, server_side=True) as secured:
             super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

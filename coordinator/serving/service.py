@@ -19,7 +19,7 @@ from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
@@ -54,7 +54,7 @@ class Service:
         inspected: Inspected,
         own_sources: list[str],
         members: Members,
-        identity: Identity,
+        identity: Credentials,
         objective: Objective,
         nodes: list[str] | None,
         events: Events,

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 import grpc
 
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.v1.node_pb2 import TryHubRequest, WeightFile
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
@@ -28,7 +28,7 @@ async def hub_files(
     ranges: Sequence[tuple[int, int]],
     stages: Sequence[str],
     others: Iterable[str],
-    identity: Identity,
+    identity: Credentials,
     available: Collection[str] = (),
     *,
     has_lm_head: bool = False,
@@ -51,7 +51,7 @@ async def hub_files(
 
 
 async def whole_files(
-    model: str, revision: str, addresses: Iterable[str], identity: Identity
+    model: str, revision: str, addresses: Iterable[str], identity: Credentials
 ) -> set[str]:
     """The files of a model that some machine has in full. Machines that don't answer have none."""
     files = ModelFiles(model=model, revision=revision)
@@ -100,7 +100,7 @@ def assign(
     return fetched
 
 
-async def _reaches_hub(model: str, revision: str, address: str, identity: Identity) -> bool:
+async def _reaches_hub(model: str, revision: str, address: str, identity: Credentials) -> bool:
     if not address:
         return True  # this process has had the model's description from there
     async with connect(address, identity) as channel:
@@ -113,7 +113,7 @@ async def _reaches_hub(model: str, revision: str, address: str, identity: Identi
     return True
 
 
-async def _holdings(files: ModelFiles, address: str, identity: Identity) -> Holdings:
+async def _holdings(files: ModelFiles, address: str, identity: Credentials) -> Holdings:
     async with connect(address, identity) as channel:
         try:
             stub = WeightsStub(channel)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -24,8 +25,8 @@ from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
+from unicluster.cluster.keyring import Keyring
 from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import Identity
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
 from unicluster.units import format_bytes
@@ -63,7 +64,7 @@ class Agent(NodeServicer):
 
     def __init__(
         self,
-        identity: Identity,
+        identity: Keyring,
         hardware: Hardware,
         peers: Peers,
         *,
@@ -152,7 +153,8 @@ class Agent(NodeServicer):
         caller = context.auth_context()
         names = [name.decode() for name in caller.get("x509_common_name", [])]
         # An agent may greet itself: a fleet is often given one list of peers.
-        itself = self._identity.cert_pem.encode() in caller.get("x509_pem_cert", [])
+        mine = self._identity.current
+        itself = any(mine.has_key_of(pem) for pem in caller.get("x509_pem_cert", []))
         if self._identity.name in names and not itself:
             error = InputError(
                 f"a machine named {self._identity.name} is already in this cluster: "
@@ -220,7 +222,7 @@ class Agent(NodeServicer):
             node=self._identity.name,
             host=self._host,
             port=port,
-            identity=self._identity.to_dict(),
+            identity=self._identity.current.to_dict(),
             sources=addresses,
             vouching=vouching,
         )
@@ -245,7 +247,9 @@ class Agent(NodeServicer):
         crashes: deque[float] = deque(maxlen=RESTARTS)
         while True:
             ready = False
-            worker = await WorkerProcess.start(config)
+            fresh = replace(config, identity=self._identity.current.to_dict())
+            worker = await WorkerProcess.start(fresh)
+            renewing = asyncio.create_task(self._renew(worker))
             try:
                 async for event in worker.events():
                     ready = ready or event["event"] == "ready"
@@ -255,6 +259,7 @@ class Agent(NodeServicer):
                         yield progress
                 ended = await worker.exit()
             finally:
+                renewing.cancel()
                 # The coordinator may have gone in the middle: the worker must not stay.
                 await asyncio.shield(worker.stop())
             now = time.monotonic()
@@ -278,6 +283,11 @@ class Agent(NodeServicer):
             if not restarting:
                 return
             crashes.append(now)
+
+    async def _renew(self, worker: WorkerProcess) -> None:
+        """Hands a worker new certificates before its old ones expire."""
+        async for identity in self._identity.renewals():
+            worker.renew(identity.to_dict())
 
     def coming(self, model: str, revision: str) -> set[str]:
         """The files of a model that stages here are fetching from the hub."""

@@ -22,6 +22,7 @@ from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
 from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement, Browser, one_address
+from unicluster.cluster.keyring import Keyring
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
@@ -94,7 +95,7 @@ async def _join(
     created: bool,
     broker: BrokerUrl | None,
 ) -> int:
-    identity = cluster.issue(args.name)
+    identity = Keyring.of_member(cluster, args.name)
     hardware = _offering(await asyncio.to_thread(probe, cap), args.engine)
     raise_file_limit()
     server = make_server()

@@ -14,7 +14,7 @@ import grpc
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import as_error, connect, join_address
 from unicluster.cluster.discovery import Browser
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import InputError, UniclusterError
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -46,50 +46,46 @@ class Peers:
         return sorted({*seen, *self._named, *self._greeted_us})
 
     @contextlib.asynccontextmanager
-    async def greeted(self, identity: Identity, greeting: Greeting) -> AsyncIterator[None]:
+    async def greeted(self, identity: Credentials, greeting: Greeting) -> AsyncIterator[None]:
         """Greets the named agents now, and every few seconds while the block runs.
 
         Raises InputError when one of them has our name.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            enter = stack.enter_async_context
-            channels = {peer: await enter(connect(peer, identity)) for peer in self._named}
-            first = await asyncio.gather(*(_greet(p, c, greeting) for p, c in channels.items()))
-            for error in first:
-                if isinstance(error, InputError):
-                    raise error
-                if error is not None:
-                    log.warning("%s; trying on", error)
-            tasks = [
-                asyncio.create_task(_keep_greeting(peer, channels[peer], greeting, error))
-                for peer, error in zip(channels, first, strict=True)
-            ]
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        first = await asyncio.gather(*(_greet(p, identity, greeting) for p in self._named))
+        for error in first:
+            if isinstance(error, InputError):
+                raise error
+            if error is not None:
+                log.warning("%s; trying on", error)
+        tasks = [
+            asyncio.create_task(_keep_greeting(peer, identity, greeting, error))
+            for peer, error in zip(self._named, first, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _keep_greeting(
-    peer: str, channel: grpc.aio.Channel, greeting: Greeting, problem: UniclusterError | None
+    peer: str, identity: Credentials, greeting: Greeting, problem: UniclusterError | None
 ) -> None:
     """Says when the peer stops answering; `problem` is what was the matter last."""
     while True:
         await asyncio.sleep(GREET_SECONDS)
         with going_on(f"greeting {peer}"):
-            before, problem = problem, await _greet(peer, channel, greeting)
+            before, problem = problem, await _greet(peer, identity, greeting)
             if problem is not None and before is None:
                 log.warning("%s; trying on", problem)
 
 
-async def _greet(
-    peer: str, channel: grpc.aio.Channel, greeting: Greeting
-) -> UniclusterError | None:
-    """Returns what went wrong, if anything did."""
+async def _greet(peer: str, identity: Credentials, greeting: Greeting) -> UniclusterError | None:
+    """Returns what went wrong, if anything did. A new channel shows the current certificate."""
     try:
-        await NodeStub(channel).Greet(greeting, timeout=GREET_SECONDS)
+        async with connect(peer, identity) as channel:
+            await NodeStub(channel).Greet(greeting, timeout=GREET_SECONDS)
     except grpc.aio.AioRpcError as error:
         return as_error(error, f"peer {peer}")
     return None

@@ -15,7 +15,7 @@ from unicluster import __version__
 from unicluster.cluster.channels import as_error, connect, split_address
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Cluster, Identity, default_name
+from unicluster.cluster.trust import Cluster, Credentials, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
@@ -139,7 +139,7 @@ def _link(answer: Answer) -> Finding:
     return Finding(Level.GOOD, "link", f"{who} at {host} over {nic}, {took}")
 
 
-async def _ask(address: str, identity: Identity) -> Answer | UniclusterError:
+async def _ask(address: str, identity: Credentials) -> Answer | UniclusterError:
     async with connect(address, identity) as channel:
         node = NodeStub(channel)
         try:

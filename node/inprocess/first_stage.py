@@ -10,7 +10,7 @@ from node.weights.fetch import fetch_ranges, is_whole
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError
 from unicluster.v1.node_pb2 import StageSpec
 
@@ -48,7 +48,7 @@ class FirstStage:
     sources: Sequence[str] = ()
     prebuilt: bool = True
 
-    def load(self, identity: Identity, run: Run) -> tuple[LoadedHead, Any]:
+    def load(self, identity: Credentials, run: Run) -> tuple[LoadedHead, Any]:
         """Fetches what is not here and loads it; also returns the tokenizer.
 
         Raises StageError where the spec is of another stage, else as the engine does.
@@ -61,6 +61,6 @@ class FirstStage:
             raise StageError(f"{self.spec.model}: layers {self.spec.first_layer} on are no head")
         return loaded, engine.tokenizer(self.checkpoint)
 
-    async def _fetch(self, ranges: Mapping[str, Ranges], identity: Identity) -> None:
+    async def _fetch(self, ranges: Mapping[str, Ranges], identity: Credentials) -> None:
         async with Sources(self.sources, identity) as sources:
             await fetch_ranges(self.checkpoint, ranges, self.hub_files, sources)

@@ -22,7 +22,7 @@ from node.worker.process import WorkerProcess
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import as_error, bind, connect, make_server
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError
 from unicluster.v1.node_pb2 import StageEvent
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -78,7 +78,7 @@ class LoadedModel(PipelineModel):
         self.close()
 
 
-def describe_here(model: str, identity: Identity, sources: Sequence[str] = ()) -> Checkpoint:
+def describe_here(model: str, identity: Credentials, sources: Sequence[str] = ()) -> Checkpoint:
     """What a model is, from a directory, the cache, `sources` or the hub.
 
     Raises InputError, NotFoundError or UnavailableError.
@@ -99,7 +99,7 @@ def load_local(
     checkpoint: Checkpoint,
     quant: str,
     cuts: list[Cut],
-    identity: Identity,
+    identity: Credentials,
     *,
     prebuilt: bool = True,
 ) -> tuple[LoadedModel, Any]:
@@ -117,7 +117,7 @@ def load_local(
             node=f"local-{index}",
             host="127.0.0.1",
             port=0,
-            identity=identity.to_dict(),
+            identity=identity.current.to_dict(),
             alone=True,
             prebuilt=prebuilt,
         )
@@ -142,7 +142,7 @@ def load_on_nodes(
     quant: str,
     cuts: list[Cut],
     nodes: list[RouteStop],
-    identity: Identity,
+    identity: Credentials,
     hub_files: list[list[str]],
 ) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others on the agents `nodes`, in that order.
@@ -192,7 +192,7 @@ def load_on_nodes(
 
 def _assemble(
     stage: FirstStage,
-    identity: Identity,
+    identity: Credentials,
     background: Background,
     start: Callable[[], Coroutine[Any, Any, list[RouteStop]]] | None,
     stop: Callable[[], Coroutine[Any, Any, None]],
@@ -217,7 +217,7 @@ def _assemble(
     return LoadedModel(head.front, ring, closing, prebuilt=head.prebuilt), tokenizer
 
 
-async def _open(stops: Future[list[RouteStop]], identity: Identity) -> Ring:
+async def _open(stops: Future[list[RouteStop]], identity: Credentials) -> Ring:
     return await Ring.open(await asyncio.wrap_future(stops), identity)
 
 

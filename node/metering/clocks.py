@@ -13,7 +13,6 @@ the others' clocks:
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 import grpc
 
 from unicluster.cluster.channels import connect
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.v1.stage_pb2 import ClockRequest, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 
@@ -101,19 +100,23 @@ def shifts(least: Sequence[float], offsets: Sequence[float | None]) -> list[floa
     return [difference - hop for difference, hop in zip(least, fastest, strict=True)]
 
 
-async def follow(clocks: Clocks, route: Sequence[RouteStop], identity: Identity) -> None:
+async def follow(clocks: Clocks, route: Sequence[RouteStop], identity: Credentials) -> None:
     """Asks the clock of each machine of a ring, until cancelled."""
-    async with contextlib.AsyncExitStack() as stack:
-        channels = [
-            await stack.enter_async_context(connect(stop.address, identity)) for stop in route
-        ]
+    channels = [connect(stop.address, identity) for stop in route]
+    try:
         while True:
             for machine, (stop, channel) in enumerate(zip(route, channels, strict=True), start=1):
                 try:
                     await _ask(clocks, machine, channel)
                 except grpc.aio.AioRpcError as error:  # the ring tells if the machine is gone
                     log.info("clock of machine %s: %s", stop.node, error.details())
+                    await channel.close(None)
+                    # With a certificate that is current.
+                    channels[machine - 1] = connect(stop.address, identity)
             await asyncio.sleep(ASK_SECONDS)
+    finally:
+        for channel in channels:
+            await channel.close(None)
 
 
 async def _ask(clocks: Clocks, machine: int, channel: grpc.aio.Channel) -> None:

@@ -15,7 +15,7 @@ import grpc
 from node.ring.compute_thread import Signal
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.cluster.sizes import RESULT_BYTES
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
@@ -150,7 +150,7 @@ class Ring:
     async def open(
         cls,
         route: list[RouteStop],
-        identity: Identity,
+        identity: Credentials,
         on_failure: Callable[[UniclusterError], None] | None = None,
     ) -> "Ring":
         """Connects through all stages of `route`; raises UnavailableError naming the machine.
@@ -205,7 +205,7 @@ class Ring:
         for channel in self._channels:
             await channel.close(grace=None)
 
-    async def _connect(self, identity: Identity) -> None:
+    async def _connect(self, identity: Credentials) -> None:
         session = uuid.uuid4().hex
         first, last = self.route[0], self.route[-1]
         forward = self._dial(first, identity)
@@ -221,7 +221,7 @@ class Ring:
             asyncio.create_task(self._read(back, last)),
         ]
 
-    def _dial(self, stop: RouteStop, identity: Identity) -> Hop:
+    def _dial(self, stop: RouteStop, identity: Credentials) -> Hop:
         channel = connect(stop.address, identity, most_bytes=RESULT_BYTES)
         self._channels.append(channel)
         return StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read

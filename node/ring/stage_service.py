@@ -12,7 +12,7 @@ from node.ring.compute_thread import MLXThread
 from node.ring.ring import fault_message, open_hop, read_hop
 from node.ring.session import Session, StageEngine
 from unicluster.cluster.channels import connect
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.v1.stage_pb2 import (
     ClockReading,
@@ -48,7 +48,7 @@ class StageService(StageServicer):
     """Serves one loaded stage to any number of heads, each with its own session."""
 
     def __init__(
-        self, stage: StageEngine, info: StageInfo, thread: MLXThread, identity: Identity
+        self, stage: StageEngine, info: StageInfo, thread: MLXThread, identity: Credentials
     ) -> None:
         self._stage = stage
         self._info = info

@@ -12,7 +12,7 @@ from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_weights
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import InputError
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
@@ -31,7 +31,7 @@ class Sources:
     """
 
     def __init__(
-        self, addresses: Iterable[str], identity: Identity, vouching: Collection[str] = ()
+        self, addresses: Iterable[str], identity: Credentials, vouching: Collection[str] = ()
     ) -> None:
         self._channels = {address: connect(address, identity) for address in addresses}
         self._vouching = [address for address in self._channels if address in vouching]

@@ -2,10 +2,12 @@
 
 It reads its configuration, certificate included, as one line of JSON from standard input, sends
 events and log records to the file descriptor whose number is its argument, and ends when standard
-input closes: a worker never outlives who started it. Only libraries print.
+input closes: a worker never outlives who started it. Until then each further line of the input is
+a new certificate. Only libraries print.
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -36,8 +38,9 @@ from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.keyring import HandedKeyring
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials, Identity
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
 from unicluster.v1.node_pb2 import LoadProgress, StageSpec
@@ -90,7 +93,7 @@ def send_progress(progress: LoadProgress) -> None:
 
 
 async def fetch_stage(
-    config: WorkerConfig, identity: Identity, thread: MLXThread
+    config: WorkerConfig, identity: Credentials, thread: MLXThread
 ) -> tuple[Engine, Checkpoint, Path | None]:
     """Gets the bytes of the stage onto this machine, and those of its draft model, if any.
 
@@ -124,9 +127,9 @@ def generation_engine(
     return GenerationEngine(thread, tokenizer, config)
 
 
-async def serve(config: WorkerConfig) -> None:
+async def serve(config: WorkerConfig, identity: Credentials) -> None:
     """Loads and serves until told to end."""
-    identity, spec = Identity.from_dict(config.identity), config.spec
+    spec = config.spec
     thread = MLXThread()
     server = make_server(most_bytes=FRAME_BYTES if spec.first_layer else CHAT_BYTES)
     port = bind(server, config.host, config.port, identity)
@@ -167,8 +170,10 @@ async def serve(config: WorkerConfig) -> None:
     await server.stop(grace=0.5)
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()
+def _follow_parent(keyring: HandedKeyring) -> None:
+    """Takes each new certificate that whoever started this worker hands it, and ends with them."""
+    for line in sys.stdin:
+        keyring.current = Identity.from_dict(json.loads(line))
     os._exit(0)
 
 
@@ -179,9 +184,10 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     sys.stdout = sys.stderr  # it goes to the same place, and line by line
     config = WorkerConfig.from_line(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    keyring = HandedKeyring(Identity.from_dict(config.identity))
+    threading.Thread(target=_follow_parent, args=(keyring,), daemon=True).start()
     try:
-        uvloop.run(serve(config))
+        uvloop.run(serve(config, keyring))
         code = 0
     except UniclusterError as error:
         emit("failed", reason=str(error))

@@ -16,7 +16,7 @@ from node.ring.ring import Ring
 from node.worker.chat_service import ChatService
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
-from unicluster.cluster.trust import Identity
+from unicluster.cluster.trust import Credentials
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
@@ -42,7 +42,7 @@ class Head(HeadServicer):
         info: StageInfo,
         engine: GenerationEngine,
         thread: MLXThread,
-        identity: Identity,
+        identity: Credentials,
         *,
         prebuilt: bool = True,
     ) -> None:

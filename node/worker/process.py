@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -103,6 +104,12 @@ class WorkerProcess:
             # Not drained: it is small, and who is cancelled here would leave the worker behind.
             giving.write(config.to_line())
         return worker
+
+    def renew(self, identity: dict[str, str]) -> None:
+        """Hands the worker a new certificate, in place of the one it has."""
+        giving = self._transports[0]
+        if isinstance(giving, asyncio.WriteTransport) and not giving.is_closing():
+            giving.write(json.dumps(identity).encode() + b"\n")
 
     @property
     def pid(self) -> int:

@@ -8,11 +8,13 @@ with Client() as client:
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncGenerator, Generator
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -32,7 +34,15 @@ from unicluster.client.answers import (
 )
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import as_error, connect, connect_sync
-from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store, default_name
+from unicluster.cluster.keyring import Keyring
+from unicluster.cluster.trust import (
+    ClientAccess,
+    Cluster,
+    Credentials,
+    Identity,
+    Store,
+    default_name,
+)
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError
 from unicluster.v1 import chat_pb2 as wire
@@ -63,7 +73,7 @@ class Client:
         timeout: float = 10.0,
     ) -> None:
         self._target = _Target(server, cluster, timeout)
-        self._channel: grpc.Channel | None = None
+        self._channels: _Channels[grpc.Channel] = _Channels(connect_sync)
 
     def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
         """The whole answer to a prompt or a conversation."""
@@ -80,26 +90,26 @@ class Client:
 
     def describe(self) -> ChatInfo:
         """What is served, and how it goes."""
-        stub = self._stub()
         try:
-            info = stub.Describe(wire.DescribeChatRequest(), timeout=self._target.timeout)
+            with self._stub() as stub:
+                info = stub.Describe(wire.DescribeChatRequest(), timeout=self._target.timeout)
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
 
     def measure(self) -> Metrics:
         """What was counted and measured. `Metrics.since` makes rates of two readings."""
-        stub = self._stub()
         try:
-            measured = stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
+            with self._stub() as stub:
+                measured = stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return metrics_from_wire(measured)
 
     def close(self) -> None:
         """Answers that still run are stopped."""
-        if self._channel:
-            self._channel.close()
+        for channel in self._channels.all():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,24 +117,29 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stub(self) -> ChatStub:
-        if self._channel is None:
-            self._channel = connect_sync(self._target.find_sync(), self._target.identity)
-        return ChatStub(self._channel)
+    @contextlib.contextmanager
+    def _stub(self) -> Generator[ChatStub, None, None]:
+        channel = self._channels.use(self._target.find_sync(), self._target.keyring)
+        try:
+            yield ChatStub(channel)
+        finally:
+            for unused in self._channels.leave(channel):
+                unused.close()
 
     def _events(
         self, request: wire.GenerateRequest, deadline: float | None
     ) -> Generator[Event, None, None]:
         event: Event | None = None
-        call = self._stub().Generate(request, timeout=deadline)
-        try:
-            for message in call:
-                event = event_from_wire(message)
-                yield event
-        except grpc.RpcError as error:
-            raise as_error(error, self._target.address) from error
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+        with self._stub() as stub:
+            call = stub.Generate(request, timeout=deadline)
+            try:
+                for message in call:
+                    event = event_from_wire(message)
+                    yield event
+            except grpc.RpcError as error:
+                raise as_error(error, self._target.address) from error
+            finally:
+                call.cancel()  # type: ignore[no-untyped-call]
         _check_finished(event, self._target.address)
 
 
@@ -139,7 +154,7 @@ class AsyncClient:
         timeout: float = 10.0,
     ) -> None:
         self._target = _Target(server, cluster, timeout)
-        self._channel: grpc.aio.Channel | None = None
+        self._channels: _Channels[grpc.aio.Channel] = _Channels(connect)
 
     async def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
         """The whole answer to a prompt or a conversation."""
@@ -154,26 +169,28 @@ class AsyncClient:
 
     async def describe(self) -> ChatInfo:
         """What is served, and how it goes."""
-        stub = await self._stub()
         try:
-            info = await stub.Describe(wire.DescribeChatRequest(), timeout=self._target.timeout)
+            async with self._stub() as stub:
+                asked = wire.DescribeChatRequest()
+                info = await stub.Describe(asked, timeout=self._target.timeout)
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
 
     async def measure(self) -> Metrics:
         """What was counted and measured. `Metrics.since` makes rates of two readings."""
-        stub = await self._stub()
         try:
-            measured = await stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
+            async with self._stub() as stub:
+                asked = wire.MeasureRequest()
+                measured = await stub.Measure(asked, timeout=self._target.timeout)
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return metrics_from_wire(measured)
 
     async def close(self) -> None:
         """Answers that still run are stopped."""
-        if self._channel:
-            await self._channel.close(None)
+        for channel in self._channels.all():
+            await channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -181,25 +198,70 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _stub(self) -> "ChatAsyncStub":
-        if self._channel is None:
-            self._channel = connect(await self._target.find(), self._target.identity)
-        return ChatStub(self._channel)
+    @contextlib.asynccontextmanager
+    async def _stub(self) -> AsyncGenerator["ChatAsyncStub", None]:
+        channel = self._channels.use(await self._target.find(), self._target.keyring)
+        try:
+            yield ChatStub(channel)
+        finally:
+            for unused in self._channels.leave(channel):
+                await unused.close(None)
 
     async def _events(
         self, request: wire.GenerateRequest, deadline: float | None
     ) -> AsyncGenerator[Event, None]:
         event: Event | None = None
-        call = (await self._stub()).Generate(request, timeout=deadline)
-        try:
-            async for message in call:
-                event = event_from_wire(message)
-                yield event
-        except grpc.RpcError as error:
-            raise as_error(error, self._target.address) from error
-        finally:
-            call.cancel()
+        async with self._stub() as stub:
+            call = stub.Generate(request, timeout=deadline)
+            try:
+                async for message in call:
+                    event = event_from_wire(message)
+                    yield event
+            except grpc.RpcError as error:
+                raise as_error(error, self._target.address) from error
+            finally:
+                call.cancel()
         _check_finished(event, self._target.address)
+
+
+C = TypeVar("C")
+
+
+class _Channels(Generic[C]):
+    """One channel at a time, made anew when the certificate that it shows was renewed.
+
+    An older one is kept until the calls that run over it have ended.
+    """
+
+    def __init__(self, make: Callable[[str, Credentials], C]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._shown: Identity | None = None
+        self._newest: C | None = None
+        self._calls: dict[C, int] = {}
+
+    def use(self, address: str, keyring: Keyring) -> C:
+        """The channel for a call, whose end `leave` is to be told."""
+        with self._lock:
+            now = keyring.current
+            if self._newest is None or now is not self._shown:
+                self._newest, self._shown = self._make(address, now), now
+                self._calls[self._newest] = 0
+            self._calls[self._newest] += 1
+            return self._newest
+
+    def leave(self, channel: C) -> list[C]:
+        """A call has ended; returns the channels that are of no more use."""
+        with self._lock:
+            self._calls[channel] -= 1
+            unused = [c for c, calls in self._calls.items() if not calls and c is not self._newest]
+            for each in unused:
+                del self._calls[each]
+            return unused
+
+    def all(self) -> list[C]:
+        with self._lock:
+            return list(self._calls)
 
 
 class _Target:
@@ -213,8 +275,8 @@ class _Target:
         self._cluster = cluster
 
     @cached_property
-    def identity(self) -> Identity:
-        return self._access.issue(default_name())
+    def keyring(self) -> Keyring:
+        return Keyring.of_client(self._access, default_name())
 
     async def find(self) -> str:
         """The address: the one given, else that of the first front door that answers."""

@@ -15,7 +15,7 @@ import grpc.aio
 from unicluster.cluster.calls import CallLimit
 from unicluster.cluster.roles import RoleCheck
 from unicluster.cluster.sizes import CONTROL_BYTES, SizeCheck
-from unicluster.cluster.trust import SERVER_NAME, Identity
+from unicluster.cluster.trust import SERVER_NAME, Credentials
 from unicluster.errors import (
     BusyError,
     DoesNotFitError,
@@ -102,27 +102,52 @@ def bind(
     server: grpc.aio.Server,
     host: str,
     port: int,
-    identity: Identity,
+    identity: Credentials,
     *,
     admitted_ca_pem: str = "",
     flag: str = "--port",
 ) -> int:
     """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
 
-    Members are admitted, and holders of certificates of the authority `admitted_ca_pem`.
+    Members are admitted, and holders of certificates of the authority `admitted_ca_pem`. Each
+    handshake shows the certificate that is current then.
     Raises InputError when that can't be; it tells to choose another port with `flag`.
     """
     check_free(host, port, flag)
     try:
         return server.add_secure_port(
-            join_address(host or "::", port), identity.server_credentials(admitted_ca_pem)
+            join_address(host or "::", port), _server_credentials(identity, admitted_ca_pem)
         )
     except RuntimeError:
         raise _taken(host, port, flag) from None
 
 
+# gRPC keeps only a bare pointer to what it asks in each handshake: these last for ever.
+_asked_by_grpc: list[grpc.ServerCredentials] = []
+
+
+def _server_credentials(identity: Credentials, admitted_ca_pem: str) -> grpc.ServerCredentials:
+    shown = identity.current
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """For the next handshake, if it is another than for the last. On threads of gRPC's."""
+        nonlocal shown
+        if (now := identity.current) is shown:
+            return None
+        shown = now
+        return now.server_configuration(admitted_ca_pem)
+
+    made = grpc.dynamic_ssl_server_credentials(
+        shown.server_configuration(admitted_ca_pem),
+        renewed,  # type: ignore[arg-type]  # the stubs forget that None is "unchanged"
+        require_client_authentication=True,
+    )
+    _asked_by_grpc.append(made)
+    return made
+
+
 def connect(
-    address: str, identity: Identity, *, most_bytes: int = CONTROL_BYTES
+    address: str, identity: Credentials, *, most_bytes: int = CONTROL_BYTES
 ) -> grpc.aio.Channel:
     """A channel to `address` ("host:port"), which connects when it is first used.
 
@@ -130,16 +155,16 @@ def connect(
     """
     return grpc.aio.secure_channel(
         join_address(*split_address(address)),
-        identity.channel_credentials(),
+        identity.current.channel_credentials(),
         options=[*CHANNEL_OPTIONS, _receives(most_bytes)],
     )
 
 
-def connect_sync(address: str, identity: Identity) -> grpc.Channel:
+def connect_sync(address: str, identity: Credentials) -> grpc.Channel:
     """The same, for callers without an event loop."""
     return grpc.secure_channel(
         join_address(*split_address(address)),
-        identity.channel_credentials(),
+        identity.current.channel_credentials(),
         options=[*CHANNEL_OPTIONS, _receives(CONTROL_BYTES)],
     )
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 from cryptography import x509
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 SERVER_NAME = "node.unicluster"
 
 YEAR = 365 * 24 * 3600.0
+# Of a member's or client's certificate; who runs for longer renews it (see keyring.py).
+LIFETIME = 3 * 24 * 3600.0
+LIFETIME_VARIABLE = "UNICLUSTER_CERTIFICATE_SECONDS"
 
 _JOIN_PREFIX = "uc1-"
 _CLIENT_PREFIX = "ucc1-"
@@ -65,6 +69,32 @@ def default_name() -> str:
     return name[:48] or "machine"
 
 
+def lifetime() -> float:
+    """Seconds that a new certificate is good for. Raises InputError for a bad setting."""
+    setting = os.environ.get(LIFETIME_VARIABLE, "")
+    try:
+        seconds = float(setting or LIFETIME)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= YEAR:
+        raise InputError(f"{LIFETIME_VARIABLE}={setting}: give seconds, from 1 to {YEAR:.0f}")
+    return seconds
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(_CURVE)
+
+
+class Credentials(Protocol):
+    """Who somebody is: an Identity, or a keyring whose identity is renewed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def current(self) -> "Identity": ...
+
+
 @dataclass(frozen=True)
 class Identity:
     """One machine's key and certificate, and the authority it trusts. All PEM."""
@@ -74,11 +104,29 @@ class Identity:
     cert_pem: str = field(repr=False)
     ca_pem: str = field(repr=False)
 
-    def server_credentials(self, admitted_ca_pem: str = "") -> grpc.ServerCredentials:
+    @property
+    def current(self) -> "Identity":
+        return self
+
+    @cached_property
+    def expires_s(self) -> float:
+        """When the certificate does, in seconds since 1970 UTC."""
+        return self._certificate.not_valid_after_utc.timestamp()
+
+    def has_key_of(self, cert_pem: bytes) -> bool:
+        """Whether a certificate is for the same key, as all are that one keyring renews."""
+        other = x509.load_pem_x509_certificate(cert_pem)
+        return bool(other.public_key() == self._certificate.public_key())
+
+    @cached_property
+    def _certificate(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate(self.cert_pem.encode())
+
+    def server_configuration(self, admitted_ca_pem: str) -> grpc.ServerCertificateConfiguration:
         """For a port that admits members, and holders of certificates of another authority."""
         pair = (self.key_pem.encode(), self.cert_pem.encode())
         admitted = (self.ca_pem + admitted_ca_pem).encode()
-        return grpc.ssl_server_credentials([pair], admitted, require_client_auth=True)
+        return grpc.ssl_server_certificate_configuration([pair], admitted)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(
@@ -123,12 +171,18 @@ class Authority:
     def public_key(self) -> ec.EllipticCurvePublicKey:
         return self._key.public_key()
 
-    def issue(self, name: str, valid_seconds: float, trusted_ca_pem: str) -> Identity:
-        """A fresh key and certificate for `name`, whose holder trusts `trusted_ca_pem`.
+    def issue(
+        self,
+        name: str,
+        valid_seconds: float,
+        trusted_ca_pem: str,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> Identity:
+        """A certificate for `name`, whose holder trusts `trusted_ca_pem`; a fresh key without one.
 
         A negative `valid_seconds` gives one that has expired. Raises InputError for a bad name.
         """
-        key = ec.generate_private_key(_CURVE)
+        key = key or new_key()
         end = datetime.now(UTC) + timedelta(seconds=valid_seconds)
         # A day's grace: the clocks of a home's machines are seldom equal.
         start = min(datetime.now(UTC), end) - timedelta(days=1)
@@ -205,9 +259,15 @@ class ClientAccess:
     def authority(self) -> Authority:
         return Authority(Role.CLIENT, self.secret, self.fingerprint)
 
-    def issue(self, name: str, valid_seconds: float = YEAR) -> Identity:
-        """A fresh key and certificate for a client called `name`."""
-        return self.authority.issue(name, valid_seconds, self._member_ca_pem)
+    def issue(
+        self,
+        name: str,
+        valid_seconds: float | None = None,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> Identity:
+        """A certificate for a client called `name`, for `lifetime` unless said otherwise."""
+        seconds = lifetime() if valid_seconds is None else valid_seconds
+        return self.authority.issue(name, seconds, self._member_ca_pem, key)
 
     @cached_property
     def _member_ca_pem(self) -> str:
@@ -268,9 +328,15 @@ class Cluster:
         """The certificate of the members' authority, by which every server is known."""
         return self.members.ca_pem
 
-    def issue(self, name: str, valid_seconds: float = YEAR) -> Identity:
-        """A fresh key and certificate for the member called `name`; see Authority.issue."""
-        return self.members.issue(name, valid_seconds, self.ca_pem)
+    def issue(
+        self,
+        name: str,
+        valid_seconds: float | None = None,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> Identity:
+        """A certificate for the member called `name`, for `lifetime` unless said otherwise."""
+        seconds = lifetime() if valid_seconds is None else valid_seconds
+        return self.members.issue(name, seconds, self.ca_pem, key)
 
     @cached_property
     def _member_secret(self) -> bytes:
