@@ -1,11 +1,13 @@
 """Checks of what callers ask of an agent, before anything is done about it."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
 from unicluster.checkpoints.names import FileName, ModelName, Revision
 from unicluster.cluster.channels import split_address
-from unicluster.errors import DoesNotFitError, InputError, shown
+from unicluster.errors import BusyError, DoesNotFitError, InputError, shown
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec, TryHubRequest
 
@@ -16,6 +18,33 @@ MOST_USERS = 4096
 MOST_CONTEXT = 1 << 30
 CONFIG_BYTES = 4 << 20
 WORD_CHARACTERS = 256
+# A child that inspects takes a core for seconds, and some hundred megabytes.
+INSPECTED_AT_ONCE = 2
+MOST_INSPECTIONS = 16
+
+
+class Inspections:
+    """Places for calls of Inspect: few have a child at a time, some wait, others are refused."""
+
+    def __init__(self, at_once: int = INSPECTED_AT_ONCE, most: int = MOST_INSPECTIONS) -> None:
+        self._most = most
+        self._open = 0
+        self._children = asyncio.Semaphore(at_once)
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Raises BusyError where too many are open."""
+        if self._open >= self._most:
+            raise BusyError(f"{self._most} models are being inspected here: try again later")
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    def child(self) -> AbstractAsyncContextManager[None]:
+        """A turn to run a child."""
+        return self._children
 
 
 def check_inspect(request: InspectRequest) -> None:

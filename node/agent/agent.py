@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from node.agent.admission import check_inspect, check_stage, check_try_hub
+from node.agent.admission import Inspections, check_inspect, check_stage, check_try_hub
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.weights import hub
@@ -80,6 +80,7 @@ class Agent(NodeServicer):
         self._cap = memory_cap
         self._stages: dict[int, StageSpec] = {}
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
+        self._inspections = Inspections()
         self._drain = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -175,16 +176,23 @@ class Agent(NodeServicer):
             await abort(context, UnavailableError(reason))
         try:
             check_inspect(request)
-            if request.config_json:
-                return await inspect(INSPECT, request)
-            addresses, vouching = _dialled(request.sources, context)
-            async with Sources(addresses, self._identity, vouching) as sources:
-                found = await describe(request.model, request.revision, sources)
-                if request.drafts_for:
-                    await describe(request.drafts_for, request.drafts_for_revision, sources)
-            return await inspect(INSPECT, _here(request, found.manifest))
+            with self._inspections.admitted():
+                here = request
+                if not request.config_json:
+                    here = await self._described(request, context)
+                async with self._inspections.child():
+                    return await inspect(INSPECT, here)
         except UniclusterError as error:
             return await abort(context, error)
+
+    async def _described(self, request: InspectRequest, context: Context) -> InspectRequest:
+        """The request for files that are on this machine by then."""
+        addresses, vouching = _dialled(request.sources, context)
+        async with Sources(addresses, self._identity, vouching) as sources:
+            found = await describe(request.model, request.revision, sources)
+            if request.drafts_for:
+                await describe(request.drafts_for, request.drafts_for_revision, sources)
+        return _here(request, found.manifest)
 
     async def TryHub(self, request: TryHubRequest, context: Context) -> TryHubReply:  # noqa: N802
         try:

@@ -1,5 +1,6 @@
 """From tokens to text: detokenized, cut at stop strings, sorted into what it is."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,71 @@ class Segment(NamedTuple):
     text: str
 
 
+class StopSearch:
+    """Finds the first end of a stop string in text that comes piece by piece: Aho and Corasick's.
+
+    Takes time by the text's length alone, however many stop strings there are, and holds back no
+    more than may still become part of one.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._ends = [0]  # characters of the longest string that ends at a node
+        for string in strings:
+            self._insert(string)
+        self._fail = self._links()
+        self._node = 0
+        self.held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """The text that is certain after one more piece, and whether a stop string cut it."""
+        buffer = self.held + text
+        for at in range(len(self.held), len(buffer)):
+            self._node = self._step(self._node, buffer[at])
+            if length := self._ends[self._node]:
+                self.held = ""
+                return buffer[: at + 1 - length], True
+        certain = len(buffer) - self._depth[self._node]
+        self.held = buffer[certain:]
+        return buffer[:certain], False
+
+    def _insert(self, string: str) -> None:
+        node = 0
+        for character in string:
+            if character not in self._next[node]:
+                self._next[node][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[node] + 1)
+                self._ends.append(0)
+            node = self._next[node][character]
+        self._ends[node] = len(string)
+
+    def _links(self) -> list[int]:
+        """By node, that of the longest proper suffix: from it the search goes on."""
+        self._fail = [0] * len(self._next)
+        waiting = deque(self._next[0].values())
+        while waiting:
+            node = waiting.popleft()
+            for character, child in self._next[node].items():
+                self._fail[child] = self._step(self._fail[node], character)
+                self._ends[child] = self._ends[child] or self._ends[self._fail[child]]
+                waiting.append(child)
+        return self._fail
+
+    def _step(self, node: int, character: str) -> int:
+        while node and character not in self._next[node]:
+            node = self._fail[node]
+        return self._next[node].get(character, 0)
+
+
 class TextStream:
     """One answer's text. What may still become part of a stop string or a mark is held back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], state: str) -> None:
         self._detokenizer = tokenizer.detokenizer
         # Stop strings come first and see the raw text, marks included.
-        self._stop = _Machine({"normal": [(s, None) for s in stop]}).make_state()
+        self._stop = StopSearch(stop)
         self._marks = _marks_of(tokenizer).make_state(state)
         self._tool = ""
         self.stopped = False
@@ -40,8 +99,7 @@ class TextStream:
             self._detokenizer.finalize()
             segments += self._pass(self._detokenizer.last_segment)
         if not self.stopped:
-            self._stop, held, _ = _Machine.flush(self._stop)
-            segments += self._sort(held)
+            segments += self._sort(self._stop.held)
         self._marks, held, kind = _Machine.flush(self._marks)
         segments += self._keep([(kind, held)])
         if self._tool:
@@ -49,10 +107,8 @@ class TextStream:
         return segments
 
     def _pass(self, text: str) -> list[Segment]:
-        self._stop, parts = _Machine.split(self._stop, text)
-        last_state, _ = parts[-1]
-        self.stopped = last_state is None
-        return self._sort("".join(part for _, part in parts))
+        certain, self.stopped = self._stop.add(text)
+        return self._sort(certain)
 
     def _sort(self, text: str) -> list[Segment]:
         self._marks, parts = _Machine.split(self._marks, text)

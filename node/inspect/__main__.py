@@ -10,6 +10,7 @@ the demo, a directory, or a hub repository. A GGUF is its own configuration.
 
 import contextlib
 import io
+import resource
 import sys
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from node.weights import store
 from unicluster.checkpoints.checkpoint import is_gguf
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.errors import InputError, UniclusterError
+from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 CONFIGS = "--configs"
+
+# Of one layout; those of the largest models take some ten.
+CPU_SECONDS = 120
+DATA_BYTES = 4 << 30
 
 
 def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
@@ -47,17 +53,33 @@ def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
     return layout
 
 
+def limit(requests: int) -> None:
+    """Sets limits by which the kernel ends this process: a checkpoint may be made to be absurd.
+
+    Data and not address space, because weights are mapped, and only their headers are read.
+    """
+    seconds = CPU_SECONDS * max(requests, 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
+
+
 def main() -> None:
     configs = CONFIGS in sys.argv[1:]
-    requests, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
+    asked, answers = io.BytesIO(sys.stdin.buffer.read()), io.BytesIO()
+    requests = list(iter(lambda: parse_length_prefixed(InspectRequest, asked), None))
+    limit(len(requests))
     try:
-        while (request := parse_length_prefixed(InspectRequest, requests)) is not None:
+        for request in requests:
             with contextlib.redirect_stdout(sys.stderr):  # libraries print
                 layout = answer(request, configs=configs)
             serialize_length_prefixed(layout, answers)
     except UniclusterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except MemoryError:
+        print(f"a layout that needs more than {format_bytes(DATA_BYTES)}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
     sys.stdout.buffer.write(answers.getvalue())
 
 

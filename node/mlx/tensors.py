@@ -1,13 +1,14 @@
 """Trees of MLX arrays to and from their wire form: raw bytes with dtype and shape."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from node.ring.leaves import check_leaves
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
 if TYPE_CHECKING:
@@ -64,8 +65,13 @@ def encode_tree(tree: Any, leaves: "RepeatedCompositeFieldContainer[Leaf]", also
             leaf.tensor.data = bytes(memoryview(raw))
 
 
-def decode_tree(leaves: Iterable[Leaf]) -> Any:
-    """The tree again; tuples come back as lists."""
+def decode_tree(leaves: Sequence[Leaf]) -> Any:
+    """The tree again; tuples come back as lists.
+
+    Raises FrameError, before anything is allocated, for leaves that are no tree: a list with most
+    of its members missing, an array with other bytes than its shape asks for.
+    """
+    check_leaves(leaves)
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
 
 

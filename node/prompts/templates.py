@@ -2,10 +2,8 @@
 
 import logging
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -13,11 +11,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from node.prompts.cancellation import Cancellation
 from node.prompts.render import read, write
 from unicluster.errors import InputError, in_one_line
+from unicluster.program import child_environment, module_command
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "node.prompts.render"
-ROOT = Path(__file__).parents[2]
 # Of one prompt; far more than its limit of CPU time, because the machine may be busy.
 DEADLINE_S = 30.0
 # Kept ready: starting one takes a second.
@@ -122,11 +120,11 @@ def _refused(reason: str) -> InputError:
 class _Child:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", PROGRAM],
+            module_command(PROGRAM),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=ROOT,
+            env=child_environment(),
         )
 
     @property

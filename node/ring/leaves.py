@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from node.ring.bounds import MOST_DEPTH, MOST_DIMENSIONS, MOST_LEAVES, FrameError
@@ -24,6 +25,8 @@ ITEM_BYTES = {
     "complex64": 8,
 }
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
+# Python takes more for a number than this, "1_000_000" and "+5" among it: a list would be as long.
+_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})|[A-Za-z_][A-Za-z0-9_]{0,63}")
 # Of a plain value: a number, a short string, true, false or null.
 MOST_JSON = 256
 
@@ -73,7 +76,8 @@ def _check_key(key: str, count: int) -> None:
     if len(parts) > MOST_DEPTH:
         raise FrameError(f"a tree of more than {MOST_DEPTH} levels")
     for part in parts:
-        if len(part) > 64 or (part.isdecimal() and int(part) >= count):
+        name = _NAME.fullmatch(part)
+        if name is None or (name["index"] and int(part) >= count):
             raise FrameError(f"a leaf at {part[:20]!r} of a tree of {count} leaves")
 
 

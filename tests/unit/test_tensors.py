@@ -3,8 +3,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
-from node.mlx.tensors import decode_tree
+from node.mlx.tensors import decode_array, decode_tree
+from node.ring.bounds import FrameError
+from node.ring.leaves import ITEM_BYTES
 from tests.support.wire import over_the_wire
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
@@ -94,4 +99,56 @@ def test_a_tree_comes_back_with_lists_for_tuples() -> None:
 )
 def test_what_does_not_add_up_is_refused(tensor: Tensor, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        decode_tree([Leaf(tensor=tensor)])
+        decode_array(tensor)
+
+
+ABSURD = {
+    "a list of a thousand million": [Leaf(key="999999999", json="1")],
+    "an index that only Python takes for one": [Leaf(key="1_000_000_000", json="1")],
+    "an index with a sign": [Leaf(key="+999999999", json="1")],
+    "a list with one member of two": [Leaf(key="a.0", json="1"), Leaf(key="a.5", json="1")],
+    "a deep tree": [Leaf(key=".".join("a" * 1000), json="1")],
+    "a long name": [Leaf(key="a" * 1_000_000, json="1")],
+    "many dimensions": [Leaf(tensor=Tensor(dtype="uint8", shape=[1] * 200_000, data=b"x"))],
+    "more numbers than bytes": [Leaf(tensor=Tensor(dtype="uint8", shape=[2**40], data=b"x"))],
+    "an unknown dtype": [Leaf(tensor=Tensor(dtype="float8", shape=[1], data=b"x"))],
+    "a long number": [Leaf(json="1" * 1000)],
+    "a deep value": [Leaf(json="[" * 200)],
+}
+
+
+@pytest.mark.parametrize("leaves", ABSURD.values(), ids=ABSURD)
+def test_an_absurd_tree_is_refused_before_it_is_built(leaves: list[Leaf]) -> None:
+    with pytest.raises(FrameError):
+        decode_tree(leaves)
+
+
+KEYS = st.text("0129a_.-+ \u0663", max_size=12)
+SHAPES = st.lists(st.integers(-2, 2**40) | st.integers(0, 3), max_size=12)
+VALUES = st.text('0123456789.eE+-[]{}"ntrufalse', max_size=300)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.builds(Leaf, key=KEYS, json=VALUES)
+        | st.builds(
+            Leaf,
+            key=KEYS,
+            tensor=st.builds(
+                Tensor,
+                dtype=st.sampled_from([*ITEM_BYTES, "", "float8"]),
+                shape=SHAPES,
+                data=st.binary(max_size=64),
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_leaves_are_a_tree_or_refused(leaves: list[Leaf]) -> None:
+    try:
+        tree = decode_tree(leaves)
+    except (FrameError, ValueError):
+        return
+    assert len(tree_flatten(tree)) <= 4 * len(leaves)

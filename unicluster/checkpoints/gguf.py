@@ -26,6 +26,8 @@ MOST_DIMS = 4  # ggml.h: GGML_MAX_DIMS
 FIRST_BYTES = 1 << 16
 # No header is longer; a damaged one may claim to be as long as the file.
 MOST_BYTES = 1 << 28
+# Tensors, or values of the metadata: the largest models have some thousands.
+MOST_ENTRIES = 1 << 20
 UINT32, BOOL = int(GGUFValueType.UINT32), int(GGUFValueType.BOOL)
 STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 # struct's letters for the types of plain values, by their number.
@@ -109,16 +111,24 @@ def parse(data: "bytes | mmap.mmap") -> Header:
     if version not in VERSIONS:
         raise ValueError(f"version {version} of GGUF is not known here")
     tensor_count, value_count = reader.number("Q"), reader.number("Q")
+    if max(tensor_count, value_count) > MOST_ENTRIES:
+        raise ValueError(f"{tensor_count} tensors and {value_count} values")
     metadata = {}
     for _ in range(value_count):
         key = reader.string()
+        if key in metadata:
+            raise ValueError(f"two values of {key[:80]!r}")
         kind = reader.number("I")
         start = reader.at
         reader.skip(kind)
         metadata[key] = Value(kind, bytes(data[start : reader.at]))
-    infos = []
+    infos: list[tuple[str, tuple[int, ...], int, int]] = []
+    names: set[str] = set()
     for _ in range(tensor_count):
         name = reader.string()
+        if name in names:
+            raise ValueError(f"two tensors named {name[:80]!r}")
+        names.add(name)
         dims = reader.number("I")
         if dims > MOST_DIMS:
             raise ValueError(f"a tensor of {dims} dimensions")

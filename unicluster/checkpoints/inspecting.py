@@ -5,6 +5,7 @@
 
 import asyncio
 import io
+import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -79,6 +80,10 @@ def _encoded(requests: Sequence[InspectRequest]) -> bytes:
 def _answers(
     requests: Sequence[InspectRequest], code: int, out: bytes, err: bytes
 ) -> list[ModelLayout]:
+    if code < 0:  # the kernel's limits, or MLX's own way of running out of memory
+        name = signal.Signals(-code).name
+        reason = f"can't be inspected within the limits of time and memory ({name})"
+        raise InputError(f"{requests[0].model}: {reason}")
     if code != 0:
         lines = err.decode(errors="replace").strip().splitlines()
         raise InputError(lines[-1] if lines else f"{requests[0].model}: can't be inspected")

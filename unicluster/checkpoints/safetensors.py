@@ -7,7 +7,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from unicluster.checkpoints.ranges import Range
 from unicluster.errors import InputError, in_one_line
@@ -51,6 +51,24 @@ def read_header(file: Path) -> SafetensorsHeader:
     return header
 
 
+def _header(text: bytes) -> dict[str, Any]:
+    """Tensors by name. Raises ValueError for what is no such JSON."""
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no list of tensors")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return made
+
+
 def _parse(stream: BinaryIO, size: int) -> SafetensorsHeader:
     end = header_length(stream.read(LENGTH_BYTES))
     if end > size:
@@ -58,8 +76,10 @@ def _parse(stream: BinaryIO, size: int) -> SafetensorsHeader:
     if end > MOST_HEADER_BYTES:
         raise ValueError(f"a header of {end} bytes")
     tensors = {}
-    for name, entry in json.loads(stream.read(end - LENGTH_BYTES)).items():
+    for name, entry in _header(stream.read(end - LENGTH_BYTES)).items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
+            if type(first) is not int or type(last) is not int or not 0 <= first <= last:
+                raise ValueError(f"a tensor at bytes {in_one_line(ValueError(entry))}")
             tensors[name] = (end + first, end + last)
     return SafetensorsHeader(end, max((last for _, last in tensors.values()), default=end), tensors)

@@ -1,0 +1,88 @@
+"""Chat templates in their child: as transformers renders them, and ended where they don't end."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import load
+
+from node.prompts import render
+from node.prompts.cancellation import AbandonedError, Cancellation
+from node.prompts.templates import TEMPLATES, Templates, template_of, variables_of
+from tests.support.tiny import tiny_config, write_model
+from unicluster.errors import InputError
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hé <|end|>"}]
+SAME = {
+    "plain": "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}",
+    "special tokens": "{{ eos_token }}{% if add_generation_prompt %}>{% endif %}",
+    "thinking": "{% if enable_thinking %}<think>{% else %}</think>{% endif %}",
+    "extensions": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}"
+    "{{ m | tojson }}{% break %}{% endfor %}",
+}
+ENDED = {
+    "a loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "a recursion": "{% macro m(n) %}{% for i in range(9) %}{{ m(n) }}{% endfor %}{% endmacro %}"
+    "{{ m(1) }}",
+    "doubling": "{% set n = namespace(s='aaaaaaaa') %}{% for a in range(40) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "one call": "{{ 'a' * 30000000000 }}",
+    "a number": "{{ 9 ** (9 ** 9) }}",
+    "much text": "{{ 'a' * 100000 }}",
+    "its own refusal": "{{ raise_exception('no system\nmessages') }}",
+    "no template": "{% for %}",
+    "an unsafe attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path: Path = write_model(tmp_path_factory.mktemp("tiny"), tiny_config("llama"), marks=True)
+    return load(path)
+
+
+def rendered(template: str, tokenizer: Any, most: int = 10_000) -> str:
+    variables = variables_of(tokenizer)
+    return TEMPLATES.render(template, CHAT, variables, most, Cancellation())
+
+
+@pytest.mark.parametrize("template", SAME.values(), ids=SAME)
+def test_a_template_renders_as_in_transformers(template: str, tokenizer: Any) -> None:
+    theirs = tokenizer.apply_chat_template(
+        CHAT, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert rendered(template, tokenizer) == theirs
+
+
+def test_the_tokens_are_those_of_transformers(tokenizer: Any) -> None:
+    template = template_of(tokenizer)
+    assert template is not None
+    ours = tokenizer.encode(rendered(template, tokenizer), add_special_tokens=False)
+    assert ours == tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", ENDED.values(), ids=ENDED)
+def test_a_template_that_can_not_be_used_ends(template: str, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="the model's chat template refuses them: "):
+        rendered(template, tokenizer)
+    assert rendered("{{ messages[0].content }}", tokenizer) == "Be brief."
+
+
+def test_a_template_is_ended_when_nobody_waits_for_it(tokenizer: Any) -> None:
+    cancellation = Cancellation()
+    timer = threading.Timer(0.1, cancellation.cancel)
+    timer.start()
+    with pytest.raises(AbandonedError):
+        TEMPLATES.render(ENDED["a loop"], CHAT, {}, 1000, cancellation)
+    timer.join()
+
+
+def test_a_child_that_does_not_answer_is_ended_at_the_deadline() -> None:
+    with pytest.raises(InputError, match="takes too long"):
+        Templates().render(ENDED["a loop"], CHAT, {}, 1000, Cancellation(), deadline_s=0.05)
+
+
+def test_the_limits_are_those_that_the_page_names() -> None:
+    assert (render.CPU_SECONDS, render.MOST_MEMORY) == (3.0, 1 << 30)
