@@ -27,7 +27,7 @@ SECTIONS = {
             "coordinator.commands.drain",
             "before maintenance: have others take over its stages",
         ),
-        "doctor": ("node.doctor.command", "what usually goes wrong, and how to mend it"),
+        "doctor": ("node.doctor.command", "check for common problems, and how to fix them"),
     },
     "Models": {
         "plan": (
@@ -176,7 +176,7 @@ def _set_up(debug: bool) -> None:
         datefmt="%H:%M:%S",
     )
     if debug:
-        # Says who was refused at a port, and why: gRPC tells nobody else.
+        # Logs who was refused at a port, and why: only gRPC knows.
         os.environ.setdefault("GRPC_TRACE", "handshaker")
         os.environ.setdefault("GRPC_VERBOSITY", "info")
     else:

@@ -202,7 +202,7 @@ def in_list(complete: Completions) -> Completions:
 
 
 def beginning(names: Callable[[], Iterable[str]]) -> Completions:
-    """Those of the names that begin with the text, whatever its case."""
+    """Completions: the names that begin with the text, whatever its case."""
     return lambda text: [n for n in names() if n.lower().startswith(text.lower())]
 
 

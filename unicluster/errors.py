@@ -5,7 +5,7 @@ LONGEST_REASON = 300
 
 
 def in_one_line(error: Exception) -> str:
-    """What another library's error says, for the end of one of our messages."""
+    """Message of another library's error in one line, for the end of one of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 

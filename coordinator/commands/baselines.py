@@ -17,7 +17,7 @@ ONE = "mlx-lm in one process"
 
 
 class Baseline:
-    """Processes that compute together; the first one tells."""
+    """Processes of mlx-lm that compute together; the first one reports the tokens."""
 
     def __init__(self, ranks: list[asyncio.subprocess.Process]) -> None:
         self.refused = ""  # why there is nothing to compare with
@@ -51,7 +51,7 @@ class Baseline:
 
 @contextlib.asynccontextmanager
 async def baselines(model: str, stages: int) -> AsyncIterator[tuple[dict[str, Ask], list[str]]]:
-    """What to compare with, by name, while the block runs; and why some of it is not there."""
+    """Baselines by name while the block runs, and the reasons for those that are missing."""
     async with contextlib.AsyncExitStack() as stack:
         running = {ONE: await stack.enter_async_context(_running(model, 1))}
         if stages > 1:
@@ -90,7 +90,7 @@ async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
 
 
 def _ports(count: int) -> list[int]:
-    """Free ones."""
+    """Free TCP ports on loopback."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

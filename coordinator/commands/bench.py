@@ -33,7 +33,7 @@ from unicluster.v1.node_pb2 import StageSpec
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is measured, and what with."""
+    """The deployment that is measured, and the baselines beside it."""
 
     client: AsyncClient
     others: dict[str, Ask] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""`unicluster plan --compare`: what was predicted of the model that is served, and what it does."""
+"""`unicluster plan --compare`: predicted and measured times of the model that is served."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ TOKENS = 64
 
 
 def compare(peers: Sequence[str], console: Console) -> int:
-    """Times an answer of the model that is served, and keeps what it teaches.
+    """Times an answer of the model that is served, and stores the measurements.
 
     Raises UnavailableError when nothing is served, or its machines are not found.
     """

@@ -1,4 +1,4 @@
-"""`unicluster nodes`: what is out there."""
+"""`unicluster nodes`: the machines of the cluster."""
 
 import asyncio
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned, over what."""
+    """A requested model, its sizes, and the machines to plan it for."""
 
     asked: RequestedModel
     variants: ModelVariants
@@ -141,7 +141,7 @@ def planned(question: Question, best: Plan) -> dict[str, Any]:
 
 
 def refused(question: Question, objective: Objective, error: NoPlanError) -> dict[str, Any]:
-    """The same of a model that does not fit."""
+    """The facts of a model that does not fit, in the shape of `planned`."""
     speeds = ("tokens_per_s_single", "tokens_per_s_throughput", "prefill_tokens_per_s")
     nothing = dict.fromkeys(speeds)
     return _facts(question, objective, [], nothing, error.missing, error.suggestions)
@@ -247,7 +247,7 @@ command = Command(
         "Machines": [
             Option(
                 "--fleet",
-                "machines one thinks of, such as '2x mac-studio-m3-ultra-512, dgx-spark-128', or "
+                "hypothetical machines, such as '2x mac-studio-m3-ultra-512, dgx-spark-128', or "
                 "a YAML file (default: the machines of the cluster)",
                 metavar="LIST|FILE",
                 complete=fleet.fleet_names,

@@ -58,7 +58,7 @@ async def _status(server: str, watch: bool, as_json: bool) -> int:
 async def _search(
     access: ClientAccess, server: str, stack: contextlib.AsyncExitStack
 ) -> Callable[[], Sequence[str]]:
-    """What tells who serves at any time, until the stack is closed."""
+    """Returns a function for the addresses of all servers, valid until the stack is closed."""
     if server:
         return lambda: [server]
     browser = await stack.enter_async_context(Browser(Kind.CHAT, access.fingerprint))
@@ -68,7 +68,7 @@ async def _search(
 
 
 class _Servers:
-    """All that serve, and what each said last."""
+    """Clients of all servers, with the last reading of each."""
 
     def __init__(self, access: ClientAccess, addresses: Callable[[], Sequence[str]]) -> None:
         self._access = access

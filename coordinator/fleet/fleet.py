@@ -1,4 +1,4 @@
-"""Fleets that one thinks of: from `--fleet`, a YAML file, `--link` and `--memory`."""
+"""Hypothetical fleets: from `--fleet`, a YAML file, `--link` and `--memory`."""
 
 import re
 from collections import Counter
@@ -53,7 +53,7 @@ def parse(text: str) -> Fleet:
 
 
 def fleet_names(text: str) -> Iterable[str]:
-    """What `--fleet` may go on with, for a shell: `2x mac` becomes `2x mac-studio-m3-ultra-512`."""
+    """Completions of `--fleet` for a shell: `2x mac` becomes `2x mac-studio-m3-ultra-512`."""
 
     def last(part: str) -> Iterable[str]:
         count = _COUNT.match(part)
@@ -65,7 +65,7 @@ def fleet_names(text: str) -> Iterable[str]:
 
 
 def link_names(text: str) -> Iterable[str]:
-    """What `--link` may go on with: the kinds of links, also after `A:B=`."""
+    """Completions of `--link`: the kinds of links, also after `A:B=`."""
     pair, equals, kind = text.rpartition("=")
     return [f"{pair}{equals}{name}" for name in beginning(lambda: links.LINKS)(kind)]
 

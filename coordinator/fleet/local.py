@@ -1,4 +1,4 @@
-"""A cluster on this machine alone: a model looked into, and agents, as children of this process."""
+"""A cluster on this machine alone: model inspection and agents as children of this process."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What was measured on this cluster, and what plans make of it.
+"""Measurements on this cluster, and the calibrated machines and links that plans use.
 
 One JSON file in unicluster's folder: for each machine and model the seconds its stage took for a
 token, and for each pair of machines the seconds of a hop. `serve` writes it, `plan` reads it.
@@ -61,10 +61,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """What a token of one user took, in seconds: on each stage of a ring, and on each hop.
+    """Seconds that a token of one user took on each stage of a ring, and on each hop.
 
     hops[i] leads from stage i to the next, or from the last back to the head; None where hops
-    were not timed, so that they stay as they were known.
+    were not timed, so that earlier measurements of them stay.
     """
 
     stages: tuple[float, ...]
@@ -74,10 +74,10 @@ class TokenTimes:
 def token_times(
     predicted: Sequence[Stage], stages: Sequence[float], hops: Sequence[float], seconds: float
 ) -> TokenTimes:
-    """What a token of so many seconds took by stage and hop, from what they report themselves.
+    """Splits the seconds of a token by stage and hop, by their own reports.
 
-    Numbers are in the order of the ring; 0 is not known. Unless all are known the time is shared
-    out as was predicted.
+    Numbers are in the order of the ring; 0 is unknown. Unless all are known the time is split
+    in the predicted proportions.
     """
     if len(predicted) == 1:
         return TokenTimes((seconds,))
@@ -86,10 +86,10 @@ def token_times(
 
 
 def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) -> TokenTimes:
-    """Made to add up to the whole token.
+    """Scales times of stages and hops to add up to the whole token.
 
-    What nobody tells of is the head's: sampling, text, and what lies between steps. Where they
-    say more than the whole took, several tokens went round at once, and shared it.
+    Time that nobody reports is the head's: sampling, text, and the gaps between steps. Where
+    reports exceed the whole, several tokens were in flight at once, and shared it.
     """
     rest = seconds - sum(stages) - sum(hops)
     if rest >= 0:
@@ -99,9 +99,9 @@ def _added_up(stages: Sequence[float], hops: Sequence[float], seconds: float) ->
 
 
 def shared_out(predicted: Sequence[Stage], seconds: float) -> TokenTimes:
-    """What each stage took if only the whole token was timed: a share as was predicted.
+    """Splits the seconds of a token over stages in the predicted proportions.
 
-    Hops are taken as they were known, but for no more than half of the time.
+    For where only the whole token was timed. Hops keep their known times, up to half of the whole.
     """
     hops = [stage.hop_s for stage in predicted]
     known = min(sum(hops), seconds / 2)
@@ -122,7 +122,7 @@ class Measurements:
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Measurements":
-        """What is stored; nothing if the file is not there or damaged, which is logged."""
+        """Stored measurements; none if the file is missing, or damaged, which is logged."""
         path = (folder or default_folder()) / FILE
         stored = cls(path)
         try:
@@ -143,9 +143,9 @@ class Measurements:
     def record(
         cls, model: str, stages: Sequence[Stage], times: TokenTimes, folder: Path | None = None
     ) -> "Measurements":
-        """Stores what `stages` of a model took, in place of what was known of them.
+        """Stores the times of `stages` of a model, in place of earlier ones.
 
-        Returns all that is known then. Raises OSError when it can't be written.
+        Returns all measurements. Raises OSError when it can't be written.
         """
         path = (folder or default_folder()) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ class Measurements:
         return list(machines)
 
     def links(self, machines: Sequence[Machine]) -> dict[frozenset[str], Link]:
-        """What was measured between these machines."""
+        """Measured links between these machines, by pairs of names."""
         names = [m.name for m in machines]
         return {
             frozenset((one, other)): Link("measured", seconds, float("inf"), measured=True)
@@ -207,7 +207,7 @@ class Measurements:
         }
 
     def _slowdown(self, machine: Machine, model: str, layout: Layout) -> float | None:
-        """Measured seconds over assumed ones, for the layers that were measured."""
+        """Slowdown of a machine: measured over predicted seconds, for the measured layers."""
         measured = self.stages.get(machine.name, {}).get(_key(model, layout.engine))
         if measured is None or not machine.can(layout.engine):
             return None
@@ -217,8 +217,8 @@ class Measurements:
         read = sum(variant.read_bytes[measured.first : measured.end])
         read += layout.head_read_bytes if measured.first == 0 else 0
         nominal = _calibrated(machine, layout.engine, 1.0, measured=False)
-        assumed = decode_seconds(layout, nominal, read, measured.end - measured.first)
-        return measured.seconds_per_token / assumed
+        predicted = decode_seconds(layout, nominal, read, measured.end - measured.first)
+        return measured.seconds_per_token / predicted
 
     def _save(self) -> None:
         content: dict[str, Any] = {
@@ -236,7 +236,7 @@ class Measurements:
 
 
 def _with_compute(machine: Machine) -> Machine:
-    """With what is known of the chip's GPU, for the engines that compute on it."""
+    """The machine with its GPU's compute from the catalogue, for engines that run on the GPU."""
     known = known_compute(machine.chip)
     return machine.with_speeds(
         {
@@ -256,7 +256,7 @@ def _calibrated(machine: Machine, engine: str, slowdown: float, measured: bool) 
 
 
 def _key(model: str, engine: str) -> str:
-    """Under which a measurement is kept."""
+    """Key of a model's measurement by one engine."""
     return model if engine == DEFAULT else f"{model} ({engine})"
 
 

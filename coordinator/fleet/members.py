@@ -25,7 +25,7 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
-# Machines also tell of each other, so the first to be heard is nearly enough.
+# Machines also name each other, so the first one found is nearly enough.
 QUIET_SECONDS = 1.0
 SEARCH_SECONDS = 6.0
 NOBODY = (
@@ -66,7 +66,7 @@ class Members:
 
     @property
     def names(self) -> set[str]:
-        """Of the machines that multicast tells of."""
+        """Names of the machines that were found by multicast."""
         return set(self._browser.found)
 
     async def search(self, names: Sequence[str] | None = None) -> None:
@@ -97,7 +97,7 @@ class Members:
             await self._grew()
 
     async def nodes(self) -> list[tuple[NodeInfo, str]]:
-        """What each machine says of itself, with its address; silent ones are left out.
+        """Descriptions of all machines that answer, with their addresses.
 
         Machines that only other machines know of are asked too.
         """
@@ -121,7 +121,7 @@ class Members:
         return list(answered.values())
 
     async def machines(self) -> list[Machine]:
-        """The same for the planner. Raises UnavailableError when there is none."""
+        """All machines that answer, for the planner. Raises UnavailableError when there is none."""
         nodes = await self.nodes()
         if not nodes:
             raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))

@@ -49,14 +49,14 @@ class Entry:
 
     @property
     def quants(self) -> tuple[str, ...]:
-        """What can be asked for: weights that are quantized already stay so."""
+        """Quantizations that can be requested: weights that are quantized already stay so."""
         stored = "quantization_config" in self.config
         return (*self.recipes, "none") if stored else QUANTS
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a node loads: `model` and `quant` as in StageSpec; `display` is for people.
+    """A model to load: `model` and `quant` as in StageSpec; `display` is for people.
 
     `model` is "demo", an absolute directory or a hub repository, `owner/name:q4_k_m` of one of
     GGUFs. `quant` is what is still to be applied on load: empty when the weights are taken as
@@ -141,7 +141,7 @@ def checked_engine(source: Source, engine: str) -> Source:
 
 
 def _of_ggufs(name: str, quant: str | None) -> Source | None:
-    """A repository of GGUFs, if one is meant: it is its quantization that tells."""
+    """A repository of GGUFs; None if the quantization does not name one."""
     repo, tag = split_id(name)
     wanted = tag.lower() or quant or ""
     if not _REPO.fullmatch(repo) or _is_local(name) or not (tag or is_quant(wanted)):

@@ -20,10 +20,11 @@ Inspect = Callable[[Sequence[InspectRequest]], Sequence[ModelLayout]]
 
 @dataclass(frozen=True)
 class RequestedModel:
-    """A model, and the request that tells its layout. `quants`: others that could be asked for.
+    """A model by name, with the request for its layout. `quants`: all that could be requested.
 
-    gguf: the request for the same model as a GGUF. assume: one of about the same size, if none
-    is given. engine: mlx, ggml, or auto for whichever is faster.
+    gguf: the request for the same model as a GGUF. assume: plan with a hypothetical one
+    of about the same size, if there is no request for it. engine: mlx, ggml, or auto (the
+    faster one).
     """
 
     display: str
@@ -71,7 +72,7 @@ def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0
 
 
 def with_gguf(asked: RequestedModel, name: str) -> RequestedModel:
-    """The same with a GGUF of the model beside it. Raises what `catalog.resolve` does."""
+    """A requested model with a GGUF of it besides. Raises what `catalog.resolve` does."""
     source = catalog.resolve(name)
     gguf = _changed(asked.request, model=source.model, quant="", config_json="")
     return replace(asked, gguf=gguf, gguf_display=source.display)

@@ -24,7 +24,7 @@ def stored() -> dict[str, Any]:
 
 
 def computed(models: Sequence[Entry]) -> dict[str, Any]:
-    """The same, from the configurations of these models. Takes a second for each."""
+    """Parameters and bytes by model, from its configuration. Takes a second for each."""
     asked = [(e, q, ask(e.id, q, 0, 1).request) for e in models for q in QUANTS if q in e.quants]
     sizes: dict[str, Any] = {e.id: {"parameters": 0, "bytes": {}} for e in models}
     for (entry, quant, _), answer in zip(asked, layouts([r for _, _, r in asked]), strict=True):

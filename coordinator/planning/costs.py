@@ -25,7 +25,7 @@ class Row:
 
 
 class Costs:
-    """Of each range the usable bytes it needs, and the bytes it reads for a token.
+    """Usable bytes that each range of layers needs, and bytes it reads for a token.
 
     inf for those that are empty or begin or end at a forbidden cut.
     """
@@ -38,7 +38,7 @@ class Costs:
         self._layers = self._row([1] * layout.layers, 0)
 
     def fits(self, machine: Machine) -> tuple[Bools, Bools]:
-        """What the machine can hold, as a head and later."""
+        """Whether each range fits on the machine: [0, k) as head, and [j, k) as a later stage."""
         usable = machine.usable if machine.can(self.layout.engine) else -1
         return self.needed.head <= usable, self.needed.rest <= usable
 
@@ -57,7 +57,7 @@ class Costs:
         return read / reads(self.layout, machine) + LAYER_S * layers * slowdown
 
     def _with_reserve(self, resident: Matrix) -> Matrix:
-        """As Layout.needed."""
+        """Bytes including the reserve, as Layout.needed computes them."""
         return resident + np.minimum(self.layout.full_reserve, np.floor(resident / RESERVE_SHARE))
 
     def _row(self, values: Sequence[float], head: float) -> Row:

@@ -30,7 +30,7 @@ def range_sums(edges: Matrix) -> Matrix:
 
 
 def without(first: Matrix, step: Matrix, forbidden: Sequence[int]) -> tuple[Matrix, Matrix]:
-    """The same costs, with inf for what begins or ends at a forbidden cut."""
+    """Costs of ranges, with inf for those that begin or end at a forbidden cut."""
     cut = np.isin(np.arange(len(first)), forbidden)
     return np.where(cut, np.inf, first), np.where(cut[:, None] | cut, np.inf, step)
 

@@ -1,4 +1,4 @@
-"""Facts about the engines that compute stages: the one place that tells them apart."""
+"""Facts about the engines that compute stages: the one place where they differ."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

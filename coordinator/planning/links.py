@@ -1,4 +1,4 @@
-"""What lies between machines, and how long a hop over it takes."""
+"""Links between machines, and how long a hop over one takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ GBIT = 1e9 / 8
 
 @dataclass(frozen=True)
 class Link:
-    """One way between two machines: seconds before the first byte, and bytes per second."""
+    """A link between two machines: seconds before the first byte, and bytes per second."""
 
     name: str
     latency_s: float
@@ -35,7 +35,7 @@ LINKS = {
         Link("tb5", TCP_S, 40 * GBIT),
     )
 }
-# What nobody has said anything about.
+# Between machines whose ports are unknown.
 LAN = Link("LAN", TCP_S, 10 * GBIT)
 
 

@@ -1,4 +1,4 @@
-"""What is placed and where: a model's layout, machines, stages, and the plan made of them.
+"""Layouts of models, stages, and plans, with the predicted speeds of each.
 
 A stage's seconds a token, until they are measured: the bytes it reads for one token (active
 weights, and one user's KV cache at the full context) at BANDWIDTH_SHARE of its machine's memory
@@ -41,7 +41,7 @@ RESERVE_SHARE = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model weighs, in bytes; per layer where a tuple. KV is for all users together.
+    """Sizes of a model in bytes; per layer where a tuple. KV is for all users together.
 
     head_bytes: all outside the layers. Of them embed_bytes are embeddings, and
     head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
@@ -49,8 +49,8 @@ class Layout:
     forbidden_counts: no stage may have so many layers, unless it has all.
     draft_bytes: the part of head_bytes that is a draft model with its KV caches.
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
-    lm_head_bytes: the part of the last layer's bytes that makes logits.
-    added_lm_head_bytes: what a last stage without that part would need to make them; 0: it can't.
+    lm_head_bytes: norm and lm_head, where the last layer's bytes include them; else 0.
+    added_lm_head_bytes: what the last stage needs besides to compute logits; 0: it can't.
     vocabulary: logits of a token; 0: not known.
     """
 
@@ -113,11 +113,11 @@ class Layout:
         )
 
     def without_lm_head(self) -> Layout:
-        """The same where the head makes the logits: without the tail of the last layer."""
+        """Layout for rings whose head computes the logits: the last layer has no lm_head."""
         return self if not self.lm_head_bytes else self._with_lm_head_bytes(0, self.lm_head_bytes)
 
     def with_lm_head(self) -> Layout:
-        """The same where the last stage makes the logits."""
+        """Layout for rings whose last stage computes the logits."""
         return self if self.lm_head_bytes else self._with_lm_head_bytes(self.added_lm_head_bytes, 0)
 
     def _with_lm_head_bytes(self, size: int, added: int) -> Layout:
@@ -132,7 +132,7 @@ class Layout:
         )
 
     def with_draft(self, draft_bytes: int) -> Layout:
-        """The same with a draft model where the head is: what it reads is not counted."""
+        """Layout with a draft model on the head, whose reads are not counted."""
         return replace(
             self,
             head_bytes=self.head_bytes + draft_bytes,
@@ -182,7 +182,7 @@ class Layout:
 
     @property
     def head_read_bytes(self) -> int:
-        """What is read of the head's bytes for one token."""
+        """Bytes outside the layers that are read for one token."""
         return self.head_bytes if self.head_active_bytes is None else self.head_active_bytes
 
     @property
@@ -207,7 +207,7 @@ class Layout:
 
     @property
     def full_reserve(self) -> int:
-        """The most that is kept back, however much is resident."""
+        """The largest reserve in bytes, however much is resident."""
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 
@@ -220,7 +220,7 @@ def reads(layout: Layout, machine: Machine) -> float:
 
 
 def decode_seconds(layout: Layout, machine: Machine, read_bytes: float, layers: int) -> float:
-    """To decode one token through so many layers, of which so many bytes are read."""
+    """Seconds to decode one token through `layers` layers that read `read_bytes`."""
     overhead = machine.engines[layout.engine].slowdown * LAYER_S * layers
     return read_bytes / reads(layout, machine) + overhead
 
@@ -228,7 +228,7 @@ def decode_seconds(layout: Layout, machine: Machine, read_bytes: float, layers: 
 def prefill_seconds(
     layout: Layout, machine: Machine, first: int, end: int, tokens: int
 ) -> float | None:
-    """To compute a chunk of so many tokens through layers [first, end); None if not known.
+    """Seconds to prefill a chunk of `tokens` through layers [first, end); None if unknown.
 
     The operations take their time, or reading the weights once does, if that is longer.
     """
@@ -297,7 +297,7 @@ class Plan:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """Those that compute it, the head's first."""
+        """Engines of the stages, the head's first."""
         return tuple(dict.fromkeys(stage.engine for stage in self.stages))
 
     @property
@@ -307,7 +307,7 @@ class Plan:
 
     @property
     def seconds_per_token(self) -> float:
-        """Of one user alone."""
+        """Seconds a token takes for a single user."""
         return sum(s.seconds_per_token for s in self.stages) + self.hops_s
 
     @property
@@ -316,7 +316,7 @@ class Plan:
 
     @property
     def tokens_per_s_aggregate(self) -> float:
-        """All users together, in as many lanes as there are stages (or users, if fewer)."""
+        """Tokens a second of all users, in a lane for each stage (or user, if fewer)."""
         lanes = min(self.users, len(self.stages))
         batch = self.users / lanes
         steps = [s.seconds_per_token + (batch - 1) * s.batch_seconds for s in self.stages]
@@ -324,7 +324,7 @@ class Plan:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Of a prompt of many chunks, which follow one another; None if it can't be told."""
+        """Prefill speed of a prompt of many chunks, pipelined; None if a compute is unknown."""
         seconds = [s.chunk_seconds for s in self.stages if s.chunk_seconds is not None]
         return self.chunk_tokens / max(seconds) if len(seconds) == len(self.stages) else None
 

@@ -97,7 +97,7 @@ def _without_odd_counts(
     Not always the best of them; the gap is to what the best is without that rule.
     Raises InputError when it comes to none.
     """
-    least = _taken(stages, objective) * (1 - gap)
+    least = _objective_seconds(stages, objective) * (1 - gap)
     while (cut := _odd_cut(stages, variants)) is not None:
         variants = variants.map(partial(_without_cut, cut=cut))
         pools = [Pool(ring, machines, network) for ring in variants.rings()]
@@ -108,7 +108,7 @@ def _without_odd_counts(
                 "that llama.cpp takes for another model: use more machines, or others"
             )
         stages, _ = _best(fitting, objective)
-    return stages, max(0.0, 1 - least / _taken(stages, objective))
+    return stages, max(0.0, 1 - least / _objective_seconds(stages, objective))
 
 
 def _without_cut(variant: Layout, cut: int) -> Layout:
@@ -125,8 +125,8 @@ def _odd_cut(stages: Sequence[Stage], variants: ModelVariants) -> int | None:
     return None
 
 
-def _taken(stages: Sequence[Stage], objective: Objective) -> float:
-    """What an objective makes small, in seconds."""
+def _objective_seconds(stages: Sequence[Stage], objective: Objective) -> float:
+    """Seconds that an objective minimizes."""
     if objective == "throughput":
         return max(stage.seconds_per_token for stage in stages)
     return sum(stage.seconds_per_token + stage.hop_s for stage in stages)

@@ -19,7 +19,7 @@ from coordinator.planning.variants import RingVariants
 
 
 class Pool:
-    """Machines grouped into kinds: those that nothing in the search could tell apart."""
+    """Machines grouped into kinds: those that are equal to the search."""
 
     def __init__(self, ring: RingVariants, machines: Sequence[Machine], network: Network) -> None:
         self.ring = ring
@@ -116,7 +116,7 @@ class Pool:
         return best
 
     def stages(self, pieces: Sequence[Piece]) -> tuple[Stage, ...]:
-        """A placement by kinds, given to machines of these kinds."""
+        """Stages of a placement by kinds, assigned to machines of these kinds."""
         waiting = [iter(group) for group in self.groups]
         return stages(self.network, [self._span(next(waiting[p.kind]), p) for p in pieces])
 
@@ -161,7 +161,7 @@ class Pool:
         )
 
     def _key(self, machine: Machine) -> tuple[float, ...]:
-        """What a machine is to the search, but for its links."""
+        """All that the search sees of a machine, except its links."""
         key: list[float] = [machine.usable]
         for variant in self.ring.variants:
             if machine.can(variant.engine):

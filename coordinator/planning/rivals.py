@@ -71,7 +71,7 @@ def _kind(machine: Machine) -> tuple[object, ...]:
 
 
 def _shape(candidate: Plan) -> tuple[object, ...]:
-    """What tells plans apart: alike machines don't."""
+    """Key by which plans differ: alike machines make no difference."""
     return tuple((_kind(stage.machine), stage.engine, stage.first) for stage in candidate.stages)
 
 
@@ -88,7 +88,7 @@ def _score(candidate: Plan, objective: Objective) -> float:
 
 
 def _reason(other: Plan, best: Plan) -> str:
-    """What it loses, and by what."""
+    """Reason why a plan loses against the best, with milliseconds."""
     more = _score(other, best.objective) - _score(best, best.objective)
     if best.objective == "throughput":
         slowest = other.slowest

@@ -114,7 +114,7 @@ def _cheapest(pool: Pool) -> str:
 
 
 def scaled(*, quants: bool) -> Alternatives:
-    """What is known without looking at the model again: sizes in proportion.
+    """Alternatives computed without inspecting the model again: sizes in proportion.
 
     `quants`: whether the weights could be quantized further.
     """
@@ -165,7 +165,7 @@ def _fewer_users(variants: ModelVariants) -> list[Alternative]:
 
 
 def for_users(layout: Layout, users: int) -> Layout:
-    """The same model for another number of users: each has a KV cache of the same size."""
+    """Layout for another number of users: each has a KV cache of the same size."""
     kv = tuple(b // layout.users * users for b in layout.kv_bytes_per_layer)
     return replace(layout, users=users, kv_bytes_per_layer=kv)
 

@@ -1,4 +1,4 @@
-"""What stages on given machines hold, and how long they should take."""
+"""Stages of a ring: bytes on each machine, and predicted seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -133,7 +133,7 @@ class _Lease:
 
 
 def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> list[StageSpec]:
-    """The spec of each stage: the template, and what is of this stage."""
+    """The spec of each stage: the template with the fields of that stage."""
     deployment = secrets.token_hex(8)
     specs = []
     for stage, hub_files in zip(plan.stages, files.from_hub, strict=True):
@@ -203,7 +203,7 @@ class Deployment:
 
     @property
     def ending(self) -> str:
-        """What an answer is told that ends because the deployment does."""
+        """Reason for clients whose answers end because the deployment does."""
         return self.detail or "the model is being unloaded"
 
     @property

@@ -1,4 +1,4 @@
-"""The front door: passes a client's request to the head, and its answer back."""
+"""The gateway: passes a client's request to the head, and its answer back."""
 
 import asyncio
 import logging
@@ -103,7 +103,7 @@ class Gateway(ChatServicer):
         return await self.measure()
 
     async def measure(self) -> Measured:
-        """What was counted and measured; the state alone while there is nothing else."""
+        """Metrics of the deployment; its state alone while there is no service."""
         if self.service is None:
             return Measured(info=ChatInfo(model=self._display, state="loading"))
         return await self.service.measure()

@@ -15,7 +15,7 @@ MOST_DRAFTED = 15
 
 
 def generation_options() -> list[Option]:
-    """What `serve`, `bench --local` and `demo` take. `take_generation` makes a StageSpec of it."""
+    """Options of `serve`, `bench --local` and `demo`; `take_generation` reads them."""
     return [
         Option(
             "--lanes",
@@ -26,14 +26,14 @@ def generation_options() -> list[Option]:
         kv_bits_option(),
         Option(
             "--draft",
-            "a smaller model with the same tokens, loaded beside the first layers, guesses ahead",
+            "speculative decoding: a smaller model with the same tokens, on the head",
             metavar="MODEL",
             complete=model_names,
         ),
-        Option("--lookup", "guess ahead from what the text has said before", is_flag=True),
+        Option("--lookup", "speculative decoding from what the text has said before", is_flag=True),
         Option(
             "--draft-tokens",
-            "guess at most so many tokens ahead; how many, follows what was right (default: 8)",
+            "draft at most so many tokens; fewer when few are accepted (default: 8)",
             type=int,
             metavar="N",
         ),
@@ -74,14 +74,14 @@ def _check(
     """Raises InputError for what contradicts itself."""
     if lanes is not None and lanes < 0:
         raise InputError(f"--lanes {lanes}: at least 1, or 0 for one a machine")
-    guesses = lookup or draft is not None
+    drafts = lookup or draft is not None
     if lookup and draft is not None:
         raise InputError("--draft and --lookup: give one of them")
-    if draft_tokens and not guesses:
+    if draft_tokens and not drafts:
         raise InputError("--draft-tokens: only with --draft or --lookup")
     if not 0 <= (draft_tokens or 0) <= MOST_DRAFTED:
         raise InputError(f"--draft-tokens {draft_tokens}: between 1 and {MOST_DRAFTED}")
-    if lanes and (guesses or kv_bits):
+    if lanes and (drafts or kv_bits):
         raise InputError(
             "--lanes: with --draft, --lookup or --kv-bits each answer has a lane of its own"
         )

@@ -16,10 +16,7 @@ from unicluster.v1.node_pb2 import Draft, InspectRequest, ModelLayout, StageSpec
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a model weighs, the same as a GGUF, and the draft model that guesses ahead for it.
-
-    The last two if there are any.
-    """
+    """Layouts of a model, of its GGUF, and of its draft model; None where there is none."""
 
     model: ModelLayout
     gguf: ModelLayout | None = None

@@ -1,4 +1,4 @@
-"""What `serve` was asked for."""
+"""Options of `serve`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ DEFAULT_PORT = 47700
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What is to be served, where and how."""
+    """The model to serve, where and how."""
 
     source: Source
     gguf: Source | None = None  # the same model, for the other engine

@@ -91,7 +91,7 @@ class Service:
 
     @property
     def names(self) -> set[str]:
-        """What clients may call the model."""
+        """Names by which clients may request the model."""
         return {self.source.display, self.source.model, self.source.display.split(" ")[0]}
 
     @property
@@ -112,7 +112,7 @@ class Service:
 
     @property
     def why_not(self) -> str:
-        """What a client is told while there are no answers."""
+        """Reason for clients while the model can't answer."""
         what = "can't be served" if self._stuck else f"is {self.state}"
         return f"{self.display} {what}: {self.detail}"
 
@@ -138,18 +138,18 @@ class Service:
         info = self._info()
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
-            head = await _told_by_head(asked) or ChatInfo()
+            head = await _answer_of_head(asked) or ChatInfo()
             info.live_caches = head.live_caches
             info.ring_s = head.ring_s
             _copy_counts(head, info)
         return info
 
     async def measure(self) -> Measured:
-        """What the head has counted and measured; without meters when there is no head."""
+        """Metrics of the head; without meters when there is no head."""
         measured = Measured(info=self._info())
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
-            if (head := await _told_by_head(asked)) is not None:
+            if (head := await _answer_of_head(asked)) is not None:
                 _copy_counts(head.info, measured.info)
                 measured.meters.CopyFrom(head.meters)
         return measured
@@ -292,7 +292,7 @@ def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:
     info.kept_bytes = head.kept_bytes
 
 
-async def _told_by_head(call: Awaitable[T]) -> T | None:
+async def _answer_of_head(call: Awaitable[T]) -> T | None:
     """The head's answer; None when it is gone: the state says so then."""
     try:
         return await call

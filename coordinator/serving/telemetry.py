@@ -1,4 +1,4 @@
-"""What a coordinator tells an MQTT broker: how its model is, and what happens to the cluster."""
+"""Telemetry of a coordinator for an MQTT broker: state of the model, events of the cluster."""
 
 import asyncio
 import re
@@ -73,14 +73,14 @@ def readings_of(tokens_per_s: float, running: int) -> dict[str, Any]:
 
 @dataclass
 class Published:
-    """What was told last."""
+    """The state that was published last."""
 
     machines: frozenset[str]
     state: str = ""
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def news(self, state: dict[str, Any], machines: frozenset[str]) -> list[dict[str, Any]]:
-        """The events that lead from what was told to what is now."""
+        """Events that lead from the published state to the current one, which it becomes."""
         events: list[dict[str, Any]] = []
         events += [{"event": "node_joined", "node": n} for n in sorted(machines - self.machines)]
         events += [{"event": "node_left", "node": n} for n in sorted(self.machines - machines)]

@@ -1,4 +1,4 @@
-"""What a served model takes for a token: the answers that go by are timed, and kept for plans."""
+"""Times of a served model's tokens: answers are timed, and the times stored for plans."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from coordinator.planning.placement import Stage
 from unicluster.cluster.background import going_on
 from unicluster.v1.chat_pb2 import Finish, Measured
 
-# Of shorter answers the time a token takes is told too roughly.
+# Shorter answers measure the time of a token too roughly.
 TOKENS = 16
 # Answers of which the median counts.
 RECENT = 9
@@ -29,7 +29,7 @@ class Timing:
 
     @contextlib.contextmanager
     def answer(self) -> Iterator[Callable[[Finish], None]]:
-        """A block for as long as an answer runs; what it gives is to be told of the end."""
+        """Times an answer while the block runs; the yielded function takes its Finish."""
         self._begun += 1
         number, alone = self._begun, not self._running
 
@@ -47,14 +47,14 @@ class Timing:
             self._running -= 1
 
     async def keep(self, measure: Callable[[], Awaitable[Measured]]) -> None:
-        """Stores what was learnt whenever there is news, until cancelled.
+        """Stores new measurements as they come, until cancelled.
 
-        `measure` asks the head what its stages and hops took.
+        `measure` asks the head for the times of its stages and hops.
         """
         while True:
             await self._news.wait()
             self._news.clear()
-            with going_on("keeping what was measured"):
+            with going_on("storing measurements"):
                 meters = (await measure()).meters
                 known = token_times(
                     self._stages,

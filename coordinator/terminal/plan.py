@@ -36,7 +36,7 @@ from unicluster.v1 import node_pb2
 
 
 class _Legend:
-    """What the glyphs of the bars mean."""
+    """Legend of the bars' glyphs."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = Text(no_wrap=True)
@@ -52,7 +52,7 @@ def fleet_table(machines: Sequence[Machine], title: str = "Machines") -> Rendera
 
 
 def nodes_table(nodes: Iterable[tuple[node_pb2.NodeInfo, str]]) -> RenderableType:
-    """What is out there: each machine's own description, and its address."""
+    """The machines of the cluster: descriptions and addresses."""
     return _Nodes(tuple(nodes))
 
 
@@ -78,7 +78,7 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
 
 
 def comparison_table(model: str, stages: Sequence[Stage], measured: TokenTimes) -> RenderableType:
-    """What was predicted for each stage and hop of a token, and what they took."""
+    """Predicted and measured times of a token, by stage and hop."""
     table = new_table(f"{model}: predicted and measured, ms per token")
     add_names(table, "")
     add_numbers(table, "layers", "predicted", "measured", "error")

@@ -1,4 +1,4 @@
-"""What people see of a model that is being served: one printer for `serve`, `demo` and `bench`."""
+"""Prints the events of a model that is being served, for `serve`, `demo` and `bench`."""
 
 import contextlib
 import sys
@@ -54,7 +54,7 @@ class Printer:
         self._loading: set[str] = set()
 
     def handle(self, event: Event) -> None:
-        """Prints what there is to see of an event; nothing of some."""
+        """Prints an event; some print nothing."""
         match event:
             case Searching():
                 self._spin("Looking for machines")

@@ -1,4 +1,4 @@
-"""What all tables here are made of: columns, bars, and figures as people read them."""
+"""Parts of all tables here: columns, bars, and figures as people read them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ WIDE = 100
 
 @dataclass(frozen=True)
 class Ink:
-    """One part of a bar: told apart by colour, and without colours by its glyph."""
+    """One part of a bar: distinguished by colour, and without colours by its glyph."""
 
     name: str
     glyph: str

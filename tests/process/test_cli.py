@@ -108,7 +108,7 @@ def test_help_has_sections(run: Run) -> None:
         *("Telemetry:", "Other options:"),
         *("Environment, for services; the command line wins:", "Examples:"),
     ]
-    assert "  --lookup          guess ahead from what the text has said before" in lines
+    assert "  --lookup          speculative decoding from what the text has said before" in lines
 
 
 @pytest.mark.parametrize("command", ["serve", "bench", "demo"])

@@ -1,4 +1,4 @@
-"""What a deployment gives, measured from outside: a round of measures, and their table.
+"""Speed of a deployment, measured from outside: rounds of measures, and their table.
 
 Prompts have exact lengths, no end token ends an answer, and nothing computed before is used but
 where that is measured. Subjects to compare with, each an `Ask`, take turns within each round.
@@ -32,7 +32,7 @@ class Sizes:
     users: tuple[int, ...] = (2, 4)
 
     def fitted(self, context: int, users: int) -> "Sizes":
-        """What a deployment allows. Raises InputError if that is too little to measure."""
+        """The sizes a deployment allows. Raises InputError if they are too small to measure."""
         room = context - measure.SHORT - self.decode
         if room < measure.SHORT:
             raise InputError(

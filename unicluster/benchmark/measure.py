@@ -13,9 +13,9 @@ from itertools import pairwise
 from statistics import median
 from typing import Protocol
 
-# What little of a prompt a measure needs that is not about prompts.
+# Tokens of a prompt, for measures that are not about prompts.
 SHORT = 32
-# Of an answer that is to run while something else is measured, before that begins.
+# Tokens that an answer gets before the measure that it runs beside begins.
 UNDER_WAY = 16
 
 
@@ -57,7 +57,7 @@ def new_prompt(tokens: int) -> list[int]:
 async def timed(
     ask: Ask, prompt: Sequence[int], tokens: int, *, reuse: bool = False
 ) -> TimedAnswer:
-    """Hears an answer out."""
+    """Times an answer to its end."""
     answer = TimedAnswer(time.perf_counter(), [], [])
     async for ids in ask(prompt, tokens, reuse=reuse):
         answer.at.extend([time.perf_counter()] * len(ids))
@@ -79,12 +79,12 @@ async def speed(ask: Ask, users: int, tokens: int, prompt: int = SHORT) -> float
 
 
 async def first_token(ask: Ask, prompt: int) -> float:
-    """Seconds to the first token after a prompt of so many."""
+    """TTFT in seconds, of a prompt of so many tokens."""
     return (await timed(ask, new_prompt(prompt), 1)).first_s
 
 
 async def turns(ask: Ask, history: int, said: int = 16, new: int = 16) -> tuple[float, float]:
-    """Seconds to the first token of a chat's first turn, `history` long, and of its second."""
+    """TTFT in seconds of a chat's first turn, `history` tokens long, and of its second."""
     prompt = new_prompt(history)
     first = await timed(ask, prompt, said, reuse=True)
     second = await timed(ask, [*prompt, *first.tokens, *new_prompt(new)], 1, reuse=True)
@@ -103,7 +103,7 @@ class Gap:
 
 
 async def gap(ask: Ask, prompt: int, longest: int) -> Gap:
-    """What one prompt does to an answer that is under way and may have `longest` tokens."""
+    """Effect of another's prompt on an answer in progress that may have `longest` tokens."""
     running = ask(new_prompt(SHORT), longest)
     times = []
     for _ in range(UNDER_WAY):

@@ -76,7 +76,7 @@ async def chat(
     options: Options | None = None,
     trace: str | None = None,
 ) -> None:
-    """The same within a running event loop."""
+    """Answers `prompt`, or holds a conversation, within a running event loop."""
     options = options or Options()
     async with AsyncClient(server) as client:
         if prompt is not None:

@@ -1,4 +1,4 @@
-"""What a chat looks like: answers in plain text, everything around them dimmed."""
+"""Output of a chat: answers in plain text, everything around them dimmed."""
 
 import os
 from typing import TextIO
@@ -36,7 +36,7 @@ class Screen:
         self._write(text, "2")
 
     def note(self, line: str) -> None:
-        """A line of our own."""
+        """A dimmed line that is no part of the answer."""
         self._line(line, "2")
 
     def error(self, line: str) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model*.safetensors"
 GGUF = ".gguf"
-# What mlx-lm looks for beside the weights: never *.py, which is other people's code.
+# Files that mlx-lm reads beside the weights: never *.py, which is other people's code.
 SMALL_FILES = ("*.json", "*.jsonl", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 MANIFEST = ".manifest.json"
@@ -114,7 +114,7 @@ class Checkpoint:
 
     @classmethod
     def create(cls, root: Path, manifest: Manifest) -> "Checkpoint":
-        """A partial copy, with what it already holds of the same files."""
+        """A partial copy, with the bytes that are already there of these files."""
         root.mkdir(parents=True, exist_ok=True)
         checkpoint = cls(root, manifest)
         checkpoint._write(root / MANIFEST, json.dumps(asdict(manifest)).encode())
@@ -164,7 +164,7 @@ class Checkpoint:
         return data
 
     def write(self, name: str, start: int, data: bytes) -> None:
-        """Puts bytes into a sparse file. They count as held once they are listed."""
+        """Puts bytes into a sparse file. They are available once they are listed."""
         with self._sparse(name) as descriptor:
             os.pwrite(descriptor, data, start)
 

@@ -1,4 +1,4 @@
-"""What is in a model directory, and a fingerprint by which other machines know the same files."""
+"""Files of a model directory, and the fingerprint by which machines compare them."""
 
 import hashlib
 import logging

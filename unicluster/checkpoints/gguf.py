@@ -178,7 +178,7 @@ def gguf_header_end(start: bytes) -> int:
 
 
 def _alignment(stated: Value | None) -> int:
-    """Of tensors in the file. Raises ValueError for what ggml takes for damage too."""
+    """Alignment of tensors in the file, in bytes. Raises ValueError for what ggml rejects too."""
     if stated is None:
         return ALIGNMENT
     step = stated.read() if stated.type == UINT32 else 0

@@ -7,7 +7,7 @@ Ranges = tuple[Range, ...]
 
 
 def merged(ranges: Iterable[Range]) -> Ranges:
-    """The same bytes, each once."""
+    """Union of ranges, as Ranges."""
     result: list[Range] = []
     for start, end in sorted(ranges):
         if start >= end:
@@ -38,7 +38,7 @@ def size(ranges: Iterable[Range]) -> int:
 
 
 def batches(ranges: Ranges, limit: int) -> Iterator[Ranges]:
-    """The same bytes in order, in pieces of at most `limit` bytes."""
+    """Splits ranges into pieces of at most `limit` bytes each, in order."""
     batch: list[Range] = []
     room = limit
     for start, end in ranges:

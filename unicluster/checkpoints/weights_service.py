@@ -1,4 +1,4 @@
-"""Gives other machines of the cluster what they lack of a model's files."""
+"""Sends byte ranges of a model's files to other machines of the cluster."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""What a chat is made of: messages, options and answers, and how they look on the wire."""
+"""Messages, options and answers of a chat, and their conversion to and from the wire."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,9 +45,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`cached_tokens` of the prompt were kept from before, so that they took no time.
+    """Tokens of an answer. `cached_tokens` of the prompt came from the prefix cache.
 
-    `drafted_tokens` were guessed ahead, and `accepted_tokens` of them were right.
+    `drafted_tokens` were drafted (speculative decoding), `accepted_tokens` of them accepted.
     """
 
     prompt_tokens: int
@@ -123,12 +123,12 @@ class ServedStage:
 
 @dataclass(frozen=True, slots=True)
 class ChatInfo:
-    """What is served. `state` is loading, ready, recovering or failed; `detail` says why.
+    """A deployment. `state` is loading, ready, recovering or failed; `detail` says why.
 
-    `live_caches` counts the KV caches held for answers on all machines but the first. Those of
-    finished answers, `kept_caches` of `kept_bytes` on all machines together, save prompts that
-    begin alike their prefill. `lanes` are batches that take turns on the machines. `ring_s` is
-    the time of a frame that asks for no computing, once round the machines, when asked.
+    `live_caches` counts the KV caches of answers on all machines but the first. The prefix
+    cache has `kept_caches` of finished answers, of `kept_bytes` on all machines together.
+    `lanes` are batches that take turns on the machines. `ring_s` is the time of an empty frame
+    once round the machines.
     """
 
     model: str

@@ -89,7 +89,7 @@ class Client:
         return self._events(request_to_wire(messages, options), deadline_of(options))
 
     def describe(self) -> ChatInfo:
-        """What is served, and how it goes."""
+        """The deployment and its state."""
         try:
             with self._stub() as stub:
                 info = stub.Describe(wire.DescribeChatRequest(), timeout=self._target.timeout)
@@ -98,7 +98,7 @@ class Client:
         return info_from_wire(info)
 
     def measure(self) -> Metrics:
-        """What was counted and measured. `Metrics.since` makes rates of two readings."""
+        """Metrics of the deployment. `Metrics.since` computes rates from two readings."""
         try:
             with self._stub() as stub:
                 measured = stub.Measure(wire.MeasureRequest(), timeout=self._target.timeout)
@@ -144,7 +144,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same as Client, for programs with an event loop."""
+    """A client for programs with an event loop, with the methods and errors of Client."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class AsyncClient:
         return self._events(request_to_wire(messages, options), deadline_of(options))
 
     async def describe(self) -> ChatInfo:
-        """What is served, and how it goes."""
+        """The deployment and its state."""
         try:
             async with self._stub() as stub:
                 asked = wire.DescribeChatRequest()
@@ -178,7 +178,7 @@ class AsyncClient:
         return info_from_wire(info)
 
     async def measure(self) -> Metrics:
-        """What was counted and measured. `Metrics.since` makes rates of two readings."""
+        """Metrics of the deployment. `Metrics.since` computes rates from two readings."""
         try:
             async with self._stub() as stub:
                 asked = wire.MeasureRequest()
@@ -279,7 +279,7 @@ class _Target:
         return Keyring.of_client(self._access, default_name())
 
     async def find(self) -> str:
-        """The address: the one given, else that of the first front door that answers."""
+        """The server's address: `server`, else that of the first gateway found by mDNS."""
         if not self.address:
             # Here, because zeroconf is slow to import and an address makes it needless.
             from unicluster.cluster.discovery import Browser

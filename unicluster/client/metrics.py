@@ -1,4 +1,4 @@
-"""What a deployment has counted, and what follows from two readings."""
+"""Metrics of a deployment, and the rates that follow from two readings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -88,7 +88,7 @@ class Metrics:
     tokens_per_s: float = 0.0
 
     def since(self, before: "Metrics") -> "Metrics":
-        """The same with what follows from an earlier reading: rates and shares of the time.
+        """This reading with rates and shares of the time since an earlier one.
 
         They stay 0 if the head was started anew in between.
         """

@@ -1,4 +1,4 @@
-"""Which MQTT broker is told: `mqtts://user:password@broker:8883/prefix`."""
+"""Address of an MQTT broker: `mqtts://user:password@broker:8883/prefix`."""
 
 import logging
 import os
@@ -56,7 +56,7 @@ class BrokerUrl:
 def mqtt_option() -> Option:
     return Option(
         "--mqtt",
-        "tell an MQTT broker: mqtts://user:password@broker:8883/prefix. A password belongs into "
+        "publish to MQTT: mqtts://user:password@broker:8883/prefix. A password belongs into "
         f"the environment, or into a file that {FILE_VARIABLE} names: ps shows arguments",
         metavar="URL",
         envvar=VARIABLE,

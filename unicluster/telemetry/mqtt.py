@@ -1,4 +1,4 @@
-"""Telling an MQTT broker, without ever waiting for it."""
+"""Publishing to an MQTT broker, without ever waiting for it."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ ONLINE, OFFLINE = "online", "offline"
 
 
 class Publisher:
-    """What a machine, or a model, says of itself under `prefix/root`.
+    """Publishes states and events of a machine, or a model, under `prefix/root`.
 
     async with Publisher(url, cluster, "node/studio").running() as publisher:
         publisher.state(publisher.topic("state"), {...})  # retained: only the last one counts

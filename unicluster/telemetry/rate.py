@@ -4,7 +4,7 @@ import time
 
 
 class Rate:
-    """Of a number that only grows, from one look to the next."""
+    """Rate of a counter between two readings."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -12,11 +12,11 @@ class Rate:
 
     @property
     def seconds(self) -> float:
-        """Since the last look."""
+        """Seconds since the last reading."""
         return time.monotonic() - self._since
 
     def next(self, count: int) -> float:
-        """How much more it was a second, since the last look, to two decimals; looks."""
+        """Takes a reading; returns the increase per second since the last, to two decimals."""
         per_second = (count - self._count) / max(self.seconds, 1e-9)
         self._count, self._since = count, time.monotonic()
         return round(per_second, 2)

@@ -54,7 +54,7 @@ class Grower:
         self._limit = best.cost if best is not None else np.inf
         self._dropped = np.inf
         self._history: list[_Labels] = []
-        # Kinds that are alike in their hops need not be told apart in what a path has behind it.
+        # Kinds that are alike in their hops are equal in the history of a path.
         self._like_last = _classes(problem.hops)
         self._like_head = _classes(problem.back.T)
         detours = (problem.hops[:, :, None] + problem.hops[None, :, :]).min(axis=1)
@@ -100,7 +100,7 @@ class Grower:
         return _Labels(*(np.concatenate([getattr(part, f) for part in grown]) for f in fields))
 
     def _onto(self, labels: _Labels, rows: Ints, kind: int) -> _Labels | None:
-        """Those of `rows` with one more stage, on a machine of that kind."""
+        """Labels of `rows` extended by one more stage, on a machine of that kind."""
         problem, n = self._problem, self._problem.layers
         rows = rows[labels.used[rows, kind] < self._counts[kind]]
         if not len(rows):

@@ -1,4 +1,4 @@
-"""What a plan is to the search, kinds of machines and seconds, and what the search answers."""
+"""Input and output of the search: kinds of machines with seconds, and a placement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,13 +61,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Placement:
-    """The cheapest placement found, and a cost that none can be below."""
+    """A placement with its cost, and a lower bound on the cost of every placement."""
 
     pieces: tuple[Piece, ...]
     cost: float
     bound: float
 
     def proven(self, bound: float) -> "Placement":
-        """The same with its bound; what is only rounding below the cost is the cost."""
+        """The placement with a proven bound: its cost, where they differ by rounding."""
         exact = bound >= self.cost * (1 - 2 * EQUAL)
         return Placement(self.pieces, self.cost, self.cost if exact else bound)
