@@ -37,8 +37,8 @@ QUANTS = ("q8", "q4", "q2")
 
 
 def published() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DOCS / "published.json").read_text("utf-8"))
-    return found
+    figures: dict[str, Any] = json.loads((DOCS / "published.json").read_text("utf-8"))
+    return figures
 
 
 def memory() -> str:
@@ -57,9 +57,9 @@ def memory() -> str:
         "| model | ours | published | difference | because published counts |",
         "|---|---:|---:|---:|---|",
     ]
-    for model, told in figures["parameters"]["models"].items():
-        ours, count = stored()[model]["parameters"], told["count"]
-        why = told.get("besides", "")
+    for model, stated in figures["parameters"]["models"].items():
+        ours, count = stored()[model]["parameters"], stated["count"]
+        why = stated.get("besides", "")
         lines.append(f"| {model} | {ours:,} | {count:,} | {_percent(ours, count)} | {why} |")
     lines += [
         "",
@@ -97,14 +97,14 @@ _DIFFERENCES = (
 
 def _memory_rows(quoted: dict[str, float], quant: str) -> Iterator[str]:
     requests = [ask(model, quant, 8192, 1).request for model in quoted]
-    for (model, told), answer in zip(quoted.items(), layouts(requests), strict=True):
+    for (model, stated), answer in zip(quoted.items(), layouts(requests), strict=True):
         layout = Layout.from_proto(answer)
         weights = layout.weight_bytes
         needed = layout.needed(weights + layout.kv_bytes)
-        bits, theirs = weights * 8 / layout.parameters, told * 1e9 * 8 / layout.parameters
+        bits, theirs = weights * 8 / layout.parameters, stated * 1e9 * 8 / layout.parameters
         yield (
-            f"| {model} | {bits:.2f} | {weights / 1e9:.1f} | {needed / 1e9:.1f} | {told} "
-            f"| {_percent(told * 1e9, weights)} | {theirs:.2f} |"
+            f"| {model} | {bits:.2f} | {weights / 1e9:.1f} | {needed / 1e9:.1f} | {stated} "
+            f"| {_percent(stated * 1e9, weights)} | {theirs:.2f} |"
         )
 
 
@@ -141,11 +141,11 @@ def machine_rows(models: Sequence[Entry]) -> Iterator[str]:
 
 def _cell(variants: ModelVariants, hardware: fleet.Fleet) -> str:
     try:
-        found = plan(variants, hardware.machines, network=hardware.network, alternatives=_none)
+        placed = plan(variants, hardware.machines, network=hardware.network, alternatives=_none)
     except NoPlanError as error:
         return f"-{format_bytes(error.missing)}"
-    used = f" ({len(found.stages)})" if len(found.stages) > 1 else ""
-    return f"{found.tokens_per_s_single:.3g}{used}"
+    used = f" ({len(placed.stages)})" if len(placed.stages) > 1 else ""
+    return f"{placed.tokens_per_s_single:.3g}{used}"
 
 
 def published_page() -> str:
@@ -172,22 +172,22 @@ def published_page() -> str:
             fleet.parse(row["fleet"]),
         )
         layout = variants.layout
-        found = plan(variants, hardware.machines, alternatives=_none, network=hardware.network)
-        speed = found.tokens_per_s_single
+        placed = plan(variants, hardware.machines, alternatives=_none, network=hardware.network)
+        speed = placed.tokens_per_s_single
         most = hardware.machines[0].engines["ggml"].bandwidth / (
             sum(layout.layer_active_bytes) + layout.head_read_bytes
         )
         low, high = row["low"], row["high"]
-        told = f"{low}" if low == high else f"{low} to {high}"
+        stated = f"{low}" if low == high else f"{low} to {high}"
         near = min(max(speed, low), high)
         error = _percent(speed, near) if speed != near else "within"
         lines.append(
-            f"| {row['what']} | {row['fleet']} | {told} | {speed:.1f} "
+            f"| {row['what']} | {row['fleet']} | {stated} | {speed:.1f} "
             f"| {error} | {most:.1f} | {row['source']} |"
         )
         if high > most and not row["fleet"].startswith(("2x", "4x")):
             impossible.append(
-                f"{row['what']} on {row['fleet']}: {told}, and {most:.1f} is the most"
+                f"{row['what']} on {row['fleet']}: {stated}, and {most:.1f} is the most"
             )
     lines += [
         "",

@@ -74,9 +74,9 @@ def _cost(layout: Layout, stage: Stage) -> StageCost:
         return stage.seconds_per_token - tail + (answers - 1) * stage.batch_seconds
 
     def prefill(tokens: int) -> float:
-        found = prefill_seconds(layout, machine, stage.first, stage.end, tokens)
-        assert found is not None  # the machines here state what they compute
-        return found + links.TCP_S  # a chunk of nothing still is one
+        seconds = prefill_seconds(layout, machine, stage.first, stage.end, tokens)
+        assert seconds is not None  # the machines here state what they compute
+        return seconds + links.TCP_S  # a chunk of nothing still is one
 
     return StageCost(decode, prefill, lambda answers: tail)
 
@@ -97,9 +97,9 @@ def planned(stages: Sequence[int] = STAGES, kinds: Sequence[str] = tuple(LINKS))
             yield count, kind, Planned(layout, placed, machines.network)
 
 
-def decode_row(count: int, kind: str, found: Planned) -> str:
+def decode_row(count: int, kind: str, planned: Planned) -> str:
     """Tokens a second of so many users, and how many are nearly enough."""
-    speeds = [simulation.speed(found.cluster(users), users, TOKENS) for users in USERS]
+    speeds = [simulation.speed(planned.cluster(users), users, TOKENS) for users in USERS]
     enough = next(
         users for users, speed in zip(USERS, speeds, strict=True) if speed >= NEARLY * max(speeds)
     )
@@ -107,12 +107,12 @@ def decode_row(count: int, kind: str, found: Planned) -> str:
     return f"| {count} | {kind} | {' | '.join(cells)} | {enough} |"
 
 
-def prefill_row(count: int, kind: str, found: Planned) -> str:
-    """Seconds to the first token, and tokens a second; after some prompts, which set the pace."""
-    cluster = found.cluster(1)
+def prefill_row(count: int, kind: str, planned: Planned) -> str:
+    """TTFT in seconds and tokens a second, after prompts that calibrate the chunk size."""
+    cluster = planned.cluster(1)
     for _ in range(8):
         seconds = simulation.first_token(cluster, PROMPT)
-    limit = found.plan.prefill_tokens_per_s or 0
+    limit = planned.plan.prefill_tokens_per_s or 0
     return f"| {count} | {kind} | {seconds:.2f} | {PROMPT / seconds:.0f} | {limit:.0f} |"
 
 
@@ -154,16 +154,16 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _comparison(found: dict[str, Any]) -> Iterator[str]:
-    yield f"`python -m bench.simulate --measure` on {found['cores']} cores that all stages share,"
-    yield f"load {found['load']:.1f} at the end: a 10 M llama, float32, mTLS. Each row's costs were"
-    yield f"measured in the same {found['rounds']} rounds as what they foretell; medians."
-    if found["load"] > 2 * found["cores"]:
+def _comparison(data: dict[str, Any]) -> Iterator[str]:
+    yield f"`python -m bench.simulate --measure` on {data['cores']} cores that all stages share,"
+    yield f"load {data['load']:.1f} at the end: a 10 M llama, float32, mTLS. Each row's costs were"
+    yield f"measured in the same {data['rounds']} rounds as what they predict; medians."
+    if data["load"] > 2 * data["cores"]:
         yield "**The machine had far more other work than cores meanwhile: this says little yet.**"
     yield ""
     yield "| stages | | measured | simulated | off by |"
     yield "|---:|---|---:|---:|---:|"
-    for row in found["rows"]:
+    for row in data["rows"]:
         measured, simulated = row["measured"], row["simulated"]
         off = f"{simulated / measured - 1:+.0%}"
         yield f"| {row['stages']} | {row['what']} | {measured:.3g} | {simulated:.3g} | {off} |"
@@ -180,9 +180,9 @@ def main() -> None:
         from bench.compared import compared  # it starts workers
 
         sys.setswitchinterval(SWITCH_INTERVAL)
-        found = asyncio.run(compared(options.rounds))
-        MEASURED.write_text(json.dumps(found, indent=1) + "\n")
-        print("\n".join(_comparison(found)))
+        data = asyncio.run(compared(options.rounds))
+        MEASURED.write_text(json.dumps(data, indent=1) + "\n")
+        print("\n".join(_comparison(data)))
     (DOCS / "simulated.md").write_text(page(), "utf-8")
     sys.stdout.flush()
     os._exit(0)  # MLX aborts a process that ends while another thread has streams

@@ -36,7 +36,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """ "256 GB/s", or "1.2 GB/s" where the digit after the point tells something."""
+    """ "256 GB/s", or "1.2 GB/s" where the digit after the point matters."""
     number, unit = format_bytes(bytes_per_second).split()
     return f"{float(number):.0f} {unit}/s" if float(number) >= 100 else f"{number} {unit}/s"
 

@@ -62,7 +62,7 @@ def run(**options: Any) -> int:
     if args.local is None and args.model is not None:
         raise InputError(f"bench {args.model}: give --local N to cut it on this machine")
     if args.local is None and args.generation != StageSpec():
-        raise InputError("options of generation are for --local N: what is served has its own")
+        raise InputError("generation options need --local N: a deployment has its own")
     stated = click.get_current_context().get_parameter_source("server")
     if args.local is not None and stated is ParameterSource.COMMANDLINE:
         raise InputError("give either --local or --server")

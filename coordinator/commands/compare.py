@@ -44,7 +44,7 @@ def compare(peers: Sequence[str], console: Console) -> int:
     )
     console.print(comparison_table(served.model, predicted, measured))
     known = Measurements.record(served.model, predicted, measured)
-    console.print(f"Kept in {known.path}: plans of {served.model} on these machines now go by it.")
+    console.print(f"Stored in {known.path}: plans of {served.model} on these machines now use it.")
     return 0
 
 

@@ -40,7 +40,7 @@ async def _drain(address: str, timeout: float, *, off: bool) -> int:
             except TimeoutError:
                 raise UnavailableError(
                     f"{info.name} still runs {_what(info)} after {timeout:g} s: "
-                    "an answer is not at its end, or its coordinator is older than `drain`"
+                    "an answer is still running, or its coordinator is older than `drain`"
                 ) from None
         except grpc.aio.AioRpcError as error:
             raise as_error(error, f"agent {address}") from None

@@ -1,4 +1,4 @@
-"""`unicluster serve MODEL`: plan, load, and serve until told to end."""
+"""`unicluster serve MODEL`: plan, load, and serve until a signal."""
 
 import asyncio
 import contextlib
@@ -140,7 +140,7 @@ class Running:
 async def served(options: ServeOptions, cluster: Cluster, events: Events) -> AsyncIterator[Running]:
     """Everything `serve` does, until the block is left: then all is unloaded.
 
-    `events` tell of it as it goes. The port is taken first, so that a taken one is reported
+    Progress is published to `events`. The port is taken first, so that a taken one is reported
     before anything loads.
     """
     identity = Keyring.of_member(cluster, default_name())

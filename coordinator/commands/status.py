@@ -128,7 +128,7 @@ def _print_json(readings: Readings) -> None:
 command = Command(
     run,
     sections={
-        "What is shown": [
+        "Output": [
             Option("--watch", "keep it up to date", is_flag=True),
             Option(
                 "--json",

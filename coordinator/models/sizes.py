@@ -17,7 +17,7 @@ FILE = "sizes.json"
 
 @cache
 def stored() -> dict[str, Any]:
-    """By model: its parameters, and bytes of weights by quantization."""
+    """Parameters by model, and bytes of weights by quantization."""
     text = resources.files("coordinator.models").joinpath(FILE).read_text("utf-8")
     sizes: dict[str, Any] = json.loads(text)
     return sizes

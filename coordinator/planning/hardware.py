@@ -1,4 +1,4 @@
-"""The hardware catalogue: machines that people own or think of buying, each with its source."""
+"""The hardware catalogue: machines by name, with their speeds, prices, and the source of each."""
 
 import difflib
 from collections.abc import Mapping

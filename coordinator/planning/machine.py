@@ -61,8 +61,8 @@ class Machine:
 
     def only(self, engines: Iterable[str]) -> Machine:
         """This machine without its other engines."""
-        kept = set(engines)
-        return replace(self, engines={e: s for e, s in self.engines.items() if e in kept})
+        wanted = set(engines)
+        return replace(self, engines={e: s for e, s in self.engines.items() if e in wanted})
 
     def with_speeds(self, speeds: Mapping[str, EngineSpeeds]) -> Machine:
         """This machine with other speeds of some of its engines."""

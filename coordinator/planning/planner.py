@@ -76,7 +76,7 @@ def plan(
         stages, gap = _without_odd_counts(stages, gap, variants, able, network, objective)
     used = {stage.machine.name for stage in stages}
     left_out = tuple(
-        (m, "not among the nodes asked for" if m not in asked else _why_out(m, variants, objective))
+        (m, "not among the requested nodes" if m not in asked else _why_out(m, variants, objective))
         for m in machines
         if m.name not in used
     )

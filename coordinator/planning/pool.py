@@ -41,7 +41,7 @@ class Pool:
         return [machine for group in self.groups for machine in group]
 
     def problem(self, slowest: float = np.inf) -> Problem:
-        """In seconds a token. No stage may take longer than `slowest`."""
+        """Input of the search, in seconds a token. No stage may take longer than `slowest`."""
         heads: list[Matrix] = []
         rests: list[Matrix] = []
         for group in self.groups:

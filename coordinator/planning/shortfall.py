@@ -179,7 +179,7 @@ def halves(number: int, least: int) -> list[int]:
 
 
 def _round_up(size: int) -> int:
-    """To three digits, so that the printed figure is enough."""
+    """Rounds bytes up to three digits, so that the printed figure is enough."""
     unit: int = 10 ** max(0, len(str(size)) - 3)
     return math.ceil(size / unit) * unit
 

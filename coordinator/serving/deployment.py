@@ -1,4 +1,4 @@
-"""One plan carried out: every stage loaded on its machine, the ring open, and kept so."""
+"""A deployment: the stages of one plan loaded on their machines, and the ring kept open."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ UNLOAD_SECONDS = 7.0
 
 @dataclass(frozen=True)
 class Files:
-    """Where the stages get a model's files: see StageSpec. from_hub has a list for each stage.
+    """Sources of a model's files: see StageSpec. from_hub: names of files for each stage.
 
     models, revisions: by the engine that loads them. draft: the model that the head loads beside
     its layers.

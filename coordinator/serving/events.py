@@ -1,7 +1,7 @@
 """Events of a model that is being served, and how they reach those who follow them.
 
-Whoever deploys publishes and goes on: every follower has a bounded queue and a thread of its
-own, so one that blocks or fails is its own trouble.
+Publishing never blocks: every follower has a bounded queue and a thread, so that one that
+blocks or fails affects no other.
 """
 
 import asyncio
@@ -182,7 +182,7 @@ class Handler(Protocol):
 
 
 class Events:
-    """Where a service publishes its events. Publishing never waits and never raises."""
+    """Publishes the events of a service. Publishing never waits and never raises."""
 
     def __init__(self) -> None:
         self._followers: list[Follower] = []

@@ -132,7 +132,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each client, which also shakes hands there; of so many clients at a time."""
+    """A server with a thread for each client, handshake included, and a limit on clients."""
 
     daemon_threads = True
 
@@ -147,7 +147,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.set_app(app)
 
     def server_bind(self) -> None:
-        """Without looking up the machine's name, which may take long."""
+        """Binds without looking up the machine's name, which may take long."""
         if self._everywhere:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         TCPServer.server_bind(self)

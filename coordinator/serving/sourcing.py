@@ -1,4 +1,4 @@
-"""Where the files of a model come from: each leaves the hub at most once for the whole cluster."""
+"""Sources of a model's files: each is fetched from the hub at most once for the whole cluster."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ async def hub_files(
     *,
     has_lm_head: bool = False,
 ) -> list[list[str]]:
-    """For each stage the files that it is to fetch from the hub.
+    """Files that each stage is to fetch from the hub.
 
     Args:
         ranges: the layers [first, end) of each stage.
@@ -73,7 +73,7 @@ def assign(
     *,
     has_lm_head: bool = False,
 ) -> list[list[str]]:
-    """For each stage, by its layers [first, end), the files that it fetches from the hub for all.
+    """Files that each stage, by its layers [first, end), fetches from the hub for all.
 
     Of the stages that need something of a file the one with the least to fetch so far fetches
     it. If `reaching` says that none of those reaches the hub, another stage does that can; if

@@ -20,7 +20,7 @@ READ_SECONDS = 10.0
 
 
 def root_of(model: str) -> str:
-    """Where a model's topics are, below the prefix."""
+    """Root of a model's topics, below the prefix."""
     return f"model/{_plain(model)}"
 
 

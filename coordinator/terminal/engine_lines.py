@@ -9,7 +9,7 @@ from unicluster.units import format_rate
 
 
 def engine_lines(plan: Plan, variants: ModelVariants) -> list[str]:
-    """Nothing where there is nothing to choose: the default engine alone."""
+    """Lines about the engines of a plan; none where only the default engine can be used."""
     if variants.gguf is None:
         return _of_one_variant(variants)
     if variants.hypothetical and variants.gguf.engine not in plan.engines:
@@ -26,7 +26,7 @@ def _of_one_variant(variants: ModelVariants) -> list[str]:
         return []
     name = f"{engine.title} ({engine.library})"
     if variants.hypothetical:
-        return [f"{name}, as was asked for", _hypothetical(variants.layout.quant)]
+        return [f"{name}, as requested", _hypothetical(variants.layout.quant)]
     return [f"{name}, because the model is a GGUF"]
 
 

@@ -57,7 +57,7 @@ def nodes_table(nodes: Iterable[tuple[node_pb2.NodeInfo, str]]) -> RenderableTyp
 
 
 def plan_table(plan: Plan, model: Layout | ModelVariants, title: str) -> RenderableType:
-    """Who holds which layers, how fast that should be, and why not otherwise."""
+    """Layers by machine, predicted speed, bottleneck, and the machines left out."""
     return _Planned(
         plan, model if isinstance(model, ModelVariants) else ModelVariants(model), title
     )
@@ -190,7 +190,7 @@ class _Planned:
 
     @property
     def layout(self) -> Layout:
-        """In the head's variant."""
+        """Layout of the head's variant."""
         engine = self.plan.stages[0].engine
         return next(variant for variant in self.variants.layouts if variant.engine == engine)
 

@@ -148,7 +148,7 @@ MISTAKES = [
         "bench --users 2 few",
         "invalid value for '--users': 'few' is not a valid integer; see `unicluster bench --help`",
     ),
-    ("bench --lookup", "options of generation are for --local N: what is served has its own"),
+    ("bench --lookup", "generation options need --local N: a deployment has its own"),
     ("bench --local 2 --server a:1", "give either --local or --server"),
     (
         "completion tcsh",

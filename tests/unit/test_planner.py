@@ -83,7 +83,7 @@ def test_idle_experts_cost_memory_but_no_time() -> None:
 def test_only_the_nodes_asked_for_are_used() -> None:
     found = plan(a_layout([GB] * 8), machines(20 * GB, 20 * GB), nodes=["m1"])
     assert ranges(found) == [("m1", 0, 8)]
-    assert found.left_out[0][1] == "not among the nodes asked for"
+    assert found.left_out[0][1] == "not among the requested nodes"
 
 
 def test_an_unknown_node_is_named_with_those_there() -> None:

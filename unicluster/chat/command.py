@@ -43,7 +43,7 @@ def run(
     text = _prompt(prompt)
     if trace is not None:
         if text is None:
-            raise InputError("--trace needs a PROMPT: it is of one answer")
+            raise InputError("--trace needs a PROMPT: it records one answer")
         options["trace"] = True
     return run_chat(server, text, system=system, options=options, trace=trace)
 

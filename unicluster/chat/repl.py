@@ -179,7 +179,7 @@ def greeting(info: ChatInfo) -> str:
 
 
 def summary(finish: Finish) -> str:
-    """As in `27 tokens, 41.3 tokens/s, TTFT 0.12 s`."""
+    """Summary of an answer: `27 tokens, 41.3 tokens/s, TTFT 0.12 s`."""
     tokens, timings = finish.usage.completion_tokens, finish.timings
     parts = [f"{tokens} {'token' if tokens == 1 else 'tokens'}"]
     if timings.tokens_per_s:

@@ -222,7 +222,7 @@ class Checkpoint:
             os.close(descriptor)
 
     def _path(self, name: str) -> Path:
-        """Where a file of the model is. Raises InputError for a name that is none."""
+        """Path of a file of the model. Raises InputError for a name that is none."""
         return self.root / FileName(name)
 
     def _list(self, name: str) -> Path:

@@ -33,7 +33,7 @@ def without(ranges: Ranges, removed: Ranges) -> Ranges:
 
 
 def size(ranges: Iterable[Range]) -> int:
-    """How many bytes."""
+    """Number of bytes in ranges."""
     return sum(end - start for start, end in ranges)
 
 
@@ -55,7 +55,7 @@ def batches(ranges: Ranges, limit: int) -> Iterator[Ranges]:
 
 
 def within(ranges: Ranges, first: int, last: int) -> Ranges:
-    """Where the bytes number `first` to `last` (exclusive) of `ranges`, laid end to end, are."""
+    """Subranges with bytes `first` to `last` (exclusive) of the concatenated `ranges`."""
     result: list[Range] = []
     before = 0
     for start, end in ranges:

@@ -16,7 +16,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Options(TypedDict, total=False):
-    """How to answer. What is unset or None is the model's own default."""
+    """Options of a request. Unset ones, and None, are the model's defaults."""
 
     model: str | None
     temperature: float | None
@@ -59,7 +59,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """In seconds, measured where the model's first layers run."""
+    """Times of an answer in seconds, measured on the head."""
 
     queue_s: float
     time_to_first_token_s: float
@@ -111,7 +111,7 @@ class Answer:
 class ServedStage:
     """One machine's share of the model: layers [first_layer, end_layer).
 
-    `engine`: what computes it there, mlx or ggml.
+    `engine`: mlx or ggml.
     """
 
     node: str

@@ -21,7 +21,7 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """In seconds; 0 if there are none."""
+        """Mean duration in seconds; 0 if there are none."""
         return self.sum / self.count if self.count else 0.0
 
 
@@ -45,7 +45,7 @@ class StageMetrics:
 
 @dataclass(frozen=True, slots=True)
 class HopMetrics:
-    """The way from one machine to the next: `seconds` and `bytes` (of hidden state) of all frames.
+    """A hop from one machine to the next: `seconds` and `bytes` (of hidden state) of all frames.
 
     `decode_s` is what one token of one answer took, the median of the last ones; 0: none.
     """

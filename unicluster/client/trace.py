@@ -1,4 +1,4 @@
-"""Where a request's time went, as a file for chrome://tracing or https://ui.perfetto.dev."""
+"""Timeline of a request, as a file for chrome://tracing or https://ui.perfetto.dev."""
 
 import json
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ _OPTIONS = {"ca", "discovery"}
 
 @dataclass(frozen=True)
 class BrokerUrl:
-    """A broker and how to come in."""
+    """Address and credentials of a broker."""
 
     host: str
     port: int
@@ -36,7 +36,7 @@ class BrokerUrl:
 
     @property
     def where(self) -> str:
-        """For messages: no secret in it."""
+        """Host and port, for messages: without secrets."""
         return f"{self.host}:{self.port}"
 
     def tls_context(self, cluster: Cluster) -> ssl.SSLContext | None:
@@ -64,7 +64,7 @@ def mqtt_option() -> Option:
 
 
 def chosen_broker(argument: str | None) -> BrokerUrl | None:
-    """From `--mqtt`, $UNICLUSTER_MQTT, or the file that $UNICLUSTER_MQTT_FILE names; or None.
+    """Broker of `--mqtt`, $UNICLUSTER_MQTT, or the file that $UNICLUSTER_MQTT_FILE names; or None.
 
     A command line is seen by all users of a machine: passwords belong into the other two.
     """

@@ -61,7 +61,7 @@ class Publisher:
         return f"{self._root}/{name}"
 
     def state(self, topic: str, payload: Payload) -> None:
-        """Retained at the whole `topic`. Sent only when it differs from the last one."""
+        """Publishes retained at the whole `topic`, only when it differs from the last one."""
         text = json.dumps(payload, sort_keys=True)
         if self._states.get(topic) != text:
             self._states[topic] = text
@@ -69,7 +69,7 @@ class Publisher:
             self._stirred.set()
 
     def event(self, topic: str, payload: Payload) -> None:
-        """Not retained. While the broker is away the oldest are dropped."""
+        """Publishes without retaining. While the broker is away the oldest are dropped."""
         self._events.append((topic, json.dumps(payload, sort_keys=True)))
         self._stirred.set()
 

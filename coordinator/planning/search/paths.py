@@ -138,7 +138,7 @@ class Grower:
         return labels.take(np.flatnonzero(promising))
 
     def _unique(self, labels: _Labels) -> _Labels:
-        """Without paths that another with the same machines and ends of the ring makes needless.
+        """Drops paths that another with the same machines and ends of the ring dominates.
 
         One that costs no more and is at least as far: what completes the other completes it,
         with less to do. Leaving a machine out must then save time, so a detour must take longer

@@ -2,7 +2,7 @@
 
 What a machine can hold of a row is monotone: if it can hold [j, k), it can hold any part of it.
 So of all ways in which a set of machines may hold the last layers, the one that begins earliest
-serves as well as any other, and one number for each set tells whether the rest fits.
+serves as well as any other, and one number for each set decides whether the rest fits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ WIDTH = 13_000
 class Reach:
     """For each set of machines (counted by kind), the first layer of the longest tail it holds.
 
-    `exact` tells whether all sets were looked at, or only the most promising.
+    `exact`: whether all sets were looked at, or only the most promising.
     """
 
     def __init__(self, counts: Sequence[int], fits: Bools, head_fits: Bools) -> None:
