@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.support.brokers import PASSWORD, USER, Ear, Mosquitto, listening
+from tests.support.brokers import COORDINATOR, PASSWORD, Ear, Mosquitto, connected, listening
 from tests.support.cluster import HOST, ROOT, LocalCluster, endless_model, until
 from unicluster.cluster.trust import Store
 from unicluster.errors import InputError
@@ -34,7 +34,7 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def mosquitto(tmp_path: Path, cluster: LocalCluster) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path / "mosquitto", cluster.cluster) as broker:
+    with Mosquitto(tmp_path / "mosquitto", cluster.cluster, NAMES) as broker:
         yield broker
 
 
@@ -60,11 +60,11 @@ def test_machines_and_models_tell_how_they_are(
     cluster: LocalCluster, mosquitto: Mosquitto, tmp_path: Path
 ) -> None:
     model = endless_model(tmp_path / "model")
-    cluster.env["UNICLUSTER_MQTT"] = mosquitto.url
+    cluster.env["UNICLUSTER_MQTT"] = mosquitto.url(COORDINATOR)
     for name in NAMES:
-        cluster.start_agent(name, memory=MEMORY)
+        cluster.start_agent(name, memory=MEMORY, UNICLUSTER_MQTT=mosquitto.url(name))
     cluster.wait_for_agents()
-    with listening(mosquitto.port, cluster.cluster, USER, PASSWORD) as ear:
+    with listening(mosquitto.port, cluster.cluster) as ear:
         topic = "lab/model/model"
         with cluster.serve(model, "--context", "512") as server, server.client() as client:
             until(lambda: ear.last.get(f"{topic}/state", {}).get("state") == "ready", "it is ready")
@@ -93,11 +93,10 @@ def test_machines_and_models_tell_how_they_are(
 def test_home_assistant_finds_machines_by_itself(
     cluster: LocalCluster, mosquitto: Mosquitto
 ) -> None:
-    cluster.env["UNICLUSTER_MQTT"] = mosquitto.url
-    cluster.start_agent("ann")
+    cluster.start_agent("ann", UNICLUSTER_MQTT=mosquitto.url("ann"))
     config = "homeassistant/device/unicluster_node_ann/config"
 
-    with listening(mosquitto.port, cluster.cluster, USER, PASSWORD) as ear:
+    with listening(mosquitto.port, cluster.cluster) as ear:
         until(lambda: config in ear.last, "the discovery message")
     device = ear.last[config]
 
@@ -110,16 +109,15 @@ def test_home_assistant_finds_machines_by_itself(
 def test_a_broker_that_restarts_is_told_everything_again(
     cluster: LocalCluster, mosquitto: Mosquitto
 ) -> None:
-    cluster.env["UNICLUSTER_MQTT"] = mosquitto.url
-    agent = cluster.start_agent("ann")
-    with listening(mosquitto.port, cluster.cluster, USER, PASSWORD) as ear:
+    agent = cluster.start_agent("ann", UNICLUSTER_MQTT=mosquitto.url("ann"))
+    with listening(mosquitto.port, cluster.cluster) as ear:
         until(lambda: "lab/node/ann/state" in ear.last, "ann's state")
 
     mosquitto.stop()
     until(lambda: "trying on" in agent.err, "ann notices")
     mosquitto.start()
 
-    with listening(mosquitto.port, cluster.cluster, USER, PASSWORD) as ear:
+    with listening(mosquitto.port, cluster.cluster) as ear:
         until(lambda: ear.last.get("lab/node/ann/status") == "online", "ann is back")
     assert PASSWORD not in agent.out + agent.err
 
@@ -136,6 +134,22 @@ def test_an_answer_does_not_wait_for_a_broker_that_hangs(
             answer = client.chat("hello", max_tokens=20)
 
     assert answer.usage.completion_tokens == 20
+
+
+@needs_mosquitto
+def test_a_machine_speaks_of_itself_alone(cluster: LocalCluster, mosquitto: Mosquitto) -> None:
+    forbidden = ["lab/node/bob/status", "lab/model/x/state", "lab/events", "elsewhere"]
+    forbidden += ["homeassistant/device/unicluster_node_bob/config"]
+    with (
+        listening(mosquitto.port, cluster.cluster) as ear,
+        connected(mosquitto.port, cluster.cluster, "ann") as ann,
+    ):
+        for topic in forbidden:
+            ann.publish(topic, "forged", qos=1, retain=True)
+        ann.publish("lab/node/ann/status", "online", qos=1)  # after the others
+        until(lambda: "lab/node/ann/status" in ear.last, "what it may say is heard")
+
+    assert set(ear.last) == {"lab/node/ann/status"}
 
 
 @needs_mosquitto

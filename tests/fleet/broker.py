@@ -4,19 +4,25 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from tests.fleet.host import Host
 from tests.fleet.network import Network
-from tests.support.brokers import CONFIGURATION, PASSWORD, USER
+from tests.support.brokers import (
+    CONFIGURATION,
+    COORDINATOR,
+    LISTENER,
+    PASSWORD,
+    PREFIX,
+    access_list,
+)
 from tests.support.cluster import ROOT
 from unicluster.cluster.trust import Cluster
 
 PORT = 8883
-PREFIX = "lab"
 
 
 class Broker:
@@ -27,14 +33,13 @@ class Broker:
         self._network = network
         self._ca = folder / "broker-ca.pem"
 
-    @property
-    def url(self) -> str:
+    def url(self, user: str) -> str:
         """For --mqtt."""
         password = quote(PASSWORD, safe="")
-        return f"mqtts://{USER}:{password}@{self._host.address}:{PORT}/{PREFIX}?ca=cluster"
+        return f"mqtts://{user}:{password}@{self._host.address}:{PORT}/{PREFIX}?ca=cluster"
 
-    def install(self, cluster: Cluster) -> None:
-        """Returns when it runs."""
+    def install(self, cluster: Cluster, machines: Sequence[str]) -> None:
+        """Returns when it runs, with a user for each machine."""
         identity = cluster.issue("broker")
         self._ca.write_text(identity.ca_pem)
         files = {
@@ -42,12 +47,15 @@ class Broker:
             "certs/cert.pem": identity.cert_pem,
             "certs/key.pem": identity.key_pem,
             "conf.d/unicluster.conf": CONFIGURATION.read_text(),
+            "unicluster.acl": access_list(),
         }
         for name, text in files.items():
             self._host.run(f"echo {shlex.quote(text)} | sudo tee /etc/mosquitto/{name} >/dev/null")
         passwords = "/etc/mosquitto/unicluster.passwd"
+        users = " ".join([*machines, COORDINATOR, LISTENER])
         self._host.run(
-            f"sudo mosquitto_passwd -c -b {passwords} {USER} {shlex.quote(PASSWORD)}"
+            f"sudo touch {passwords} && for user in {users}; do"
+            f" sudo mosquitto_passwd -b {passwords} $user {shlex.quote(PASSWORD)} || exit 1; done"
             f" && sudo chown mosquitto: {passwords} /etc/mosquitto/certs/key.pem"
             f" && sudo chmod 600 {passwords} /etc/mosquitto/certs/key.pem"
             f" && sudo firewall-cmd -q --permanent --add-port={PORT}/tcp"
@@ -60,7 +68,7 @@ class Broker:
         """
         wanted = [f"{PREFIX}/{topic}={value}" for topic, value in topics.items()]
         ear = (sys.executable, "-m", "tests.fleet.ear", self._host.address, str(PORT))
-        command = self._network.inside(*ear, str(self._ca), USER, PASSWORD, *wanted)
+        command = self._network.inside(*ear, str(self._ca), LISTENER, PASSWORD, *wanted)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         return {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.fleet.conftest import build_wheel
 from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
+from tests.support.brokers import COORDINATOR
 from tests.support.cluster import ROOT, until
 from unicluster.cluster.trust import Cluster
 
@@ -68,8 +69,10 @@ def test_the_playbook_makes_a_cluster_behind_closed_firewalls(fleet: Fleet) -> N
     options = ["--context", "1024", "--metrics-port", str(METRICS_PORT)]
     fleet.models = [{"name": "demo", "model": "demo", "options": options}]
     # There is no such broker yet: nothing may depend on it.
-    secrets = {"UNICLUSTER_MQTT": fleet.broker.url}
-    fleet.variables |= {"agent_secrets": secrets, "coordinator_secrets": secrets}
+    fleet.variables |= {
+        "agent_secrets": {"UNICLUSTER_MQTT": fleet.broker.url("{{ inventory_hostname }}")},
+        "coordinator_secrets": {"UNICLUSTER_MQTT": fleet.broker.url(COORDINATOR)},
+    }
 
     fleet.play()
 
@@ -117,7 +120,7 @@ def test_metrics_are_told_to_whoever_has_a_certificate_for_them(fleet: Fleet) ->
 
 def test_machines_and_models_tell_a_real_broker_how_they_are(fleet: Fleet) -> None:
     token = fleet["ann"].run("sudo cat /var/lib/unicluster/cluster.token").strip()
-    fleet.broker.install(Cluster.from_token(token))
+    fleet.broker.install(Cluster.from_token(token), NAMES)
 
     machines = {f"node/{name}/status": "online" for name in NAMES}
     told = fleet.broker.hear({**machines, "model/demo/state": "", "node/ann/readings": ""})

@@ -17,11 +17,12 @@ from cryptography.x509.oid import NameOID
 
 from tests.support.deadlines import scaled
 from unicluster.cluster.channels import as_error, bind, connect, make_server
-from unicluster.cluster.roles import WHO_MAY_CALL, Role
+from unicluster.cluster.roles import WHO_MAY_CALL, Role, who_may_call
 from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store
 from unicluster.errors import TrustError, UnavailableError
 from unicluster.v1 import chat_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2
 
+ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 WIRE = [chat_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2]
 METHODS = [
@@ -34,6 +35,11 @@ METHODS = [
 
 def test_the_table_has_every_method() -> None:
     assert set(WHO_MAY_CALL) == {name for name, _ in METHODS}
+
+
+def test_the_page_about_security_has_the_table() -> None:
+    """To mend it: python -c "from unicluster.cluster.roles import *; print(who_may_call())"."""
+    assert who_may_call() in (ROOT / "docs" / "security.md").read_text()
 
 
 def test_clients_may_chat_and_ask_for_the_status_and_no_more() -> None:

@@ -7,17 +7,26 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import paho.mqtt.client as paho
 
 from tests.support.cluster import HOST, ROOT, until
 from unicluster.cluster.trust import Cluster
 
-USER, PASSWORD = "fleet", "not a secret: #1"
+PASSWORD = "not a secret: #1"  # noqa: S105  # of brokers that live as long as a test
+# The users of deploy/'s access list besides the machines: who serves a model, and who reads.
+COORDINATOR, LISTENER = "coordinator", "listener"
+PREFIX = "lab"
 CONFIGURATION = ROOT / "deploy" / "mosquitto" / "unicluster.conf"
+
+
+def access_list() -> str:
+    """The access list of deploy/, for topics below PREFIX."""
+    return CONFIGURATION.with_suffix(".acl").read_text().replace(" unicluster/", f" {PREFIX}/")
 
 
 def free_port() -> int:
@@ -30,7 +39,7 @@ def free_port() -> int:
 class Mosquitto:
     """As deploy/ configures it, but for its folders and its port."""
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, machines: Sequence[str]) -> None:
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "certs").mkdir(parents=True)
@@ -39,18 +48,21 @@ class Mosquitto:
         for name in ("ca", "cert", "key"):
             (folder / "certs" / f"{name}.pem").write_text(getattr(identity, f"{name}_pem"))
         passwords = folder / "unicluster.passwd"
-        subprocess.run(
-            ["mosquitto_passwd", "-c", "-b", passwords, USER, PASSWORD], check=True, timeout=30
-        )
+        passwords.touch()
+        for user in (*machines, COORDINATOR, LISTENER):
+            subprocess.run(
+                ["mosquitto_passwd", "-b", passwords, user, PASSWORD], check=True, timeout=30
+            )
+        (folder / "unicluster.acl").write_text(access_list())
         text = CONFIGURATION.read_text().replace("/etc/mosquitto", str(folder))
         kept = f"persistence true\npersistence_location {folder}/data/\n"
         self._file = folder / "mosquitto.conf"
         self._file.write_text(f"user root\n{kept}{text}".replace("8883", str(self.port)))
 
-    @property
-    def url(self) -> str:
+    def url(self, user: str) -> str:
         """For --mqtt."""
-        return f"mqtts://{USER}:not%20a%20secret%3A%20%231@{HOST}:{self.port}/lab?ca=cluster"
+        password = quote(PASSWORD, safe="")
+        return f"mqtts://{user}:{password}@{HOST}:{self.port}/{PREFIX}?ca=cluster"
 
     def start(self) -> None:
         program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
@@ -103,20 +115,28 @@ class Ear:
 
 
 @contextlib.contextmanager
-def listening(port: int, cluster: Cluster, user: str, password: str) -> Iterator[Ear]:
-    """Hears all topics of the broker at that port, whose certificate is of the cluster."""
+def listening(port: int, cluster: Cluster) -> Iterator[Ear]:
+    """Hears all topics of the broker at that port."""
     ear = Ear()
+    with connected(port, cluster, LISTENER) as client:
+        client.on_message = ear.hear
+        client.subscribe([("#", 1)])
+        yield ear
+
+
+@contextlib.contextmanager
+def connected(port: int, cluster: Cluster, user: str) -> Iterator[paho.Client]:
+    """A client of the broker at that port, whose certificate is of the cluster."""
     client = paho.Client(paho.CallbackAPIVersion.VERSION2)
     context = ssl.create_default_context(cadata=cluster.ca_pem)
     context.check_hostname = False
     client.tls_set_context(context)
-    client.username_pw_set(user, password)
-    client.on_message = ear.hear
-    client.on_connect = lambda client, *rest: client.subscribe("#", qos=1)
+    client.username_pw_set(user, PASSWORD)
     client.connect(HOST, port)
     client.loop_start()
     try:
-        yield ear
+        until(client.is_connected, f"{user} is connected")
+        yield client
     finally:
         client.disconnect()
         client.loop_stop()

@@ -99,3 +99,15 @@ def _checked(handler: Handler, method: str, allowed: frozenset[Role]) -> Handler
         )
 
     return checked(handler, check)
+
+
+def who_may_call() -> str:
+    """The table of docs/security.md, in Markdown: each gRPC method, and the roles that may."""
+    rows = [
+        f"| `{method.removeprefix('/unicluster.v1.')}` | "
+        + " | ".join("yes" if role in roles else "no" for role in Role)
+        + " |"
+        for method, roles in WHO_MAY_CALL.items()
+    ]
+    head = "| method | " + " | ".join(Role) + " |"
+    return "\n".join([head, "|---" * (len(Role) + 1) + "|", *rows])
