@@ -73,7 +73,7 @@ class Cut:
         self._worker, self._ring = self._background.run(start())
         checkpoint = whole(file)
         gguf = open_gguf(checkpoint)
-        part = Part(0, half, finishes=False, context=CONTEXT, users=4)
+        part = Part(0, half, has_lm_head=False, context=CONTEXT, users=4)
         cut = stage_file(gguf, checkpoint, file.parent, part)
         self.front = load(gguf, file.parent, cut, part).front
         self._model = PipelineModel(self.front, self._ring, prebuilt=False)

@@ -20,7 +20,7 @@ import numpy as np
 
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy, load_parts
-from node.mlx.stage import Stage, StageCache
+from node.mlx.stage import MLXStage, StageCache
 from node.mlx.tensors import encode_tree
 from node.ring.session import Session
 from tests.support.tiny import tiny_config, write_model
@@ -35,7 +35,7 @@ TURN = 10  # tokens
 class Subject:
     """A stage and the seconds that its tokens took."""
 
-    stage: Stage
+    stage: MLXStage
     hidden: int
     session: Session[StageCache, Any] = field(init=False)
     walls: list[float] = field(default_factory=list)
@@ -93,7 +93,7 @@ def main() -> None:
         for _ in load_parts(hollow.layers):
             pass
     off, on = (
-        Subject(Stage(hollow, prebuilt=prebuilt), options.hidden) for prebuilt in (False, True)
+        Subject(MLXStage(hollow, prebuilt=prebuilt), options.hidden) for prebuilt in (False, True)
     )
     off.prefill()
     on.prefill()

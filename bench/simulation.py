@@ -1,6 +1,6 @@
 """A cluster in simulated time: the head's own scheduling, over machines and links that only cost.
 
-What decides is the code that serves: Scheduler, Lane, Pace, mlx-lm's BatchGenerator, fibers and
+The code that serves decides: Scheduler, Lane, ChunkSizer, mlx-lm's BatchGenerator, fibers and
 windows. What is simulated is below them: the clock, and a model whose layers compute nothing but
 take time, on machines that serve frames in the order they arrive, over links that carry one frame
 after another.
@@ -188,7 +188,7 @@ class Cache:
 
 
 @dataclass
-class _Way:
+class _FrameProgress:
     slowest_s: float | None = None
 
 
@@ -221,10 +221,10 @@ class Pipeline:
         if hold:
             self.prefill_window.depart()
         there = Signal()
-        way = _Way()
+        progress = _FrameProgress()
 
         def back() -> None:
-            way.slowest_s = self._slowest(answers, tokens)
+            progress.slowest_s = self._slowest(answers, tokens)
             if hold:
                 self.prefill_window.leave()
             there.set()
@@ -240,7 +240,7 @@ class Pipeline:
             self._world.compute(self._head.tail(answers))
             return mx.zeros((answers, tokens, VOCABULARY))
 
-        return PendingLogits(resolve, way=way)
+        return PendingLogits(resolve, progress=progress)
 
     def _slowest(self, answers: int, tokens: int) -> float:
         return max((seconds(cost, answers, tokens) for cost in self._others), default=0.0)

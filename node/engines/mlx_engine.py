@@ -9,7 +9,7 @@ from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
 from node.engines.mlx_layout import inspect
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy, load_parts, nbytes
-from node.mlx.stage import Stage
+from node.mlx.stage import MLXStage
 from node.mlx.survey import survey
 from node.weights.fetch import tensor_ranges
 from unicluster.checkpoints.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ class MLXEngine:
     ) -> LoadedHead | LoadedStage:
         lazy = load_lazy(checkpoint.root, spec.quant)
         first, end = spec.first_layer, spec.end_layer
-        hollow = HollowModel(lazy.model, lazy.model_type, first, end, finishes=spec.finishes)
+        hollow = HollowModel(lazy.model, lazy.model_type, first, end, has_lm_head=spec.finishes)
         count = len(hollow.layers)
         # The last part of a head is the whole model: what is outside the layers comes with it.
         parts = (*hollow.layers, *(hollow.outside if first > 0 else (lazy.model,)))
@@ -62,7 +62,7 @@ class MLXEngine:
             )
         if first == 0:
             return LoadedHead(hollow, total, prebuilt)
-        return LoadedStage(Stage(hollow, prebuilt=prebuilt), total)
+        return LoadedStage(MLXStage(hollow, prebuilt=prebuilt), total)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         ends = load_config(checkpoint.root).get("eos_token_id")

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.compat import own_arrays
+from node.mlx.compat import direct_arrays
 from node.mlx.compat_caches import add_empty_tokens, is_recurrent, leaves
-from node.mlx.crossing import finishing, forbidden_cuts, hidden_size, token_bytes
-from node.mlx.dataflow import Trace, watched
+from node.mlx.crossing import forbidden_cuts, hidden_size, lm_head_modules, token_bytes
+from node.mlx.dataflow import Dataflow, watched
 from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
 from node.mlx.lazy import nbytes
 from node.mlx.survey import Survey, survey
@@ -35,7 +35,14 @@ def inspect(
     surveyed = survey(checkpoint.root, quant)
     lazy, manifest = surveyed.lazy, checkpoint.manifest
     layout = layout_of(
-        lazy.model, surveyed.found, lazy.config, lazy.quant, manifest.model, context, users, kv_bits
+        lazy.model,
+        surveyed.dataflow,
+        lazy.config,
+        lazy.quant,
+        manifest.model,
+        context,
+        users,
+        kv_bits,
     )
     layout.revision = manifest.revision
     layout.files.extend(_file(checkpoint, name, surveyed) for name in manifest.weights)
@@ -44,7 +51,7 @@ def inspect(
 
 def layout_of(
     model: nn.Module,
-    found: Trace,
+    found: Dataflow,
     config: dict[str, Any],
     quant: str,
     name: str,
@@ -104,9 +111,9 @@ def context_limit(config: dict[str, Any]) -> int:
     return int(limit or 0)
 
 
-def _finish_bytes(model: nn.Module, found: Trace) -> int:
+def _finish_bytes(model: nn.Module, found: Dataflow) -> int:
     """What is outside the layers and makes logits of a hidden state; 0 where that is not enough."""
-    paths = finishing(found) or ()
+    paths = lm_head_modules(found) or ()
     return sum(nbytes(module) for path, module in model.named_modules() if path in paths)
 
 
@@ -115,7 +122,7 @@ def parameters(module: nn.Module) -> int:
     count = 0
     for part in module.modules():
         packed = 32 // part.bits if "scales" in part else 1
-        for name, value in own_arrays(part):
+        for name, value in direct_arrays(part):
             if not name.startswith("_") and name not in ("scales", "biases"):
                 count += value.size * packed if name == "weight" else value.size
     return count
@@ -130,7 +137,7 @@ class _Step:
     chosen: dict[int, int]
 
 
-def _decode_step(model: nn.Module, found: Trace, context: int, kv_bits: int) -> _Step:
+def _decode_step(model: nn.Module, found: Dataflow, context: int, kv_bits: int) -> _Step:
     """Fills the caches lazily with a prompt and then one token; only shapes are computed.
 
     The one token makes windowed caches shrink to their window. A recurrent layer's graph is as
@@ -186,7 +193,7 @@ def _experts(layer: nn.Module) -> list[nn.Module]:
     return [m for m in layer.modules() if hasattr(m, "num_experts") and "weight" in m]
 
 
-def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
+def _unread(model: nn.Module, found: Dataflow, vocabulary: int) -> int:
     """Bytes of embeddings of which one token reads a single row.
 
     The first embedding is read as a whole where it also is the lm_head: where nothing else
@@ -198,7 +205,7 @@ def _unread(model: nn.Module, found: Trace, vocabulary: int) -> int:
         vocabulary in array.shape
         for module in model.modules()
         if id(module) not in known
-        for _, array in own_arrays(module)
+        for _, array in direct_arrays(module)
     )
     rows = [(nbytes(m), m.weight.shape[0]) for m in embeddings[1 if tied else 0 :]]
     return sum(size - size // count for size, count in rows)

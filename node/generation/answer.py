@@ -38,8 +38,8 @@ class Answer:
             self.timeline.add("waiting", asked, self._begun)
         self._first = self._last = 0.0
 
-    def guessed(self, drafted: int, accepted: int) -> None:
-        """So many tokens were guessed ahead, and so many of them were right."""
+    def count_drafted(self, drafted: int, accepted: int) -> None:
+        """Counts tokens that were drafted, and how many of them the model accepted."""
         self._drafted += drafted
         self._accepted += accepted
         self._meter.drafted_tokens += drafted

@@ -18,7 +18,7 @@ class Token(NamedTuple):
     logprobs: mx.array
 
 
-class Batch:
+class BatchDecoder:
     """Any number of answers together, by mlx-lm's BatchGenerator."""
 
     def __init__(self, model: Any) -> None:

@@ -1,107 +1,107 @@
-"""How much of a prompt is computed at a time."""
+"""Chunked prefill: the tokens of a prompt that are computed at a time."""
 
 import math
 
-from node.pipeline.pending_logits import Way
+from node.pipeline.pending_logits import FrameProgress
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 
-# What a running answer may have to wait for its next token while a prompt is prefilled: seconds,
-# or that many times what a token takes undisturbed, if that is more.
-GAP = 0.25
-GAP_STEPS = 4
-# Smaller ones would be mostly Python.
-LEAST_TOKENS = 24
-# Until it is measured: the tokens whose computing takes as long as what a chunk takes anyway,
-# whatever its size: reading the weights, starting kernels. Few on a CPU, hundreds on a GPU.
-KNEE = 16.0
-GPU_KNEE = 256.0
-MOST_KNEE = 4096.0
-# One measurement, which may be off by much, moves it by no more than this factor.
-TRUST = 16.0
-# So many of a prompt are looked at, for the same reason.
-FIRST_CHUNKS = 5
+# Maximum inter-token latency of running answers while a prompt is prefilled: in seconds, or in
+# undisturbed decode steps, whichever is longer.
+MAX_INTER_TOKEN_S = 0.25
+MAX_INTER_TOKEN_STEPS = 4
+# In smaller chunks the overhead of Python dominates.
+MIN_TOKENS = 24
+# Crossover of a chunk's cost, until it is measured: the tokens whose computing takes as long as
+# the fixed cost of a chunk (weights read, kernels started). Few on a CPU, hundreds on a GPU.
+CROSSOVER_TOKENS = 16.0
+GPU_CROSSOVER_TOKENS = 256.0
+MAX_CROSSOVER_TOKENS = 4096.0
+# Factor by which one measurement, which may be far off, moves the crossover at most.
+MAX_CHANGE = 16.0
+# Chunks of one prompt that are measured at most: later ones also read the caches of earlier ones.
+MEASURED_CHUNKS = 5
 
 
-class Beginning:
-    """The first chunks of a prompt, which tell what a chunk costs.
-
-    Later ones also read the caches of those before.
-    """
+class FirstChunks:
+    """Measured times of the first chunks of a prompt, from which the crossover is estimated."""
 
     def __init__(self) -> None:
-        self._chunks: list[tuple[int, float, Way | None]] = []
-        self._told = 1
+        self._chunks: list[tuple[int, float, FrameProgress | None]] = []
+        self._reported = 1
 
     def __bool__(self) -> bool:
         return bool(self._chunks)
 
-    def add(self, tokens: int, here_s: float, way: Way | None) -> None:
-        """A chunk took the head so long, and is on its `way` through the others."""
-        if len(self._chunks) < FIRST_CHUNKS:
-            self._chunks.append((tokens, here_s, way))
+    def add(self, tokens: int, here_s: float, progress: FrameProgress | None) -> None:
+        """Adds a chunk that took the head `here_s` seconds; `progress` of the other stages."""
+        if len(self._chunks) < MEASURED_CHUNKS:
+            self._chunks.append((tokens, here_s, progress))
 
-    def tell(self, pace: "Pace") -> None:
-        """Compares what has come back meanwhile with the first chunk."""
-        while self._told < len(self._chunks):
-            (few, seconds), (more, more_seconds) = map(self._slowest, (0, self._told))
-            if seconds is None or more_seconds is None:
+    def report(self, sizer: "ChunkSizer") -> None:
+        """Gives the sizer each chunk that has completed, compared with the first one."""
+        while self._reported < len(self._chunks):
+            (small, seconds), (large, large_seconds) = map(self._slowest, (0, self._reported))
+            if seconds is None or large_seconds is None:
                 return
-            pace.compare(few, seconds, more, more_seconds)
-            self._told += 1
+            sizer.compare(small, seconds, large, large_seconds)
+            self._reported += 1
 
     def _slowest(self, index: int) -> tuple[int, float | None]:
-        tokens, here_s, way = self._chunks[index]
-        if way is None:
+        tokens, here_s, progress = self._chunks[index]
+        if progress is None:
             return tokens, here_s
-        return tokens, None if way.slowest_s is None else max(here_s, way.slowest_s)
+        return tokens, None if progress.slowest_s is None else max(here_s, progress.slowest_s)
 
 
-class Pace:
-    """The size of prefill chunks: `most` tokens, or less for the sake of others.
+class ChunkSizer:
+    """Sizes prefill chunks, of `most` tokens at most.
 
-    Such that a prompt is through all `stages` soonest, and that answers which run meanwhile don't
-    wait too long for it.
+    Minimizes the time of a prompt through all `stages`, within the maximum inter-token latency of
+    the answers that are decoding meanwhile.
     """
 
-    def __init__(self, most: int, stages: int, knee: float = KNEE) -> None:
+    def __init__(self, most: int, stages: int, crossover: float = CROSSOVER_TOKENS) -> None:
         self.most = most
         self._stages = stages
-        self._knee = knee
-        self._bearable = float(LEAST_TOKENS)
+        self._crossover = crossover
+        self._latency_limit = float(MIN_TOKENS)
         self._step = 0.0
 
     def chunk(self, prompt: int, decoding: bool, first: bool = False) -> int:
-        """Tokens of a chunk of so long a prompt; `decoding`: whether answers are running.
+        """Tokens of the next chunk of a prompt of `prompt` tokens.
 
-        P tokens in chunks of n are through S stages after P/n + S - 1 times the seconds of a
-        chunk, which are as n + knee: least for n = sqrt(P * knee / (S - 1)). The first is half
-        as large, which tells the knee and has the second stage begin sooner.
+        P tokens in chunks of n pass S stages in P/n + S - 1 times the seconds of a chunk, which
+        are proportional to n + crossover: minimal for n = sqrt(P * crossover / (S - 1)). The first
+        chunk is half as large, to measure the crossover and to start the second stage sooner.
+        `decoding`: whether answers are running.
         """
         size = float(self.most)
         if self._stages > 1:
-            size = math.sqrt(prompt * self._knee / (self._stages - 1))
+            size = math.sqrt(prompt * self._crossover / (self._stages - 1))
         if decoding:
-            size = min(size, self._bearable)
-        size = min(max(round(size), LEAST_TOKENS), self.most)
+            size = min(size, self._latency_limit)
+        size = min(max(round(size), MIN_TOKENS), self.most)
         if first and self._stages > 1 and not decoding:
             return min(max(size // 2, PUSHED_TOKENS + 1), size)
         return size
 
-    def compare(self, few: int, seconds: float, more: int, more_seconds: float) -> None:
-        """Two chunks of a prompt took the slowest machine so long."""
-        if more <= few:
+    def compare(self, small: int, seconds: float, large: int, large_seconds: float) -> None:
+        """Updates the crossover by the seconds that two chunks took on the slowest machine."""
+        if large <= small:
             return
-        a_token = max((more_seconds - seconds) / (more - few), 0.0)
-        fixed = max(seconds - few * a_token, 0.0)
-        knee = fixed / a_token if a_token else MOST_KNEE
-        knee = min(max(knee, self._knee / TRUST), self._knee * TRUST)
-        self._knee = min(max(math.sqrt(self._knee * knee), 1.0), MOST_KNEE)
+        per_token = max((large_seconds - seconds) / (large - small), 0.0)
+        fixed = max(seconds - small * per_token, 0.0)
+        crossover = fixed / per_token if per_token else MAX_CROSSOVER_TOKENS
+        crossover = min(max(crossover, self._crossover / MAX_CHANGE), self._crossover * MAX_CHANGE)
+        self._crossover = min(
+            max(math.sqrt(self._crossover * crossover), 1.0), MAX_CROSSOVER_TOKENS
+        )
 
     def note(self, seconds: float, prefilling: bool) -> None:
-        """A lane's step took that long; `prefilling`: while a prompt was computed."""
+        """Counts the seconds of a lane's step; `prefilling`: while a prompt was computed."""
         if not prefilling:
             self._step = seconds if not self._step else 0.9 * self._step + 0.1 * seconds
             return
-        target = max(GAP, GAP_STEPS * self._step)
+        target = max(MAX_INTER_TOKEN_S, MAX_INTER_TOKEN_STEPS * self._step)
         change = min(max(target / seconds, 0.25), 1.25)
-        self._bearable = min(max(self._bearable * change, LEAST_TOKENS), self.most)
+        self._latency_limit = min(max(self._latency_limit * change, MIN_TOKENS), self.most)

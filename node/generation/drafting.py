@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.rollback import cut, cuttable_below, restore, snapshot
+from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from unicluster.v1.node_pb2 import StageSpec
 
 # Of the end of a text, how many tokens must have occurred before, and how many may be looked for.
-LEAST_MATCH = 2
-MOST_MATCH = 8
+MIN_MATCH = 2
+MAX_MATCH = 8
 # Guessed ahead at most, if nothing else was asked for.
-MOST_DRAFTED = 8
+MAX_DRAFTED = 8
 # Prompt tokens a draft model computes at a time; a fraction of what the model itself takes.
 DRAFT_CHUNK = 256
 
@@ -46,7 +46,7 @@ class Speculation:
 
         `draft`: the draft model, if there is one. `vocabulary`: tokens that the model knows.
         """
-        most = spec.draft_tokens or MOST_DRAFTED
+        most = spec.draft_tokens or MAX_DRAFTED
         if draft is not None:
             return cls(partial(DraftModel, draft, vocabulary), most)
         return cls(Lookup, most) if spec.lookup else None
@@ -75,14 +75,14 @@ class Lookup:
 def _follows(text: "np.ndarray[Any, Any]") -> int | None:
     """Where the text goes on after the longest, then latest, earlier copy of its end."""
     size = len(text)
-    found = np.flatnonzero(text[:-1] == text[-1]) + 1
-    for length in range(2, MOST_MATCH + 1):
-        longer = found[found >= length]
+    matches = np.flatnonzero(text[:-1] == text[-1]) + 1
+    for length in range(2, MAX_MATCH + 1):
+        longer = matches[matches >= length]
         longer = longer[text[longer - length] == text[size - length]]
         if not len(longer):
-            return int(found[-1]) if len(found) and length > LEAST_MATCH else None
-        found = longer
-    return int(found[-1])
+            return int(matches[-1]) if len(matches) and length > MIN_MATCH else None
+        matches = longer
+    return int(matches[-1])
 
 
 class DraftModel:
@@ -95,56 +95,56 @@ class DraftModel:
         self._model = model
         self._vocabulary = vocabulary
         self._cache: list[Any] = make_prompt_cache(model)
-        self._held: list[int] = []  # the tokens in the cache
-        self._cuttable_below = cuttable_below(self._cache)
+        self._cached: list[int] = []  # the tokens in the cache
+        self._trimmable_below = trimmable_below(self._cache)
         self._saved: tuple[int, list[Any]] | None = None  # a snapshot of so many tokens
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
         """None while it catches up with a prompt, a chunk each time it is asked."""
-        self._back_to(_common(self._held, tokens, len(tokens) - 1))
-        fresh = tokens[len(self._held) :]
+        self._roll_back_to(_common(self._cached, tokens, len(tokens) - 1))
+        fresh = tokens[len(self._cached) :]
         if len(fresh) > DRAFT_CHUNK:
             self._run(fresh[:DRAFT_CHUNK])
             mx.eval([entry.state for entry in self._cache])
             return []
         guess = mx.argmax(self._run(fresh)[:, -1, :], axis=-1)
         self._saved = None
-        if len(tokens) + count >= self._cuttable_below:
+        if len(tokens) + count >= self._trimmable_below:
             self._saved = len(tokens), snapshot(self._cache)
         guesses = [guess]
         for _ in range(count - 1):
             guess = mx.argmax(self._model(guess[None], cache=self._cache)[:, -1, :], axis=-1)
             guesses.append(guess)
         drafted = cast(list[int], mx.concatenate(guesses).tolist())
-        self._held += drafted[:-1]
+        self._cached += drafted[:-1]
         known = (index for index, token in enumerate(drafted) if token >= self._vocabulary)
         return drafted[: next(known, count)]
 
     def _run(self, tokens: list[int]) -> mx.array:
         logits: mx.array = self._model(mx.array([tokens]), cache=self._cache)
-        self._held += tokens
+        self._cached += tokens
         return logits
 
-    def _back_to(self, count: int) -> None:
+    def _roll_back_to(self, count: int) -> None:
         """Leaves the first `count` tokens in the cache, or fewer."""
-        beyond = len(self._held) - count
+        beyond = len(self._cached) - count
         if not beyond:
             return
-        if len(self._held) < self._cuttable_below:
-            cut(self._cache, beyond)
+        if len(self._cached) < self._trimmable_below:
+            trim(self._cache, beyond)
         elif self._saved is not None and self._saved[0] <= count:
             count, saved = self._saved
-            restore(self._cache, saved, len(self._held) - count)
+            restore(self._cache, saved, len(self._cached) - count)
         else:
             count, self._cache = 0, make_prompt_cache(self._model)
         self._saved = None
-        del self._held[count:]
+        del self._cached[count:]
 
 
-def _common(held: list[int], tokens: list[int], most: int) -> int:
+def _common(cached: list[int], tokens: list[int], most: int) -> int:
     """How many tokens both begin with, at most `most`."""
-    count = min(len(held), most)
-    if held[:count] == tokens[:count]:
+    count = min(len(cached), most)
+    if cached[:count] == tokens[:count]:
         return count
-    pairs = zip(held[:count], tokens[:count], strict=True)
+    pairs = zip(cached[:count], tokens[:count], strict=True)
     return next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)

@@ -138,8 +138,8 @@ class GenerationEngine:
                 state=self._state,
                 detail=detail,
                 lanes=len(scheduler.lanes) if scheduler is not None else 0,
-                kept_caches=len(scheduler.kept) if scheduler is not None else 0,
-                kept_bytes=scheduler.kept.nbytes if scheduler is not None else 0,
+                kept_caches=len(scheduler.prefix_cache) if scheduler is not None else 0,
+                kept_bytes=scheduler.prefix_cache.nbytes if scheduler is not None else 0,
             )
 
     def measure(self) -> Meters:
@@ -149,9 +149,9 @@ class GenerationEngine:
         if scheduler is not None:
             meters.running = sum(len(lane.sequences) for lane in list(scheduler.lanes))
             meters.waiting = len(scheduler.waiting)
-            meters.kept_bytes = scheduler.kept.nbytes
-            meters.promised_bytes = scheduler.promised
-            meters.cache_bytes = scheduler.memory.total
+            meters.kept_bytes = scheduler.prefix_cache.nbytes
+            meters.promised_bytes = scheduler.reserved
+            meters.cache_bytes = scheduler.kv_budget.total
         return meters
 
     def _check_room(self) -> None:

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from node.generation.batch import Batch
+from node.generation.batch import BatchDecoder
 from node.generation.sequence import Sequence
-from node.generation.single import Solo
+from node.generation.single import SingleDecoder
 from node.metering.timeline import Timeline
 from unicluster.errors import StageError
 
@@ -17,35 +17,35 @@ log = logging.getLogger("unicluster.lane")
 class Lane:
     """Up to `places` sequences, from the start of their prefill to their end.
 
-    For the MLX thread. After an error raised by `step` it is of no use. `steps` and `tokens`
-    count what it did.
+    Used on the MLX thread; not usable after an error raised by `step`. `steps` and `tokens` count
+    what was decoded.
     """
 
     def __init__(
         self,
-        decoder: Batch | Solo,
+        decoder: BatchDecoder | SingleDecoder,
         places: int,
-        keep: Callable[[list[int], list[Any]], None] | None,
+        on_finished: Callable[[list[int], list[Any]], None] | None,
     ) -> None:
-        """keep: gets the tokens and the cache of each answer that has finished."""
+        """`on_finished` gets the tokens and the cache of each answer that has finished."""
         self.places = places
         self.sequences: set[Sequence] = set()
-        self.awake = False  # whether somebody steps it
+        self.awake = False  # whether a fiber steps it
         self.steps = 0
         self.tokens = 0
         self._decoder = decoder
-        self._keep = keep
+        self._on_finished = on_finished
         self._joining: deque[Sequence] = deque()
         self._decoding: set[Sequence] = set()
 
     @property
     def free(self) -> int:
-        """Places for more sequences."""
+        """Free places for sequences."""
         return self.places - len(self.sequences)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to step for."""
+        """Whether any sequence is decoding or about to."""
         return bool(self._joining or self._decoding)
 
     @property
@@ -55,7 +55,7 @@ class Lane:
 
     @property
     def timelines(self) -> list[Timeline]:
-        """Of the answers that the next step is for, those that are traced."""
+        """Timelines of the traced answers among those of the next step."""
         answers = (sequence.answer for sequence in (*self._decoding, *self._joining))
         return [answer.timeline for answer in answers if answer.timeline is not None]
 
@@ -64,9 +64,9 @@ class Lane:
         self._joining.append(sequence)
 
     def step(self) -> list[Sequence]:
-        """One token for each answer; returns the sequences that have left.
+        """Decodes one token for each answer; returns the sequences that have left.
 
-        They have ended, or were cancelled; their caches are kept or freed.
+        They have ended, or were cancelled; their caches are cached as prefixes or freed.
         """
         gone = [sequence for sequence in self._decoding if sequence.ticket.ended]
         for sequence in gone:
@@ -85,7 +85,7 @@ class Lane:
         ended: list[Sequence] = []
         for sequence, token, logprobs in self._decoder.step():
             if sequence in ended:
-                continue  # what was guessed right beyond its end
+                continue  # an accepted draft beyond the end
             ticket, answer = sequence.ticket, sequence.answer
             self.tokens += 1
             try:
@@ -109,7 +109,7 @@ class Lane:
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._keep is not None and sequence.answer.finished and not sequence.job.no_reuse:
-            self._keep(*self._decoder.take(sequence))
+        if self._on_finished is not None and sequence.answer.finished and not sequence.job.no_reuse:
+            self._on_finished(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)

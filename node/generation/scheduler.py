@@ -1,8 +1,8 @@
-"""Who computes next: queue, prefill, lanes. All of it on the MLX thread.
+"""Scheduling of queue, prefill and lanes, on the MLX thread.
 
 A request waits for a place in a lane; its prompt is prefilled, in turns with other prompts, and
 then its answer decodes in the lane. Prefill is one fiber and each lane another: while a step of
-one lane is on other machines, the rest computes.
+one lane is on other machines, the others compute.
 """
 
 import time
@@ -16,14 +16,14 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from node.generation.answer import Answer
-from node.generation.batch import Batch, can_batch
-from node.generation.chunking import GPU_KNEE, KNEE, Beginning, Pace
+from node.generation.batch import BatchDecoder, can_batch
+from node.generation.chunking import CROSSOVER_TOKENS, GPU_CROSSOVER_TOKENS, ChunkSizer, FirstChunks
 from node.generation.config import GenerationConfig
-from node.generation.kv_budget import Memory
+from node.generation.kv_budget import KVBudget
 from node.generation.lane import Lane
-from node.generation.prefix_cache import Kept, KeptCaches
+from node.generation.prefix_cache import CachedPrefix, PrefixCache
 from node.generation.sequence import Sequence
-from node.generation.single import Solo
+from node.generation.single import SingleDecoder
 from node.generation.ticket import Ticket
 from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline, recorded
@@ -36,13 +36,12 @@ from node.ring.compute_thread import MLXThread, give_way, rested
 class Scheduler:
     """Serves one model until closed.
 
-    Of its configuration `kv_bytes` is what all machines together have for caches of `users` that
-    fill the context: that much is promised before an answer begins, and what is left keeps caches
-    of finished ones. 0: not known; nothing is kept. With `kv_bits` or speculation each lane holds
-    one answer. `on_end` is called for each ticket that has
-    ended, `on_error` at most once, with what the model raised: then all answers are lost.
-    `clock` gives seconds: simulations have their own.
-    `prefilled` counts prompt tokens computed, in `chunks`; `meter` gets all else.
+    `kv_bytes` of its configuration is the KV budget of all machines together, enough for `users`
+    answers at the full context: an answer's part is reserved before it begins, and the rest holds
+    the prefix cache. 0: unknown; nothing is cached. With `kv_bits` or speculation each lane holds
+    one answer. `on_end` is called for each ticket that has ended, `on_error` at most once, with
+    the exception of the model: then all answers are lost. `clock` returns seconds; simulations
+    pass their own. `prefilled` counts prompt tokens computed, in `chunks`; `meter` counts the rest.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class Scheduler:
         kinds = _kinds(model)
         batches = can_batch(kinds) and not spec.kv_bits and config.speculation is None
 
-        def decoder() -> Batch | Solo:
+        def decoder() -> BatchDecoder | SingleDecoder:
             if batches:
-                return Batch(model)
-            return Solo(model, kinds, config, tokenizer.eos_token_ids)
+                return BatchDecoder(model)
+            return SingleDecoder(model, kinds, config, tokenizer.eos_token_ids)
 
         self._stages = int(getattr(model, "stages", 1))
         lanes = min(spec.lanes or self._stages, users) if batches else users
@@ -73,12 +72,12 @@ class Scheduler:
             Lane(
                 decoder(),
                 places=users // lanes + (index < users % lanes) if batches else 1,
-                keep=self._keep if spec.kv_bytes else None,
+                on_finished=self._cache_answer if spec.kv_bytes else None,
             )
             for index in range(lanes)
         ]
-        self.memory = Memory(spec.kv_bytes, users, spec.context, kinds)
-        self.kept = KeptCaches()
+        self.kv_budget = KVBudget(spec.kv_bytes, users, spec.context, kinds)
+        self.prefix_cache = PrefixCache()
         self.meter = meter
         self.prefilled = 0
         self.chunks = 0
@@ -91,10 +90,10 @@ class Scheduler:
         self._clock = clock
         self._prompts: deque[tuple[Sequence, Lane]] = deque()
         self._prefilling = False
-        knee = GPU_KNEE if mx.default_device() == mx.gpu else KNEE
-        self._pace = Pace(config.prefill_step, self._stages, knee)
-        # Of a prompt that is all on its way the last chunks may come back while others begin.
-        self._beginnings: deque[Beginning] = deque(maxlen=users)
+        crossover = GPU_CROSSOVER_TOKENS if mx.default_device() == mx.gpu else CROSSOVER_TOKENS
+        self._sizer = ChunkSizer(config.prefill_step, self._stages, crossover)
+        # The last chunks of a prompt may come back while other prompts begin.
+        self._first_chunks: deque[FirstChunks] = deque(maxlen=users)
         self._closed = False
 
     def add(self, ticket: Ticket) -> None:
@@ -103,33 +102,31 @@ class Scheduler:
         self._schedule()
 
     def drop(self, ticket: Ticket) -> None:
-        """Takes an ended request out of the queue; a running one leaves at its next step."""
+        """Removes an ended request from the queue; a running one leaves at its next step."""
         if ticket in self.waiting:
             self.waiting.remove(ticket)
 
     def close(self) -> None:
-        """Lets go of everything; what waits for another machine does so once it hears of it."""
+        """Releases everything; fibers that wait for another machine end when they wake."""
         self._closed = True
         for lane in self.lanes:
             lane.close()
         self.lanes.clear()
-        self.kept.clear()
+        self.prefix_cache.clear()
         self.waiting.clear()
         self._prompts.clear()
 
     @property
-    def promised(self) -> int:
-        """KV bytes that the answers begun may come to: never more than there are, with so few
-        places in the lanes.
-        """
+    def reserved(self) -> int:
+        """KV bytes reserved for running answers; places in the lanes keep it within the budget."""
         return sum(
             # Copies, because other threads ask too.
-            self.memory.need_together(sequence.most for sequence in list(lane.sequences))
+            self.kv_budget.batch_bytes(sequence.most for sequence in list(lane.sequences))
             for lane in list(self.lanes)
         )
 
     def _schedule(self) -> None:
-        """Begins with the requests that came first, each in the lane with the fewest others."""
+        """Starts requests in order of arrival, each in the lane with the fewest sequences."""
         while self.waiting:
             lane = max(self.lanes, key=lambda lane: (lane.free > 0, -len(lane.sequences)))
             if not lane.free:
@@ -138,8 +135,10 @@ class Scheduler:
             answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
             sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
-            sequence.kept = None if ticket.job.no_reuse else self.kept.find(sequence.prompt)
-            self.kept.shrink(self.memory.total - self.promised)
+            sequence.prefix = (
+                None if ticket.job.no_reuse else self.prefix_cache.find(sequence.prompt)
+            )
+            self.prefix_cache.shrink(self.kv_budget.total - self.reserved)
             self._prompts.append((sequence, lane))
             if not self._prefilling:
                 self._prefilling = True
@@ -156,10 +155,10 @@ class Scheduler:
                 continue
             elif sequence.left > 0:
                 decoding = any(lane.decoding for lane in self.lanes)
-                first = not sequence.began
-                for began in self._beginnings:
-                    began.tell(self._pace)
-                self._compute(sequence, self._pace.chunk(len(sequence.prompt), decoding, first))
+                first = not sequence.first_chunks
+                for chunks in self._first_chunks:
+                    chunks.report(self._sizer)
+                self._compute(sequence, self._sizer.chunk(len(sequence.prompt), decoding, first))
                 self._prompts.append((sequence, lane))
             else:
                 lane.join(sequence)
@@ -171,19 +170,19 @@ class Scheduler:
         self._rest()
 
     def _begin(self, sequence: Sequence) -> None:
-        """Gives it a cache: of another's tokens, where they are the same."""
-        if sequence.kept is None:
+        """Gives a sequence its cache: a copy of a common prefix, or an empty one."""
+        if sequence.prefix is None:
             sequence.cache = make_prompt_cache(self._model)
         else:
-            kept, sequence.cached = sequence.kept
-            sequence.cache, sequence.kept = kept.copied(sequence.cached), None
+            entry, sequence.cached = sequence.prefix
+            sequence.cache, sequence.prefix = entry.copy_prefix(sequence.cached), None
             sequence.answer.cached_tokens = sequence.cached
-        self._beginnings.append(sequence.began)
+        self._first_chunks.append(sequence.first_chunks)
         self.meter.prompt_tokens += len(sequence.prompt)
         self.meter.reused_tokens += sequence.cached
 
     def _compute(self, sequence: Sequence, most: int) -> None:
-        """One chunk of a prompt; on other machines it goes on after this returns."""
+        """Computes one chunk of a prompt here; other machines continue after this returns."""
         end = sequence.cached + min(most, sequence.left)
         chunk = mx.array(sequence.prompt[sequence.cached : end])
         timeline = sequence.answer.timeline
@@ -192,15 +191,15 @@ class Scheduler:
             logits = self._model(chunk[None], cache=sequence.cache)
             quantize(sequence.cache, self._kv_bits)
             mx.eval([cache.state for cache in sequence.cache])
-        way = logits.way if isinstance(logits, PendingLogits) else None
-        sequence.began.add(len(chunk), self._spent() - before, way)
+        progress = logits.progress if isinstance(logits, PendingLogits) else None
+        sequence.first_chunks.add(len(chunk), self._spent() - before, progress)
         give_back()
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
 
     def _spent(self) -> float:
-        """Seconds by the clock, but for those that prefill has waited for other machines."""
+        """Seconds by the clock, less those that prefill has waited for other machines."""
         window = getattr(self._model, "prefill_window", None)
         return self._clock() - (window.waited if window is not None else 0.0)
 
@@ -209,17 +208,17 @@ class Scheduler:
             began = self._clock()
             prefilling = self._prefilling
             ended = self._step(lane)
-            if self._stages == 1:  # else others ran while the step was on its way
+            if self._stages == 1:  # else others ran while the step was in flight
                 give_way()
             if lane.decoding:
-                self._pace.note(self._clock() - began, prefilling)
+                self._sizer.note(self._clock() - began, prefilling)
             for sequence in ended:
                 self._finish(sequence, lane)
         lane.awake = False
         self._rest()
 
     def _step(self, lane: Lane) -> list[Sequence]:
-        """A lane's step, which takes the head its time less that in which others ran."""
+        """One step of a lane; its time at the head excludes that in which other fibers ran."""
         began, away = time.perf_counter(), rested()
         alone, tokens = lane.decoding == 1, lane.tokens
         guessed = self.meter.drafted_tokens
@@ -235,19 +234,19 @@ class Scheduler:
             mx.synchronize()  # else the sampling would show in the next step
         return ended
 
-    def _keep(self, tokens: list[int], cache: list[Any]) -> None:
-        mx.eval([entry.state for entry in cache])  # else it would hold on to the whole batch
-        bound = self.memory.need(len(tokens))
-        kept = Kept(np.array(tokens), cache, nbytes=bound, trimmable=self.memory.grows)
-        self.kept.add(kept)
-        self.kept.shrink(self.memory.total - self.promised)
-        self._start(partial(self._weigh, kept))
+    def _cache_answer(self, tokens: list[int], cache: list[Any]) -> None:
+        mx.eval([layer.state for layer in cache])  # else it would keep the whole batch in memory
+        bound = self.kv_budget.answer_bytes(len(tokens))
+        entry = CachedPrefix(np.array(tokens), cache, nbytes=bound, trimmable=self.kv_budget.grows)
+        self.prefix_cache.add(entry)
+        self.prefix_cache.shrink(self.kv_budget.total - self.reserved)
+        self._start(partial(self._measure_entry, entry))
 
-    def _weigh(self, kept: Kept) -> None:
-        """Asks the other machines what it was taken for until now."""
-        nbytes = sum(entry.nbytes for entry in kept.cache)
-        trimmable = can_trim_prompt_cache(kept.cache)
-        kept.nbytes, kept.trimmable = nbytes, trimmable
+    def _measure_entry(self, entry: CachedPrefix) -> None:
+        """Replaces the estimated size of an entry by that which the stages report."""
+        nbytes = sum(layer.nbytes for layer in entry.cache)
+        trimmable = can_trim_prompt_cache(entry.cache)
+        entry.nbytes, entry.trimmable = nbytes, trimmable
 
     def _finish(self, sequence: Sequence, lane: Lane) -> None:
         lane.sequences.discard(sequence)
@@ -271,6 +270,6 @@ class Scheduler:
 
 
 def _kinds(model: Any) -> list[Any]:
-    """A fresh cache of each layer, wherever the layer lives."""
+    """A fresh cache of each layer of the whole model."""
     fresh: list[Any] = model.layer_caches() if hasattr(model, "layer_caches") else []
     return fresh or make_prompt_cache(model)

@@ -1,28 +1,29 @@
-"""An answer in the making and its cache: what lanes and prefill hand to one another."""
+"""A sequence: one prompt and its answer, with its cache, as prefill passes it to a lane."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from node.generation.answer import Answer
-from node.generation.chunking import Beginning
-from node.generation.prefix_cache import Kept
+from node.generation.chunking import FirstChunks
+from node.generation.prefix_cache import CachedPrefix
 from node.generation.request import Job
 from node.generation.ticket import Ticket
 
 
 @dataclass(eq=False)
 class Sequence:
-    """`cache` holds the first `cached` tokens of the prompt, some maybe those of `kept`.
+    """One prompt and its answer; `cache` holds the first `cached` tokens of the prompt.
 
-    `began`: its first chunks.
+    prefix: a cached prefix to begin with, and how many of its tokens are common, until prefill
+    begins. first_chunks: measured times of its prefill.
     """
 
     ticket: Ticket
     answer: Answer
-    kept: tuple[Kept, int] | None = None
+    prefix: tuple[CachedPrefix, int] | None = None
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
-    began: Beginning = field(default_factory=Beginning)
+    first_chunks: FirstChunks = field(default_factory=FirstChunks)
 
     @property
     def job(self) -> Job:
@@ -34,10 +35,10 @@ class Sequence:
 
     @property
     def most(self) -> int:
-        """Tokens it may come to, prompt included."""
+        """Tokens of the sequence at its longest, prompt included."""
         return len(self.prompt) + self.job.max_tokens
 
     @property
     def left(self) -> int:
-        """Prompt tokens to prefill; the last one is the decoder's."""
+        """Prompt tokens still to prefill; the last token is left to the decoder."""
         return len(self.prompt) - 1 - self.cached

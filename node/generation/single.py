@@ -1,4 +1,4 @@
-"""A decoder of one answer at a time: for caches that can't be batched, and for guessing ahead."""
+"""A decoder of one answer at a time: for caches that can't be batched, and for drafted tokens."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,35 +9,36 @@ from node.generation.batch import Token
 from node.generation.config import GenerationConfig
 from node.generation.sequence import Sequence
 from node.mlx.kv_quant import quantize
-from node.mlx.rollback import cut, cuttable_below, restore, snapshot
+from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 
-# Guessed ahead at first.
-FIRST_AHEAD = 4
+# Drafted tokens of an answer's first step.
+FIRST_DRAFT_LENGTH = 4
 
 
-class _Run:
-    """An answer being made. `tokens` are the prompt and the answer, `held` of them in the cache.
+class _Decoding:
+    """State of the answer that is being decoded.
 
-    `ahead` is how many tokens are worth guessing.
+    tokens: the prompt and the answer, of which the first `cached` are in the cache. draft_length:
+    tokens to draft in the next step.
     """
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.tokens = list(sequence.prompt)
-        self.held = len(self.tokens) - 1
-        self.ahead = FIRST_AHEAD
+        self.cached = len(self.tokens) - 1
+        self.draft_length = FIRST_DRAFT_LENGTH
         self._seen = mx.array(self.tokens)
         self._sampler = sequence.job.sampling.sampler() or _greedy
         self._processors = sequence.job.sampling.processors()
 
     @property
     def room(self) -> int:
-        """Tokens that may be guessed: after them there is always one that the model chooses."""
+        """Tokens that may be drafted: one more is always chosen by the model."""
         return self.sequence.most - len(self.tokens) - 1
 
     def choose(self, logits: mx.array) -> Token:
-        """The next token, by logits (1, vocabulary); one by one, as if nothing was guessed."""
+        """The next token, by logits (1, vocabulary): one by one, as without drafted tokens."""
         for processor in self._processors:
             logits = processor(self._seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -49,12 +50,12 @@ class _Run:
         return Token(self.sequence, token, logprobs[0])
 
 
-class Solo:
-    """One answer at a time, by a loop of our own; several tokens a step if guesses are right.
+class SingleDecoder:
+    """Decodes one answer at a time, several tokens a step where drafts are accepted.
 
-    A guess counts only if it is the token that the model chooses in that place: greedy or drawn,
-    the answer is the one there would be without. `kinds` are fresh caches of all layers. Tokens
-    in `ends` are never guessed.
+    A drafted token is accepted only if the model chooses it in that place, greedy or sampled: the
+    answer is the one without drafts. `kinds` are fresh caches of all layers. Tokens in `ends` are
+    never drafted.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class Solo:
     ) -> None:
         speculation = config.speculation
         self._model = model
-        self._cuttable_below = cuttable_below(kinds)
+        self._trimmable_below = trimmable_below(kinds)
         self._kv_bits = config.spec.kv_bits
         self._drafter = speculation.drafter() if speculation is not None else None
         self._most = speculation.most if speculation is not None else 0
         self._ends = ends
-        self._run: _Run | None = None
+        self._run: _Decoding | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
-        self._run = _Run(sequence)
+        self._run = _Decoding(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
@@ -86,55 +87,55 @@ class Solo:
         """Removes it; returns its cache and the tokens in it, those of the answer included."""
         run, cache = self._run, sequence.cache
         self.remove(sequence)
-        return ([], cache) if run is None else (run.tokens[: run.held], cache)
+        return ([], cache) if run is None else (run.tokens[: run.cached], cache)
 
     def step(self) -> list[Token]:
-        """One token, and before it those that were guessed right."""
+        """Decodes the accepted drafts and one token more."""
         run = self._run
         if run is None:
             return []
         cache = run.sequence.cache
-        fresh = run.tokens[run.held :]
-        guesses = self._guess(run, most=PUSHED_TOKENS - len(fresh))
-        fed = len(fresh) + len(guesses)
+        fresh = run.tokens[run.cached :]
+        drafts = self._draft(run, most=PUSHED_TOKENS - len(fresh))
+        fed = len(fresh) + len(drafts)
         saved = None
-        if guesses and run.held + fed >= self._cuttable_below:
+        if drafts and run.cached + fed >= self._trimmable_below:
             saved = snapshot(cache)
-        logits = self._model(mx.array([fresh + guesses]), cache=cache)[:, len(fresh) - 1 :, :]
+        logits = self._model(mx.array([fresh + drafts]), cache=cache)[:, len(fresh) - 1 :, :]
         quantize(cache, self._kv_bits)
         chosen = [run.choose(logits[:, 0, :])]
-        for index, guess in enumerate(guesses, start=1):
-            if chosen[-1].token != guess:
+        for index, draft in enumerate(drafts, start=1):
+            if chosen[-1].token != draft:
                 break
             chosen.append(run.choose(logits[:, index, :]))
-        right = len(chosen) - 1
-        self._count(run, len(guesses), right)
-        if saved is not None and right < len(guesses):
-            restore(cache, saved, fed)  # what was right of it is fed again with the next guesses
+        accepted = len(chosen) - 1
+        self._count(run, len(drafts), accepted)
+        if saved is not None and accepted < len(drafts):
+            restore(cache, saved, fed)  # what was accepted of it is fed again with the next drafts
         else:
-            run.held += len(fresh) + right
-            if right < len(guesses):
-                cut(cache, len(guesses) - right)
+            run.cached += len(fresh) + accepted
+            if accepted < len(drafts):
+                trim(cache, len(drafts) - accepted)
         return chosen
 
     def close(self) -> None:
         self._run = None
 
-    def _guess(self, run: _Run, most: int) -> list[int]:
-        count = min(run.ahead, self._most, run.room, most)
+    def _draft(self, run: _Decoding, most: int) -> list[int]:
+        count = min(run.draft_length, self._most, run.room, most)
         if self._drafter is None or count < 1:
             return []
-        guesses = self._drafter.propose(run.tokens, count)
-        end = next((i for i, guess in enumerate(guesses) if guess in self._ends), len(guesses))
-        return guesses[:end]
+        drafts = self._drafter.propose(run.tokens, count)
+        end = next((i for i, draft in enumerate(drafts) if draft in self._ends), len(drafts))
+        return drafts[:end]
 
-    def _count(self, run: _Run, drafted: int, accepted: int) -> None:
+    def _count(self, run: _Decoding, drafted: int, accepted: int) -> None:
         if not drafted:
             return
-        # As long as all are right try more, and after a wrong one hardly more than were right.
-        run.ahead = run.ahead + 2 if accepted == drafted else accepted + 1
-        run.ahead = min(run.ahead, self._most)
-        run.sequence.answer.guessed(drafted, accepted)
+        # Draft more while all are accepted, after a rejected one about as many as were accepted.
+        run.draft_length = run.draft_length + 2 if accepted == drafted else accepted + 1
+        run.draft_length = min(run.draft_length, self._most)
+        run.sequence.answer.count_drafted(drafted, accepted)
 
 
 def _greedy(logprobs: mx.array) -> mx.array:

@@ -21,7 +21,7 @@ class Segment(NamedTuple):
 class StopSearch:
     """Finds the first end of a stop string in text that comes piece by piece: Aho and Corasick's.
 
-    Takes time by the text's length alone, however many stop strings there are, and holds back no
+    Takes time by the text's length alone, however many stop strings there are, and withholds no
     more than may still become part of one.
     """
 
@@ -33,18 +33,18 @@ class StopSearch:
             self._insert(string)
         self._fail = self._links()
         self._node = 0
-        self.held = ""
+        self.withheld = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """The text that is certain after one more piece, and whether a stop string cut it."""
-        buffer = self.held + text
-        for at in range(len(self.held), len(buffer)):
+        buffer = self.withheld + text
+        for at in range(len(self.withheld), len(buffer)):
             self._node = self._step(self._node, buffer[at])
             if length := self._ends[self._node]:
-                self.held = ""
+                self.withheld = ""
                 return buffer[: at + 1 - length], True
         certain = len(buffer) - self._depth[self._node]
-        self.held = buffer[certain:]
+        self.withheld = buffer[certain:]
         return buffer[:certain], False
 
     def _insert(self, string: str) -> None:
@@ -59,7 +59,7 @@ class StopSearch:
         self._ends[node] = len(string)
 
     def _links(self) -> list[int]:
-        """By node, that of the longest proper suffix: from it the search goes on."""
+        """Failure links: for each node that of its longest proper suffix."""
         self._fail = [0] * len(self._next)
         waiting = deque(self._next[0].values())
         while waiting:
@@ -77,7 +77,7 @@ class StopSearch:
 
 
 class TextStream:
-    """One answer's text. What may still become part of a stop string or a mark is held back."""
+    """Text of one answer; withholds what may still become part of a stop string or a mark."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], state: str) -> None:
         self._detokenizer = tokenizer.detokenizer
@@ -93,15 +93,15 @@ class TextStream:
         return self._pass(self._detokenizer.last_segment)
 
     def finish(self) -> list[Segment]:
-        """All that was held back, when the answer ends."""
+        """All text that was withheld, when the answer ends."""
         segments = []
         if not self.stopped:
             self._detokenizer.finalize()
             segments += self._pass(self._detokenizer.last_segment)
         if not self.stopped:
-            segments += self._sort(self._stop.held)
-        self._marks, held, kind = _Machine.flush(self._marks)
-        segments += self._keep([(kind, held)])
+            segments += self._sort(self._stop.withheld)
+        self._marks, rest, kind = _Machine.flush(self._marks)
+        segments += self._keep([(kind, rest)])
         if self._tool:
             segments.append(Segment("tool", self._tool))
         return segments

@@ -111,9 +111,9 @@ class Gguf:
         """The names of the tensors that belong to no layer."""
         return [name for name in self.tensors if not _LAYER.fullmatch(name)]
 
-    def of_stage(self, first: int, end: int, finishes: bool) -> dict[str, list[Range]]:
+    def of_stage(self, first: int, end: int, has_lm_head: bool) -> dict[str, list[Range]]:
         """Which bytes of which file a stage needs, its embedding included if it is the first."""
-        names = [p.source for p in self.pieces(first, end, finishes) if p.source is not None]
+        names = [p.source for p in self.pieces(first, end, has_lm_head) if p.source is not None]
         if first == 0:
             names.append(EMBEDDING)
         found: dict[str, list[Range]] = {}
@@ -153,26 +153,26 @@ class Gguf:
                 "llama.cpp: use other machines, or more or fewer of them (--nodes)"
             )
 
-    def pieces(self, first: int, end: int, finishes: bool) -> list[Piece]:
-        """The tensors of a stage; `finishes`: it also has the final norm and the lm_head."""
+    def pieces(self, first: int, end: int, has_lm_head: bool) -> list[Piece]:
+        """The tensors of a stage; `has_lm_head`: it also has the final norm and the lm_head."""
         self.check_cut(first, end)
-        found = list(self._outer_pieces(finishes))
+        found = list(self._outer_pieces(has_lm_head))
         for name, (_, tensor) in self.tensors.items():
             if (match := _LAYER.fullmatch(name)) and first <= int(match[1]) < end:
                 renamed = f"blk.{int(match[1]) - first}.{match[2]}"
                 found.append(Piece(renamed, tensor.shape, tensor.type, name))
         return found
 
-    def _outer_pieces(self, finishes: bool) -> Iterator[Piece]:
+    def _outer_pieces(self, has_lm_head: bool) -> Iterator[Piece]:
         """llama.cpp insists on an embedding and an lm_head: where unused, they are of one row.
 
-        What is fed to a stage are hidden states, so a stage that finishes has its lm_head in
+        What is fed to a stage are hidden states, so a stage that has_lm_head has its lm_head in
         place of the embedding, as tied models have, and needs no other.
         """
         for name in self.outside():
             _, tensor = self.tensors[name]
             if name == EMBEDDING:
-                if not finishes:
+                if not has_lm_head:
                     yield Piece(name, (self.hidden_size, 1), F32, None)
                 elif not self._needs_output:
                     _, output = self.tensors[self.output_name]
@@ -181,11 +181,11 @@ class Gguf:
                     kind = IQ1_S if self.hidden_size % 256 == 0 else F32
                     yield Piece(name, tensor.shape, kind, None)
             elif name == OUTPUT:
-                if finishes and self._needs_output:
+                if has_lm_head and self._needs_output:
                     yield Piece(name, tensor.shape, tensor.type, name)
                 elif self._needs_output:
                     yield Piece(name, (self.hidden_size, 1), F32, None)
-            elif name.startswith(_EVERYWHERE) or finishes:
+            elif name.startswith(_EVERYWHERE) or has_lm_head:
                 yield Piece(name, tensor.shape, tensor.type, name)
 
     @property
@@ -193,7 +193,7 @@ class Gguf:
         """Some architectures are never tied."""
         return self.header.architecture in ("gpt-oss", "qwen2moe")
 
-    def metadata(self, first: int, end: int, finishes: bool) -> dict[str, Value]:
+    def metadata(self, first: int, end: int, has_lm_head: bool) -> dict[str, Value]:
         """That of a stage's file."""
         name = self.header.architecture
         blocks = int(self.header.arch("block_count"))
@@ -222,18 +222,18 @@ class Gguf:
             )
         found.pop(f"{name}.nextn_predict_layers", None)
         found[f"{name}.block_count"] = _uint32(end - first)
-        found[f"{name}.vocab_size"] = _uint32(self.vocabulary if finishes else 1)
+        found[f"{name}.vocab_size"] = _uint32(self.vocabulary if has_lm_head else 1)
         found["tokenizer.ggml.model"] = Value(STRING, _string("no_vocab"))
         return found
 
 
-def write(gguf: Gguf, folder: Path, to: Path, first: int, end: int, finishes: bool) -> None:
+def write(gguf: Gguf, folder: Path, to: Path, first: int, end: int, has_lm_head: bool) -> None:
     """Writes the file of a stage, whole or not at all; `folder` has the model's files."""
-    pieces = gguf.pieces(first, end, finishes)
+    pieces = gguf.pieces(first, end, has_lm_head)
     temporary = to.with_name(f"{to.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as stream:
-            stream.write(_header(gguf.metadata(first, end, finishes), pieces))
+            stream.write(_header(gguf.metadata(first, end, has_lm_head), pieces))
             for piece in pieces:
                 stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
                 if piece.source is None:

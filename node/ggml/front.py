@@ -55,7 +55,7 @@ class GgmlFront:
         frame = self._forward(tokens, caches, hold=False)
         return _array(frame), []
 
-    def tail(self, tokens: mx.array, received: mx.array, caches: list[Any]) -> mx.array:
+    def final_logits(self, tokens: mx.array, received: mx.array, caches: list[Any]) -> mx.array:
         """The logits, which came from the last stage."""
         return received
 

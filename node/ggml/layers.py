@@ -67,11 +67,11 @@ class Layers:
     def __init__(self, file: Path, sizes: Sizes) -> None:
         self.sizes = sizes
         self._lib = lib = llama()
-        given = lib.llama_model_default_params()
-        given.n_gpu_layers = sizes.layers + 1
-        given.use_extra_bufts = not amx_is_broken()
-        given.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
-        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = sizes.layers + 1
+        params.use_extra_bufts = not amx_is_broken()
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
+        self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
             raise StageError(f"llama.cpp can't load {file}: its log says why")
         self.recurrent = bool(
@@ -112,10 +112,10 @@ class Layers:
     def forward(
         self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
     ) -> Floats:
-        """Computes tokens, given row by row: hidden states (tokens, hidden), where they are.
+        """Computes tokens, params row by row: hidden states (tokens, hidden), where they are.
 
         A sequence's tokens follow one another. Returns (tokens, hidden), or logits (tokens,
-        vocabulary) of a stage that finishes; nothing of it, if not `wanted`.
+        vocabulary) of a stage that has_lm_head; nothing of it, if not `wanted`.
         Raises StageError when the KV cache is full.
         """
         width = self.sizes.vocabulary or self.sizes.hidden
@@ -131,7 +131,7 @@ class Layers:
         end = -1 if self.recurrent else tokens
         self._lib.llama_memory_seq_cp(self._memory, source, to, 0 if end >= 0 else -1, end)
 
-    def cut_back(self, sequence: int, tokens: int) -> None:
+    def trim(self, sequence: int, tokens: int) -> None:
         """Leaves a sequence its first `tokens`. Raises StageError if it can't be done."""
         if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
             raise StageError("a recurrent layer's state can't be taken back by some tokens")
@@ -209,26 +209,26 @@ class Layers:
 
     def _parameters(self) -> Any:
         lib, sizes = self._lib, self.sizes
-        given = lib.llama_context_default_params()
-        given.n_ctx = sizes.cells
-        given.n_batch = given.n_ubatch = BATCH
+        params = lib.llama_context_default_params()
+        params.n_ctx = sizes.cells
+        params.n_batch = params.n_ubatch = BATCH
         on_cpu = computes_on_cpu()
         if on_cpu:
-            given.n_ubatch = CPU_STEP
-        given.n_seq_max = self.sequences
-        given.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
-        given.kv_unified = True
-        given.swa_full = True  # or nothing could be taken back once the window is full
-        given.no_perf = True
-        given.type_k = given.type_v = F32 if sizes.exact else F16
+            params.n_ubatch = CPU_STEP
+        params.n_seq_max = self.sequences
+        params.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
+        params.kv_unified = True
+        params.swa_full = True  # or nothing could be taken back once the window is full
+        params.no_perf = True
+        params.type_k = params.type_v = F32 if sizes.exact else F16
         # Flash attention sums up in float16.
         if sizes.exact or (on_cpu and sizes.score_bytes <= MOST_SCORE_BYTES):
-            given.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if sizes.threads:
-            given.n_threads = given.n_threads_batch = sizes.threads
+            params.n_threads = params.n_threads_batch = sizes.threads
         if self._tap is not None:
-            given.cb_eval = self._tap.callback
-        return given
+            params.cb_eval = self._tap.callback
+        return params
 
 
 def _pointer(array: "np.ndarray[Any, Any]", kind: Any) -> Any:

@@ -138,10 +138,10 @@ def _quant(gguf: Gguf) -> str:
 
 
 def _file(checkpoint: Checkpoint, gguf: Gguf, name: str) -> WeightFile:
-    held = {tensor for tensor, (file, _) in gguf.tensors.items() if file == name}
+    deferred = {tensor for tensor, (file, _) in gguf.tensors.items() if file == name}
     return WeightFile(
         name=name,
         size=checkpoint.manifest.files[name].size,
-        layers=[layer for layer in range(gguf.layers) if held & set(gguf.of_layer(layer))],
-        outside=bool(held & set(gguf.outside())),
+        layers=[layer for layer in range(gguf.layers) if deferred & set(gguf.of_layer(layer))],
+        outside=bool(deferred & set(gguf.outside())),
     )

@@ -32,11 +32,11 @@ THREADS_ENV = "UNICLUSTER_GGML_THREADS"
 
 @dataclass(frozen=True)
 class Part:
-    """The layers [first, end) of a GGUF; `finishes`: and what follows the last one."""
+    """The layers [first, end) of a GGUF; `has_lm_head`: and what follows the last one."""
 
     first: int
     end: int
-    finishes: bool
+    has_lm_head: bool
     context: int = 0
     users: int = 1
 
@@ -59,10 +59,10 @@ def open_gguf(checkpoint: Checkpoint) -> Gguf:
 def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> Path:
     """A file of the stage's layers alone in `folder`, where it stays for the next time."""
     name = f"{checkpoint.manifest.revision}-{part.first}-{part.end}"
-    file = folder / f"{name}{'-out' if part.finishes else ''}.gguf"
+    file = folder / f"{name}{'-out' if part.has_lm_head else ''}.gguf"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write(gguf, checkpoint.root, file, part.first, part.end, part.finishes)
+        write(gguf, checkpoint.root, file, part.first, part.end, part.has_lm_head)
     return file
 
 
@@ -75,7 +75,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
         layers=part.end - part.first,
         hidden=gguf.hidden_size,
         cells=cells(part.context or DEFAULT_CONTEXT, part.users),
-        vocabulary=gguf.vocabulary if part.finishes else 0,
+        vocabulary=gguf.vocabulary if part.has_lm_head else 0,
         sequences=SEQUENCES_PER_USER * (part.users + 1),
         states=2 * part.users + SPARE_STATES,
         threads=int(os.environ.get(THREADS_ENV, "0")) or cores(),
@@ -86,7 +86,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
     layers = Layers(file, sizes)
     embedding = Embedding(gguf, folder) if part.first == 0 else None
     stage = GgmlStage(layers, embedding)
-    front = GgmlFront(layers, stage, is_whole=part.finishes) if embedding is not None else None
+    front = GgmlFront(layers, stage, is_whole=part.has_lm_head) if embedding is not None else None
     return Loaded(stage, front, layers.weight_bytes)
 
 

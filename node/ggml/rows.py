@@ -77,10 +77,10 @@ class Sequences:
         self._users[row.sequence] -= 1
         if not self._users[row.sequence]:
             del self._users[row.sequence]
-            self._layers.cut_back(row.sequence, 0)
+            self._layers.trim(row.sequence, 0)
             heapq.heappush(self._free, row.sequence)
 
-    def own(self, row: Row, tokens: int | None = None) -> None:
+    def make_exclusive(self, row: Row, tokens: int | None = None) -> None:
         """Makes a row the only user of its sequence, of which it keeps the first `tokens`."""
         length = row.length if tokens is None else tokens
         if self._layers.recurrent and 0 < length < row.length:
@@ -92,7 +92,7 @@ class Sequences:
             self._users[row.sequence] -= 1
             row.sequence = copy.sequence
         elif length < row.length:
-            self._layers.cut_back(row.sequence, length)
+            self._layers.trim(row.sequence, length)
         row.length = length
 
 
@@ -135,7 +135,7 @@ class Cache:
         if len(self._rows) != count:
             raise ValueError(f"a batch of {count} for a cache of {len(self._rows)} rows")
         for row in self._rows:
-            self._sequences.own(row)
+            self._sequences.make_exclusive(row)
         return self._rows
 
     def filter(self, indices: Sequence[int]) -> None:
@@ -169,7 +169,7 @@ class Cache:
 
     def trim(self, tokens: int) -> None:
         for row in self._rows or ():
-            self._sequences.own(row, max(row.length - tokens, 0))
+            self._sequences.make_exclusive(row, max(row.length - tokens, 0))
 
     def take(self, other: "Cache") -> None:
         """Has the rows of another cache instead of its present ones; the other is used up."""

@@ -28,7 +28,7 @@ TOKEN_TYPES = frozenset({"uint32", "int32"})
 
 
 @dataclass
-class Held:
+class DeferredResult:
     """A prefill chunk on the last stage, of which nobody may ever want the result.
 
     result: hidden states of a stage without lm_head. before, hidden: else the cache as it was
@@ -40,7 +40,7 @@ class Held:
     hidden: Floats | None = None
 
 
-class GgmlStage(FrameServer[Cache, Held]):
+class GgmlStage(FrameServer[Cache, DeferredResult]):
     """Serves frames over some layers of a GGUF. All calls come from one thread.
 
     `embedding` is that of stage 0, which is given token ids.
@@ -78,33 +78,33 @@ class GgmlStage(FrameServer[Cache, Held]):
         encode(result, hidden, dtype if same else "float32")
         return False  # llama.cpp computes at once: nothing can be prepared
 
-    def hold(self, cache: Cache, hidden: "Leaves") -> Held:
+    def hold(self, cache: Cache, hidden: "Leaves") -> DeferredResult:
         inputs, _ = self._taken(hidden)
         rows = cache.batch(len(inputs))
         if not self._has_lm_head:
-            return Held(result=self._compute(rows, inputs, wanted=True))
-        held = Held(before=cache.copy(), hidden=inputs)
+            return DeferredResult(result=self._compute(rows, inputs, wanted=True))
+        deferred = DeferredResult(before=cache.copy(), hidden=inputs)
         try:
             self._compute(cache.batch(len(inputs)), inputs, wanted=False)
         except BaseException:
-            self.drop(held)
+            self.drop(deferred)
             raise
-        return held
+        return deferred
 
-    def claim(self, held: Held, hidden: "Leaves") -> None:
-        result = held.result
-        if held.before is not None and held.hidden is not None:
+    def claim(self, deferred: DeferredResult, hidden: "Leaves") -> None:
+        result = deferred.result
+        if deferred.before is not None and deferred.hidden is not None:
             try:
-                rows = held.before.batch(len(held.hidden))
-                result = self._compute(rows, held.hidden, wanted=True)
+                rows = deferred.before.batch(len(deferred.hidden))
+                result = self._compute(rows, deferred.hidden, wanted=True)
             finally:
-                held.before.free()
+                deferred.before.free()
         if result is not None:
             encode(result, hidden)
 
-    def drop(self, held: Held) -> None:
-        if held.before is not None:
-            held.before.free()
+    def drop(self, deferred: DeferredResult) -> None:
+        if deferred.before is not None:
+            deferred.before.free()
 
     def make(self) -> Cache:
         return Cache(self._sequences)

@@ -26,18 +26,18 @@ class Tap:
         self._entry, self._final = entry.encode(), final.encode()
         self._names = {name for name in (self._entry, self._final) if name}
         self._width = width
-        self._given: Floats = np.empty((0, width), np.float32)
-        self._into = self._given
+        self._inputs: Floats = np.empty((0, width), np.float32)
+        self._into = self._inputs
         self._put = self._got = 0
 
-    def open(self, given: Floats, into: Floats) -> None:
+    def open(self, inputs: Floats, into: Floats) -> None:
         """For the computation that follows: what goes in, and where to put what comes out."""
-        self._given, self._into = given, into
+        self._inputs, self._into = inputs, into
         self._put = self._got = 0
 
     def check(self) -> None:
         """Raises StageError unless all rows went in and came out."""
-        wanted = len(self._given)
+        wanted = len(self._inputs)
         for name, rows in ((self._entry, self._put), (self._final, self._got)):
             if name and rows != wanted:
                 raise StageError(
@@ -53,8 +53,8 @@ class Tap:
         width, rows = tensor_shape(address)
         # An exception would be lost in a callback: the counts tell.
         if name == self._entry:
-            if self._fits(self._given, self._put, rows, width):
-                write_tensor(address, self._at(self._given, self._put), rows * width * 4)
+            if self._fits(self._inputs, self._put, rows, width):
+                write_tensor(address, self._at(self._inputs, self._put), rows * width * 4)
                 self._put += rows
             return True
         if self._fits(self._into, self._got, rows, width):

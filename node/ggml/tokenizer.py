@@ -25,9 +25,9 @@ class GgufTokenizer(_Tokenizer):
     def __init__(self, file: Path, header: Header) -> None:
         """`file`: its first bytes, up to the end of the header, are enough."""
         self._lib = lib = llama()
-        given = lib.llama_model_default_params()
-        given.vocab_only = True
-        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
             raise InputError(f"{file}: llama.cpp can't read its tokenizer")
         self._vocab = lib.llama_model_get_vocab(self._model)

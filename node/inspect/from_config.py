@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model
 from node.engines.mlx_layout import layout_of
 from node.inspect.assumed_gguf import assumed
 from node.mlx.compat import model_classes
-from node.mlx.dataflow import trace
+from node.mlx.dataflow import trace_dataflow
 from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
 from node.weights.store import DEMO
 from unicluster.errors import InputError, NotFoundError, in_one_line
@@ -39,7 +39,7 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
     except ValueError as error:
         raise InputError(f"{request.model}: its config is no JSON: {error}") from error
     model, quant = build(config, request.quant, request.model)
-    found = trace(model, str(config["model_type"]))
+    found = trace_dataflow(model, str(config["model_type"]))
     layout = layout_of(
         model,
         found,

@@ -43,8 +43,8 @@ class Clocks:
 
     def __init__(self, machines: int) -> None:
         # By machine: offset to the head's clock, how wrong it may be, when it was asked.
-        self._told: list[tuple[float, float, float] | None] = [(0.0, 0.0, math.inf)]
-        self._told += [None] * (machines - 1)
+        self._readings: list[tuple[float, float, float] | None] = [(0.0, 0.0, math.inf)]
+        self._readings += [None] * (machines - 1)
         self._least = self._least_before = [math.inf] * machines
         self._shifts: list[float] | None = None
         self._since = -math.inf
@@ -52,14 +52,14 @@ class Clocks:
     @property
     def offsets(self) -> list[float | None]:
         """What the clocks were heard to say, less what the head's said; None: not heard."""
-        return [told[0] if told is not None else None for told in self._told]
+        return [reading[0] if reading is not None else None for reading in self._readings]
 
-    def tell(self, machine: int, asked: float, said: float, heard: float) -> None:
+    def record(self, machine: int, asked: float, said: float, heard: float) -> None:
         """A clock said `said`, between `asked` and `heard` of the head's clock."""
         error = (heard - asked) / 2
-        old = self._told[machine]
+        old = self._readings[machine]
         if old is None or error <= old[1] + DRIFT * (heard - old[2]):
-            self._told[machine] = (said - (asked + heard) / 2, error, heard)
+            self._readings[machine] = (said - (asked + heard) / 2, error, heard)
 
     def hops(self, differences: Sequence[float], now: float) -> list[float]:
         """The seconds of each hop of one trip.
@@ -123,4 +123,4 @@ async def _ask(clocks: Clocks, machine: int, channel: grpc.aio.Channel) -> None:
     for _ in range(QUESTIONS):
         asked = time.perf_counter()
         reading = await StageStub(channel).Clock(ClockRequest(), timeout=ASK_SECONDS)
-        clocks.tell(machine, asked, reading.now_s, time.perf_counter())
+        clocks.record(machine, asked, reading.now_s, time.perf_counter())

@@ -7,7 +7,7 @@ is left is `sampling`: choosing tokens and making text of them. Those of the oth
 each trip round the ring, `wire`, `queue` and `layers`, and a `wire` and a `queue` lead back to the
 head.
 
-To tell `head` from `sampling`, both are waited for where MLX would go on: a traced token takes a
+To record `head` from `sampling`, both are waited for where MLX would go on: a traced token takes a
 little longer than others.
 """
 

@@ -28,11 +28,11 @@ class Trip:
     def differences(self) -> list[float]:
         """For each hop, arrival less departure, each by its own machine's clock."""
         left = self.sent_s
-        found = []
+        differences = []
         for report in self.reports:
-            found.append(report.arrived_s - left)
+            differences.append(report.arrived_s - left)
             left = report.arrived_s + report.queue_s + report.compute_s
-        return [*found, self.returned_s - left]
+        return [*differences, self.returned_s - left]
 
     def carried(self) -> list[int]:
         """Bytes of hidden state for each hop."""

@@ -12,16 +12,16 @@ class CacheView:
     """Which caches a stage keeps, and how the full list is made up of them.
 
     Forward code takes masks and offsets from the first cache of a kind, wherever that
-    layer lives. So an entry that lives elsewhere is shown as one of the stage's own of the
+    layer lives. So an entry that lives elsewhere is shown as one of the stage's owned of the
     same kind, or, where it has none, as a ghost: a real cache fed one zero byte a token.
     """
 
     def __init__(
-        self, fresh: Callable[[], Caches], own: Sequence[int], copies: Sequence[int] = ()
+        self, fresh: Callable[[], Caches], owned: Sequence[int], copies: Sequence[int] = ()
     ) -> None:
-        """own: the entries of the stage's layers. copies: those of earlier layers they read."""
+        """owned: the entries of the stage's layers. copies: those of earlier layers they read."""
         kinds = [interchangeable_kind(cache) for cache in fresh()]
-        real = [*own, *copies]
+        real = [*owned, *copies]
         position: dict[Any, int] = {}
         for slot, index in enumerate(real):
             position.setdefault(kinds[index], slot)
@@ -41,7 +41,7 @@ class CacheView:
         return len(self._members)
 
     def make(self) -> Caches:
-        """New, empty caches: the stage's own, copies of others, then its ghosts."""
+        """New, empty caches: the stage's owned, copies of others, then its ghosts."""
         caches = self.fresh()
         made = [caches[index] for index in self._members]
         for ghost in made[self._real :]:

@@ -33,7 +33,7 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     return model_class, arguments_class
 
 
-def own_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+def direct_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
     """A module's own arrays by attribute name, without those of its submodules."""
     return [(name, value) for name, value in module.items() if isinstance(value, mx.array)]
 

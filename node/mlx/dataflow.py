@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.compat import marked, override, own_arrays, restore_class, set_array
+from node.mlx.compat import direct_arrays, marked, override, restore_class, set_array
 from node.mlx.compat_caches import replace_update
 from node.mlx.graph import dependencies
 from node.mlx.tree import Path, arrays, children, is_mutable, replace_arrays, skeleton
 from unicluster.errors import StageError
 
-# Two sizes that occur nowhere else, by which the axes of batch and tokens are found.
+# Two sizes that occur nowhere else, by which the axes of batch and tokens are dataflow.
 BATCH, TOKENS = 3, 5
 
 Call = Callable[..., Any]
@@ -96,7 +96,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Dataflow:
     """How a forward pass goes.
 
     layers: the layers in the order they run, each once.
@@ -120,7 +120,7 @@ class Trace:
     needs: tuple[frozenset[Source], ...]
 
 
-def trace(model: nn.Module, model_type: str) -> Trace:
+def trace_dataflow(model: nn.Module, model_type: str) -> Dataflow:
     """Follows a short prompt through `model` without evaluating anything.
 
     Raises StageError, by name, when layers don't run once each and in order: such a
@@ -141,10 +141,10 @@ def trace(model: nn.Module, model_type: str) -> Trace:
             f"{model_type}: its layers don't run once each and in order, so it can't be cut "
             "into stages; run it on one machine"
         )
-    found = recorder.trace(layers, logits)
+    dataflow = recorder.dataflow(layers, logits)
     # The watched classes outlive this call as garbage: they must not keep weights alive.
     vars(recorder).clear()
-    return found
+    return dataflow
 
 
 class _Recorder:
@@ -219,13 +219,13 @@ class _Recorder:
             replace_arrays(self.cache[entry], partial(self._cache_source, entry))
         return tree[0]
 
-    def trace(self, layers: tuple[nn.Module, ...], logits: mx.array) -> Trace:
+    def dataflow(self, layers: tuple[nn.Module, ...], logits: mx.array) -> Dataflow:
         self._sinks.append((len(layers), marked(logits)))
-        found = dependencies(self._sinks, self._sources)
-        needs = [set(found.get(layer, ())) for layer in range(len(layers) + 1)]
+        dataflow = dependencies(self._sinks, self._sources)
+        needs = [set(dataflow.get(layer, ())) for layer in range(len(layers) + 1)]
         for layer, entries in enumerate(self._handed):
             needs[layer] |= {FromCache(entry) for entry in entries}
-        return Trace(
+        return Dataflow(
             layers=layers,
             cache_entries=tuple(self._handed),
             cache_count=len(self.cache),
@@ -305,7 +305,7 @@ def _marked_weights(
         (module, name, value)
         for _, module in model.named_modules()
         if id(module) in modules
-        for name, value in own_arrays(module)
+        for name, value in direct_arrays(module)
     ]
     paths = {id(module): path for path, module in model.named_modules()}
     try:

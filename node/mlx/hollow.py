@@ -16,17 +16,24 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.mlx.cache_view import CacheView
-from node.mlx.compat import drop_array, own_arrays
+from node.mlx.compat import direct_arrays, drop_array
 from node.mlx.compat_caches import Caches, replace_update, restore_update
 from node.mlx.crossing import (
-    Crossing,
-    crossing,
-    finishing,
+    Activations,
+    activations_at,
     forbidden_cuts,
     hidden_size,
+    lm_head_modules,
     token_bytes,
 )
-from node.mlx.dataflow import Embedding, FromCache, FromResult, Trace, replace_call, trace
+from node.mlx.dataflow import (
+    Dataflow,
+    Embedding,
+    FromCache,
+    FromResult,
+    replace_call,
+    trace_dataflow,
+)
 from node.mlx.tree import children, find, pack, put, unpack, write
 from node.ring.stage_input import StageInput
 from unicluster.errors import StageError
@@ -59,21 +66,21 @@ class HollowModel:
     Args:
         model: the whole model with lazy weights; it is changed in place.
         start, end: the layers that stay; `end` is exclusive.
-        finishes: a later stage that makes the logits, for a head that can't.
+        has_lm_head: a later stage that makes the logits, for a head that can't.
 
     Raises StageError when the model can't be cut there.
     """
 
     def __init__(
-        self, model: nn.Module, model_type: str, start: int, end: int, *, finishes: bool = False
+        self, model: nn.Module, model_type: str, start: int, end: int, *, has_lm_head: bool = False
     ) -> None:
         self.model = model
         self.start, self.end = start, end
-        found = trace(model, model_type)
-        count = len(found.layers)
+        dataflow = trace_dataflow(model, model_type)
+        count = len(dataflow.layers)
         if not 0 <= start < end <= count:
             raise StageError(f"{model_type}: no layers {start} to {end} in a model of {count}")
-        forbidden = forbidden_cuts(found)
+        forbidden = forbidden_cuts(dataflow)
         for cut in (start, end):
             if cut in forbidden:
                 raise StageError(
@@ -81,22 +88,22 @@ class HollowModel:
                     "cut it elsewhere or run it on one machine"
                 )
         self.layer_count = count
-        self.layers = found.layers[start:end]
-        self.finishes = finishes
-        self.outside = self._outside(found, model_type) if finishes else ()
-        self.hidden_bytes = token_bytes(found)  # of one token
-        self._trace = found
-        self._before = crossing(found, start) if start else None
-        self._after = crossing(found, end)
-        self._tail = crossing(found, count)
+        self.layers = dataflow.layers[start:end]
+        self.has_lm_head = has_lm_head
+        self.outside = self._outside(dataflow, model_type) if has_lm_head else ()
+        self.hidden_bytes = token_bytes(dataflow)  # of one token
+        self._dataflow = dataflow
+        self._before = activations_at(dataflow, start) if start else None
+        self._after = activations_at(dataflow, end)
+        self._final = activations_at(dataflow, count)
         self._copied = self._copied_entries()
         self.cache_view = CacheView(
-            lambda: make_prompt_cache(model), self._own_entries(), self._copied
+            lambda: make_prompt_cache(model), self._stage_entries(), self._copied
         )
         self._caches: Caches = []
         self._received: _Values | None = None
         self._seen = _Values()
-        self._in_tail = False
+        self._in_final_logits = False
         if not self.is_whole:
             self._hollow_out()
 
@@ -108,10 +115,10 @@ class HollowModel:
     @property
     def stage_input(self) -> StageInput:
         """The form of what `forward` takes; of a stage that is not the first."""
-        last = self._trace.results[self.start - 1]
+        last = self._dataflow.results[self.start - 1]
         is_float = last.dtype is None or bool(mx.issubdtype(last.dtype, mx.floating))
         path = last.token_path or (0,)
-        return StageInput.at(path, last.token_axis, hidden_size(self._trace), is_float)
+        return StageInput.at(path, last.token_axis, hidden_size(self._dataflow), is_float)
 
     def forward(self, received: Any, caches: Caches) -> tuple[Any, list[Any]]:
         """What leaves the last layer, lazily, for what crossed the cut before `start`.
@@ -122,7 +129,7 @@ class HollowModel:
         """
         assert self._before is not None  # noqa: S101
         self._received = self._unpacked(received, self._before)
-        last = self._trace.results[self.start - 1]
+        last = self._dataflow.results[self.start - 1]
         sample = find(self._received.tree, last.token_path or ())
         shape = sample.shape[last.token_axis : last.token_axis + 2]
         return self._run(mx.zeros(shape, mx.int32), caches)
@@ -131,32 +138,34 @@ class HollowModel:
         """The head's first half: embedding and layers [0, end) for tokens (batch, tokens)."""
         return self._run(tokens, caches, **inputs)
 
-    def tail(self, tokens: mx.array, received: Any, caches: Caches) -> mx.array:
+    def final_logits(self, tokens: mx.array, received: Any, caches: Caches) -> mx.array:
         """The head's second half: final norm and lm_head over what the last layer gave.
 
         `caches` are those the front ran with. Returns logits (batch, tokens, vocabulary), lazily.
         """
-        self._received = self._unpacked(received, self._tail)
-        self._in_tail = True
+        self._received = self._unpacked(received, self._final)
+        self._in_final_logits = True
         try:
             full = self.cache_view.full(caches)
             for entry in self._outer_entries():
                 full[entry] = copy.deepcopy(full[entry])  # the front has moved it on already
             logits: mx.array = self.model(tokens, cache=full)
         finally:
-            self._in_tail = False
+            self._in_final_logits = False
             self._received = None
         return logits
 
-    def finish(self, received: Any, caches: Caches) -> tuple[mx.array, list[Any]]:
-        """As `forward`, but on to the logits: of a stage that finishes."""
+    def forward_logits(self, received: Any, caches: Caches) -> tuple[mx.array, list[Any]]:
+        """As `forward`, but on to the logits: of a stage that has_lm_head."""
         hidden, extra = self.forward(received, caches)
         return self.logits(hidden), extra
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits, lazily, of what left the last layer: of a stage that finishes."""
+        """Logits, lazily, of what left the last layer: of a stage that has_lm_head."""
         # They are made of nothing else, so any tokens and caches will do.
-        return self.tail(mx.zeros(hidden.shape[:2], mx.int32), hidden, self.cache_view.make())
+        return self.final_logits(
+            mx.zeros(hidden.shape[:2], mx.int32), hidden, self.cache_view.make()
+        )
 
     def _run(self, tokens: mx.array, caches: Caches, **inputs: Any) -> tuple[Any, list[Any]]:
         received = self._received or _Values()
@@ -181,21 +190,23 @@ class HollowModel:
             self._caches = []
         return packed, self.cache_view.advance(caches, *tokens.shape)
 
-    def _packed(self, values: _Values, across: Crossing) -> Any:
+    def _packed(self, values: _Values, activations: Activations) -> Any:
         """As a tree of lists, dicts and arrays; often a single array."""
-        known = self._trace.results[across.cut - 1].token_bytes
-        result, written = pack(values.tree, lambda path: path in across.paths or path not in known)
+        known = self._dataflow.results[activations.cut - 1].token_bytes
+        result, written = pack(
+            values.tree, lambda path: path in activations.paths or path not in known
+        )
         sides = {
             "written": {str(key): part for key, part in written.items()},
-            "results": [values.results[source] for source in across.results],
-            "embeddings": [values.embeddings[index] for index in across.embeddings],
-            "updates": [values.updates[entry] for entry in across.caches],
+            "results": [values.results[source] for source in activations.results],
+            "embeddings": [values.embeddings[index] for index in activations.embeddings],
+            "updates": [values.updates[entry] for entry in activations.caches],
         }
         used = {name: side for name, side in sides.items() if side}
         return {"result": result, **used} if used or not isinstance(result, mx.array) else result
 
-    def _unpacked(self, packed: Any, across: Crossing) -> _Values:
-        before = self._trace.results[across.cut - 1]
+    def _unpacked(self, packed: Any, activations: Activations) -> _Values:
+        before = self._dataflow.results[activations.cut - 1]
         if isinstance(packed, mx.array):
             # A stage of another engine may have computed it in another dtype.
             packed = {"result": packed.astype(before.dtype) if before.dtype else packed}
@@ -206,37 +217,39 @@ class HollowModel:
                 unpack(packed.get("result"), like),
                 {key: unpack(sides.get(str(key)), part) for key, part in written.items()},
             ),
-            results=dict(zip(across.results, packed.get("results", ()), strict=True)),
-            embeddings=dict(zip(across.embeddings, packed.get("embeddings", ()), strict=True)),
-            updates=dict(zip(across.caches, packed.get("updates", ()), strict=True)),
+            results=dict(zip(activations.results, packed.get("results", ()), strict=True)),
+            embeddings=dict(zip(activations.embeddings, packed.get("embeddings", ()), strict=True)),
+            updates=dict(zip(activations.caches, packed.get("updates", ()), strict=True)),
         )
 
-    def _own_entries(self) -> list[int]:
-        owned_before = {e for entries in self._trace.cache_entries[: self.start] for e in entries}
-        entries = self._trace.cache_entries[self.start : self.end]
+    def _stage_entries(self) -> list[int]:
+        owned_before = {
+            e for entries in self._dataflow.cache_entries[: self.start] for e in entries
+        }
+        entries = self._dataflow.cache_entries[self.start : self.end]
         outer = set(self._outer_entries()) if self.start == 0 else set()
         return sorted({index for handed in entries for index in handed} - owned_before | outer)
 
     def _outer_entries(self) -> list[int]:
         """Caches that no layer is handed: what runs before the layers keeps something there."""
-        handed = {entry for entries in self._trace.cache_entries for entry in entries}
-        return [entry for entry in range(self._trace.cache_count) if entry not in handed]
+        handed = {entry for entries in self._dataflow.cache_entries for entry in entries}
+        return [entry for entry in range(self._dataflow.cache_count) if entry not in handed]
 
     def _copied_entries(self) -> tuple[int, ...]:
         """Caches of layers before `start` that these layers read."""
         if self._before is None:
             return ()
-        needed = set().union(*self._trace.needs[self.start : self.end])
+        needed = set().union(*self._dataflow.needs[self.start : self.end])
         read = {source.entry for source in needed if isinstance(source, FromCache)}
         for source in needed:
             if isinstance(source, FromResult):
-                output = self._trace.results[source.layer].cache_outputs.get(source.path)
+                output = self._dataflow.results[source.layer].cache_outputs.get(source.path)
                 read |= {output[0]} if output is not None else set()
         return tuple(entry for entry in self._before.caches if entry in read)
 
-    def _outside(self, found: Trace, model_type: str) -> tuple[nn.Module, ...]:
+    def _outside(self, dataflow: Dataflow, model_type: str) -> tuple[nn.Module, ...]:
         """What is outside the layers and needed for logits."""
-        modules = finishing(found) if self.end == self.layer_count else None
+        modules = lm_head_modules(dataflow) if self.end == self.layer_count else None
         if modules is None:
             span = f"layers {self.start} to {self.end}"
             raise StageError(f"{model_type}: a stage of {span} can't make the logits by itself")
@@ -245,24 +258,24 @@ class HollowModel:
     def _hollow_out(self) -> None:
         kept = {id(part) for layer in self.layers for part in layer.modules()}
         kept |= {id(module) for module in self.outside}
-        for index, layer in enumerate(self._trace.layers):
+        for index, layer in enumerate(self._dataflow.layers):
             if not self.start <= index < self.end:
                 _drop_arrays(layer, kept)
             replace_call(layer, self._layer_call(index))
-        for index, embedding in enumerate(self._trace.embeddings):
+        for index, embedding in enumerate(self._dataflow.embeddings):
             if self.start > 0:
                 _drop_arrays(embedding.module, kept)
             replace_call(embedding.module, self._embedding_call(index, embedding))
 
     def _layer_call(self, index: int) -> Callable[..., Any]:
         wanted = [source for source in self._after.results if source.layer == index]
-        arguments = self._trace.shared_arguments
+        arguments = self._dataflow.shared_arguments
 
         def run(call: Callable[..., Any], _layer: nn.Module, args: Any, kwargs: Any) -> Any:
-            given = dict(enumerate(args)) | kwargs
-            written = {key: given[key] for key in arguments}
-            if self._in_tail or index < self.start:
-                return self._hand_on(index, written)
+            arguments_by_key = dict(enumerate(args)) | kwargs
+            written = {key: arguments_by_key[key] for key in arguments}
+            if self._in_final_logits or index < self.start:
+                return self._received_output(index, written)
             result = call(*args, **kwargs)
             if index == self.end - 1:
                 raise _LeaveError(result, written)
@@ -272,25 +285,25 @@ class HollowModel:
 
         return run
 
-    def _hand_on(self, index: int, written: dict[int | str, Any]) -> Any:
+    def _received_output(self, index: int, written: dict[int | str, Any]) -> Any:
         """What a layer that is not here gives: what was received of it."""
         received = self._received
         assert received is not None  # noqa: S101
         result, other = received.tree
-        if index == (self.layer_count if self._in_tail else self.start) - 1:
+        if index == (self.layer_count if self._in_final_logits else self.start) - 1:
             for key, part in other.items():
                 write(written[key], dict(children(part)))
         for source, array in received.results.items():
             if source.layer == index:
                 result, _ = put((result, {}), source.path, array)
-        if self._in_tail:
+        if self._in_final_logits:
             return result
         copied = {
             entry: self._caches[entry].update_and_fetch(*received.updates[entry])
             for entry in self._copied
-            if self._trace.writers[entry] == (index,)
+            if self._dataflow.writers[entry] == (index,)
         }
-        for path, (entry, which) in self._trace.results[index].cache_outputs.items():
+        for path, (entry, which) in self._dataflow.results[index].cache_outputs.items():
             if entry in copied:
                 result, _ = put((result, {}), path, copied[entry][which])
         return result
@@ -334,5 +347,5 @@ def _drop_arrays(module: nn.Module, kept: set[int]) -> None:
     """Frees a module's arrays, but for those of the modules `kept`, by id."""
     for part in module.modules():
         if id(part) not in kept:
-            for name, _ in own_arrays(part):
+            for name, _ in direct_arrays(part):
                 drop_array(part, name)

@@ -13,14 +13,14 @@ from typing import Any
 from node.mlx.compat_caches import is_always_trimmable, members, set_members, window
 
 
-def cuttable_below(kinds: Sequence[Any]) -> float:
+def trimmable_below(kinds: Sequence[Any]) -> float:
     """With fewer tokens than that in them, caches of such kinds can be cut back."""
-    return min((_cuttable_below(kind) for kind in kinds), default=math.inf)
+    return min((_trimmable_below(kind) for kind in kinds), default=math.inf)
 
 
-def _cuttable_below(kind: Any) -> float:
+def _trimmable_below(kind: Any) -> float:
     if (parts := members(kind)) is not None:
-        return cuttable_below(parts)
+        return trimmable_below(parts)
     if (size := window(kind)) is not None:
         return float(size)
     return math.inf if is_always_trimmable(kind) else 0.0
@@ -59,7 +59,7 @@ def _restored(entry: Any, before: Any, tokens: int) -> Any:
     return entry
 
 
-def cut(cache: Sequence[Any], tokens: int) -> None:
+def trim(cache: Sequence[Any], tokens: int) -> None:
     """Takes the last `tokens` off; the caller knows that they can be."""
     for entry in cache:
         entry.trim(tokens)

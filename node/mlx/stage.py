@@ -38,7 +38,7 @@ class StageCache:
         self.unchecked: set[int] = set()  # stored entries that no forward has confirmed yet
 
 
-class Stage(FrameServer[StageCache, Any]):
+class MLXStage(FrameServer[StageCache, Any]):
     """Serves frames over one hollow model. All calls come from one thread.
 
     A held result is what leaves the last layer: an array, or a tree of arrays.
@@ -49,7 +49,7 @@ class Stage(FrameServer[StageCache, Any]):
     def __init__(self, hollow: HollowModel, *, prebuilt: bool = True) -> None:
         """`prebuilt`: decode steps are built before their input arrives."""
         self._hollow = hollow
-        self._run = hollow.finish if hollow.finishes else hollow.forward
+        self._run = hollow.forward_logits if hollow.has_lm_head else hollow.forward
         self._step_builder = StepBuilder(prebuilt)
         self._input = hollow.stage_input
 
@@ -83,8 +83,8 @@ class Stage(FrameServer[StageCache, Any]):
         mx.eval(_states(cache), extra)
         return result
 
-    def claim(self, held: Any, hidden: "Leaves") -> None:
-        encode_tree(self._hollow.logits(held) if self._hollow.finishes else held, hidden)
+    def claim(self, deferred: Any, hidden: "Leaves") -> None:
+        encode_tree(self._hollow.logits(deferred) if self._hollow.has_lm_head else deferred, hidden)
 
     def prebuild(self, cache: StageCache) -> None:
         if cache.kind and cache.step is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from node.mlx.dataflow import FromWeight, Trace, trace
+from node.mlx.dataflow import Dataflow, FromWeight, trace_dataflow
 from node.mlx.lazy import LazyModel, Origins, load_lazy
 
 
@@ -19,18 +19,18 @@ class Survey:
     """layers: the tensors of each layer. outside: those of each other module, by its path."""
 
     lazy: LazyModel
-    found: Trace
+    dataflow: Dataflow
     layers: tuple[frozenset[str], ...]
     outside: dict[str, frozenset[str]]
 
-    def of_stage(self, start: int, end: int, finishes: bool = False) -> frozenset[str]:
+    def of_stage(self, start: int, end: int, has_lm_head: bool = False) -> frozenset[str]:
         """The tensors that the layers [start, end) need; stage 0 has all outside them too.
 
-        `finishes`: and those that make the logits.
+        `has_lm_head`: and those that make the logits.
         """
         modules = set(self.outside)
         if start > 0:
-            needs = frozenset[object]().union(*self.found.needs[start : end + finishes])
+            needs = frozenset[object]().union(*self.dataflow.needs[start : end + has_lm_head])
             modules &= {source.module for source in needs if isinstance(source, FromWeight)}
         parts = [*self.layers[start:end], *(self.outside[module] for module in modules)]
         return frozenset().union(*parts)
@@ -43,9 +43,9 @@ def survey(path: Path, quant: str = "") -> Survey:
     """
     origins: Origins = {}
     lazy = load_lazy(path, quant, origins)
-    found = trace(lazy.model, lazy.model_type)
-    owners = _owners(lazy.model, found.layers)
-    layers: list[set[str]] = [set() for _ in found.layers]
+    dataflow = trace_dataflow(lazy.model, lazy.model_type)
+    owners = _owners(lazy.model, dataflow.layers)
+    layers: list[set[str]] = [set() for _ in dataflow.layers]
     outside: dict[str, set[str]] = {}
     for name, tensors in origins.items():
         module = name
@@ -57,7 +57,7 @@ def survey(path: Path, quant: str = "") -> Survey:
             outside.setdefault(module, set()).update(tensors)
     return Survey(
         lazy,
-        found,
+        dataflow,
         tuple(map(frozenset, layers)),
         {module: frozenset(tensors) for module, tensors in outside.items()},
     )

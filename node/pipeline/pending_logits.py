@@ -1,4 +1,4 @@
-"""Logits on their way: an object that stands for an array and waits for it on first touch."""
+"""Pending logits: an object that stands for an array and waits for it when it is first used."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 
-class Way(Protocol):
-    """A frame's way round the ring."""
+class FrameProgress(Protocol):
+    """Progress of a frame round the ring."""
 
     @property
     def slowest_s(self) -> float | None:
@@ -18,17 +18,17 @@ class PendingLogits:
     """Logits (batch, tokens, vocabulary) of a frame that may still be in the pipe.
 
     Prefill throws the logits away, so its chunks follow one another without waiting;
-    decode indexes them, and waits. `discard` is called if nobody ever touched them. `way` tells
-    how the frame fares.
+    decode indexes them, and waits. `discard` is called if nobody ever used them. `progress` is
+    that of the frame.
     """
 
     def __init__(
         self,
         resolve: Callable[[], mx.array],
         discard: Callable[[], None] | None = None,
-        way: "Way | None" = None,
+        progress: "FrameProgress | None" = None,
     ) -> None:
-        self.way = way
+        self.progress = progress
         self._resolve: Callable[[], mx.array] | None = resolve
         self._discard = discard
         self._array: mx.array | None = None

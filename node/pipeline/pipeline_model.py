@@ -24,7 +24,7 @@ from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
 # verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
 PUSHED_TOKENS = 16
-# Frames of decode on their way: far more than lanes, each of which has one.
+# Frames of decode on their progress: far more than lanes, each of which has one.
 PUSHED_FRAMES = 64
 
 
@@ -64,7 +64,7 @@ class Front(Protocol):
     def front(self, inputs: mx.array, caches: list[Any], /) -> tuple[Any, list[Any]]:
         """What leaves its last layer, and what else is to be evaluated with that."""
 
-    def tail(self, inputs: mx.array, received: Any, caches: list[Any], /) -> mx.array:
+    def final_logits(self, inputs: mx.array, received: Any, caches: list[Any], /) -> mx.array:
         """Logits, from what came back from the last stage."""
 
 
@@ -179,7 +179,7 @@ class PipelineModel(nn.Module):
             reply.wait()
             woke = _woke(timelines, number)
             frame = self._send(HopMessage(frame=Frame(claim=number))).wait()
-            logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+            logits = self._hollow.final_logits(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, number)
 
         return PendingLogits(resolve, lambda: self._dropped.append(number), reply)
@@ -216,11 +216,11 @@ class PipelineModel(nn.Module):
         returned = before.returned if before is not None else ()
 
         def resolve() -> mx.array:
-            tail = None
+            prebuilt = None
             if returned:
                 # Not before: building would take the interpreter from the frame's sending.
                 reply.wait_until_sent()
-                tail = self._prebuilt_lm_head(inputs, returned, local)
+                prebuilt = self._prebuilt_lm_head(inputs, returned, local)
                 if handles[0].expected is expected:
                     expected.step = self._step_builder.build(
                         expected.tokens, local, self._hollow.front
@@ -228,20 +228,20 @@ class PipelineModel(nn.Module):
             frame = reply.wait()
             woke = _woke(timelines, reply.number)
             expected.returned = kind_of_leaves(frame.hidden)
-            if tail is not None and tail.kind == expected.returned:
-                tail.placeholder.fill(frame.hidden)
-                logits = tail.result
+            if prebuilt is not None and prebuilt.kind == expected.returned:
+                prebuilt.placeholder.fill(frame.hidden)
+                logits = prebuilt.result
             else:
-                logits = self._hollow.tail(inputs, decode_tree(frame.hidden), local)
+                logits = self._hollow.final_logits(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, reply.number)
 
-        return PendingLogits(resolve, way=reply)
+        return PendingLogits(resolve, progress=reply)
 
     def _prebuilt_lm_head(
         self, inputs: mx.array, returned: Kind, local: list[Any]
     ) -> PrebuiltStep | None:
         def build(received: Any, _: list[Any]) -> tuple[mx.array, list[Any]]:
-            return self._hollow.tail(inputs, received, local), []
+            return self._hollow.final_logits(inputs, received, local), []
 
         return self._step_builder.build(returned, [], build)
 

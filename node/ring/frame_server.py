@@ -52,8 +52,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
                 break
         if session.last:
             for number in frame.dropped:
-                if number in session.held:
-                    self.drop(session.held.pop(number))
+                if number in session.deferred:
+                    self.drop(session.deferred.pop(number))
             if frame.claim:
                 self._claim(session, frame)
         self.tidy(freed=freed, prefill=frame.hold)
@@ -68,9 +68,9 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
 
     def end(self, session: Session[C, H]) -> None:
         """Frees all that the session has."""
-        for held in session.held.values():
-            self.drop(held)
-        session.held.clear()
+        for deferred in session.deferred.values():
+            self.drop(deferred)
+        session.deferred.clear()
         session.due.clear()
         session.caches.clear()
 
@@ -86,10 +86,10 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         """Computes the caches, takes `hidden`, and returns what `claim` needs for the result."""
 
     @abstractmethod
-    def claim(self, held: H, hidden: "Leaves") -> None:
+    def claim(self, deferred: H, hidden: "Leaves") -> None:
         """Adds a held result to `hidden`."""
 
-    def drop(self, held: H) -> None:
+    def drop(self, deferred: H) -> None:
         """Lets go of a held result."""
 
     def prebuild(self, cache: C) -> None:
@@ -118,15 +118,15 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
 
     def _run_layers(self, session: Session[C, H], number: int, cache: C, frame: Frame) -> None:
         if session.last and frame.hold:
-            session.held[frame.id] = self.hold(cache, frame.hidden)
+            session.deferred[frame.id] = self.hold(cache, frame.hidden)
         elif self.forward(cache, frame.hidden, prefill=frame.hold):
             session.due.append(number)
 
     def _claim(self, session: Session[C, H], frame: Frame) -> None:
         with session.caches.named(f"claim of frame {frame.claim}"):
-            if frame.claim not in session.held:
+            if frame.claim not in session.deferred:
                 raise FrameError("it is not held")
-            self.claim(session.held.pop(frame.claim), frame.hidden)
+            self.claim(session.deferred.pop(frame.claim), frame.hidden)
 
 
 def _check(session: Session[C, H], frame: Frame) -> None:
@@ -140,7 +140,7 @@ def _check(session: Session[C, H], frame: Frame) -> None:
         raise FrameError(f"frame {frame.id}: two parts for one stage, of {stages}")
     if len(frame.reports) > session.stage:
         raise FrameError(f"frame {frame.id}: {len(frame.reports)} reports at {session.stage}")
-    if session.last and frame.hold and (not frame.id or frame.id in session.held):
+    if session.last and frame.hold and (not frame.id or frame.id in session.deferred):
         raise FrameError(f"frame {frame.id}: a result of that number can't be held")
     if session.last and frame.claim and any(part.cache for part in frame.parts):
         raise FrameError(f"frame {frame.id}: it forwards, and claims frame {frame.claim}")

@@ -21,7 +21,7 @@ class Session(Generic[C, H]):
         self.stage = stage
         self.last = last
         self.caches = caches
-        self.held: dict[int, H] = {}
+        self.deferred: dict[int, H] = {}
         self.due: deque[int] = deque()
 
 

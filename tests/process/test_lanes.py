@@ -119,8 +119,8 @@ async def test_what_is_promised_is_what_answers_may_come_to_and_not_more(split: 
     await anext(tickets[1])
 
     assert engine.scheduler is not None
-    assert engine.scheduler.promised == KV_BYTES  # both may fill the context
+    assert engine.scheduler.reserved == KV_BYTES  # both may fill the context
     for ticket in tickets:
         ticket.cancel()
-    await until(lambda: engine.scheduler is not None and engine.scheduler.promised == 0)
+    await until(lambda: engine.scheduler is not None and engine.scheduler.reserved == 0)
     engine.close()

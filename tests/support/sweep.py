@@ -20,8 +20,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.mlx.compat_caches import Caches, commit
-from node.mlx.crossing import finishing, forbidden_cuts
-from node.mlx.dataflow import trace
+from node.mlx.crossing import forbidden_cuts, lm_head_modules
+from node.mlx.dataflow import trace_dataflow
 from node.mlx.hollow import HollowModel
 from node.mlx.prebuilt import Build, StepBuilder, kind_of_leaves
 from node.mlx.tensors import decode_tree
@@ -79,7 +79,7 @@ def judge(name: str) -> Verdict | None:
     caches = tuple(dict.fromkeys(_kind(entry) for entry in whole.cache))
     facts: dict[str, Any] = {"caches": caches, "trimmable": whole.trimmable}
     try:
-        found = trace(zoo.build(name), name)
+        found = trace_dataflow(zoo.build(name), name)
     except StageError as error:
         return Verdict(name, refused=str(error), **facts)
     forbidden = forbidden_cuts(found)
@@ -88,8 +88,8 @@ def judge(name: str) -> Verdict | None:
     allowed = [cut for cut in range(1, count) if cut not in forbidden]
     splits = list(_splits(allowed, count))
     differs = list(_differing(whole, splits))
-    if finishing(found) is not None:
-        at_the_end = _differing(whole, splits[-1:], finishes=True)
+    if lm_head_modules(found) is not None:
+        at_the_end = _differing(whole, splits[-1:], has_lm_head=True)
         differs += [f"finished by the last stage: {s}" for s in at_the_end]
     dtypes = ["float32"]
     try:
@@ -138,15 +138,17 @@ def _splits(allowed: list[int], count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _differing(
-    whole: Whole, splits: list[tuple[int, ...]], *, finishes: bool = False
+    whole: Whole, splits: list[tuple[int, ...]], *, has_lm_head: bool = False
 ) -> Iterator[str]:
-    """`finishes`: the last stage makes the logits."""
+    """`has_lm_head`: the last stage makes the logits."""
     stages: dict[tuple[int, int], HollowModel] = {}
     for bounds in splits:
         for ends in pairwise(bounds):
             if ends not in stages:
                 model, last = zoo.build(whole.name, whole.dtype), ends[1] == bounds[-1]
-                stages[ends] = HollowModel(model, whole.name, *ends, finishes=finishes and last)
+                stages[ends] = HollowModel(
+                    model, whole.name, *ends, has_lm_head=has_lm_head and last
+                )
         try:
             logits = run_stages([stages[ends] for ends in pairwise(bounds)])
         except Exception as error:
@@ -164,15 +166,19 @@ def run_stages(stages: list[HollowModel]) -> list[mx.array]:
     for turn, chunk in enumerate(CHUNKS):
         out = _run(stages[0].front, chunk, caches[0], turn)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            out = _run(stage.finish if stage.finishes else stage.forward, out, cache, turn)
-        if stages[-1].finishes:
+            out = _run(
+                stage.forward_logits if stage.has_lm_head else stage.forward, out, cache, turn
+            )
+        if stages[-1].has_lm_head:
             logits.append(out)
             continue
 
-        def tail(received: Any, _: Caches, tokens: mx.array = chunk) -> tuple[mx.array, list[Any]]:
-            return stages[0].tail(tokens, received, caches[0]), []
+        def final_logits(
+            received: Any, _: Caches, tokens: mx.array = chunk
+        ) -> tuple[mx.array, list[Any]]:
+            return stages[0].final_logits(tokens, received, caches[0]), []
 
-        logits.append(_run(tail, out, [], turn))
+        logits.append(_run(final_logits, out, [], turn))
     return logits
 
 

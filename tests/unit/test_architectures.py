@@ -168,7 +168,7 @@ class Chain:
         for stage, part in zip(self.stages[1:], parts[1:], strict=True):
             out, extra = stage.forward(over_the_wire(out), part)
             mx.eval(extra)
-        return self.stages[0].tail(tokens, over_the_wire(out), parts[0])
+        return self.stages[0].final_logits(tokens, over_the_wire(out), parts[0])
 
 
 PROMPTS = [[5, 9, 2, 7, 3, 1, 8, 4, 6, 11, 13], [21, 3], [8, 8, 31, 40, 2, 17, 5]]

@@ -1,4 +1,4 @@
-"""Clocks that don't agree, and what frames and questions tell of them."""
+"""Clocks that don't agree, and what frames and questions record of them."""
 
 import random
 
@@ -24,7 +24,7 @@ def noisy(source: random.Random) -> list[float]:
 def test_clocks_that_were_heard_well_show_each_hop() -> None:
     clocks = Clocks(3)
     for machine, offset in enumerate(OFFSETS[1:], start=1):
-        clocks.tell(machine, asked=1.0, said=1.0 + offset, heard=1.0)
+        clocks.record(machine, asked=1.0, said=1.0 + offset, heard=1.0)
 
     assert clocks.hops(differences(HOPS), now=2.0) == pytest.approx(HOPS, abs=1e-9)
 
@@ -38,8 +38,8 @@ def test_without_the_clocks_only_their_sum_is_known() -> None:
 def test_the_sum_is_right_and_nothing_negative_whatever_the_clocks_say() -> None:
     source = random.Random(7)
     clocks = Clocks(3)
-    clocks.tell(1, asked=1.0, said=1.0 + OFFSETS[1] + 0.4, heard=1.5)  # wrong by 0.15
-    clocks.tell(2, asked=1.0, said=1.0 + OFFSETS[2] - 0.1, heard=1.4)
+    clocks.record(1, asked=1.0, said=1.0 + OFFSETS[1] + 0.4, heard=1.5)  # wrong by 0.15
+    clocks.record(2, asked=1.0, said=1.0 + OFFSETS[2] - 0.1, heard=1.4)
     trips = [noisy(source) for _ in range(200)]
 
     found = [clocks.hops(differences(trip), now=2.0 + i / 1000) for i, trip in enumerate(trips)]
@@ -51,8 +51,8 @@ def test_the_sum_is_right_and_nothing_negative_whatever_the_clocks_say() -> None
 
 def test_the_answer_that_came_fastest_counts() -> None:
     clocks = Clocks(2)
-    clocks.tell(1, asked=1.0, said=8.0, heard=1.001)
-    clocks.tell(1, asked=2.0, said=9.7, heard=2.9)
+    clocks.record(1, asked=1.0, said=8.0, heard=1.001)
+    clocks.record(1, asked=2.0, said=9.7, heard=2.9)
 
     assert clocks.offsets[1] == pytest.approx(8.0 - 1.0005)
 
@@ -62,7 +62,7 @@ def test_a_clock_that_drifts_is_followed() -> None:
     offset = 100.0
     for second in range(120):
         now, offset = 1000.0 + second, offset + 40e-6
-        clocks.tell(1, asked=now, said=now + offset + 0.0002, heard=now + 0.0004)
+        clocks.record(1, asked=now, said=now + offset + 0.0002, heard=now + 0.0004)
         trip = differences([0.0004, 0.0006], [0.0, offset])
 
         found = clocks.hops(trip, now)
@@ -73,7 +73,7 @@ def test_a_clock_that_drifts_is_followed() -> None:
 def test_what_was_known_before_a_pause_does_not_count() -> None:
     clocks = Clocks(2)
     for now, offset in (1000.0, 100.0), (5000.0, 100.2):
-        clocks.tell(1, asked=now, said=now + offset, heard=now)
+        clocks.record(1, asked=now, said=now + offset, heard=now)
 
         found = clocks.hops(differences([0.0004, 0.0006], [0.0, offset]), now)
 

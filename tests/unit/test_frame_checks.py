@@ -14,7 +14,7 @@ import pytest
 
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
-from node.mlx.stage import Stage
+from node.mlx.stage import MLXStage
 from node.ring.bounds import FrameError
 from tests.support.frame_fuzz import FrameFuzz
 from tests.support.stage_head import StageHead, leaf, op
@@ -42,7 +42,7 @@ def token_ids(batch: int, tokens: int) -> Any:
 
 def of_mlx(folder: Path, architecture: str) -> Heads:
     lazy = load_lazy(write_model(folder, tiny_config(architecture)))
-    stage = Stage(HollowModel(lazy.model, lazy.model_type, 2, 6))
+    stage = MLXStage(HollowModel(lazy.model, lazy.model_type, 2, 6))
     return lambda: StageHead(stage, hidden)
 
 
@@ -55,7 +55,7 @@ def of_ggml(folder: Path, architecture: str, first: int) -> Heads:
     file = write_gguf(folder / "model.gguf", architecture, 12 if "next" in architecture else 6)
     checkpoint = whole(file)
     gguf = open_gguf(checkpoint)
-    part = Part(first, gguf.layers, finishes=True, context=256, users=2)
+    part = Part(first, gguf.layers, has_lm_head=True, context=256, users=2)
     cut = stage_file(gguf, checkpoint, folder / "stages", part)
     stage = load(gguf, folder, cut, part).stage
     return lambda: StageHead(stage, hidden if first else token_ids)

@@ -58,7 +58,7 @@ class Tiny:
 
     def front(self) -> Any:
         """All layers, behind the interface of an mlx-lm model."""
-        part = Part(0, self.gguf.layers, finishes=True, context=256, users=4)
+        part = Part(0, self.gguf.layers, has_lm_head=True, context=256, users=4)
         return PipelineModel(load(self.gguf, self.folder, self.file, part).front, None)
 
 
@@ -70,7 +70,7 @@ class Hop:
         file = stage_file(tiny.gguf, checkpoint, tiny.folder / "stages", part)
         self.index = index
         self.stage = load(tiny.gguf, tiny.folder, file, part).stage
-        self.session = self.stage.open(index, last=part.finishes)
+        self.session = self.stage.open(index, last=part.has_lm_head)
 
     def serve(self, given: Any = None, cache: int = 0, *ops: CacheOp, **fields: Any) -> Frame:
         """The frame after the stage's part of it. `given`: token ids or hidden states."""

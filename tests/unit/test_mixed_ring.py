@@ -63,13 +63,13 @@ def test_both_engines_agree(both: tuple[Path, Tiny]) -> None:
 def test_a_head_of_mlx_and_stages_of_ggml(both: tuple[Path, Tiny], cut: int) -> None:
     path, tiny = both
     head = hollow(path, 0, cut)
-    last = Hop(tiny, 1, Part(cut, LAYERS, finishes=False, context=256))
+    last = Hop(tiny, 1, Part(cut, LAYERS, has_lm_head=False, context=256))
     cache, ops, got = head.cache_view.make(), [make()], []
     for chunk in CHUNKS:
         tokens = mx.array([chunk])
         hidden, _ = head.front(tokens, cache)
         back = answered(last, hidden, ops)
-        got.append(np.array(head.tail(tokens, mx.array(back), cache))[0])
+        got.append(np.array(head.final_logits(tokens, mx.array(back), cache))[0])
         ops = []
 
     agree(got, alone(path))
@@ -78,9 +78,9 @@ def test_a_head_of_mlx_and_stages_of_ggml(both: tuple[Path, Tiny], cut: int) -> 
 
 def test_a_head_of_ggml_and_a_stage_of_mlx(both: tuple[Path, Tiny]) -> None:
     path, tiny = both
-    head = Hop(tiny, 0, Part(0, 2, finishes=False, context=256))
+    head = Hop(tiny, 0, Part(0, 2, has_lm_head=False, context=256))
     middle = hollow(path, 2, 4)
-    last = Hop(tiny, 2, Part(4, LAYERS, finishes=True, context=256))
+    last = Hop(tiny, 2, Part(4, LAYERS, has_lm_head=True, context=256))
     cache, ops, got = middle.cache_view.make(), [make()], []
     for chunk in CHUNKS:
         hidden = answered(head, np.array([chunk], np.uint32), ops)
@@ -95,9 +95,9 @@ def test_a_head_of_ggml_and_a_stage_of_mlx(both: tuple[Path, Tiny]) -> None:
 def test_a_stage_of_mlx_keeps_its_dtype_behind_one_of_ggml(tmp_path: Path) -> None:
     model = load_lazy(write_model(tmp_path, tiny_config("llama"))).model
     model.set_dtype(mx.bfloat16)
-    last = HollowModel(model, "llama", 4, LAYERS, finishes=True)
+    last = HollowModel(model, "llama", 4, LAYERS, has_lm_head=True)
     cache = last.cache_view.make()
 
-    logits, _ = last.finish(mx.ones((1, 3, 64), mx.float32), cache)
+    logits, _ = last.forward_logits(mx.ones((1, 3, 64), mx.float32), cache)
 
     assert logits.dtype == cache[0].keys.dtype == mx.bfloat16

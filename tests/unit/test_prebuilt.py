@@ -31,7 +31,7 @@ from node.mlx.prebuilt import (
     kind_of_array,
     kind_of_leaves,
 )
-from node.mlx.stage import Stage
+from node.mlx.stage import MLXStage
 from node.mlx.tensors import DTYPES, decode_tree, encode_tree
 from tests.support import zoo
 from tests.support.tiny import tiny_config, write_model
@@ -172,7 +172,7 @@ def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Head:
     """Sends frames to one stage as a head would."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: MLXStage) -> None:
         self.stage = stage
         self.session = stage.open(1, last=True)
         self.replies: list[bytes] = []
@@ -245,7 +245,7 @@ def conversation(head: Head) -> None:
 
 
 def test_prebuilt_steps_give_the_usual_replies(hollow: HollowModel) -> None:
-    usual, prebuilding = Head(Stage(hollow, prebuilt=False)), Head(Stage(hollow))
+    usual, prebuilding = Head(MLXStage(hollow, prebuilt=False)), Head(MLXStage(hollow))
 
     conversation(usual)
     conversation(prebuilding)
@@ -260,7 +260,7 @@ def test_where_writes_do_not_reach_the_device_nothing_is_prebuilt(
     hollow: HollowModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLX gives out a copy of what the device has: tokens stay the same, by the usual way."""
-    usual, prebuilding = Head(Stage(hollow, prebuilt=False)), Head(Stage(hollow))
+    usual, prebuilding = Head(MLXStage(hollow, prebuilt=False)), Head(MLXStage(hollow))
     conversation(usual)
     monkeypatch.setattr(compat, "memory", lambda array: memoryview(bytearray(array.nbytes)))
     compat.writes_reach_device.cache_clear()
@@ -274,7 +274,7 @@ def test_where_writes_do_not_reach_the_device_nothing_is_prebuilt(
 
 
 def test_freed_caches_leave_no_step_behind(hollow: HollowModel) -> None:
-    head = Head(Stage(hollow))
+    head = Head(MLXStage(hollow))
     head.send(1, make(1))
     head.send(1)
     head.send(1)
@@ -294,7 +294,7 @@ def test_a_long_cache_is_not_copied(tmp_path: Path) -> None:
     hollow = HollowModel(lazy.model, lazy.model_type, 2, 6)
     peaks = []
     for prebuilt in (False, True):
-        head = Head(Stage(hollow, prebuilt=prebuilt))
+        head = Head(MLXStage(hollow, prebuilt=prebuilt))
         head.send(1, make(1), tokens=1500, hold=True)
         for _ in range(4):
             head.send(1)

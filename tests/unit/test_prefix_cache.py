@@ -1,4 +1,4 @@
-"""Which kept cache a prompt gets, and which go first."""
+"""The prefix cache: which entry a prompt gets, and the order of eviction."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from node.generation.kv_budget import Memory
-from node.generation.prefix_cache import LEAST_TOKENS, Kept, KeptCaches
+from node.generation.kv_budget import KVBudget
+from node.generation.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache
 from node.mlx.compat_caches import GROWTH_TOKENS
 
 STORY = list(range(100))
 
 
-def kept(tokens: list[int], nbytes: int = 10, trimmable: bool = True) -> Kept:
-    return Kept(np.array(tokens), [], nbytes, trimmable)
+def entry(tokens: list[int], nbytes: int = 10, trimmable: bool = True) -> CachedPrefix:
+    return CachedPrefix(np.array(tokens), [], nbytes, trimmable)
 
 
-def saved(caches: KeptCaches, prompt: list[int]) -> int:
-    found = caches.find(prompt)
-    return 0 if found is None else found[1]
+def saved(caches: PrefixCache, prompt: list[int]) -> int:
+    match = caches.find(prompt)
+    return 0 if match is None else match[1]
 
 
 @pytest.mark.parametrize(
@@ -31,39 +31,39 @@ def saved(caches: KeptCaches, prompt: list[int]) -> int:
         (STORY, False, 0),
         (STORY[:50] + [7] * 9, True, 50),  # another turn after the same beginning
         (STORY[:50] + [7] * 9, False, 0),
-        (STORY[: LEAST_TOKENS - 1] + [7] * 9, True, 0),  # not worth a copy
+        (STORY[: MIN_TOKENS - 1] + [7] * 9, True, 0),  # not worth a copy
         ([7, *STORY], True, 0),
         ([0], True, 0),
     ],
 )
-def test_how_much_of_a_prompt_is_saved(prompt: list[int], trimmable: bool, tokens: int) -> None:
-    caches = KeptCaches()
-    caches.add(kept(STORY, trimmable=trimmable))
+def test_common_prefixes_are_reused(prompt: list[int], trimmable: bool, tokens: int) -> None:
+    caches = PrefixCache()
+    caches.add(entry(STORY, trimmable=trimmable))
 
     assert saved(caches, prompt) == tokens
 
 
 def test_a_longer_cache_replaces_the_shorter_that_it_begins_with() -> None:
-    caches = KeptCaches()
-    caches.add(kept(STORY[:50]))
-    caches.add(kept([*STORY[:50], 1]))
-    caches.add(kept(STORY))
+    caches = PrefixCache()
+    caches.add(entry(STORY[:50]))
+    caches.add(entry([*STORY[:50], 1]))
+    caches.add(entry(STORY))
 
     assert len(caches) == 2
 
 
 def test_one_that_cannot_be_trimmed_replaces_none() -> None:
-    caches = KeptCaches()
-    caches.add(kept(STORY[:50], trimmable=False))
-    caches.add(kept(STORY, trimmable=False))
+    caches = PrefixCache()
+    caches.add(entry(STORY[:50], trimmable=False))
+    caches.add(entry(STORY, trimmable=False))
 
     assert saved(caches, STORY[:70]) == 50
 
 
-def test_the_least_recently_used_go_first() -> None:
-    caches = KeptCaches()
+def test_the_least_recently_used_are_evicted_first() -> None:
+    caches = PrefixCache()
     for first in (1000, 2000, 3000):
-        caches.add(kept(list(range(first, first + 100))))
+        caches.add(entry(list(range(first, first + 100))))
     caches.find(list(range(1000, 1100)))
 
     caches.shrink(20)
@@ -80,8 +80,8 @@ def test_the_least_recently_used_go_first() -> None:
         ([KVCache(), RotatingKVCache(64)], 1, 1),  # a window is soon full
     ],
 )
-def test_what_an_answer_is_promised(kinds: list[Any], tokens: int, share: float) -> None:
-    memory = Memory(total=3200, users=2, context=16 * GROWTH_TOKENS, kinds=kinds)
+def test_bytes_reserved_for_an_answer(kinds: list[Any], tokens: int, share: float) -> None:
+    budget = KVBudget(total=3200, users=2, context=16 * GROWTH_TOKENS, kinds=kinds)
 
-    assert memory.need(tokens) == 1600 * share
-    assert memory.need_together([1, tokens]) == 2 * 1600 * share
+    assert budget.answer_bytes(tokens) == 1600 * share
+    assert budget.batch_bytes([1, tokens]) == 2 * 1600 * share

@@ -59,7 +59,7 @@ def split_logits(path: Path, quant: str, bounds: tuple[int, ...]) -> list[mx.arr
         for later, cache in zip(stages[1:], caches[1:], strict=True):
             hidden, extra = later.forward(over_the_wire(hidden), cache)
             mx.eval(hidden, extra)
-        logits.append(stages[0].tail(chunk, over_the_wire(hidden), caches[0]))
+        logits.append(stages[0].final_logits(chunk, over_the_wire(hidden), caches[0]))
     return logits
 
 
@@ -118,7 +118,7 @@ def test_batches_of_prompts(tmp_path: Path) -> None:
     hidden, _ = first.front(tokens, cache)
     hidden, _ = last.forward(hidden, last.cache_view.make())
 
-    assert mx.array_equal(first.tail(tokens, hidden, cache), wanted)
+    assert mx.array_equal(first.final_logits(tokens, hidden, cache), wanted)
 
 
 def test_a_stage_holds_the_weights_of_its_layers_alone(model: Whole) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.mlx.crossing import finishing, forbidden_cuts
+from node.mlx.crossing import forbidden_cuts, lm_head_modules
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from node.mlx.survey import survey
@@ -34,22 +34,22 @@ def test_a_stage_reads_only_its_own_tensors(name: str, tmp_path: Path) -> None:
     except StageError as error:
         pytest.skip(str(error))
     count = len(surveyed.layers)
-    cuts = [cut for cut in range(1, count) if cut not in forbidden_cuts(surveyed.found)]
+    cuts = [cut for cut in range(1, count) if cut not in forbidden_cuts(surveyed.dataflow)]
     wanted = logits(load_lazy(tmp_path).model)
     content = file.read_bytes()
 
-    def load(first: int, end: int, finishes: bool) -> HollowModel:
+    def load(first: int, end: int, has_lm_head: bool) -> HollowModel:
         file.write_bytes(content)
-        spoil(file, surveyed.of_stage(first, end, finishes))
+        spoil(file, surveyed.of_stage(first, end, has_lm_head))
         lazy = load_lazy(tmp_path)
-        stage = HollowModel(lazy.model, lazy.model_type, first, end, finishes=finishes)
+        stage = HollowModel(lazy.model, lazy.model_type, first, end, has_lm_head=has_lm_head)
         mx.eval([layer.parameters() for layer in stage.layers], lazy.model.parameters())
         return stage
 
     cut = cuts[len(cuts) // 2]
     head = load(0, cut, False)
-    for finishes in (False, True)[: 1 if finishing(surveyed.found) is None else 2]:
-        told = sweep.run_stages([head, load(cut, count, finishes)])
+    for has_lm_head in (False, True)[: 1 if lm_head_modules(surveyed.dataflow) is None else 2]:
+        told = sweep.run_stages([head, load(cut, count, has_lm_head)])
 
         assert all(mx.array_equal(one, other) for one, other in zip(told, wanted, strict=True))
         assert len(told) == len(wanted)
