@@ -1,4 +1,4 @@
-"""One answer in the making: tokens in, events out."""
+"""One answer: tokens in, events out."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
 class Answer:
     """The events of one request. `asked` is when it came, by time.perf_counter.
 
-    `cached_tokens` is to be set to how many of the prompt needed no prefill. `timeline` is there
+    `cached_tokens`: prompt tokens that needed no prefill, set by the scheduler. `timeline` exists
     if the request asks for a trace.
     """
 
@@ -62,7 +62,7 @@ class Answer:
         self.finished = self._text.stopped or self._count == self._job.max_tokens
         if self.finished:
             segments += self._text.finish()
-        # The token comes with the last of its text: who has the one has the other.
+        # The token goes into the last event of its text, so that neither is seen without the other.
         events = _events(segments) or [GenerateEvent(delta=Delta())]
         events[-1].delta.token_ids.append(token)
         if self._job.logprobs is not None:

@@ -1,4 +1,4 @@
-"""The decoder of answers that are decoded together."""
+"""Decoder of a batch: answers that are decoded together."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from node.mlx.compat_caches import can_merge, leaves
 
 
 class Token(NamedTuple):
-    """The next token of an answer, and the log-probabilities of the whole vocabulary."""
+    """The next token of an answer, and the log-probabilities (vocabulary,) it was chosen by."""
 
     sequence: Sequence
     token: int
@@ -19,7 +19,7 @@ class Token(NamedTuple):
 
 
 class BatchDecoder:
-    """Any number of answers together, by mlx-lm's BatchGenerator."""
+    """Decodes any number of answers together, by mlx-lm's BatchGenerator."""
 
     def __init__(self, model: Any) -> None:
         self._numbers: dict[Sequence, int] = {}
@@ -46,14 +46,14 @@ class BatchDecoder:
         self._generator.remove([self._numbers.pop(sequence)])
 
     def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
-        """Removes it; returns its cache and the tokens in it, those of the answer included."""
+        """Removes a sequence; returns the tokens in its cache, answer included, and the cache."""
         number = self._numbers.pop(sequence)
         taken = self._generator.remove([number], return_prompt_caches=True)
         cache, tokens = taken[number]
         return list(tokens), cache
 
     def step(self) -> list[Token]:
-        """At most one token an answer; one that was just added has none yet."""
+        """Decodes at most one token an answer; one that was just added gets none yet."""
         by_number = {number: sequence for sequence, number in self._numbers.items()}
         _, responses = self._generator.next()
         return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]

@@ -18,7 +18,7 @@ QUEUED_PER_USER = 4
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """All settings of a GenerationEngine, handed on whole to whatever reads one of them.
+    """All settings of a GenerationEngine, passed as a whole to every module that reads one.
 
     spec: the head's stage, whose options (`context`, `users`, `lanes`, `kv_bytes`, `kv_bits`) are
     read where they act. model_name: as requests call it. prefill_step: prompt tokens in a chunk,

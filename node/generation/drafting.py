@@ -1,4 +1,4 @@
-"""What an answer may go on with, guessed ahead: the model then checks several tokens at once."""
+"""Drafting for speculative decoding: tokens are guessed, and the model verifies several at once."""
 
 from array import array
 from collections.abc import Callable
@@ -13,38 +13,38 @@ from mlx_lm.models.cache import make_prompt_cache
 from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from unicluster.v1.node_pb2 import StageSpec
 
-# Of the end of a text, how many tokens must have occurred before, and how many may be looked for.
+# Tokens at the end of a text that must match an earlier place, and that are compared at most.
 MIN_MATCH = 2
 MAX_MATCH = 8
-# Guessed ahead at most, if nothing else was asked for.
+# Tokens drafted at a time, where the options don't say.
 MAX_DRAFTED = 8
 # Prompt tokens a draft model computes at a time; a fraction of what the model itself takes.
 DRAFT_CHUNK = 256
 
 
 class Drafter(Protocol):
-    """Guesses for one answer at a time."""
+    """Drafts tokens for one answer at a time."""
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
         """At most `count` tokens that may come after `tokens`, the prompt included.
 
-        The same list, grown, is asked about again and again.
+        Later calls for an answer pass the identical list, which has grown meanwhile.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How answers are guessed ahead: at most `most` tokens at a time, by one drafter a lane."""
+    """Settings of speculative decoding: at most `most` tokens a draft, by one drafter a lane."""
 
     drafter: Callable[[], Drafter]
     most: int
 
     @classmethod
     def of(cls, spec: StageSpec, draft: Any, vocabulary: int) -> "Speculation | None":
-        """Guessing as the stage's options ask for it, or None.
+        """Speculation as the stage's options ask for it; None for none.
 
-        `draft`: the draft model, if there is one. `vocabulary`: tokens that the model knows.
+        `draft`: the draft model, if there is one. `vocabulary`: tokens of the model.
         """
         most = spec.draft_tokens or MAX_DRAFTED
         if draft is not None:
@@ -53,7 +53,7 @@ class Speculation:
 
 
 class Lookup:
-    """Goes on as the text did when it last was as it is now."""
+    """Prompt lookup: drafts the tokens that followed the last earlier match of the text's end."""
 
     def __init__(self) -> None:
         self._tokens: list[int] | None = None
@@ -67,13 +67,13 @@ class Lookup:
         start = _follows(text)
         if start is None:
             return []
-        # What repeats itself to the very end goes on repeating itself.
+        # A match that overlaps the end is a repetition, and continued as one.
         period = len(text) - start
         return [int(text[start + index % period]) for index in range(count)]
 
 
 def _follows(text: "np.ndarray[Any, Any]") -> int | None:
-    """Where the text goes on after the longest, then latest, earlier copy of its end."""
+    """Index after the longest, then latest, earlier match of the text's end; None for none."""
     size = len(text)
     matches = np.flatnonzero(text[:-1] == text[-1]) + 1
     for length in range(2, MAX_MATCH + 1):
@@ -86,9 +86,9 @@ def _follows(text: "np.ndarray[Any, Any]") -> int | None:
 
 
 class DraftModel:
-    """A smaller model's guesses. Its cache stays for an answer whose prompt begins alike.
+    """Drafts by a smaller model, whose cache is reused for prompts with a common prefix.
 
-    `vocabulary` is how many tokens there are that both models know.
+    `vocabulary`: the number of tokens that both models have.
     """
 
     def __init__(self, model: Any, vocabulary: int) -> None:
@@ -100,7 +100,7 @@ class DraftModel:
         self._saved: tuple[int, list[Any]] | None = None  # a snapshot of so many tokens
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
-        """None while it catches up with a prompt, a chunk each time it is asked."""
+        """Drafts nothing while it prefills a prompt, one chunk a call."""
         self._roll_back_to(_common(self._cached, tokens, len(tokens) - 1))
         fresh = tokens[len(self._cached) :]
         if len(fresh) > DRAFT_CHUNK:
@@ -126,7 +126,7 @@ class DraftModel:
         return logits
 
     def _roll_back_to(self, count: int) -> None:
-        """Leaves the first `count` tokens in the cache, or fewer."""
+        """Rolls the cache back to the first `count` tokens, or fewer."""
         beyond = len(self._cached) - count
         if not beyond:
             return
@@ -142,7 +142,7 @@ class DraftModel:
 
 
 def _common(cached: list[int], tokens: list[int], most: int) -> int:
-    """How many tokens both begin with, at most `most`."""
+    """Length of the common prefix of both lists, at most `most`."""
     count = min(len(cached), most)
     if cached[:count] == tokens[:count]:
         return count

@@ -44,8 +44,8 @@ CHECKERS = 2
 class GenerationEngine:
     """Answers up to `users` requests at once, and queues some more.
 
-    With `kv_bytes` in its configuration, caches of finished answers are kept for prompts that
-    begin alike. The model comes by `set_model`, and is one made on `thread`.
+    With `kv_bytes` in its configuration, caches of finished answers are reused for prompts with a
+    common prefix. The model is set by `set_model`, and must have been made on `thread`.
     """
 
     def __init__(self, thread: MLXThread, tokenizer: Any, config: GenerationConfig) -> None:
@@ -122,12 +122,12 @@ class GenerationEngine:
         self._end_all(error)
 
     def close(self) -> None:
-        """Ends every request with UnavailableError and lets go of the model; any thread."""
+        """Ends every request with UnavailableError and releases the model; any thread."""
         self.fail(UnavailableError(f"{self._name} is shutting down"))
         self._checkers.shutdown(wait=False, cancel_futures=True)
 
     def describe(self) -> ChatInfo:
-        """What the engine knows: all but the weights and what lies on other machines."""
+        """Describes model, state and lanes, without weights and without other machines."""
         scheduler = self.scheduler
         with self._lock:
             detail = "" if self._failure is None else str(self._failure)
@@ -143,7 +143,7 @@ class GenerationEngine:
             )
 
     def measure(self) -> Meters:
-        """What the engine has counted, and how much there is to do now."""
+        """Counters of the engine, and the requests that run and wait now."""
         meters, scheduler = self.meter.to_wire(), self.scheduler
         meters.now_s = time.perf_counter()
         if scheduler is not None:
@@ -218,8 +218,7 @@ class GenerationEngine:
     def _on_error(self, error: Exception) -> None:
         """An error of the model leaves a batch in pieces: all requests end with it."""
         if isinstance(error, UniclusterError):
-            # Its traceback holds the batch and with it the caches, and whoever raised it may
-            # keep it.
+            # Its traceback references the batch and with it the caches.
             self.fail(error.with_traceback(None))
             return
         log.error("the model failed", exc_info=error)

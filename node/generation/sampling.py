@@ -20,7 +20,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; raises InputError naming a bad field."""
+    """Sampling settings. Temperature 0 is greedy; raises InputError naming an invalid field."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,7 +54,7 @@ class Sampling:
             raise InputError(f"generation_config.json: {error}") from None
 
     def updated(self, sampling: chat_pb2.Sampling) -> "Sampling":
-        """The same with the fields that are set in `sampling`."""
+        """A copy in which the fields that are set in `sampling` replace the defaults."""
         return replace(self, **{field.name: value for field, value in sampling.ListFields()})
 
     def sampler(self) -> Sampler | None:

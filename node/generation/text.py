@@ -1,4 +1,4 @@
-"""From tokens to text: detokenized, cut at stop strings, sorted into what it is."""
+"""From tokens to text: detokenized, cut at stop strings, split into text, reasoning and calls."""
 
 from collections import deque
 from collections.abc import Sequence

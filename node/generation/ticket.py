@@ -1,4 +1,4 @@
-"""A submitted request, as its asker holds it."""
+"""A submitted request, as its caller sees it."""
 
 import asyncio
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Ticket:
             self._on_cancel(self)
 
     def send(self, events: list[GenerateEvent]) -> None:
-        """Hands events over; from any thread."""
+        """Delivers events; from any thread."""
         self._put(*events)
 
     def end(self, error: UniclusterError | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What of a GGUF depends on where in the model a layer is, architecture by architecture.
+"""Properties of GGUF architectures that depend on a layer's number.
 
 llama.cpp builds a cut file as if it were a model of its own, so what it would derive from a
 layer's number must be written into the file. Architectures that are not listed here may do more
@@ -13,7 +13,7 @@ from unicluster.errors import StageError
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a layer's kind follows from its number, and what is done to embeddings.
+    """Rules of an architecture: kinds of layers by their number, scaling of embeddings.
 
     window: every that many layers the last one attends to everything, the others to a window.
     interval: every that many layers the last one is attention, the others are recurrent.
@@ -113,7 +113,7 @@ def layer_kinds(header: Header) -> dict[str, list[bool]]:
 
 
 def choosing(layers: int, context: int) -> list[bool]:
-    """Which layers choose what to attend to, where the GGUF doesn't say."""
+    """True for layers with an indexer for sparse attention, where the GGUF doesn't say."""
     return [context < SHARED_FROM or i < 2 or i % 4 == 2 for i in range(layers)]
 
 

@@ -1,4 +1,4 @@
-"""A GGUF of some layers of another one, which llama.cpp takes for a model of its own."""
+"""Cutting a GGUF: a file of some layers, which llama.cpp loads as a complete model."""
 
 import os
 import re
@@ -36,7 +36,7 @@ from unicluster.errors import InputError, StageError
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
-# What later stages need of the tensors outside the layers; small, all of it.
+# Tensors outside the layers that later stages need, all of them small.
 _EVERYWHERE = ("output_norm.", "rope_")
 # Arrays whose length is not the number of layers, even where it happens to be the same.
 _NOT_BY_LAYER = ("rope.dimension_sections",)
@@ -100,7 +100,7 @@ class Gguf:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the matrices are in full precision: then so should be all else."""
+        """Whether the matrices are in full precision, so that the computation should be too."""
         return all(t.type == F32 for _, t in self.tensors.values() if len(t.shape) > 1)
 
     def of_layer(self, layer: int) -> list[str]:
@@ -112,7 +112,7 @@ class Gguf:
         return [name for name in self.tensors if not _LAYER.fullmatch(name)]
 
     def of_stage(self, first: int, end: int, has_lm_head: bool) -> dict[str, list[Range]]:
-        """Which bytes of which file a stage needs, its embedding included if it is the first."""
+        """Byte ranges by file that a stage needs, with the embedding for the first stage."""
         names = [p.source for p in self.pieces(first, end, has_lm_head) if p.source is not None]
         if first == 0:
             names.append(EMBEDDING)
@@ -194,7 +194,7 @@ class Gguf:
         return self.header.architecture in ("gpt-oss", "qwen2moe")
 
     def metadata(self, first: int, end: int, has_lm_head: bool) -> dict[str, Value]:
-        """That of a stage's file."""
+        """Metadata of a stage's file."""
         name = self.header.architecture
         blocks = int(self.header.arch("block_count"))
         found = {}

@@ -19,12 +19,12 @@ from unicluster.errors import InputError, StageError
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
 
-# As in the pipeline: of longer inputs the logits are computed only if somebody looks at them.
+# As in the pipeline: the logits of longer inputs are computed only if they are read.
 PUSHED_TOKENS = 16
 
 
 class GgmlFront:
-    """Layers [0, end) here; what follows the last layer is computed by the last stage.
+    """Layers [0, end) here; the last stage computes final norm and lm_head.
 
     To a PipelineModel it is what a HollowModel is. Its cache is a handle, as those of other
     stages are, but operations on it are carried out here.
@@ -51,7 +51,7 @@ class GgmlFront:
         return [recurrent_cache() if self._recurrent else growing_cache()]
 
     def front(self, tokens: mx.array, caches: list[Any]) -> tuple[mx.array, list[Any]]:
-        """What leaves the last layer here, (batch, tokens, hidden), for tokens (batch, tokens)."""
+        """Output of the last layer here, (batch, tokens, hidden), for tokens (batch, tokens)."""
         frame = self._forward(tokens, caches, hold=False)
         return _array(frame), []
 
@@ -60,7 +60,7 @@ class GgmlFront:
         return received
 
     def logits(self, tokens: mx.array, caches: list[Any]) -> Any:
-        """The same of a model that is here as a whole."""
+        """Logits (batch, tokens, vocabulary), of a model all of whose layers are here."""
         hold = tokens.shape[1] > PUSHED_TOKENS
         frame = self._forward(tokens, caches, hold=hold)
         if not hold:
@@ -93,7 +93,7 @@ class GgmlFront:
         return self._serve(Frame()).reports[0]
 
     def _serve(self, frame: Frame, cache: int = 0) -> Frame:
-        """With all that was recorded of caches since the last time."""
+        """Serves a frame with the cache operations recorded since the last one."""
         operations = []
         while self._stage.operations:
             operations.append(self._stage.operations.popleft())

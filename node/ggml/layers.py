@@ -39,8 +39,8 @@ Ints = np.ndarray[Any, np.dtype[np.int32]]
 class Sizes:
     """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
 
-    vocabulary: 0 for a stage that hands on hidden states. sequences: how many there may be at
-    once. states: the same of a model with recurrent layers, each of which takes memory. entry:
+    vocabulary: 0 for a stage that outputs hidden states. sequences: how many there may be at
+    once. states: as many, for a model with recurrent layers, each of which takes memory. entry:
     see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
     """
 
@@ -57,7 +57,7 @@ class Sizes:
 
     @property
     def score_bytes(self) -> int:
-        """Of the attention scores of CPU_STEP tokens over all cells, in float32."""
+        """Bytes of the attention scores of CPU_STEP tokens over all cells, in float32."""
         return 4 * self.heads * CPU_STEP * self.cells
 
 
@@ -105,17 +105,17 @@ class Layers:
 
     @property
     def sequences(self) -> int:
-        """How many sequences there may be at once."""
+        """Number of sequences at once, at most."""
         wanted = self.sizes.states if self.recurrent else self.sizes.sequences
         return min(wanted, MOST_SEQUENCES)
 
     def forward(
         self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
     ) -> Floats:
-        """Computes tokens, params row by row: hidden states (tokens, hidden), where they are.
+        """Computes hidden states (tokens, hidden), row by row, at their positions.
 
         A sequence's tokens follow one another. Returns (tokens, hidden), or logits (tokens,
-        vocabulary) of a stage that has_lm_head; nothing of it, if not `wanted`.
+        vocabulary) of a stage with the lm_head; an empty array, if not `wanted`.
         Raises StageError when the KV cache is full.
         """
         width = self.sizes.vocabulary or self.sizes.hidden
@@ -132,16 +132,16 @@ class Layers:
         self._lib.llama_memory_seq_cp(self._memory, source, to, 0 if end >= 0 else -1, end)
 
     def trim(self, sequence: int, tokens: int) -> None:
-        """Leaves a sequence its first `tokens`. Raises StageError if it can't be done."""
+        """Trims a sequence to its first `tokens`. Raises StageError if it can't be done."""
         if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
-            raise StageError("a recurrent layer's state can't be taken back by some tokens")
+            raise StageError("a recurrent layer's state can't be trimmed by some tokens")
 
     def state_size(self, sequence: int) -> int:
-        """Bytes of all that is kept of a sequence."""
+        """Bytes of a sequence's saved state."""
         return int(self._lib.llama_state_seq_get_size(self._context, sequence))
 
     def state(self, sequence: int) -> bytes:
-        """All that is kept of a sequence."""
+        """Saved state of a sequence: its KV cells and recurrent states."""
         size = self.state_size(sequence)
         data = (ctypes.c_uint8 * size)()
         written = self._lib.llama_state_seq_get_data(self._context, data, size, sequence)
@@ -188,7 +188,7 @@ class Layers:
         if self._position_copies > 3:
             self._positions[3 * count : 4 * count] = 0
         self._sequences[:count] = sequences
-        # Of what is handed on, llama.cpp must compute the last layer for all tokens.
+        # For a hidden state as output llama.cpp must compute the last layer for all tokens.
         self._wanted[:count] = wanted or not self.sizes.vocabulary
         batch = self._batch
         batch.n_tokens = count
@@ -218,7 +218,7 @@ class Layers:
         params.n_seq_max = self.sequences
         params.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
         params.kv_unified = True
-        params.swa_full = True  # or nothing could be taken back once the window is full
+        params.swa_full = True  # or nothing could be trimmed once the window is full
         params.no_perf = True
         params.type_k = params.type_v = F32 if sizes.exact else F16
         # Flash attention sums up in float16.

@@ -1,4 +1,4 @@
-"""What a GGUF weighs, layer by layer, from its header."""
+"""Layout of a GGUF: bytes of weights and KV cache, layer by layer, from its header."""
 
 from math import prod
 
@@ -11,7 +11,7 @@ from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 
-# What general.file_type says of most tensors; no name where it was only guessed.
+# Quantization by general.file_type; no name where it was only guessed.
 FILE_TYPES = {
     int(kind): kind.name.partition("_")[2].lower().removesuffix("_moe")
     for kind in LlamaFileType
@@ -71,7 +71,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
 
 
 def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
-    """Of each layer, for all users at the full context, as llama.cpp allocates them."""
+    """Bytes of KV cache of each layer, for all users at the full context, as allocated."""
     header = gguf.header
     number = SINGLE if gguf.is_exact else HALF
     recurrent = layer_kinds(header).get(RECURRENT_KEY, [False] * gguf.layers)
@@ -86,7 +86,7 @@ def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
 
 
 def _kv_width(gguf: Gguf, layer: int) -> int:
-    """Numbers that are kept of a token in an attention layer."""
+    """Numbers that an attention layer caches for each token."""
     header = gguf.header
     heads = header.arch("attention.head_count")
     kv_heads = header.arch("attention.head_count_kv", heads)
@@ -101,7 +101,7 @@ def _kv_width(gguf: Gguf, layer: int) -> int:
 
 
 def _state_bytes(gguf: Gguf) -> int:
-    """Of a recurrent layer's state of one sequence, which llama.cpp keeps in float32."""
+    """Bytes of a recurrent layer's state of one sequence, which llama.cpp keeps in float32."""
     arch = gguf.header.arch
     inner, state = arch("ssm.inner_size", 0), arch("ssm.state_size", 0)
     shift = (arch("ssm.conv_kernel", 1) - 1) * (inner + 2 * arch("ssm.group_count", 0) * state)
@@ -127,7 +127,7 @@ def _active_share(gguf: Gguf, name: str) -> float:
 
 
 def _quant(gguf: Gguf) -> str:
-    """What the weights are, as people call it."""
+    """Quantization of most weights, by its usual name."""
     stated = FILE_TYPES.get(gguf.header.get("general.file_type", -1))
     if stated is not None:
         return stated

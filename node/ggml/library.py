@@ -159,7 +159,7 @@ def to_floats(raw: bytes, kind: int, count: int) -> Floats:
 
 
 def read_tensor(address: int, into: int, nbytes: int) -> None:
-    """Copies what a tensor holds, on whatever device it is."""
+    """Copies the contents of a tensor from the device it is on."""
     _ggml().ggml_backend_tensor_get(address, into, 0, nbytes)
 
 
@@ -170,13 +170,13 @@ def write_tensor(address: int, source: int, nbytes: int) -> None:
 
 @functools.cache
 def computes_on_cpu() -> bool:
-    """Whether there is nothing better than the CPU here."""
+    """Whether the CPU is the only device here."""
     return len(devices()) == 1
 
 
 @functools.cache
 def amx_is_broken() -> bool:
-    """Whether its matrix instructions for Intel Xeons may crash.
+    """Whether llama.cpp's AMX instructions for Intel Xeons may crash.
 
     `_tile_loadconfig` of GCC 12 tells the compiler that 8 of the 64 bytes are read, so that the
     rest may never be written. A library compiled without AMX doesn't list it.
@@ -185,7 +185,7 @@ def amx_is_broken() -> bool:
 
 
 def devices() -> list[tuple[str, str]]:
-    """What it can compute on: name and description, GPUs first, the CPU last."""
+    """Devices of llama.cpp: name and description, GPUs first, the CPU last."""
     llama()
     registry, library = _registry(), _ggml()
     found = []

@@ -23,16 +23,16 @@ DEFAULT_CONTEXT = 8192
 # an eighth longer.
 CELLS = 256
 UNLUCKY_CELLS = 2048
-# Beside those of the users: caches kept from before, and those that a copy is made of.
+# States beside those of the users: prefix caches, and sources of copies.
 SPARE_STATES = 4
-# Kept caches are many, where they take no more memory than their tokens do.
+# Prefix caches may be many, where they take no more memory than their tokens do.
 SEQUENCES_PER_USER = 16
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
 
 
 @dataclass(frozen=True)
 class Part:
-    """The layers [first, end) of a GGUF; `has_lm_head`: and what follows the last one."""
+    """The layers [first, end) of a GGUF; `has_lm_head`: with final norm and lm_head."""
 
     first: int
     end: int
@@ -91,7 +91,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
 
 
 def cells(context: int, users: int) -> int:
-    """Tokens that a KV cache is made for."""
+    """Cells of a KV cache: tokens of all users together, rounded up."""
     found = -(-context * users // CELLS) * CELLS
     return found if found % UNLUCKY_CELLS else found + CELLS
 

@@ -23,12 +23,12 @@ class Row:
     left: int | None = None
 
     def count(self, columns: int) -> int:
-        """How many of so many columns are its tokens."""
+        """Number of this row's tokens in the next `columns`; the others are padding."""
         count = columns - min(self.skip, columns)
         return count if self.left is None else min(count, self.left)
 
     def take(self, columns: int) -> tuple[int, int]:
-        """Which of so many columns, [first, end), are its tokens; the others are padding."""
+        """Range [first, end) of this row's tokens in the next `columns`, which are consumed."""
         first, count = min(self.skip, columns), self.count(columns)
         self.skip -= first
         if self.left is not None:
@@ -57,7 +57,7 @@ class Sequences:
 
     @contextmanager
     def rows(self, count: int) -> Iterator[list[Row]]:
-        """So many new rows; they are released if what is done with them fails."""
+        """`count` new rows; they are released if the block raises."""
         made: list[Row] = []
         try:
             for _ in range(count):
@@ -69,7 +69,7 @@ class Sequences:
             raise
 
     def share(self, row: Row) -> Row:
-        """The same again, for another cache."""
+        """A second row over the sequence, for another cache."""
         self._users[row.sequence] += 1
         return replace(row)
 
@@ -84,7 +84,7 @@ class Sequences:
         """Makes a row the only user of its sequence, of which it keeps the first `tokens`."""
         length = row.length if tokens is None else tokens
         if self._layers.recurrent and 0 < length < row.length:
-            raise StageError("a recurrent layer's state can't be taken back by some tokens")
+            raise StageError("a recurrent layer's state can't be trimmed by some tokens")
         if self._users[row.sequence] > 1:
             copy = self.new()
             if length:

@@ -29,7 +29,7 @@ TOKEN_TYPES = frozenset({"uint32", "int32"})
 
 @dataclass
 class DeferredResult:
-    """A prefill chunk on the last stage, of which nobody may ever want the result.
+    """Deferred result of a prefill chunk on the last stage, which may never be claimed.
 
     result: hidden states of a stage without lm_head. before, hidden: else the cache as it was
     and the chunk's input, of which logits are computed if they are claimed.
@@ -43,7 +43,7 @@ class DeferredResult:
 class GgmlStage(FrameServer[Cache, DeferredResult]):
     """Serves frames over some layers of a GGUF. All calls come from one thread.
 
-    `embedding` is that of stage 0, which is given token ids.
+    `embedding`: that of stage 0, whose input is token ids.
     """
 
     engine: ClassVar[str] = "ggml"
@@ -60,7 +60,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
 
     def extent(self, hidden: "Leaves") -> tuple[int, int]:
         if len(hidden) != 1 or not hidden[0].HasField("tensor"):
-            raise FrameError("the stage before hands on more than a hidden state")
+            raise FrameError("the stage before outputs more than a hidden state")
         dtype, shape = hidden[0].tensor.dtype, list(hidden[0].tensor.shape)
         wanted = TOKEN_TYPES if self._embedding else FLOATS
         if dtype not in wanted:
@@ -215,7 +215,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         return self._embedding.rows(received), dtype
 
     def _compute(self, rows: list[Row], hidden: Floats, wanted: bool) -> Floats:
-        """Through the layers: (batch, columns, hidden) to hidden states or logits.
+        """Runs the layers: (batch, columns, hidden) to hidden states or logits.
 
         Of columns that are padding the result is zero. llama.cpp gives rows of unequal length
         to recurrent layers in an order of its own, so those are computed one after the other.
@@ -257,7 +257,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             raise self._layers.full()
 
     def _nbytes(self, row: Row) -> int:
-        """Bytes of a row, and at least so many that not too many rows are kept for reuse."""
+        """Bytes of a row, rounded up so that not too many rows are cached for reuse."""
         if not row.length:
             return 0
         size = self._layers.state_size(row.sequence)

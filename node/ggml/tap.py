@@ -31,7 +31,7 @@ class Tap:
         self._put = self._got = 0
 
     def open(self, inputs: Floats, into: Floats) -> None:
-        """For the computation that follows: what goes in, and where to put what comes out."""
+        """Sets input and output arrays of the next computation."""
         self._inputs, self._into = inputs, into
         self._put = self._got = 0
 

@@ -27,10 +27,10 @@ BFLOAT16 = "bfloat16"
 def decode(leaves: Sequence[Leaf]) -> tuple[Array, str]:
     """The one array of a frame, and its dtype on the wire; bfloat16 becomes float32.
 
-    Raises StageError for what can't be given to layers of a GGUF.
+    Raises StageError for an input that layers of a GGUF can't take.
     """
     if len(leaves) != 1 or not leaves[0].HasField("tensor"):
-        raise StageError("the stage before hands on more than a hidden state, which ggml can't use")
+        raise StageError("the stage before outputs more than a hidden state, which ggml can't use")
     tensor = leaves[0].tensor
     shape = tuple(tensor.shape)
     if tensor.dtype == BFLOAT16:

@@ -1,7 +1,7 @@
 """The clocks of a ring's machines, and with them how long each hop takes.
 
-Machines agree on no time, and one way can't be measured with one clock. Two things are known of
-the others' clocks:
+Clocks of machines are not synchronized, and a one-way latency can't be measured with one clock.
+Two things are known of the other clocks:
 
 - Each is asked now and then, as NTP does: what it says belongs to the middle of the question's
   round trip, and is wrong by half of it at most.
@@ -51,11 +51,11 @@ class Clocks:
 
     @property
     def offsets(self) -> list[float | None]:
-        """What the clocks were heard to say, less what the head's said; None: not heard."""
+        """Offsets in seconds of each clock to the head's; None before the first reading."""
         return [reading[0] if reading is not None else None for reading in self._readings]
 
     def record(self, machine: int, asked: float, said: float, heard: float) -> None:
-        """A clock said `said`, between `asked` and `heard` of the head's clock."""
+        """Records a reading `said` of a clock, taken between `asked` and `heard` of the head's."""
         error = (heard - asked) / 2
         old = self._readings[machine]
         if old is None or error <= old[1] + DRIFT * (heard - old[2]):
@@ -67,7 +67,7 @@ class Clocks:
         `differences`: arrival less departure, each by the clock of its machine.
         """
         age = now - self._since
-        if age > WINDOW_SECONDS:  # what was found long ago no longer holds: clocks drift
+        if age > WINDOW_SECONDS:  # old minima are no longer valid: clocks drift
             unknown = [math.inf] * len(differences)
             self._least_before = self._least if age < 2 * WINDOW_SECONDS else unknown
             self._least, self._since, self._shifts = unknown, now, None
@@ -82,7 +82,7 @@ class Clocks:
 
 
 def shifts(least: Sequence[float], offsets: Sequence[float | None]) -> list[float]:
-    """For each hop, how far the clock at its end is ahead of the one at its beginning.
+    """Seconds for each hop by which the clock at its end is ahead of the one at its beginning.
 
     `least`: the least difference of each hop; `offsets` of the clocks, None where not known. The
     result makes no hop negative and adds up to 0.

@@ -1,4 +1,4 @@
-"""What is counted while answers are made: plain numbers that only grow.
+"""Counters of the generation: plain numbers that only grow.
 
 Each meter is written by one thread and may be read from any.
 """
@@ -57,7 +57,7 @@ class Recent:
 
 @dataclass
 class StageMeter:
-    """One machine's work. `decode`: of frames with one token of one answer, hops apart."""
+    """Work of one machine. `decode`: compute seconds of frames with one token of one answer."""
 
     frames: int = 0
     busy_s: float = 0.0
@@ -76,7 +76,7 @@ class StageMeter:
 
 @dataclass
 class HopMeter:
-    """The way of frames from one machine to the next: `seconds` and `bytes` of all together."""
+    """Totals of all frames from one machine to the next: `seconds` and `bytes`."""
 
     frames: int = 0
     seconds: float = 0.0
@@ -94,10 +94,10 @@ class HopMeter:
 
 @dataclass
 class AnswerMeter:
-    """What the engine did, whatever model it had. `ended` counts requests by how they ended.
+    """Counters of the generation engine over all models. `ended` counts requests by their end.
 
-    `step` is a lane's step with one token of one answer, less the time in which other machines
-    had it: what a token takes at the head.
+    `step`: the head's seconds for one token of one answer, a lane's step without the time of the
+    other machines.
     """
 
     time_to_first_token: Histogram = field(default_factory=Histogram)
@@ -114,7 +114,7 @@ class AnswerMeter:
 
     @property
     def computed_tokens(self) -> int:
-        """Of prompts and answers, but for what was reused."""
+        """Tokens of prompts and answers that were computed, without reused ones."""
         return self.prompt_tokens - self.reused_tokens + self.generated_tokens
 
     def to_wire(self) -> wire.Meters:

@@ -1,4 +1,4 @@
-"""Where one request's time went. Recorded only for requests that ask for it.
+"""Timeline of one request, for its trace. Recorded only for requests that ask for it.
 
 Spans at the head follow one another and nest: `request` holds `waiting` (for a place in a lane),
 `prefill` with its `chunk`s, and a `step` for each token. In a step the head computes its `layers`,
@@ -23,10 +23,10 @@ from node.metering.trips import Trip, Trips
 from unicluster.v1.meters_pb2 import Span, Trace
 from unicluster.v1.stage_pb2 import StageReport
 
-# For so long clocks are taken not to drift apart.
+# Time in which clocks are assumed not to drift apart.
 DRIFT_SECONDS = 10.0
 
-# Of the fiber that runs: the timelines of the requests that it computes for.
+# Timelines of the requests that the running fiber computes for.
 _RECORDING: ContextVar[tuple["Timeline", ...]] = ContextVar("recording", default=())
 
 
@@ -42,20 +42,20 @@ class Timeline:
         self._computed = 0.0  # when the last computing before the sampling was over
 
     def add(self, name: str, start: float, end: float, trip: int = 0) -> None:
-        """Something at the head, by time.perf_counter."""
+        """Adds a span at the head, by time.perf_counter."""
         self._spans.append(self._span(name, 0, start, end, trip))
         if name in ("layers", "head"):
             self._computed = end
 
     def note(self, number: int, trip: Trip, ring: Trips) -> None:
-        """A frame that came back, before anybody hears of it; numbered by the ring."""
+        """Adds a returned frame by its number in the ring, before its reply is delivered."""
         # Copies: a part of a frame keeps all of it in memory.
         reports = [StageReport.FromString(r.SerializeToString()) for r in trip.reports]
         self._trips[number] = replace(trip, reports=reports)
         self._ring = ring
 
     def woke(self, number: int, now: float) -> None:
-        """The head goes on with a frame that came back."""
+        """Records that the head continues with a returned frame."""
         trip = self._trips[number]
         self.add("away", trip.sent_s, now, number)
         self.add("queue", trip.returned_s, now, number)
@@ -64,7 +64,7 @@ class Timeline:
         self._open, self._computed = (name, time.perf_counter()), 0.0
 
     def end(self) -> None:
-        """Ends what was begun, if it has not ended yet."""
+        """Ends the span that was begun, if it has not ended yet."""
         if self._open is None:
             return
         (name, began), now = self._open, time.perf_counter()
@@ -74,7 +74,7 @@ class Timeline:
         self._open = None
 
     def to_wire(self) -> Trace:
-        """All of it, up to now. A step that is not over is, for this, over now."""
+        """The trace up to now; a span that is still open ends now."""
         self.end()
         end = time.perf_counter()
         self.add("request", self._asked, end)
@@ -101,7 +101,7 @@ class Timeline:
             )
 
     def _of_others(self) -> Iterator[Span]:
-        """What trips say of the other stages and of the wire, by the head's clock."""
+        """Spans of the other stages and of the wire, by the head's clock."""
         if self._ring is None:
             return
         trips = sorted(self._trips.items())
@@ -115,7 +115,7 @@ class Timeline:
                 yield from self._of_trip(number, trip, ahead)
 
     def _of_trip(self, number: int, trip: Trip, ahead: Sequence[float]) -> Iterator[Span]:
-        """`ahead`: for each hop, how far the clock at its end is ahead of the one before."""
+        """Spans of one trip. `ahead`: clock shifts of each hop, as of `clocks.shifts`."""
         left, offset = trip.sent_s, 0.0
         stops = zip(trip.reports, ahead, strict=False)
         for stage, (report, shift) in enumerate(stops, start=1):
@@ -142,13 +142,13 @@ class Timeline:
 
 
 def recording() -> Sequence[Timeline]:
-    """Who wants to know of what is computed now. Nearly always nobody."""
+    """Timelines that record the current computation; nearly always none."""
     return _RECORDING.get()
 
 
 @contextmanager
 def recorded(name: str, timelines: Sequence[Timeline]) -> Iterator[None]:
-    """What is computed in the block, in this fiber, is for these: a "chunk" or a "step"."""
+    """Records the block, in this fiber, as a span in these timelines: a "chunk" or a "step"."""
     token = _RECORDING.set(tuple(timelines))
     for timeline in timelines:
         timeline.begin(name)

@@ -1,7 +1,7 @@
-"""Frames that came back to the head, and what they say of stages and hops.
+"""Trips: frames that came back to the head, and the times of stages and hops they show.
 
-Each stage writes into a frame when it came, by its own clock, how long it waited and how long it
-was computed on. What is left of the round trip is the hops; see node/metering/clocks.py.
+Each stage writes into a frame when it arrived, by the stage's clock, how long it waited and how
+long it was computed on. The rest of the round trip is the hops; see node/metering/clocks.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from unicluster.v1.stage_pb2 import StageReport
 
 @dataclass(frozen=True, slots=True)
 class Trip:
-    """One frame's way round the ring; `sent_s` and `returned_s` by the head's clock.
+    """Round trip of one frame; `sent_s` and `returned_s` by the head's clock.
 
     `single`: it carried one token of one answer. `returned_bytes` of hidden state came back.
     """
@@ -26,7 +26,7 @@ class Trip:
     reports: Sequence[StageReport]
 
     def differences(self) -> list[float]:
-        """For each hop, arrival less departure, each by its own machine's clock."""
+        """Seconds for each hop, arrival less departure, each by its machine's clock."""
         left = self.sent_s
         differences = []
         for report in self.reports:

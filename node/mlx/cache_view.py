@@ -9,10 +9,10 @@ from node.mlx.compat_caches import Caches, count_tokens, interchangeable_kind, m
 
 
 class CacheView:
-    """Which caches a stage keeps, and how the full list is made up of them.
+    """The caches that a stage keeps, and the full list made up of them.
 
     Forward code takes masks and offsets from the first cache of a kind, wherever that
-    layer lives. So an entry that lives elsewhere is shown as one of the stage's owned of the
+    layer lives. So an entry that lives elsewhere is shown as a cache of this stage of the
     same kind, or, where it has none, as a ghost: a real cache fed one zero byte a token.
     """
 
@@ -41,7 +41,7 @@ class CacheView:
         return len(self._members)
 
     def make(self) -> Caches:
-        """New, empty caches: the stage's owned, copies of others, then its ghosts."""
+        """New, empty caches: those of the stage's layers, copies of others, then its ghosts."""
         caches = self.fresh()
         made = [caches[index] for index in self._members]
         for ghost in made[self._real :]:
@@ -53,7 +53,7 @@ class CacheView:
         return [caches[slot] for slot in self._slots]
 
     def advance(self, caches: Caches, batch: int, tokens: int) -> list[mx.array]:
-        """Moves the ghosts on by `tokens`; returns their arrays, which the caller evaluates."""
+        """Advances the ghosts by `tokens`; returns their arrays, which the caller evaluates."""
         ghosts = caches[self._real :]
         for ghost in ghosts:
             count_tokens(ghost, batch, tokens)

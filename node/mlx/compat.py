@@ -1,4 +1,4 @@
-"""All that is relied on of MLX and of mlx-lm's loader beyond their documented interfaces.
+"""Undocumented behaviour of MLX and of mlx-lm's loader that the code relies on.
 
 One function a piece, and a contract test for each (tests/unit/test_compat.py) that fails when a
 new version changes it; pyproject.toml has the versions that passed. Caches: compat_caches.py.
@@ -34,17 +34,17 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def direct_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
-    """A module's own arrays by attribute name, without those of its submodules."""
+    """A module's direct arrays by attribute name, without those of its submodules."""
     return [(name, value) for name, value in module.items() if isinstance(value, mx.array)]
 
 
 def set_array(module: nn.Module, name: str, array: mx.array) -> None:
-    """Replaces one of a module's own arrays."""
+    """Replaces one of a module's direct arrays."""
     module[name] = array
 
 
 def drop_array(module: nn.Module, name: str) -> None:
-    """Removes one of a module's own arrays, so that nothing holds on to its memory."""
+    """Removes one of a module's direct arrays, so that its memory is freed."""
     del module[name]
 
 
@@ -79,7 +79,7 @@ class Edge(NamedTuple):
 
 
 def marked(array: mx.array) -> mx.array:
-    """The same values as a node of its own in the lazy graph, so that it can be recognised."""
+    """A copy of an array as a separate node of the lazy graph, where it can be recognised."""
     return mx.stop_gradient(array)
 
 
@@ -108,7 +108,7 @@ def is_evaluated(array: mx.array) -> bool:
 
 
 def separate(array: mx.array) -> mx.array:
-    """The same contents as another Python object: in-place updates of one don't reach the other.
+    """A second Python object of an array's contents: in-place updates don't reach the other.
 
     Shares memory until one of them is written to.
     """

@@ -1,4 +1,4 @@
-"""All that is relied on of mlx-lm's KV caches beyond what it documents of them: their layout.
+"""Undocumented layout of mlx-lm's KV caches that the code relies on.
 
 mlx-lm documents no cache class. What of the cache protocol (`update_and_fetch`, `merge`, `trim`,
 `state`, ...) is called elsewhere by those names; what looks inside a cache, or asks of which class
@@ -52,7 +52,7 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_recurrent(cache: Any) -> bool:
-    """Whether it is the state of a recurrent layer: of one size, however many tokens went in."""
+    """Whether it is a recurrent layer's state, whose size does not depend on the tokens."""
     return isinstance(cache, ArraysCache)
 
 
@@ -62,7 +62,7 @@ def window(cache: Any) -> int | None:
 
 
 def is_always_trimmable(cache: Any) -> bool:
-    """Whether any number of tokens can be taken off at any time, and in place."""
+    """Whether any number of tokens can be trimmed at any time, and in place."""
     return isinstance(cache, KVCache | QuantizedKVCache)
 
 

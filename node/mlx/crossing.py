@@ -1,4 +1,4 @@
-"""What has to cross a cut between two layers, and whether a cut there can be right."""
+"""Activations that have to cross a cut between two layers, and where cuts are possible."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from node.mlx.dataflow import (
 )
 from node.mlx.tree import Path
 
-# Where what a layer returns is in the tree that it hands on, if that is one array.
+# Path of the array in a layer's output, where the layer returns a single array.
 RESULT: Path = (0,)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the layers from `cut` on need of those before it.
+    """Arrays that the layers from `cut` on need of those before it.
 
-    paths: the arrays of what layer cut - 1 hands on that are needed.
-    results: arrays that earlier layers handed on.
-    embeddings: outputs of embeddings, by their index in the trace.
-    caches: caches of layers before the cut that later ones read. What is written to them is
-        sent, and written to a copy on the other side.
+    paths: needed arrays in the output of layer cut - 1.
+    results: needed arrays in the output of earlier layers.
+    embeddings: outputs of embeddings, by their index in the dataflow.
+    caches: caches of layers before the cut that later ones read. Their updates are sent, and
+        written to a copy on the other side.
     reason: why the model can't be cut here; empty if it can.
     """
 
@@ -39,7 +39,7 @@ class Activations:
 
 
 def activations_at(dataflow: Dataflow, cut: int) -> Activations:
-    """What crosses the cut before layer `cut`; after the last layer, what goes to the head."""
+    """Activations that cross the cut before layer `cut`; after the last layer, to the head."""
     sources = sorted(set(_needed(dataflow, cut)), key=repr)
     results = [s for s in sources if isinstance(s, FromResult)]
     caches = [s.entry for s in sources if isinstance(s, FromCache)]
@@ -99,7 +99,7 @@ def lm_head_modules(dataflow: Dataflow) -> frozenset[str] | None:
 
 
 def _needed(dataflow: Dataflow, cut: int) -> Iterator[Source]:
-    """What layers from `cut` on were computed from and that was made before it."""
+    """Sources before `cut` from which the layers after it were computed."""
     for layer, sources in enumerate(dataflow.needs[cut:], start=cut):
         for source in sources:
             if isinstance(source, FromEmbedding):
@@ -128,7 +128,7 @@ def _reason(dataflow: Dataflow, cut: int, sources: list[Source]) -> str:
         if isinstance(source, FromEmbedding) and dataflow.embeddings[source.index].called > 1:
             return "later layers read an embedding that runs more than once"
         if isinstance(source, FromInside):
-            return f"later layers read what layer {source.layer} keeps to itself"
+            return f"later layers read an inner value of layer {source.layer}"
         if isinstance(source, FromCache):
             owner = _owner(dataflow, source.entry)
             if source.entry not in dataflow.writers:
@@ -139,7 +139,7 @@ def _reason(dataflow: Dataflow, cut: int, sources: list[Source]) -> str:
         if isinstance(source, FromResult):
             shared = source.path[0] == 0 or source.path[1] in dataflow.shared_arguments
             if not shared:
-                return f"layer {source.layer} hands on something that only some layers see"
+                return f"layer {source.layer} outputs something that only some layers see"
     if cut < len(dataflow.layers) and dataflow.results[cut - 1].token_path is None:
-        return f"what layer {cut - 1} hands on has no axis of tokens"
+        return f"the output of layer {cut - 1} has no axis of tokens"
     return ""

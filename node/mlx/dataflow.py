@@ -1,8 +1,8 @@
 """One lazy run of the whole model, to learn how its forward uses layers and caches.
 
-Every array that enters or leaves a layer is marked in MLX's lazy graph. The graph then tells
-what each layer was computed from, so that no list of architectures is needed: whatever reaches
-a layer other than through the layer before it is known, and crosses the cut, or forbids it.
+Every array that enters or leaves a layer is marked in MLX's lazy graph, which then shows the
+sources that each layer was computed from, so that no list of architectures is needed: whatever
+reaches a layer other than through the layer before it is known, and crosses the cut, or forbids it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding outside the layers, and what it gives. It is `called` so many times."""
+    """An embedding outside the layers: size and dtype of its output, and how often it runs."""
 
     module: nn.Module
     dims: int
@@ -39,14 +39,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class FromEmbedding:
-    """What embedding number `index` gave."""
+    """Output of the embedding of that index."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class FromResult:
-    """An array in what a layer handed on."""
+    """An array in the output of a layer."""
 
     layer: int
     path: Path
@@ -78,7 +78,7 @@ Source = FromWeight | FromEmbedding | FromResult | FromCache | FromInside
 
 @dataclass(frozen=True)
 class Result:
-    """What a layer hands on: its return value and the contents of arguments it may write to.
+    """Layer output: the return value and the contents of arguments that a layer may write to.
 
     like: a tree of that form, without arrays.
     token_path, token_axis: an array in it whose axes at token_axis are (batch, tokens).
@@ -97,17 +97,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """How a forward pass goes.
+    """Dataflow of a forward pass.
 
     layers: the layers in the order they run, each once.
     cache_entries: for each layer, the indices in the cache list that it was handed.
     cache_count: the length of the cache list.
     writers: for each cache entry, the layers that wrote to it.
     embeddings: the embedding modules that ran outside the layers.
-    results: what each layer hands on.
-    shared_arguments: the arguments through which layers hand on something besides, by position
-        or name.
-    needs: for each layer, and last for what follows the layers, what it is computed from.
+    results: the output of each layer.
+    shared_arguments: the arguments through which layers pass further values, by position or name.
+    needs: for each layer, and last for what follows the layers, the sources it is computed from.
     """
 
     layers: tuple[nn.Module, ...]
@@ -148,7 +147,7 @@ def trace_dataflow(model: nn.Module, model_type: str) -> Dataflow:
 
 
 class _Recorder:
-    """Looks on while the model runs."""
+    """Records the calls of layers and embeddings while the model runs."""
 
     def __init__(self, cache: list[Any]) -> None:
         self.cache = cache
@@ -245,7 +244,7 @@ class _Recorder:
         return self._source(FromCache(entry), array)
 
     def _shared_arguments(self) -> tuple[int | str, ...]:
-        """Those that are one and the same for all layers and can carry arrays."""
+        """Arguments that are the identical object for all layers and can carry arrays."""
         first, *rest = self._arguments
         return tuple(
             key
@@ -285,7 +284,7 @@ def _describe(tree: Any, outputs: dict[Path, tuple[int, int]]) -> Result:
 
 @contextmanager
 def watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
-    """Puts `watch(call, module, args, kwargs)` in the place of each module's call."""
+    """Replaces the call of each module by `watch(call, module, args, kwargs)`."""
     classes = [(module, module.__class__) for module in modules]
     try:
         for module, _ in classes:
@@ -300,7 +299,7 @@ def watched(modules: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator
 def _marked_weights(
     model: nn.Module, modules: set[int], mark: Callable[[str, mx.array], mx.array]
 ) -> Iterator[None]:
-    """Puts `mark(path, array)` in the place of each parameter of the modules, given by id."""
+    """Replaces each parameter of the modules (by id) by `mark(path, array)`."""
     kept = [
         (module, name, value)
         for _, module in model.named_modules()

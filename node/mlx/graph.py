@@ -1,4 +1,4 @@
-"""Which arrays an array was computed from, read off MLX's lazy graph."""
+"""Dependencies between arrays, read off MLX's lazy graph."""
 
 from collections.abc import Hashable, Sequence
 from typing import TypeVar

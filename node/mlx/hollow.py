@@ -1,8 +1,8 @@
 """Hollow models: an mlx-lm model of which only the layers [start, end) are really there.
 
-The model's own forward code stays in charge. What crosses a cut is what the layer before it
-hands on, and whatever else the trace saw later layers use: layers before the cut hand on what
-was received, and the last layer of a stage ends the forward by an exception.
+The model's own forward code stays in charge. The output of the layer before a cut crosses it, and
+whatever else the dataflow shows later layers to use: layers before the cut return the received
+activations, and the last layer of a stage ends the forward by an exception.
 """
 
 import copy
@@ -48,7 +48,7 @@ class _LeaveError(BaseException):
 
 @dataclass
 class _Values:
-    """What crosses a cut, or has been seen so far of what is to cross the next one.
+    """Activations that crossed a cut, or were recorded so far to cross the next one.
 
     tree: (what the last layer returned, what it wrote to its arguments).
     results, embeddings: arrays by where they come from. updates: what was written to caches.
@@ -66,7 +66,7 @@ class HollowModel:
     Args:
         model: the whole model with lazy weights; it is changed in place.
         start, end: the layers that stay; `end` is exclusive.
-        has_lm_head: a later stage that makes the logits, for a head that can't.
+        has_lm_head: a later stage that also computes the logits, for a head that can't.
 
     Raises StageError when the model can't be cut there.
     """
@@ -121,11 +121,10 @@ class HollowModel:
         return StageInput.at(path, last.token_axis, hidden_size(self._dataflow), is_float)
 
     def forward(self, received: Any, caches: Caches) -> tuple[Any, list[Any]]:
-        """What leaves the last layer, lazily, for what crossed the cut before `start`.
+        """Output of the last layer, lazily, for the activations that crossed the cut at `start`.
 
         `received` is an array of shape (batch, tokens, hidden), or a tree of arrays for models
-        whose layers hand on more. The second result is further arrays to evaluate with the
-        first.
+        whose layers output more. The second result is further arrays to evaluate with the first.
         """
         assert self._before is not None  # noqa: S101
         self._received = self._unpacked(received, self._before)
@@ -139,7 +138,7 @@ class HollowModel:
         return self._run(tokens, caches, **inputs)
 
     def final_logits(self, tokens: mx.array, received: Any, caches: Caches) -> mx.array:
-        """The head's second half: final norm and lm_head over what the last layer gave.
+        """The head's second half: final norm and lm_head over the output of the last layer.
 
         `caches` are those the front ran with. Returns logits (batch, tokens, vocabulary), lazily.
         """
@@ -156,12 +155,12 @@ class HollowModel:
         return logits
 
     def forward_logits(self, received: Any, caches: Caches) -> tuple[mx.array, list[Any]]:
-        """As `forward`, but on to the logits: of a stage that has_lm_head."""
+        """Logits, lazily, for received activations: `forward` on a stage with the lm_head."""
         hidden, extra = self.forward(received, caches)
         return self.logits(hidden), extra
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits, lazily, of what left the last layer: of a stage that has_lm_head."""
+        """Logits, lazily, of the last layer's output on a stage with the lm_head."""
         # They are made of nothing else, so any tokens and caches will do.
         return self.final_logits(
             mx.zeros(hidden.shape[:2], mx.int32), hidden, self.cache_view.make()
@@ -191,7 +190,7 @@ class HollowModel:
         return packed, self.cache_view.advance(caches, *tokens.shape)
 
     def _packed(self, values: _Values, activations: Activations) -> Any:
-        """As a tree of lists, dicts and arrays; often a single array."""
+        """Packs activations as a tree of lists, dicts and arrays; often a single array."""
         known = self._dataflow.results[activations.cut - 1].token_bytes
         result, written = pack(
             values.tree, lambda path: path in activations.paths or path not in known
@@ -231,7 +230,7 @@ class HollowModel:
         return sorted({index for handed in entries for index in handed} - owned_before | outer)
 
     def _outer_entries(self) -> list[int]:
-        """Caches that no layer is handed: what runs before the layers keeps something there."""
+        """Caches that no layer gets: modules that run before the layers use them."""
         handed = {entry for entries in self._dataflow.cache_entries for entry in entries}
         return [entry for entry in range(self._dataflow.cache_count) if entry not in handed]
 
@@ -248,7 +247,7 @@ class HollowModel:
         return tuple(entry for entry in self._before.caches if entry in read)
 
     def _outside(self, dataflow: Dataflow, model_type: str) -> tuple[nn.Module, ...]:
-        """What is outside the layers and needed for logits."""
+        """Modules outside the layers that the logits need."""
         modules = lm_head_modules(dataflow) if self.end == self.layer_count else None
         if modules is None:
             span = f"layers {self.start} to {self.end}"
@@ -286,7 +285,7 @@ class HollowModel:
         return run
 
     def _received_output(self, index: int, written: dict[int | str, Any]) -> Any:
-        """What a layer that is not here gives: what was received of it."""
+        """Output of a layer that is not here, from the received activations."""
         received = self._received
         assert received is not None  # noqa: S101
         result, other = received.tree
@@ -323,7 +322,7 @@ class HollowModel:
 
     @contextmanager
     def _recorded_updates(self) -> Iterator[None]:
-        """Notes what is written to caches that later stages keep copies of."""
+        """Records updates of caches that later stages keep copies of."""
         entries = [entry for entry in self._after.caches if entry not in self._seen.updates]
         for entry in entries:
             self._record_updates(entry, self._caches[entry])

@@ -14,17 +14,17 @@ SMALLER_GROUP_SIZE = 32
 
 
 class UnquantizableError(Exception):
-    """Says why the caches of a model can't be quantized; the model's name goes before it."""
+    """The reason why the caches of a model can't be quantized; prefixed with the model's name."""
 
 
 def quantize(cache: list[Any], bits: int) -> None:
-    """Quantizes in place what isn't yet; for 0 bits nothing. Entries may be other machines'."""
+    """Quantizes caches in place, also those on other machines; nothing for 0 bits."""
     if bits:
         cache[:] = quantized(cache, bits)
 
 
 def quantized(cache: Sequence[Any], bits: int, group_size: int = GROUP_SIZE) -> list[Any]:
-    """The same caches, those quantized that can be."""
+    """Caches of equal contents, quantized where that is possible."""
     return [compat.quantized(entry, bits, _group_size(entry, group_size)) for entry in cache]
 
 

@@ -89,7 +89,7 @@ def check_files(path: Path) -> None:
 
 
 def stored_quant(config: dict[str, Any], model: nn.Module) -> str:
-    """What the weights are as stored: `q4`, or the dtype of most of them, such as `bfloat16`."""
+    """Quantization of the stored weights: `q4`, or the dtype of most, such as `bfloat16`."""
     quantization = config.get("quantization")
     if isinstance(quantization, dict) and "bits" in quantization:
         return f"q{quantization['bits']}"
@@ -126,7 +126,7 @@ def _check_index(path: Path) -> None:
 
 
 def _noting(origins: Origins) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
-    """Model classes whose `sanitize`, which renames and joins tensors, is looked at."""
+    """Model classes that record how `sanitize` renames and joins tensors."""
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, arguments_class = model_classes(config)

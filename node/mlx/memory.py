@@ -1,4 +1,4 @@
-"""Memory that MLX, and the C library below it, hold on to."""
+"""Memory of freed arrays that MLX and the C library below it keep."""
 
 import ctypes
 
@@ -12,7 +12,7 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def give_back() -> None:
-    """Frees what MLX kept of freed arrays, if it is much: a little makes the next ones faster."""
+    """Frees MLX's cache of freed arrays if it is large: a small one makes allocation faster."""
     if mx.get_cache_memory() > KEPT_BYTES:
         mx.clear_cache()
 

@@ -1,8 +1,8 @@
-"""Taking back what a cache was run ahead: by cutting it, or from a snapshot where it can't be cut.
+"""Rolling a cache back by some tokens: by trimming, or from a snapshot where it can't be trimmed.
 
-Caches of attention over everything can be cut back at any time, windows only until they are
-full, and states never. Of the last two a snapshot costs no copy: MLX's arrays are shared until
-one is written to, and running ahead by several tokens makes new ones of them anyway.
+Caches of full attention can be trimmed at any time, sliding windows until they are full, and
+recurrent states never. A snapshot of the last two costs no copy: MLX's arrays are shared until one
+is written to, and a step of several tokens makes new ones anyway.
 """
 
 import copy
@@ -14,7 +14,7 @@ from node.mlx.compat_caches import is_always_trimmable, members, set_members, wi
 
 
 def trimmable_below(kinds: Sequence[Any]) -> float:
-    """With fewer tokens than that in them, caches of such kinds can be cut back."""
+    """Tokens below which caches of such kinds can be trimmed; infinite where they always can."""
     return min((_trimmable_below(kind) for kind in kinds), default=math.inf)
 
 
@@ -27,7 +27,7 @@ def _trimmable_below(kind: Any) -> float:
 
 
 def snapshot(cache: Sequence[Any]) -> list[Any]:
-    """What `restore` needs of each entry; None of those that can be cut back."""
+    """A snapshot of each entry for `restore`; None for those that can be trimmed."""
     return [_snapshot(entry) for entry in cache]
 
 
@@ -40,7 +40,7 @@ def _snapshot(entry: Any) -> Any:
 
 
 def restore(cache: list[Any], saved: list[Any], tokens: int) -> None:
-    """Takes back the `tokens` since `saved` was made, in place. `saved` is then used up."""
+    """Rolls back the `tokens` since `saved` was made, in place. `saved` is then used up."""
     for index, before in enumerate(saved):
         cache[index] = _restored(cache[index], before, tokens)
 
@@ -60,6 +60,6 @@ def _restored(entry: Any, before: Any, tokens: int) -> Any:
 
 
 def trim(cache: Sequence[Any], tokens: int) -> None:
-    """Takes the last `tokens` off; the caller knows that they can be."""
+    """Trims the last `tokens` of each entry; the caller has checked that this is possible."""
     for entry in cache:
         entry.trim(tokens)

@@ -41,7 +41,7 @@ class StageCache:
 class MLXStage(FrameServer[StageCache, Any]):
     """Serves frames over one hollow model. All calls come from one thread.
 
-    A held result is what leaves the last layer: an array, or a tree of arrays.
+    A deferred result is the output of the last layer: an array, or a tree of arrays.
     """
 
     engine: ClassVar[str] = "mlx"
@@ -190,7 +190,7 @@ class MLXStage(FrameServer[StageCache, Any]):
         return all(entry.is_trimmable() for entry in cache.entries)
 
     def size(self, cache: StageCache) -> int:
-        """Tokens, as far as the entries count them: state-space caches don't."""
+        """Tokens in a cache, as far as the entries count them: state-space caches don't."""
         return max(map(token_count, cache.entries), default=0)
 
     def _computed(self, run: Build, hidden: "Leaves", cache: StageCache) -> tuple[Any, list[Any]]:

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint each stage needs, from the model's own code.
+"""Survey of the checkpoint's tensors that each stage needs, from the model's own code.
 
-A checkpoint's tensors are not a model's weights: `sanitize` renames, splits and joins them. And
-some of what is outside the layers is needed on later stages too. Both are read off MLX's lazy
-graph, so that the checkpoint's headers are enough.
+A checkpoint's tensors are not a model's weights: `sanitize` renames, splits and joins them. Some
+modules outside the layers are needed on later stages too. Both are read off MLX's lazy graph, so
+that the checkpoint's headers are enough.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Survey:
     outside: dict[str, frozenset[str]]
 
     def of_stage(self, start: int, end: int, has_lm_head: bool = False) -> frozenset[str]:
-        """The tensors that the layers [start, end) need; stage 0 has all outside them too.
+        """Tensors that the layers [start, end) need; stage 0 has all outside the layers too.
 
-        `has_lm_head`: and those that make the logits.
+        `has_lm_head`: with those of the final norm and the lm_head.
         """
         modules = set(self.outside)
         if start > 0:
@@ -37,7 +37,7 @@ class Survey:
 
 
 def survey(path: Path, quant: str = "") -> Survey:
-    """Looks through a directory of which only the description need be here.
+    """Surveys a checkpoint, of which only configuration and headers need be here.
 
     Raises InputError or StageError.
     """

@@ -76,7 +76,7 @@ def decode_tree(leaves: Sequence[Leaf]) -> Any:
 
 
 def _bits(array: mx.array) -> Any:
-    """What Python's buffers can hold: bfloat16 as uint16."""
+    """A view of an array in a dtype that Python's buffers have: bfloat16 as uint16."""
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
 

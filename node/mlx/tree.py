@@ -1,4 +1,4 @@
-"""What layers hand on: trees of arrays in tuples, lists, dicts and plain objects."""
+"""Layer outputs: trees of arrays in tuples, lists, dicts and plain objects."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ def is_object(value: Any) -> bool:
 
 
 def is_mutable(value: Any) -> bool:
-    """True for what a layer can write to."""
+    """True for a container that a layer can write to."""
     return isinstance(value, dict | list) or is_object(value)
 
 
@@ -42,7 +42,7 @@ def arrays(value: Any, path: Path = ()) -> Iterator[tuple[Path, mx.array]]:
 
 
 def replace_arrays(value: Any, change: Callable[[Path, mx.array], Any], path: Path = ()) -> Any:
-    """Puts `change(path, array)` in each array's place. Lists, dicts and objects stay the same."""
+    """Replaces each array by `change(path, array)`, in place in lists, dicts and objects."""
     if isinstance(value, mx.array):
         return change(path, value)
     changed = [(key, replace_arrays(part, change, (*path, key))) for key, part in children(value)]
@@ -64,7 +64,7 @@ def write(target: Any, parts: dict[Any, Any]) -> None:
 
 
 def pack(value: Any, keep: Callable[[Path], bool], path: Path = ()) -> Any:
-    """The tree as lists and dicts, fit to send; arrays that are not kept become None."""
+    """The tree as lists and dicts that can be sent; arrays without `keep` become None."""
     if isinstance(value, mx.array):
         return value if keep(path) else None
     if isinstance(value, list | tuple):
@@ -117,7 +117,7 @@ def find(value: Any, path: Path) -> Any:
 
 
 def put(value: Any, path: Path, part: Any) -> Any:
-    """The tree with another part at a path. Lists, dicts and objects stay the same."""
+    """Replaces the part at a path, in place in lists, dicts and objects; returns the tree."""
     if not path:
         return part
     parts = dict(children(value))

@@ -55,17 +55,17 @@ class Front(Protocol):
 
     @property
     def model(self) -> Any:
-        """All of it, where all layers are here."""
+        """The complete model, where all layers are here."""
 
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's layer output."""
 
     def front(self, inputs: mx.array, caches: list[Any], /) -> tuple[Any, list[Any]]:
-        """What leaves its last layer, and what else is to be evaluated with that."""
+        """Output of its last layer, and further arrays to evaluate with it."""
 
     def final_logits(self, inputs: mx.array, received: Any, caches: list[Any], /) -> mx.array:
-        """Logits, from what came back from the last stage."""
+        """Logits of the activations `received` from the last stage."""
 
 
 class PipelineModel(nn.Module):
@@ -104,7 +104,7 @@ class PipelineModel(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        """As long as a cache of this model, which is what mlx-lm takes its length for."""
+        """One element for each cache of this model: mlx-lm takes the length for that of a cache."""
         return [*range(len(self._hollow.cache_view)), *self._remotes]
 
     @property
@@ -114,11 +114,11 @@ class PipelineModel(nn.Module):
 
     @property
     def stages(self) -> int:
-        """How many machines compute, this one included."""
+        """Number of machines that compute, this one included."""
         return len(self._remotes) + 1
 
     def layer_caches(self) -> list[Any]:
-        """A fresh cache of each layer of the whole model: what kinds there are."""
+        """A fresh cache of each layer of the whole model, which shows their kinds."""
         fresh: list[Any] = self._hollow.cache_view.fresh()
         return fresh
 
@@ -160,7 +160,7 @@ class PipelineModel(nn.Module):
         handles: list[RemoteCache],
         timelines: Sequence[Timeline],
     ) -> PendingLogits:
-        """The last stage keeps the result: it rarely is asked for."""
+        """Sends a chunk of a prompt, whose result stays on the last stage until claimed."""
         handles[0].expected = None
         self.prefill_window.enter()
         began = time.perf_counter()
@@ -313,7 +313,7 @@ class PipelineModel(nn.Module):
         return next(report for report in frame.reports if report.stage == remote.index)
 
     def _on_free(self) -> None:
-        """Frees that no forward carries are sent by themselves, a moment later."""
+        """Sends frees in a frame of their own shortly, unless a forward carries them first."""
         if not self._flush_due and self._ring is not None and self._ring.failure is None:
             self._flush_due = True
             self._ring.call_later(0.05, self._flush)
@@ -325,7 +325,7 @@ class PipelineModel(nn.Module):
 
 
 def _woke(timelines: Sequence[Timeline], number: int) -> float:
-    """Notes that the head goes on with a frame that came back; returns when."""
+    """Records that the head continues with a returned frame; returns the time."""
     now = time.perf_counter() if timelines else 0.0
     for timeline in timelines:
         timeline.woke(number, now)
@@ -335,7 +335,7 @@ def _woke(timelines: Sequence[Timeline], number: int) -> float:
 def _finished(
     logits: mx.array, timelines: Sequence[Timeline], woke: float, number: int
 ) -> mx.array:
-    """The logits; if anybody wants to know how long they took, evaluated."""
+    """The logits, evaluated if they are timed."""
     if timelines:
         mx.eval(logits)
         _add(timelines, "head", woke, number)

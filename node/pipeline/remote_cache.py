@@ -16,7 +16,7 @@ from unicluster.errors import InputError
 from unicluster.units import format_bytes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
 
-# Of a frame beside its largest operation: what other operations and reports may take.
+# Bytes of a frame beside its largest operation, for other operations and reports.
 FRAME_OVERHEAD = 1 << 20
 
 
@@ -44,7 +44,7 @@ class RemoteStage:
         return self.new(make=CacheOp.Make())
 
     def new(self, **operation: Any) -> "RemoteCache":
-        """A handle for what `operation` makes."""
+        """A handle of the cache that `operation` makes."""
         number = next(self._numbers)
         self.operations.append(CacheOp(cache=number, **operation))
         return RemoteCache(self, number)
@@ -100,7 +100,7 @@ class RemoteCache:
         return self._version
 
     def after_forward(self, version: int, report: StageReport) -> None:
-        """Keeps what the stage said of the cache after that forward."""
+        """Keeps the stage's report on the cache after that forward."""
         self._seen = (version, report)
 
     def merge(self, handles: Sequence["RemoteCache"]) -> "RemoteCache":
@@ -129,7 +129,7 @@ class RemoteCache:
         self._change(finalize=CacheOp.Finalize())
 
     def trim(self, n: int) -> int:
-        """Takes the last `n` tokens off; returns how many there were to take."""
+        """Trims the last `n` tokens; returns how many were trimmed."""
         trimmed = min(n, self.size())
         self._change(trim=CacheOp.Trim(tokens=trimmed))
         return trimmed
@@ -159,7 +159,7 @@ class RemoteCache:
         return DeferredState(self.fetch)
 
     def fetch(self) -> list[tuple[Any, str]]:
-        """(state, class name) of each cache in it, as mlx-lm's CacheList has them."""
+        """Fetches (state, class name) of each cache of the stage, as CacheList has them."""
         fetched = []
         for entry in range(self._query().entries):
             operation = CacheOp(cache=self.number, fetch=CacheOp.Fetch(entry=entry))
@@ -173,7 +173,7 @@ class RemoteCache:
         return self.size()
 
     def to_quantized(self, group_size: int, bits: int) -> "RemoteCache":
-        """One with its KV caches quantized; itself if they are.
+        """A copy with its KV caches quantized; the handle itself if they already are.
 
         Where a head's size is no multiple of `group_size`, the stage takes a smaller one.
         """
@@ -185,11 +185,11 @@ class RemoteCache:
         return handle
 
     def snapshot(self) -> "RemoteCache":
-        """What of it can't be cut back, for `restore`."""
+        """A snapshot of the parts that can't be trimmed, for `restore`."""
         return self.stage.new(snapshot=CacheOp.Snapshot(source=self.number))
 
     def restore(self, saved: "RemoteCache", tokens: int) -> None:
-        """Takes back the `tokens` since `saved` was made, which is then used up."""
+        """Rolls back the `tokens` since `saved` was made, which is then used up."""
         self._change(restore=CacheOp.Restore(snapshot=saved.number, tokens=tokens))
 
     def __deepcopy__(self, memo: Any) -> "RemoteCache":

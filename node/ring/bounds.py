@@ -2,11 +2,11 @@
 
 from unicluster.errors import StageError
 
-# Of one row. No model has a context as long, and MLX counts tokens in 32 bits.
+# Tokens of one row. No model has a context as long, and MLX counts tokens in 32 bits.
 MOST_TOKENS = 2**24
 MOST_ROWS = 4096
 MOST_CACHES = 2**16
-# Of one tree of arrays: a stage of many layers whose caches have several arrays each.
+# Leaves of one tree of arrays: a stage of many layers whose caches have several arrays each.
 MOST_LEAVES = 2**14
 MOST_DIMENSIONS = 8
 MOST_DEPTH = 16

@@ -66,27 +66,27 @@ class CacheEngine(ABC, Generic[C]):
 
     @abstractmethod
     def finalize(self, cache: C) -> None:
-        """Ends what `prepare` announced."""
+        """Ends the padding that `prepare` announced."""
 
     @abstractmethod
     def trim(self, cache: C, tokens: int) -> None:
-        """Takes the last `tokens` off."""
+        """Trims the last `tokens`."""
 
     @abstractmethod
     def copy(self, cache: C) -> C:
-        """A cache of the same content that changes on its own."""
+        """A copy of a cache, which changes independently."""
 
     @abstractmethod
     def free(self, cache: C) -> None:
-        """Lets go of what a cache holds; it is not used again."""
+        """Frees the memory of a cache, which is not used again."""
 
     @abstractmethod
     def query(self, cache: C) -> CacheAnswer:
-        """All about a cache but `live`."""
+        """State of a cache, without `live`."""
 
     @abstractmethod
     def trimmable(self, cache: C) -> bool:
-        """Whether the last tokens of a cache can be taken off."""
+        """Whether the last tokens of a cache can be trimmed."""
 
     @abstractmethod
     def size(self, cache: C) -> int:
@@ -94,7 +94,7 @@ class CacheEngine(ABC, Generic[C]):
 
     @abstractmethod
     def entries(self, cache: C) -> int:
-        """How many states a cache is saved as."""
+        """Number of states that a cache is saved as."""
 
     @abstractmethod
     def fetch(self, cache: C, entry: int, into: CacheState) -> None:
@@ -171,7 +171,7 @@ class CacheTable(Generic[C]):
             operation(self, op, report)
 
     def advance(self, number: int, rows: int, tokens: int) -> tuple[C, int]:
-        """The cache to forward (rows, tokens) with, and how long its rows are then at most.
+        """The cache to forward (rows, tokens) with, and the most tokens of its rows afterwards.
 
         Raises FrameError if they don't fit it.
         """
@@ -367,7 +367,7 @@ class CacheTable(Generic[C]):
 
     @contextmanager
     def named(self, operation: str) -> Iterator[None]:
-        """Puts the operation and the cache's number before what goes wrong."""
+        """Prefixes errors with the operation and the cache's number."""
         try:
             yield
         except FrameError as error:

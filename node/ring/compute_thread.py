@@ -1,7 +1,7 @@
 """The one thread that touches MLX in a process; it never runs network code.
 
-MLX's streams belong to threads, so there is one thread for all computing. What has to wait there
-for another machine runs as a fiber: while it waits, whatever else is due runs.
+MLX's streams belong to threads, so there is one thread for all computing. An action that waits
+for another machine runs as a fiber: while it waits, other due actions run.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class MLXThread:
-    """Runs what it is given in order; fibers go on when what they wait for is there.
+    """Runs actions in order; a fiber continues when the result it waits for has arrived.
 
-    `busy_s` and `queue_s` are the seconds that it has worked, and that what was due has waited.
+    `busy_s`: seconds of work so far. `queue_s`: seconds that due actions have waited.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class MLXThread:
         self.post(lambda: _Fiber(self, action).switch())
 
     async def run(self, action: Callable[[], T]) -> T:
-        """Runs `action` as a fiber and gives its result, or raises what it raised, here."""
+        """Runs `action` as a fiber; returns its result, or raises its exception."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 

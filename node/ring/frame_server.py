@@ -1,4 +1,4 @@
-"""A stage's walk over a frame, for any engine: operations, forward, results held and claimed."""
+"""Serving of frames for any engine: cache operations, forward, deferred results."""
 
 import time
 from abc import abstractmethod
@@ -60,7 +60,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session[C, H]) -> None:
-        """Prepares the steps that are likely to come: to be called when a frame has left."""
+        """Prebuilds the next decode steps: to be called when a frame has left."""
         while session.due:
             number = session.due.popleft()
             if number in session.caches:
@@ -79,21 +79,21 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
 
     @abstractmethod
     def forward(self, cache: C, hidden: "Leaves", *, prefill: bool) -> bool:
-        """Replaces `hidden` by what leaves the layers; true if the next step can be prebuilt."""
+        """Replaces `hidden` by the layers' output; true if the next step can be prebuilt."""
 
     @abstractmethod
     def hold(self, cache: C, hidden: "Leaves") -> H:
-        """Computes the caches, takes `hidden`, and returns what `claim` needs for the result."""
+        """Computes the caches, takes `hidden`, and returns the deferred result for `claim`."""
 
     @abstractmethod
     def claim(self, deferred: H, hidden: "Leaves") -> None:
-        """Adds a held result to `hidden`."""
+        """Adds a deferred result to `hidden`."""
 
     def drop(self, deferred: H) -> None:
-        """Lets go of a held result."""
+        """Frees a deferred result."""
 
     def prebuild(self, cache: C) -> None:
-        """Prepares the next step over a cache of which `forward` said that it can be."""
+        """Prebuilds the next step over a cache for which `forward` returned true."""
 
     def tidy(self, *, freed: bool, prefill: bool) -> None:
         """Gives memory back at the end of a frame."""

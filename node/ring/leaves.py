@@ -27,7 +27,7 @@ ITEM_BYTES = {
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 # Python takes more for a number than this, "1_000_000" and "+5" among it: a list would be as long.
 _NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})|[A-Za-z_][A-Za-z0-9_]{0,63}")
-# Of a plain value: a number, a short string, true, false or null.
+# Characters of a plain value: a number, a short string, true, false or null.
 MOST_JSON = 256
 
 

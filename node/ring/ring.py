@@ -53,7 +53,7 @@ class Reply:
         self._left.wait()
 
     def wait(self) -> Frame:
-        """The frame as the last stage sent it; raises what broke the ring."""
+        """The frame as the last stage sent it; raises the error that broke the ring."""
         if self._result is None:
             self._there.wait()
         if isinstance(self._result, UniclusterError):
@@ -118,7 +118,7 @@ class PrefillWindow(Window):
         super().leave()
 
     def give_up(self) -> None:
-        """Gives back the place of a chunk that did not depart."""
+        """Frees the place of a chunk that did not depart."""
         super().leave()
 
 
@@ -292,7 +292,7 @@ class HopEndedError(UnavailableError):
 async def _until_fault(
     hop: Hop, stop: RouteStop, on_frame: Callable[[Frame], None]
 ) -> UniclusterError:
-    """Hands on frames until the hop breaks; returns why it did."""
+    """Passes frames to `on_frame` until the hop breaks; returns the error."""
     try:
         while True:
             message = await read_hop(hop, stop)

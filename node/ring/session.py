@@ -1,4 +1,4 @@
-"""One head's caches and held results on a stage, and the engine behind a stage's service."""
+"""One head's caches and deferred results on a stage, and the engine behind a stage's service."""
 
 from collections import deque
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,7 +13,7 @@ class Session(Generic[C, H]):
     """The state of one head on this stage.
 
     stage: its index in the ring, from 0 at the head. last: nothing follows it in the ring.
-    held: results by the number of their frame, until they are claimed or dropped.
+    deferred: results by the number of their frame, until they are claimed or dropped.
     due: caches whose next decode step may be prebuilt.
     """
 
@@ -44,7 +44,7 @@ class StageEngine(Protocol):
         """
 
     def look_ahead(self, session: Session[Any, Any]) -> None:
-        """Prepares the steps that are likely to come: called when a frame has left."""
+        """Prebuilds the next decode steps: called when a frame has left."""
 
     def end(self, session: Session[Any, Any]) -> None:
         """Frees all that the session has."""

@@ -14,7 +14,7 @@ INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32", "uint32", "in
 
 @dataclass(frozen=True)
 class StageInput:
-    """Form of the tree that crosses the cut before a stage.
+    """Form of the activations that cross the cut before a stage.
 
     keys: of the leaf whose shape says batch and tokens, alone or beside others. axis: of its
     batch; tokens follow. width: numbers of a token where the tree is one hidden state, else 0.
@@ -27,7 +27,7 @@ class StageInput:
 
     @classmethod
     def at(cls, path: tuple[object, ...], axis: int, width: int, is_float: bool) -> "StageInput":
-        """Of a tree (what the layer before returned, what it wrote to its arguments).
+        """Input with the output tree of the layer before: (return value, written arguments).
 
         path: of the array in it whose axes from `axis` on are batch and tokens.
         """

@@ -164,7 +164,7 @@ class StageService(StageServicer):
             self._look_ahead(live)
 
     def _look_ahead(self, live: _LiveSession) -> None:
-        """Only now that a frame has left: building would take the interpreter from its sending."""
+        """Prebuilds steps once a frame has left: earlier it would delay the sending."""
         if live.session.due:
             self._thread.post(lambda: self._stage.look_ahead(live.session))
 

@@ -207,7 +207,7 @@ def test_the_first_stop_string_to_end_cuts_the_text(stops: list[str], text: str)
             certain += more
     ends = [end for end in range(1, len(text) + 1) if text[:end].endswith(tuple(stops))]
     if not ends:
-        assert (certain + search.held, cut) == (text, False)
+        assert (certain + search.withheld, cut) == (text, False)
     else:
         longest = max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
         assert (certain, cut) == (text[: ends[0] - longest], True)

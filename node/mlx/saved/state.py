@@ -1,7 +1,7 @@
 """Saved states of mlx-lm's caches, checked before a cache is made of one.
 
 A state comes from a file or another machine. MLX reads and writes by the integers in it, so each
-is held against the shapes of the arrays beside it.
+is checked against the shapes of the arrays beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
 from node.ring.bounds import MOST_TOKENS, FrameError
 from node.ring.cache_table import Extent
 
-# What MLX can quantize to.
+# Group sizes and bits that MLX can quantize to.
 GROUP_SIZES = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)
 
