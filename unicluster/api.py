@@ -67,7 +67,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from node.agent.probe import probe
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
-    from unicluster.cluster.keyring import Keyring
+    from unicluster.cluster.keyring import Keyring, Membership
     from unicluster.cluster.trust import Store, default_name
     from unicluster.v1.node_pb2 import InspectRequest
     from unicluster.v1.stage_pb2 import RouteStop
@@ -75,7 +75,7 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     if not nodes:
         raise InputError("nodes: name at least one agent")
     cluster = Store().require()
-    identity = Keyring.of_member(cluster, default_name())
+    identity = Keyring.of_member(Membership(cluster, Store()), default_name())
     machines = find(cluster, identity, nodes)
     addresses = [machine.address for machine in machines]
     checkpoint = describe_here(model, identity, addresses)

@@ -32,8 +32,8 @@ from coordinator.serving.telemetry import publish_telemetry, root_of
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
-from unicluster.cluster.discovery import Advertisement
-from unicluster.cluster.keyring import Keyring
+from unicluster.cluster.discovery import Advertisement, Advertisements
+from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.sizes import CHAT_BYTES
@@ -143,13 +143,13 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     Progress is published to `events`. The port is taken first, so that a taken one is reported
     before anything loads.
     """
-    identity = Keyring.of_member(cluster, default_name())
+    membership = Membership(cluster, Store())
+    identity = Keyring.of_member(membership, default_name())
     raise_file_limit()
     server = make_server(most_bytes=CHAT_BYTES)
-    clients = cluster.client_access.authority.ca_pem
     port = bind(
         *(server, options.host, options.port, identity),
-        admitted_ca_pem=clients,
+        admitted=membership.clients_ca_pem,
         flag="--grpc-port",
     )
     gateway = Gateway(options.source.display)
@@ -161,8 +161,8 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
-        _measured(options, cluster, gateway) as metrics,
-        Members(cluster, identity, options.peers, options.host) as members,
+        _measured(options, membership, gateway) as metrics,
+        Members(membership, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
     ):
         service = await _inspected(options, members, identity, events, offered)
@@ -179,15 +179,16 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
             ready.cancel()
             if task.done():
                 task.result()
-            advertisement = Advertisement(
-                Kind.CHAT,
-                f"{default_name()[:35]}-{secrets.token_hex(4)}",
-                port,
-                cluster.fingerprint,
-                host=options.host,
-                model=options.source.display,
+            name = f"{default_name()[:35]}-{secrets.token_hex(4)}"
+            advertisements = Advertisements(
+                lambda: membership.fingerprints,
+                lambda fingerprint: Advertisement(
+                    *(Kind.CHAT, name, port, fingerprint),
+                    host=options.host,
+                    model=options.source.display,
+                ),
             )
-            async with advertisement:
+            async with advertisements:
                 address = join_address(options.host or "127.0.0.1", port)
                 yield Running(service, address, metrics, task)
         finally:
@@ -206,7 +207,7 @@ async def _started(server: grpc.aio.Server) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _measured(
-    options: ServeOptions, cluster: Cluster, gateway: Gateway
+    options: ServeOptions, membership: Membership, gateway: Gateway
 ) -> AsyncIterator[str | None]:
     """Metrics for Prometheus while the block runs, if asked for: at which address."""
     if options.metrics_port is None:
@@ -215,7 +216,9 @@ async def _measured(
     # Here, because most don't ask for them.
     from coordinator.serving.metrics_port import PATH, metrics_port
 
-    async with metrics_port(cluster, options.host, options.metrics_port, gateway.measure) as port:
+    async with metrics_port(
+        membership, options.host, options.metrics_port, gateway.measure
+    ) as port:
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
 
 

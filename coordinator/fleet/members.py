@@ -14,6 +14,7 @@ from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
+from unicluster.cluster.keyring import Membership
 from unicluster.cluster.known_machines import remember
 from unicluster.cluster.records import Kind
 from unicluster.cluster.trust import Cluster, Credentials
@@ -41,14 +42,17 @@ class Members:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Cluster | Membership,
         identity: Credentials,
         peers: Sequence[str] = (),
         host: str = "",
     ) -> None:
+        fingerprints = (
+            cluster.fingerprint if isinstance(cluster, Cluster) else lambda: cluster.fingerprints
+        )
         self._identity = identity
         self._peers = tuple(peers)
-        self._browser = Browser(Kind.NODE, cluster.fingerprint, host=host)
+        self._browser = Browser(Kind.NODE, fingerprints, host=host)
         self._remembered: dict[str, str] = {}
         self._mismatched: dict[str, str] = {}  # why a machine is left out, by address
 

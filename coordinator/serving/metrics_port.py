@@ -24,9 +24,9 @@ from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 from coordinator.serving.exposition import DeploymentCollector
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import check_free
-from unicluster.cluster.keyring import Keyring
+from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import Cluster, Identity, default_name
+from unicluster.cluster.trust import Identity, default_name
 from unicluster.v1.chat_pb2 import Measured
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ App = Callable[..., Iterable[bytes]]
 
 @contextlib.asynccontextmanager
 async def metrics_port(
-    cluster: Cluster, host: str, port: int, measure: Callable[[], Coroutine[Any, Any, Measured]]
+    membership: Membership,
+    host: str,
+    port: int,
+    measure: Callable[[], Coroutine[Any, Any, Measured]],
 ) -> AsyncIterator[int]:
     """Serves what `measure` gives while the block runs; yields the port (`port` may be 0).
 
@@ -63,14 +66,14 @@ async def metrics_port(
 
     registry = CollectorRegistry()
     registry.register(DeploymentCollector(read))
-    keyring = Keyring.of_member(cluster, default_name())
+    keyring = Keyring.of_member(membership, default_name())
     left = Gauge(
         "unicluster_certificate_seconds_left",
         "Until this port's certificate expires; it renews itself at half of its life.",
         registry=registry,
     )
     left.set_function(lambda: keyring.current.expires_s - time.time())
-    tls = _RenewedTls(keyring, admitted=cluster.scrapers.ca_pem)
+    tls = _RenewedTls(keyring, membership.scrapers_ca_pem)
     server = _Server(host, port, _at_path(make_wsgi_app(registry)), tls)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -84,18 +87,18 @@ async def metrics_port(
 class _RenewedTls:
     """The server's side of TLS, with the certificate that is current in each handshake."""
 
-    def __init__(self, keyring: Keyring, admitted: str) -> None:
+    def __init__(self, keyring: Keyring, admitted: Callable[[], str]) -> None:
         self._keyring = keyring
         self._admitted = admitted
         self._lock = threading.Lock()
         self._shown = keyring.current
-        self._context = _server_side(self._shown, admitted)
+        self._context = _server_side(self._shown, admitted())
 
     @property
     def context(self) -> ssl.SSLContext:
         with self._lock:
             if (now := self._keyring.current) is not self._shown:
-                self._context = _server_side(now, self._admitted)
+                self._context = _server_side(now, self._admitted())
                 self._shown = now
             return self._context
 

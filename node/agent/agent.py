@@ -27,8 +27,9 @@ from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
 from unicluster.cluster.keyring import Keyring
 from unicluster.cluster.roles import audit
+from unicluster.cluster.trust import Cluster, Store
 from unicluster.cluster.versions import mismatch
-from unicluster.errors import InputError, UnavailableError, UniclusterError
+from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
@@ -39,6 +40,8 @@ from unicluster.v1.node_pb2 import (
     LoadProgress,
     ModelLayout,
     NodeInfo,
+    Rotated,
+    Rotation,
     StageEvent,
     StageExit,
     StageReady,
@@ -149,6 +152,20 @@ class Agent(NodeServicer):
         self._changed.set()
         audit.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
         return await self.Describe(DescribeNodeRequest(), context)
+
+    async def Rotate(self, request: Rotation, context: Context) -> Rotated:  # noqa: N802
+        store = Store()
+        try:
+            if request.token:
+                store.rotate(Cluster.from_token(request.token))
+            if request.finish:
+                store.finish_rotation()
+            trusted = [cluster.fingerprint for cluster in store.generations()]
+        except TrustError as error:
+            await abort(context, error)
+        if request.token or request.finish:
+            audit.info("token rotated, asked by %s: %s", peer_name(context), ", ".join(trusted))
+        return Rotated(clusters=trusted)
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
         caller = context.auth_context()

@@ -21,8 +21,8 @@ from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
 from unicluster.cluster.descriptors import raise_file_limit
-from unicluster.cluster.discovery import Advertisement, Browser, one_address
-from unicluster.cluster.keyring import Keyring
+from unicluster.cluster.discovery import Advertisement, Advertisements, Browser, one_address
+from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
@@ -95,12 +95,13 @@ async def _join(
     created: bool,
     broker: BrokerUrl | None,
 ) -> int:
-    identity = Keyring.of_member(cluster, args.name)
+    membership = Membership(cluster, Store())
+    identity = Keyring.of_member(membership, args.name)
     hardware = _offering(await asyncio.to_thread(probe, cap), args.engine)
     raise_file_limit()
     server = make_server()
     port = bind(server, args.host, args.port, identity)
-    browser = Browser(Kind.NODE, cluster.fingerprint, host=args.host)
+    browser = Browser(Kind.NODE, lambda: membership.fingerprints, host=args.host)
     peers = Peers(args.peer, browser)
     agent = Agent(
         identity,
@@ -125,16 +126,19 @@ async def _join(
     )
     try:
         usable = await asyncio.to_thread(agent.usable_memory)
-        advertised = Advertisement(
-            Kind.NODE,
-            args.name,
-            port,
-            cluster.fingerprint,
-            host=args.host,
-            memory=str(hardware.total_memory),
-            usable=str(usable),
-            chip=hardware.chip,
-            backend=hardware.backend,
+        advertised = Advertisements(
+            lambda: membership.fingerprints,
+            lambda fingerprint: Advertisement(
+                Kind.NODE,
+                args.name,
+                port,
+                fingerprint,
+                host=args.host,
+                memory=str(hardware.total_memory),
+                usable=str(usable),
+                chip=hardware.chip,
+                backend=hardware.backend,
+            ),
         )
         async with (
             peers.greeted(identity, greeting),
@@ -172,7 +176,7 @@ def _not_installed(engine: str) -> InputError:
 
 
 async def _keep_current(
-    advertisement: Advertisement, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
+    advertisement: Advertisements, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
 ) -> None:
     """Tells the network when usable memory has changed, until `stop`.
 

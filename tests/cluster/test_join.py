@@ -68,13 +68,14 @@ def test_other_machines_join_with_the_token_and_keep_it(
         assert moved.run("token", "show").out.strip() == token
 
 
-def test_rotating_the_token_makes_another_cluster(tmp_path: Path) -> None:
+def test_rotating_the_token_makes_another_one(tmp_path: Path) -> None:
     with LocalCluster(tmp_path) as machine:
         old = Store(machine.home).create()
 
-        told = machine.run("token", "rotate")
+        told = machine.run("token", "rotate", "--yes")
 
         new = machine.cluster
+        assert Store(machine.home).generations() == (new, old)
         assert new.fingerprint != old.fingerprint
         assert told.out.splitlines()[0] == new.token
         assert f"UNICLUSTER_TOKEN={new.token} unicluster join --replace" in told.out

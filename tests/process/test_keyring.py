@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,9 +11,9 @@ import pytest
 
 from tests.support.cluster import until
 from unicluster.cluster.channels import bind, connect, make_server
-from unicluster.cluster.keyring import Keyring
-from unicluster.cluster.trust import LIFETIME_VARIABLE, Cluster, lifetime
-from unicluster.errors import InputError
+from unicluster.cluster.keyring import Keyring, Membership
+from unicluster.cluster.trust import LIFETIME_VARIABLE, Cluster, Credentials, Store, lifetime
+from unicluster.errors import InputError, TrustError
 
 HOST = "127.0.0.1"
 METHOD = "/unicluster.v1.Node/Describe"
@@ -40,7 +41,7 @@ class _Echo(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
 
 def test_a_certificate_is_issued_anew_at_half_of_its_life(short_lives: None) -> None:
-    keyring = Keyring.of_member(Cluster.new(), "studio")
+    keyring = Keyring.of_member(Membership(Cluster.new()), "studio")
     first = keyring.current
 
     assert keyring.current is first
@@ -55,11 +56,11 @@ def test_a_certificate_is_issued_anew_at_half_of_its_life(short_lives: None) -> 
 async def test_a_port_and_its_callers_outlive_their_certificates(short_lives: None) -> None:
     """A stream goes on, and new channels get in, three lifetimes long."""
     cluster = Cluster.new()
-    keyring = Keyring.of_member(cluster, "laptop")
+    keyring = Keyring.of_member(Membership(cluster), "laptop")
     stale = cluster.issue("forgotten")
     server = make_server()
     server.add_generic_rpc_handlers([_Echo()])
-    port = bind(server, HOST, 0, Keyring.of_member(cluster, "server"))
+    port = bind(server, HOST, 0, Keyring.of_member(Membership(cluster), "server"))
     await server.start()
     try:
         async with connect(f"{HOST}:{port}", keyring) as lasting:
@@ -82,7 +83,7 @@ async def test_a_port_and_its_callers_outlive_their_certificates(short_lives: No
 
 
 async def test_who_hands_certificates_on_gets_each_of_them(short_lives: None) -> None:
-    keyring = Keyring.of_member(Cluster.new(), "studio")
+    keyring = Keyring.of_member(Membership(Cluster.new()), "studio")
     renewals = keyring.renewals()
 
     async with asyncio.timeout(10):
@@ -104,3 +105,71 @@ def test_a_bad_lifetime_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str
 
     with pytest.raises(InputError, match=LIFETIME_VARIABLE):
         lifetime()
+
+
+# Rotation
+
+
+async def outcome(address: str, identity: Credentials) -> grpc.StatusCode:
+    async with connect(address, identity) as channel:
+        try:
+            await channel.unary_unary(METHOD)(b"x", timeout=5)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_in_a_rotation_both_generations_are_good_and_after_it_one(tmp_path: Path) -> None:
+    """Of members and of servers, in every pairing; a client that knows the old one gets in, too."""
+    store = Store(tmp_path)
+    old = store.create()
+    membership = Membership(old, store)
+    server = make_server()
+    server.add_generic_rpc_handlers([_Echo()])
+    keyring = Keyring.of_member(membership, "server")
+    port = bind(server, HOST, 0, keyring, admitted=membership.clients_ca_pem)
+    behind = make_server()
+    behind.add_generic_rpc_handlers([_Echo()])
+    unmoved = bind(behind, HOST, 0, Keyring.of_member(Membership(old), "behind"))
+    await server.start()
+    await behind.start()
+    here, there = f"{HOST}:{port}", f"{HOST}:{unmoved}"
+    refused, good = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.OK
+    no_client = grpc.StatusCode.PERMISSION_DENIED  # known as a client, and so let in
+    try:
+        async with connect(here, old.issue("before")) as lasting:
+            call: Any = lasting.stream_stream(STREAM)()
+            new = store.rotate()
+            until(lambda: membership.generations == (new, old), "the store was looked at")
+            during = [await outcome(here, c.issue("a")) for c in (old, new)]
+            clients = [await outcome(here, c.client_access.issue("a")) for c in (old, new)]
+            mover = await outcome(there, keyring)
+            store.finish_rotation()
+            until(lambda: membership.generations == (new,), "the store was looked at")
+            after = [await outcome(here, c.issue("a")) for c in (old, new)]
+            clients_after = [await outcome(here, c.client_access.issue("a")) for c in (old, new)]
+            await call.write(b"frame")
+            assert await asyncio.wait_for(call.read(), 5) == b"frame"
+            call.cancel()
+    finally:
+        await server.stop(grace=None)
+        await behind.stop(grace=None)
+
+    assert during == [good, good]
+    assert clients == [no_client, no_client]
+    assert mover is good
+    assert after == [refused, good]
+    assert clients_after == [refused, no_client]
+
+
+def test_a_rotation_begins_once_and_ends(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old = store.create()
+    new = store.rotate()
+
+    assert store.generations() == (new, old)
+    assert store.rotate(new) == new
+    with pytest.raises(TrustError, match="--finish"):
+        store.rotate()
+    store.finish_rotation()
+    assert store.generations() == (new,)

@@ -66,7 +66,7 @@ class Doors:
         server = make_server()
         server.add_generic_rpc_handlers([_Everything(self.called)])
         identity = self.cluster.issue("server")
-        port = bind(server, HOST, 0, identity, admitted_ca_pem=admitted_ca_pem)
+        port = bind(server, HOST, 0, identity, admitted=lambda: admitted_ca_pem)
         await server.start()
         self._servers.append(server)
         return f"{HOST}:{port}"
@@ -245,7 +245,7 @@ async def test_a_client_can_not_pose_as_a_server(doors: Doors) -> None:
     server = make_server()
     server.add_generic_rpc_handlers([_Everything(doors.called)])
     posing = forged(access, Role.CLIENT.authority_name(access.fingerprint))
-    port = bind(server, HOST, 0, posing, admitted_ca_pem=access.authority.ca_pem)
+    port = bind(server, HOST, 0, posing, admitted=lambda: access.authority.ca_pem)
     await server.start()
     try:
         async with connect(f"{HOST}:{port}", doors.cluster.issue("studio")) as channel:

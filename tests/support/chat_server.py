@@ -159,7 +159,7 @@ async def serve() -> None:
     server = make_server()
     add_ChatServicer_to_server(ScriptedChat(), server)
     port = bind(
-        server, "", 0, cluster.issue("parrot"), admitted_ca_pem=clients
+        server, "", 0, cluster.issue("parrot"), admitted=lambda: clients
     )  # everywhere: mDNS gives any address
     await server.start()
     print(port, flush=True)

@@ -1,13 +1,17 @@
 """`unicluster token show|client|rotate|cert`."""
 
+import asyncio
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
+from unicluster.access import rotation
 from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
+from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
-from unicluster.command_line import Argument, Command, CommandGroup
+from unicluster.command_line import Argument, Command, CommandGroup, Option
 from unicluster.errors import InputError
 
 SCRAPER = "scraper"
@@ -29,14 +33,41 @@ def client() -> int:
     return 0
 
 
-def rotate() -> int:
-    cluster = Store().rotate()
-    print(cluster.token)
+def rotate(yes: bool, finish: bool, force: bool, peer: tuple[str, ...]) -> int:
+    store = Store()
+    if force and not finish:
+        raise InputError("--force: only with --finish")
+    cluster = store.require()
+    if finish:
+        asked = asyncio.run(rotation.finish(store, peer, force=force))
+        _print_silent(asked)
+        print("The old token is void, and so are client tokens and certificates made of it.")
+        return 0
+    if not yes:
+        click.confirm(
+            f"Make a new token for cluster {cluster.fingerprint}? All machines that answer get it; "
+            "the old one is good until --finish.",
+            abort=True,
+        )
+    asked = asyncio.run(rotation.start(store, peer))
+    print(store.require().token)
+    moved = [each for each in asked if each.error is None]
+    print(f"{len(moved)} machines have it; both tokens are good, and nothing was interrupted.")
+    _print_silent(asked)
     print(
-        "The old token is void here. On every machine of the cluster: stop the agent, then\n"
-        f"  {JOIN_VARIABLE}={cluster.token} unicluster join --replace"
+        "A machine that has it not:\n"
+        f"  {JOIN_VARIABLE}={store.require().token} unicluster join --replace\n"
+        "Whoever has a client token needs another (`unicluster token client`), and Prometheus "
+        "another certificate (`unicluster token cert`). Then end the old token:\n"
+        "  unicluster token rotate --finish"
     )
     return 0
+
+
+def _print_silent(asked: Iterable[rotation.Asked]) -> None:
+    for each in asked:
+        if each.error is not None:
+            print(f"{each}: {each.error}")
 
 
 def cert(folder: str) -> int:
@@ -76,7 +107,23 @@ command = CommandGroup(
     [
         Command(show, name="show", summary="Print the join token."),
         Command(client, name="client", summary="Print a token that opens chats and no more."),
-        Command(rotate, name="rotate", summary="Make a new one; machines must join again."),
+        Command(
+            rotate,
+            name="rotate",
+            summary="Replace it by a new one, in two steps and without an outage.",
+            sections={
+                "Rotation": [
+                    Option("--yes", "don't ask", is_flag=True),
+                    Option("--finish", "second step: end the old token", is_flag=True),
+                    Option(
+                        "--force",
+                        "finish although machines have not got the new token",
+                        is_flag=True,
+                    ),
+                    peer_option("an agent that multicast does not reach"),
+                ]
+            },
+        ),
         Command(
             cert,
             name="cert",

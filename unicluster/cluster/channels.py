@@ -5,7 +5,7 @@ import errno
 import logging
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -104,19 +104,19 @@ def bind(
     port: int,
     identity: Credentials,
     *,
-    admitted_ca_pem: str = "",
+    admitted: Callable[[], str] = str,
     flag: str = "--port",
 ) -> int:
     """Listen at `host` ("" for all addresses) and `port` (0: any free one); returns the port.
 
-    Members are admitted, and holders of certificates of the authority `admitted_ca_pem`. Each
+    Members are admitted, and holders of certificates of the authorities `admitted()`. Each
     handshake shows the certificate that is current then.
     Raises InputError when that can't be; it tells to choose another port with `flag`.
     """
     check_free(host, port, flag)
     try:
         return server.add_secure_port(
-            join_address(host or "::", port), _server_credentials(identity, admitted_ca_pem)
+            join_address(host or "::", port), _server_credentials(identity, admitted)
         )
     except RuntimeError:
         raise _taken(host, port, flag) from None
@@ -126,7 +126,9 @@ def bind(
 _asked_by_grpc: list[grpc.ServerCredentials] = []
 
 
-def _server_credentials(identity: Credentials, admitted_ca_pem: str) -> grpc.ServerCredentials:
+def _server_credentials(
+    identity: Credentials, admitted: Callable[[], str]
+) -> grpc.ServerCredentials:
     shown = identity.current
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
@@ -135,10 +137,10 @@ def _server_credentials(identity: Credentials, admitted_ca_pem: str) -> grpc.Ser
         if (now := identity.current) is shown:
             return None
         shown = now
-        return now.server_configuration(admitted_ca_pem)
+        return now.server_configuration(admitted())
 
     made = grpc.dynamic_ssl_server_credentials(
-        shown.server_configuration(admitted_ca_pem),
+        shown.server_configuration(admitted()),
         renewed,  # type: ignore[arg-type]  # the stubs forget that None is "unchanged"
         require_client_authentication=True,
     )

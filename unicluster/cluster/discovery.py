@@ -5,7 +5,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -48,6 +48,8 @@ logging.getLogger("zeroconf").addFilter(_without_traceback)
 # A machine that died without a goodbye is forgotten after about this many seconds and a poll.
 TTL = 15
 POLL_EVERY = 5.0
+# Between two looks for other generations of the cluster's secret.
+FOLLOW_EVERY = 2.0
 
 # Several rounds of questions: multicast gets lost on wireless networks.
 ANSWER_WITHIN = 2.0
@@ -143,6 +145,54 @@ class Advertisement:
             )
 
 
+class Advertisements:
+    """One Advertisement for each generation of the cluster, as they come and go."""
+
+    def __init__(
+        self, fingerprints: Callable[[], Sequence[str]], make: Callable[[str], Advertisement]
+    ) -> None:
+        self._fingerprints = fingerprints
+        self._make = make
+        self._running: dict[str, Advertisement] = {}
+        self._txt: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        for fingerprint in self._fingerprints():
+            self._running[fingerprint] = await self._make(fingerprint).__aenter__()
+        self._following = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._following.cancel()
+        await asyncio.gather(self._following, return_exceptions=True)
+        for advertisement in self._running.values():
+            await advertisement.__aexit__(kind, error, trace)
+
+    async def update(self, **txt: str) -> None:
+        """Change TXT values in all of them."""
+        self._txt |= txt
+        for advertisement in list(self._running.values()):
+            await advertisement.update(**txt)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_EVERY)
+            with going_on("advertising for another token"):
+                wanted = self._fingerprints()
+                for fingerprint in wanted:
+                    if fingerprint not in self._running:
+                        advertisement = await self._make(fingerprint).__aenter__()
+                        self._running[fingerprint] = advertisement
+                        await advertisement.update(**self._txt)
+                for fingerprint in self._running.keys() - set(wanted):
+                    await self._running.pop(fingerprint).__aexit__(None, None, None)
+
+
 class Browser:
     """Keeps `found`, by name, all machines of one cluster that are there now.
 
@@ -150,14 +200,20 @@ class Browser:
         await browser.wait_for(lambda found: len(found) >= 3, timeout=5)
     """
 
-    def __init__(self, kind: Kind, fingerprint: str, *, host: str = "") -> None:
-        """`host` limits the search to the network of that address of this machine."""
+    def __init__(
+        self, kind: Kind, fingerprint: str | Callable[[], Sequence[str]], *, host: str = ""
+    ) -> None:
+        """`fingerprint`: of the cluster, or those of all its generations, which may change.
+
+        `host` limits the search to the network of that address of this machine.
+        """
         self.found: dict[str, ServiceRecord] = {}
         self._kind = kind
-        self._fingerprint = fingerprint
+        one = [fingerprint] if isinstance(fingerprint, str) else []
+        self._fingerprints = (lambda: one) if isinstance(fingerprint, str) else fingerprint
         self._address = one_address(host)
         # By service name.
-        self._known: set[str] = set()  # also those that don't answer
+        self._known: set[str] = set()  # also those that don't answer, and other clusters'
         self._machines: dict[str, ServiceRecord] = {}
         self._condition = asyncio.Condition()
         self._stale: set[str] = set()
@@ -205,8 +261,6 @@ class Browser:
     def _on_change(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        if not instance_of(name, self._kind).endswith(f"-{short(self._fingerprint)}"):
-            return  # another cluster's
         if state_change is ServiceStateChange.Removed:
             self._known.discard(name)
         else:
@@ -222,6 +276,9 @@ class Browser:
                     self._refresh(name)
 
     def _refresh(self, name: str) -> None:
+        ours = tuple(f"-{short(fingerprint)}" for fingerprint in self._fingerprints())
+        if not instance_of(name, self._kind).endswith(ours) and name not in self._machines:
+            return  # another cluster's
         self._stale.add(name)
         if name not in self._refreshing:
             task = asyncio.create_task(self._look_up(name))
@@ -233,7 +290,9 @@ class Browser:
             self._stale.discard(name)
             machine = None
             with going_on(f"asking after {shown(name)}"):
-                machine = await _ask(self._zeroconf.zeroconf, self._kind, name, self._fingerprint)
+                machine = await _ask(
+                    self._zeroconf.zeroconf, self._kind, name, *self._fingerprints()
+                )
             before = self._machines.pop(name, None)
             if machine is not None and name in self._known:  # after a goodbye it is not
                 self._machines[name] = machine
@@ -265,7 +324,7 @@ def one_address(host: str) -> str:
 
 
 async def _ask(
-    zeroconf: Zeroconf, kind: Kind, service_name: str, fingerprint: str
+    zeroconf: Zeroconf, kind: Kind, service_name: str, *fingerprints: str
 ) -> ServiceRecord | None:
     """What that service says of itself now, or None when it doesn't answer, or not as it should."""
     info = AsyncServiceInfo(kind.value, service_name)
@@ -279,7 +338,7 @@ async def _ask(
     except ValueError as error:
         log.warning("ignoring the mDNS record %s: %s", shown(service_name), error)
         return None
-    return record if record.fingerprint == fingerprint else None
+    return record if record.fingerprint in fingerprints else None
 
 
 def _endpoints(zeroconf: Zeroconf, info: AsyncServiceInfo) -> list[tuple[str, int]]:

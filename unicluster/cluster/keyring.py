@@ -6,16 +6,80 @@ least half of a lifetime more, so that whoever keeps one for longer makes it ane
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from unicluster.cluster.trust import ClientAccess, Cluster, Identity, new_key
+from unicluster.cluster.roles import audit
+from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store, new_key
+from unicluster.errors import TrustError
+
+log = logging.getLogger(__name__)
 
 # Between two looks whether a certificate is to be renewed, at most.
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 2.0
+
+
+class Membership:
+    """The generations of a cluster's secret that are trusted now, the newest first.
+
+    Follows the store, so that a rotation reaches what runs. Threads may share it.
+    """
+
+    def __init__(self, cluster: Cluster, store: Store | None = None) -> None:
+        """Without a `store` it stays as it is."""
+        self._generations: tuple[Cluster, ...] = (cluster,)
+        self._store = store
+        self._lock = threading.Lock()
+        self._looked = -LOOK_SECONDS
+        self._seen: object = None
+
+    @property
+    def generations(self) -> tuple[Cluster, ...]:
+        with self._lock:
+            if self._store is not None and time.monotonic() - self._looked >= LOOK_SECONDS:
+                self._look(self._store)
+                self._looked = time.monotonic()
+            return self._generations
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [cluster.fingerprint for cluster in self.generations]
+
+    def issue(self, name: str, key: ec.EllipticCurvePrivateKey) -> Identity:
+        """A certificate of the newest generation, which the members of all accept."""
+        newest, *older = self.generations
+        identity = newest.issue(name, key=key)
+        trusted = "".join(cluster.ca_pem for cluster in (newest, *older))
+        chain = "".join(newest.introduction(old) for old in older)
+        return replace(identity, ca_pem=trusted, cert_pem=identity.cert_pem + chain)
+
+    def clients_ca_pem(self) -> str:
+        """Authorities of those who may chat."""
+        return "".join(each.client_access.authority.ca_pem for each in self.generations)
+
+    def scrapers_ca_pem(self) -> str:
+        """Authorities of those who may read metrics."""
+        return "".join(each.scrapers.ca_pem for each in self.generations)
+
+    def _look(self, store: Store) -> None:
+        seen = store.stamp()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            generations = store.generations()
+        except TrustError as error:
+            log.warning("%s; going on with the token known so far", error)
+            return
+        if generations != self._generations:
+            names = " and ".join(each.fingerprint for each in generations)
+            audit.info("members of cluster %s are trusted now", names)
+            self._generations = generations
 
 
 class Keyring:
@@ -24,18 +88,27 @@ class Keyring:
     Threads may share it.
     """
 
-    def __init__(self, name: str, issue: Callable[[ec.EllipticCurvePrivateKey], Identity]) -> None:
-        """`issue` makes a certificate for a key; it is called now, and at each renewal."""
+    def __init__(
+        self,
+        name: str,
+        issue: Callable[[ec.EllipticCurvePrivateKey], Identity],
+        basis: Callable[[], object] = tuple,
+    ) -> None:
+        """`issue` makes a certificate for a key; it is called now, and at each renewal.
+
+        It is also called when `basis()` is no longer what it was: what certificates follow from.
+        """
         self.name = name
         self._key = new_key()
         self._issue = issue
+        self._basis = basis
         self._lock = threading.Lock()
         self._renew()
 
     @classmethod
-    def of_member(cls, cluster: Cluster, name: str) -> "Keyring":
+    def of_member(cls, membership: "Membership", name: str) -> "Keyring":
         """For an agent, a coordinator or a worker. Raises InputError for a bad name."""
-        return cls(name, lambda key: cluster.issue(name, key=key))
+        return cls(name, lambda key: membership.issue(name, key), lambda: membership.generations)
 
     @classmethod
     def of_client(cls, access: ClientAccess, name: str) -> "Keyring":
@@ -46,7 +119,7 @@ class Keyring:
     def current(self) -> Identity:
         """The identity to show now. Renews it first, if half of its life has passed."""
         with self._lock:
-            if not self._issued <= time.time() < self._half_life:
+            if self._basis() != self._based_on or not self._issued <= time.time() < self._half_life:
                 self._renew()
             return self._identity
 
@@ -61,6 +134,7 @@ class Keyring:
                 yield now
 
     def _renew(self) -> None:
+        self._based_on = self._basis()
         self._identity = self._issue(self._key)
         self._issued = time.time()
         self._half_life = (self._issued + self._identity.expires_s) / 2

@@ -323,6 +323,16 @@ class Cluster:
         secret = self._derive(b"unicluster/1 scrapers", _SECRET_BYTES)
         return Authority(Role.SCRAPER, secret, self.fingerprint)
 
+    def introduction(self, old: "Cluster") -> str:
+        """PEM of this members' authority, signed by that of `old`.
+
+        Behind a member's certificate it lets those in who trust nothing but `old`.
+        """
+        return _anchor(
+            *(Role.MEMBER, self.fingerprint, self.members.public_key, old.members._key),
+            issuer=old.fingerprint,
+        )
+
     @property
     def ca_pem(self) -> str:
         """The certificate of the members' authority, by which every server is known."""
@@ -354,6 +364,7 @@ class Store:
         self.folder = folder or default_folder()
         self.path = self.folder / "cluster.token"
         self.client_path = self.folder / "client.token"
+        self.old_path = self.folder / "cluster.token.old"  # still trusted, while it is there
 
     def load(self) -> Cluster | None:
         """The stored cluster, or None. Raises TrustError when the file is damaged."""
@@ -458,17 +469,48 @@ class Store:
                 f"{cluster.fingerprint}: to change over, delete {self.path} first"
             )
         self._write_temporary(cluster.token).replace(self.path)
+        self.finish_rotation()  # of another cluster
         return cluster
 
-    def rotate(self) -> Cluster:
-        """Replace the stored cluster by a new one: no member of the old one is trusted by it.
+    def generations(self) -> tuple[Cluster, ...]:
+        """The stored cluster and, while a rotation is under way, the one before it.
 
         Raises TrustError when there is none.
         """
-        self.require()
-        cluster = Cluster.new()
+        newest = self.require()
+        token = _read_private(self.old_path)
+        old = Cluster.from_token(token) if token is not None else newest
+        return (newest,) if old == newest else (newest, old)
+
+    def rotate(self, new: Cluster | None = None) -> Cluster:
+        """Put a `new` secret (a fresh one by default) in place of the stored one, still trusted.
+
+        Raises TrustError when there is none, and while another rotation is under way.
+        """
+        cluster = new or Cluster.new()
+        newest, *older = self.generations()
+        if newest == cluster:
+            return cluster
+        if older:
+            raise TrustError(
+                "a rotation of the token is under way: end it with "
+                "`unicluster token rotate --finish` first"
+            )
+        # The old one first: there is no moment at which it is not trusted.
+        self._write_temporary(newest.token).replace(self.old_path)
         self._write_temporary(cluster.token).replace(self.path)
         return cluster
+
+    def stamp(self) -> tuple[tuple[int, int] | None, ...]:
+        """Differs when what is stored does."""
+        return tuple(_stamp(path) for path in (self.path, self.old_path))
+
+    def finish_rotation(self) -> None:
+        """Trust the old secret no longer."""
+        try:
+            self.old_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise TrustError(f"can't delete {self.old_path}: {error.strerror}") from error
 
     def _write_temporary(self, token: str) -> Path:
         """Write a token beside its final place: renaming that is atomic."""
@@ -496,6 +538,14 @@ def _read_private(path: Path) -> str | None:
         return None
     except OSError as error:
         raise TrustError(f"can't read {path}: {error.strerror}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def default_folder() -> Path:
@@ -558,22 +608,32 @@ def _anchor(
     fingerprint: str,
     public_key: ec.EllipticCurvePublicKey,
     signer: ec.EllipticCurvePrivateKey,
+    issuer: str = "",
 ) -> str:
-    """PEM of an authority's certificate, good as a trust anchor whoever the `signer` is."""
+    """PEM of an authority's certificate, good as a trust anchor whoever the `signer` is.
+
+    issuer: the fingerprint of the cluster whose members' authority signs; empty: itself.
+    """
+    # Members' authorities may sign the next generation's. A client's must not: its holders would
+    # sign themselves a members' authority.
+    lengths = 1 if role is Role.MEMBER and not issuer else 0
+    signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     subject = _subject(role, fingerprint)
-    certificate = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(subject)
+        .issuer_name(_subject(role, issuer) if issuer else subject)
         .public_key(public_key)
         .serial_number(1)
         .not_valid_before(datetime(2020, 1, 1, tzinfo=UTC))
         .not_valid_after(datetime(2120, 1, 1, tzinfo=UTC))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=lengths), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .sign(signer, hashes.SHA256())
     )
+    if issuer:
+        builder = builder.add_extension(signed_by, critical=False)
+    certificate = builder.sign(signer, hashes.SHA256())
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 

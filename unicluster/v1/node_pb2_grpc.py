@@ -65,6 +65,11 @@ class NodeStub:
                 request_serializer=unicluster_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_node__pb2.NodeInfo.FromString,
                 _registered_method=True)
+        self.Rotate = channel.unary_unary(
+                '/unicluster.v1.Node/Rotate',
+                request_serializer=unicluster_dot_v1_dot_node__pb2.Rotation.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_node__pb2.Rotated.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -114,6 +119,14 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rotate(self, request, context):
+        """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
+        With neither it only says which ones it trusts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +159,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=unicluster_dot_v1_dot_node__pb2.DrainRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_node__pb2.NodeInfo.SerializeToString,
+            ),
+            'Rotate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rotate,
+                    request_deserializer=unicluster_dot_v1_dot_node__pb2.Rotation.FromString,
+                    response_serializer=unicluster_dot_v1_dot_node__pb2.Rotated.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +329,33 @@ class Node:
             '/unicluster.v1.Node/Drain',
             unicluster_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
             unicluster_dot_v1_dot_node__pb2.NodeInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Node/Rotate',
+            unicluster_dot_v1_dot_node__pb2.Rotation.SerializeToString,
+            unicluster_dot_v1_dot_node__pb2.Rotated.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class NodeStub:
     """Before maintenance: takes no new stages, and asks those who run some to let go of them once
     their answers have ended. Lasts until it is taken back or the agent ends.
     """
+    Rotate: _grpc.UnaryUnaryMultiCallable[_node_pb2.Rotation, _node_pb2.Rotated]
+    """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
+    With neither it only says which ones it trusts.
+    """
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -68,6 +72,10 @@ class NodeAsyncStub(NodeStub):
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.NodeInfo]  # type: ignore[assignment]
     """Before maintenance: takes no new stages, and asks those who run some to let go of them once
     their answers have ended. Lasts until it is taken back or the agent ends.
+    """
+    Rotate: _aio.UnaryUnaryMultiCallable[_node_pb2.Rotation, _node_pb2.Rotated]  # type: ignore[assignment]
+    """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
+    With neither it only says which ones it trusts.
     """
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
@@ -122,6 +130,16 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.NodeInfo, _abc.Awaitable[_node_pb2.NodeInfo]]:
         """Before maintenance: takes no new stages, and asks those who run some to let go of them once
         their answers have ended. Lasts until it is taken back or the agent ends.
+        """
+
+    @_abc_1.abstractmethod
+    def Rotate(
+        self,
+        request: _node_pb2.Rotation,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Rotated, _abc.Awaitable[_node_pb2.Rotated]]:
+        """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
+        With neither it only says which ones it trusts.
         """
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
