@@ -84,3 +84,11 @@ async def test_a_child_ends_with_the_question(
         await asking
 
     assert not psutil.pid_exists(child.pid)
+
+
+async def test_an_absurd_configuration_ends_at_the_limits_of_the_child() -> None:
+    """Slow, because half a gigabyte is filled first: the child has smaller limits than usual."""
+    config = json.dumps({**tiny_config("llama"), "num_hidden_layers": 10**9})
+
+    with pytest.raises(InputError, match=r"MemoryError|more than|within the limits"):
+        await inspect("tests.support.limited", InspectRequest(model="it", config_json=config))
