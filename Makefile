@@ -65,8 +65,8 @@ demo: $(INSTALLED)  ## a small model over three agents on this machine; PROMPT="
 test: $(INSTALLED)  ## the tests, in some ten minutes on two cores
 	$(PYTEST) $(IN_PARALLEL)
 
-test-all: $(INSTALLED)  ## the tests and their full sweeps, as CI runs them
-	$(PYTEST) $(IN_PARALLEL) --sweep
+test-all: test  ## the tests, then the rest of their full sweeps, as CI runs them
+	$(PYTEST) $(IN_PARALLEL) --sweep -m sweep
 
 # On Linux, as root, with debootstrap and systemd-nspawn.
 test-fleet: $(INSTALLED)  ## whole hosts, booted on this one, as root
