@@ -1,4 +1,4 @@
-"""What the simulation foretells of real stages on this machine, beside what they do."""
+"""Predictions of the simulation for real stages on this machine, beside measurements."""
 
 import os
 import sys
@@ -72,7 +72,7 @@ class Watched:
 
     @contextmanager
     def reports(self) -> Iterator[None]:
-        """What the other stages say they took is noted while the block runs."""
+        """Records the times that the other stages report while the block runs."""
         usual = self._model.trips
         self._model.trips = Reported(usual.machines, self._note)
         try:
@@ -192,7 +192,7 @@ async def _rows(real: Real, rounds: int) -> list[dict[str, Any]]:
 
 
 def _costs(watched: Watched, step: float) -> list[StageCost]:
-    """Of each stage. What of a `step` of one answer no stage accounts for is the head's tail."""
+    """Costs of each stage. The part of a `step` that no stage accounts for is the head's."""
     costs, rest = [], step
     for _, by_shape in sorted(watched.seconds.items()):
         one, two = median(by_shape[1, 1]), median(by_shape[2, 1])

@@ -79,15 +79,15 @@ class Cut:
         self._model = PipelineModel(self.front, self._ring, prebuilt=False)
 
     def run(self) -> tuple[float, float]:
-        """The same as Alone's."""
+        """Speeds of prefill and decode, as `Alone.run` measures them."""
         return self._on_thread(self._run)
 
     def users(self, count: int) -> float:
-        """Tokens a second of so many, each in a lane of its own."""
+        """Tokens a second of `count` users, each in a separate lane."""
         return self._on_thread(lambda: self._users(count))
 
     def peak(self) -> int:
-        """Of the worker's memory, in bytes."""
+        """Peak of the worker's memory, in bytes."""
         lines = Path(f"/proc/{self._worker.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

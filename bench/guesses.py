@@ -1,4 +1,4 @@
-"""What guessing ahead is worth over two stages: tokens a second with it, against without.
+"""Gain of speculative decoding over two stages: tokens a second with it, against without.
 
     python -m bench.guesses [--only NAME ...] [--rounds N] [--json FILE]
 
@@ -7,10 +7,10 @@ Greedy; the same answer with and without, in turns, round by round, and the figu
 of the rounds' ratios.
 
 - repeated: the demo model is asked for a story for the second time in a chat, with --lookup.
-- new: it is asked for the first time, with --lookup: what guesses cost that are rarely right.
-- draft: the demo model guesses for itself: what a draft costs that is as large as the model.
-- right, wrong: a llama of 10 million parameters, and guesses that cost nothing, all of them
-  right, or all wrong: the most that there is to win, and to lose.
+- new: it is asked for the first time, with --lookup: the cost of drafts that are rarely accepted.
+- draft: the demo model drafts for itself: the cost of a draft model as large as the model.
+- right, wrong: a llama of 10 million parameters, and drafts that cost nothing, all of them
+  accepted, or all rejected: the largest gain, and the largest loss.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Bench:
 
 
 async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> Figures:
-    """The same answer without and with."""
+    """Decodes one answer without and with drafts, which must not change it."""
     async with bench.engine() as engine:
         plain, expected = await timed(engine, prompt)
     async with bench.engine(speculation) as engine:
@@ -90,7 +90,7 @@ async def compare(bench: Bench, prompt: list[int], speculation: Speculation) -> 
         right = meter.accepted_tokens / max(meter.drafted_tokens, 1)
         each = lane.tokens / lane.steps
     if found != expected:
-        raise RuntimeError("guessing ahead gave another answer")
+        raise RuntimeError("speculative decoding gave another answer")
     return {
         "tokens/s, without": plain,
         "with / without": guessing / plain,

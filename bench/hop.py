@@ -1,4 +1,4 @@
-"""What a hop costs: decode over stages against one mlx-lm process, in the same run.
+"""Cost of a hop: decode over stages against one mlx-lm process, in the same run.
 
     python -m bench.hop [--size 10M] [--rounds N] [--tokens N] [--stages 2 3] [--off] [--json FILE]
 
@@ -85,7 +85,7 @@ class Result:
 
 
 class Subject(NamedTuple):
-    """What decodes: mlx-lm's own model for one stage, or a ring."""
+    """A model that decodes: mlx-lm's own for one stage, or a ring."""
 
     stages: int
     prebuilt: bool

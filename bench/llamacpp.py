@@ -58,9 +58,9 @@ def write_model(folder: Path, quant: str) -> Path:
     }
     full = save(folder / "f32.gguf", "llama", own, weights)
     lib, file = llama(), folder / f"{quant}.gguf"
-    given = lib.llama_model_quantize_default_params()
-    given.ftype = QUANTS[quant]
-    lib.llama_model_quantize(str(full).encode(), str(file).encode(), ctypes.byref(given))
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = QUANTS[quant]
+    lib.llama_model_quantize(str(full).encode(), str(file).encode(), ctypes.byref(params))
     full.unlink()
     return file
 
@@ -70,14 +70,14 @@ class Plain:
 
     def __init__(self, file: Path, endpoints: Sequence[str] = ()) -> None:
         self._lib = lib = llama()
-        given = lib.llama_model_default_params()
-        given.n_gpu_layers = LAYERS + 1
-        given.use_extra_bufts = not amx_is_broken()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = LAYERS + 1
+        params.use_extra_bufts = not amx_is_broken()
         devices = [_remote_device(endpoint) for endpoint in endpoints]
         # Ended by a null; with none at all, everything is here.
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
-        given.devices = ctypes.addressof(self._devices)
-        self._model = lib.llama_model_load_from_file(str(file).encode(), given)
+        params.devices = ctypes.addressof(self._devices)
+        self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         wanted = lib.llama_context_default_params()
         wanted.n_ctx, wanted.n_threads, wanted.n_threads_batch = CONTEXT, 1, 1
         wanted.n_ubatch = PROMPT

@@ -1,4 +1,4 @@
-"""What counting costs: microseconds a token, beside what it takes to compute and send one.
+"""Cost of the meters: microseconds a token, beside the time to compute and send one.
 
 python -m bench.meters
 """
@@ -40,7 +40,7 @@ def main() -> None:
     sent = time.perf_counter()
 
     def step() -> None:
-        """What a lane's step does more: see Scheduler and Answer."""
+        """Measurements that a lane's step adds: see Scheduler and Answer."""
         rested(), rested(), recording()
         time.perf_counter(), time.perf_counter(), time.perf_counter()
         meter.between_tokens.note(0.02)

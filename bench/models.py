@@ -24,7 +24,7 @@ def write_llama(path: Path, size: str = "10M", kind: str = "llama") -> Path:
 
 
 def llama_config(size: str) -> dict[str, Any]:
-    """What of its config differs from a tiny one's."""
+    """Settings by which its config differs from a tiny one's."""
     sizes = _SIZES[size]
     heads = sizes["num_attention_heads"]
     return sizes | {

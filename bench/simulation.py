@@ -70,7 +70,7 @@ class World:
         self._assign()
 
     def compute(self, seconds: float) -> None:
-        """The same on the head's thread: nothing else runs there meanwhile."""
+        """Computes for so long on the head's thread, where nothing else runs meanwhile."""
         ended: list[bool] = []
         self.work(seconds, lambda: ended.append(True))
         while not ended:
@@ -165,7 +165,7 @@ class _Stop:
 
 
 def seconds(cost: StageCost, answers: int, tokens: int) -> float:
-    """Of one frame of so many answers, each with so many tokens."""
+    """Seconds of one frame of `answers`, each with `tokens`."""
     return cost.prefill(answers * tokens) if tokens > PUSHED_TOKENS else cost.decode(answers)
 
 
@@ -193,7 +193,7 @@ class _FrameProgress:
 
 
 class Pipeline:
-    """What the scheduler takes for a model: PipelineModel's course, in simulated time."""
+    """A model for the scheduler that behaves like PipelineModel, in simulated time."""
 
     def __init__(
         self, world: World, costs: Sequence[StageCost], links: Sequence[Link], hidden_bytes: int

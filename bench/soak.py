@@ -110,7 +110,7 @@ class Soak:
         await asyncio.gather(*(self._judged(self.crowding) for _ in range(crowd)))
 
     async def settled(self) -> None:
-        """Pushes out what is kept for reuse; returns once no other cache is left anywhere.
+        """Evicts the prefix caches; returns once no other cache is left anywhere.
 
         Answers that take all the context there is do that, and what is left after them is the same,
         whatever was before.
@@ -286,7 +286,7 @@ async def soak(folder: Path, requests: int, seed: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was found, for people."""
+    """Results as a table."""
     lines = [f"{found['stages']} stages, {found['seconds']:.0f} s", ""]
     lines += [f"{name:16}{count:6}" for name, count in found["requests"].items()]
     lines += ["", f"{'resident MB':16}{f'after {SETTLED_AFTER}':>10}{'at the end':>12}"]
@@ -295,7 +295,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{process:16}{before / 1e6:10.1f}{after / 1e6:12.1f}{change:>9}")
     lines += [
         "",
-        f"kept for reuse {found['kept_caches']}, left when those were pushed out "
+        f"prefix caches {found['kept_caches']}, caches left after their eviction "
         f"{found['live_caches']}",
         *(f"WRONG: {what}" for what in found["wrong"]),
     ]

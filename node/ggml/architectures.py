@@ -95,21 +95,21 @@ def layer_count(header: Header) -> int:
 def layer_kinds(header: Header) -> dict[str, list[bool]]:
     """Metadata with a value for each layer, where llama.cpp would go by the layer's number."""
     rule, count = known(header), layer_count(header)
-    found: dict[str, list[bool]] = {}
+    kinds: dict[str, list[bool]] = {}
     if rule.window and header.arch(WINDOW_KEY, 0):
         period = header.arch(PATTERN_KEY, rule.window)
         if isinstance(period, list):
-            found[PATTERN_KEY] = [bool(flag) for flag in period[:count]]
+            kinds[PATTERN_KEY] = [bool(flag) for flag in period[:count]]
         else:
-            found[PATTERN_KEY] = [i % period < period - 1 for i in range(count)]
+            kinds[PATTERN_KEY] = [i % period < period - 1 for i in range(count)]
     if rule.interval:
         interval = header.arch(INTERVAL_KEY, rule.interval)
         usual = [(i + 1) % interval != 0 for i in range(count)]
-        found[RECURRENT_KEY] = [bool(flag) for flag in header.arch(RECURRENT_KEY, usual)[:count]]
+        kinds[RECURRENT_KEY] = [bool(flag) for flag in header.arch(RECURRENT_KEY, usual)[:count]]
     if rule.indexer:
         types = header.arch(INDEXER_KEY, choosing(count, header.arch("context_length", 0)))
-        found[INDEXER_KEY] = [bool(flag) for flag in types[:count]]
-    return found
+        kinds[INDEXER_KEY] = [bool(flag) for flag in types[:count]]
+    return kinds
 
 
 def choosing(layers: int, context: int) -> list[bool]:

@@ -116,11 +116,11 @@ class Gguf:
         names = [p.source for p in self.pieces(first, end, has_lm_head) if p.source is not None]
         if first == 0:
             names.append(EMBEDDING)
-        found: dict[str, list[Range]] = {}
+        ranges: dict[str, list[Range]] = {}
         for name in names:
             file, tensor = self.tensors[name]
-            found.setdefault(file, []).append(tensor.bytes)
-        return found
+            ranges.setdefault(file, []).append(tensor.bytes)
+        return ranges
 
     def check_cut(self, first: int, end: int) -> None:
         """Raises StageError if llama.cpp can't take the layers [first, end) for a model."""
@@ -156,12 +156,12 @@ class Gguf:
     def pieces(self, first: int, end: int, has_lm_head: bool) -> list[Piece]:
         """The tensors of a stage; `has_lm_head`: it also has the final norm and the lm_head."""
         self.check_cut(first, end)
-        found = list(self._outer_pieces(has_lm_head))
+        pieces = list(self._outer_pieces(has_lm_head))
         for name, (_, tensor) in self.tensors.items():
             if (match := _LAYER.fullmatch(name)) and first <= int(match[1]) < end:
                 renamed = f"blk.{int(match[1]) - first}.{match[2]}"
-                found.append(Piece(renamed, tensor.shape, tensor.type, name))
-        return found
+                pieces.append(Piece(renamed, tensor.shape, tensor.type, name))
+        return pieces
 
     def _outer_pieces(self, has_lm_head: bool) -> Iterator[Piece]:
         """llama.cpp insists on an embedding and an lm_head: where unused, they are of one row.
@@ -197,34 +197,34 @@ class Gguf:
         """Metadata of a stage's file."""
         name = self.header.architecture
         blocks = int(self.header.arch("block_count"))
-        found = {}
+        metadata = {}
         for key, value in self.header.metadata.items():
-            own = key.removeprefix(f"{name}.")
+            field = key.removeprefix(f"{name}.")
             if key.startswith(("tokenizer.", "split.")) or key == "general.alignment":
                 continue
-            if own != key and own not in _NOT_BY_LAYER and value.length == blocks:
+            if field != key and field not in _NOT_BY_LAYER and value.length == blocks:
                 value = _array(_kind(value), value.read()[first:end])
-            found[key] = value
-        for own, flags in layer_kinds(self.header).items():
+            metadata[key] = value
+        for field, flags in layer_kinds(self.header).items():
             flags = flags[first:end]
-            if own == PATTERN_KEY and not any(flags):
+            if field == PATTERN_KEY and not any(flags):
                 # llama.cpp insists on a windowed layer: one whose window is never full.
                 flags = [True for _ in flags]
-                found[f"{name}.{WINDOW_KEY}"] = _uint32(ENDLESS)
-                base = found.get(f"{name}.rope.freq_base")
+                metadata[f"{name}.{WINDOW_KEY}"] = _uint32(ENDLESS)
+                base = metadata.get(f"{name}.rope.freq_base")
                 if base is not None:
-                    found[f"{name}.rope.freq_base_swa"] = base
-            found[f"{name}.{own}"] = _array(BOOL, flags)
+                    metadata[f"{name}.rope.freq_base_swa"] = base
+            metadata[f"{name}.{field}"] = _array(BOOL, flags)
         dense = self.header.arch("leading_dense_block_count")
         if dense is not None:
-            found[f"{name}.leading_dense_block_count"] = _uint32(
+            metadata[f"{name}.leading_dense_block_count"] = _uint32(
                 min(max(dense - first, 0), end - first)
             )
-        found.pop(f"{name}.nextn_predict_layers", None)
-        found[f"{name}.block_count"] = _uint32(end - first)
-        found[f"{name}.vocab_size"] = _uint32(self.vocabulary if has_lm_head else 1)
-        found["tokenizer.ggml.model"] = Value(STRING, _string("no_vocab"))
-        return found
+        metadata.pop(f"{name}.nextn_predict_layers", None)
+        metadata[f"{name}.block_count"] = _uint32(end - first)
+        metadata[f"{name}.vocab_size"] = _uint32(self.vocabulary if has_lm_head else 1)
+        metadata["tokenizer.ggml.model"] = Value(STRING, _string("no_vocab"))
+        return metadata
 
 
 def write(gguf: Gguf, folder: Path, to: Path, first: int, end: int, has_lm_head: bool) -> None:

@@ -30,10 +30,10 @@ class Embedding:
         """(batch, columns) to (batch, columns, hidden) in float32."""
         flat = tokens.ravel()
         raw = b"".join(self._row(int(token)) for token in flat)
-        found = to_floats(raw, self._type, len(flat) * self._width)
+        rows = to_floats(raw, self._type, len(flat) * self._width)
         if self._scale is not None:
-            found = found * self._scale
-        return found.reshape(*tokens.shape, self._width)
+            rows = rows * self._scale
+        return rows.reshape(*tokens.shape, self._width)
 
     def _row(self, token: int) -> bytes:
         start = self._start + token * self._row_bytes

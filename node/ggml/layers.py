@@ -120,11 +120,11 @@ class Layers:
         """
         width = self.sizes.vocabulary or self.sizes.hidden
         step = OUTPUTS if self.sizes.vocabulary and wanted else BATCH
-        found = np.empty((len(hidden) if wanted else 0, width), np.float32)
+        result = np.empty((len(hidden) if wanted else 0, width), np.float32)
         for start in range(0, len(hidden), step):
             piece = slice(start, min(start + step, len(hidden)))
-            self._compute(hidden[piece], positions[piece], sequences[piece], wanted, found[piece])
-        return found
+            self._compute(hidden[piece], positions[piece], sequences[piece], wanted, result[piece])
+        return result
 
     def copy(self, source: int, to: int, tokens: int) -> None:
         """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""

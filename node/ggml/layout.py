@@ -76,13 +76,13 @@ def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     number = SINGLE if gguf.is_exact else HALF
     recurrent = layer_kinds(header).get(RECURRENT_KEY, [False] * gguf.layers)
     tokens = cells(context, users)
-    found = []
+    sizes_by_layer = []
     for layer in range(gguf.layers):
         if recurrent[layer]:
-            found.append((2 * users + SPARE_STATES) * _state_bytes(gguf))
+            sizes_by_layer.append((2 * users + SPARE_STATES) * _state_bytes(gguf))
         else:
-            found.append(tokens * number * _kv_width(gguf, layer))
-    return found
+            sizes_by_layer.append(tokens * number * _kv_width(gguf, layer))
+    return sizes_by_layer
 
 
 def _kv_width(gguf: Gguf, layer: int) -> int:

@@ -68,8 +68,8 @@ def tensor_name(address: int) -> bytes:
 
 def tensor_shape(address: int) -> tuple[int, int]:
     """(width, rows) of the ggml_tensor at an address: its first two sizes."""
-    found = Tensor.from_address(address)
-    return int(found.ne[0]), int(found.ne[1])
+    tensor = Tensor.from_address(address)
+    return int(tensor.ne[0]), int(tensor.ne[1])
 
 
 @functools.cache
@@ -79,14 +79,14 @@ def llama() -> Any:
     Raises UnavailableError when it is not installed.
     """
     try:
-        from llama_cpp import llama_cpp as found
+        from llama_cpp import llama_cpp as module
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
             "this machine has no llama.cpp: on it, pip install 'unicluster[ggml]', then join again"
         ) from error
-    found.llama_log_set(_on_log, ctypes.c_void_p(0))
-    found.llama_backend_init()
-    return found
+    module.llama_log_set(_on_log, ctypes.c_void_p(0))
+    module.llama_backend_init()
+    return module
 
 
 def library_folder() -> Path:
@@ -152,10 +152,10 @@ def to_floats(raw: bytes, kind: int, count: int) -> Floats:
     """The numbers that `raw` stands for in ggml's type number `kind`, as ggml itself reads them."""
     if kind == F32:
         return np.frombuffer(raw, np.float32, count)
-    found = np.empty(count, np.float32)
+    floats = np.empty(count, np.float32)
     convert = _ggml().ggml_get_type_traits(kind).contents.to_float
-    convert(raw, found.ctypes.data, count)
-    return found
+    convert(raw, floats.ctypes.data, count)
+    return floats
 
 
 def read_tensor(address: int, into: int, nbytes: int) -> None:
@@ -188,10 +188,10 @@ def devices() -> list[tuple[str, str]]:
     """Devices of llama.cpp: name and description, GPUs first, the CPU last."""
     llama()
     registry, library = _registry(), _ggml()
-    found = []
+    listed = []
     for index in range(registry.ggml_backend_dev_count()):
         device = ctypes.c_void_p(registry.ggml_backend_dev_get(index))
         kind = int(library.ggml_backend_dev_type(device))
         name = library.ggml_backend_dev_name(device).decode()
-        found.append((kind == 0, name, library.ggml_backend_dev_description(device).decode()))
-    return [(name, text) for _, name, text in sorted(found, key=lambda each: each[0])]
+        listed.append((kind == 0, name, library.ggml_backend_dev_description(device).decode()))
+    return [(name, text) for _, name, text in sorted(listed, key=lambda each: each[0])]

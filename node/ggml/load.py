@@ -92,8 +92,8 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
 
 def cells(context: int, users: int) -> int:
     """Cells of a KV cache: tokens of all users together, rounded up."""
-    found = -(-context * users // CELLS) * CELLS
-    return found if found % UNLUCKY_CELLS else found + CELLS
+    rounded = -(-context * users // CELLS) * CELLS
+    return rounded if rounded % UNLUCKY_CELLS else rounded + CELLS
 
 
 def cores() -> int:

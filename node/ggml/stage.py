@@ -181,9 +181,9 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         if tokens:
             self._layers.restore(row.sequence, saved.data)
             row.length = tokens
-            found = self._layers.last_position(row.sequence) + 1
-            if found != tokens or self._layers.state_size(row.sequence) != len(saved.data):
-                raise FrameError(f"a saved state of {found} tokens, not of {tokens}")
+            restored = self._layers.last_position(row.sequence) + 1
+            if restored != tokens or self._layers.state_size(row.sequence) != len(saved.data):
+                raise FrameError(f"a saved state of {restored} tokens, not of {tokens}")
 
     def snapshot(self, cache: Cache) -> Cache:
         return cache.copy()

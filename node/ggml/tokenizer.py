@@ -61,12 +61,12 @@ class GgufTokenizer(_Tokenizer):
         data = text.encode()
         room = len(data) + 8
         while True:
-            found = (ctypes.c_int32 * room)()
+            tokens = (ctypes.c_int32 * room)()
             count = self._lib.llama_tokenize(
-                self._vocab, data, len(data), found, room, add_special_tokens, True
+                self._vocab, data, len(data), tokens, room, add_special_tokens, True
             )
             if count >= 0:
-                return list(found[:count])
+                return list(tokens[:count])
             room = -count
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str:
@@ -103,6 +103,6 @@ class GgufTokenizer(_Tokenizer):
 
 
 def tokenizer_of(file: Path, header: Header) -> TokenizerWrapper:
-    """What mlx-lm would make of a repository's tokenizer, from a GGUF alone."""
+    """mlx-lm's wrapper of a tokenizer, made from a GGUF alone."""
     tokenizer = GgufTokenizer(file, header)
     return TokenizerWrapper(tokenizer, NaiveStreamingDetokenizer, eos_token_ids=tokenizer.ends)

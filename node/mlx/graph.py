@@ -27,8 +27,8 @@ def dependencies(
     for part in lazy_graph(arrays):
         if isinstance(part, Edge):
             before = part.before
-            found = {names[before]} if before in names else reached.get(before, set())
-            reached.setdefault(part.after, set()).update(found)
+            origins = {names[before]} if before in names else reached.get(before, set())
+            reached.setdefault(part.after, set()).update(origins)
         else:
             reached.pop(part.name, None)
     used: dict[Sink, set[Source]] = {}

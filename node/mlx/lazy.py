@@ -153,5 +153,5 @@ def _origins(weights: dict[str, mx.array], tensors: dict[str, mx.array]) -> Orig
     names = {id(array): name for name, array in tensors.items()}
     as_they_are = {k: frozenset([names[id(w)]]) for k, w in weights.items() if id(w) in names}
     made = [(name, marked(w)) for name, w in weights.items() if name not in as_they_are]
-    found = dependencies(made, list(tensors.items())) if made else {}
-    return as_they_are | {name: frozenset(sources) for name, sources in found.items()}
+    sources_by_name = dependencies(made, list(tensors.items())) if made else {}
+    return as_they_are | {name: frozenset(sources) for name, sources in sources_by_name.items()}

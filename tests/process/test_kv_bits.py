@@ -43,7 +43,7 @@ def split(
 
 
 def options(split: Split, bits: int) -> dict[str, Any]:
-    """Of mlx-lm's functions, for the same."""
+    """Options of mlx-lm's functions for KV caches of `bits`."""
     group = 64 if split.name == "llama" else 32
     return {"kv_bits": bits, "kv_group_size": group, "quantized_kv_start": 0}
 

@@ -1,4 +1,4 @@
-"""What mlx-lm does to a model and its caches, over stages of both engines."""
+"""mlx-lm's operations on a model and its caches, over stages of both engines."""
 
 import copy
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ RINGS = [
 ]
 
 
-# Either engine hands on to either, is the head, and makes the logits.
+# Either engine is the stage before the other, is the head, and makes the logits.
 SAMPLE = [("mlx", "mlx", "ggml"), ("ggml", "mlx", "ggml"), ("ggml", "ggml", "mlx")]
 
 

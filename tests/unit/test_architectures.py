@@ -178,13 +178,13 @@ def batched(model: Any) -> list[tuple[int, int, list[float]]]:
     """Three prompts of unequal lengths, of which the last joins later and the first leaves."""
     generator = BatchGenerator(model, max_tokens=9, prefill_step_size=4)
     generator.insert(PROMPTS[:2], max_tokens=[6, 12])
-    told = []
+    computed = []
     for step in range(40):
         if step == 4:
             generator.insert(PROMPTS[2:])
         _, responses = generator.next()
-        told += [(r.uid, r.token, r.logprobs[:8].tolist()) for r in responses]
-    return told
+        computed += [(r.uid, r.token, r.logprobs[:8].tolist()) for r in responses]
+    return computed
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ def batched(model: Any) -> list[tuple[int, int, list[float]]]:
 def test_batches_give_the_unsplit_answers(name: str) -> None:
     bounds = (0, 1, 4, 6) if name == "gemma4" else (0, 1, 3, 4)
 
-    told = batched(Chain(name, bounds))
+    computed = batched(Chain(name, bounds))
 
-    assert len(told) == 6 + 12 + 9
-    assert told == batched(zoo.build(name))
+    assert len(computed) == 6 + 12 + 9
+    assert computed == batched(zoo.build(name))
 
 
 @pytest.mark.parametrize("name", ["llama4", "deepseek_v41: shared index"])
@@ -216,10 +216,10 @@ def test_caches_that_mlx_lm_cannot_merge_still_take_prompts_of_one_length(name: 
     caches = chain.make_cache(), whole.make_cache()
 
     for first, end in pairwise((0, 7, 12, *range(13, 21))):
-        told, wanted = (
+        computed, wanted = (
             model(tokens[:, first:end], cache=cache)
             for model, cache in zip((chain, whole), caches, strict=True)
         )
-        assert mx.array_equal(told, wanted)
+        assert mx.array_equal(computed, wanted)
     with pytest.raises(ValueError, match="does not yet support batching"):
         batched(whole)

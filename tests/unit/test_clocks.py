@@ -30,9 +30,9 @@ def test_clocks_that_were_heard_well_show_each_hop() -> None:
 
 
 def test_without_the_clocks_only_their_sum_is_known() -> None:
-    found = Clocks(3).hops(differences(HOPS), now=2.0)
+    measured = Clocks(3).hops(differences(HOPS), now=2.0)
 
-    assert found == pytest.approx([sum(HOPS) / 3] * 3, abs=1e-9)
+    assert measured == pytest.approx([sum(HOPS) / 3] * 3, abs=1e-9)
 
 
 def test_the_sum_is_right_and_nothing_negative_whatever_the_clocks_say() -> None:
@@ -42,10 +42,10 @@ def test_the_sum_is_right_and_nothing_negative_whatever_the_clocks_say() -> None
     clocks.record(2, asked=1.0, said=1.0 + OFFSETS[2] - 0.1, heard=1.4)
     trips = [noisy(source) for _ in range(200)]
 
-    found = [clocks.hops(differences(trip), now=2.0 + i / 1000) for i, trip in enumerate(trips)]
+    measured = [clocks.hops(differences(trip), now=2.0 + i / 1000) for i, trip in enumerate(trips)]
 
-    assert all(hop >= 0 for hops in found for hop in hops)
-    for hops, trip in zip(found, trips, strict=True):
+    assert all(hop >= 0 for hops in measured for hop in hops)
+    for hops, trip in zip(measured, trips, strict=True):
         assert sum(hops) == pytest.approx(sum(trip), abs=1e-9)
 
 
@@ -65,9 +65,9 @@ def test_a_clock_that_drifts_is_followed() -> None:
         clocks.record(1, asked=now, said=now + offset + 0.0002, heard=now + 0.0004)
         trip = differences([0.0004, 0.0006], [0.0, offset])
 
-        found = clocks.hops(trip, now)
+        measured = clocks.hops(trip, now)
 
-        assert found == pytest.approx([0.0004, 0.0006], abs=0.0002)
+        assert measured == pytest.approx([0.0004, 0.0006], abs=0.0002)
 
 
 def test_what_was_known_before_a_pause_does_not_count() -> None:
@@ -75,12 +75,12 @@ def test_what_was_known_before_a_pause_does_not_count() -> None:
     for now, offset in (1000.0, 100.0), (5000.0, 100.2):
         clocks.record(1, asked=now, said=now + offset, heard=now)
 
-        found = clocks.hops(differences([0.0004, 0.0006], [0.0, offset]), now)
+        measured = clocks.hops(differences([0.0004, 0.0006], [0.0, offset]), now)
 
-        assert found == pytest.approx([0.0004, 0.0006], abs=1e-9)
+        assert measured == pytest.approx([0.0004, 0.0006], abs=1e-9)
 
 
 def test_shifts_add_up_to_nothing() -> None:
-    found = shifts(differences(HOPS), [0.0, 4999.0, None])
+    measured = shifts(differences(HOPS), [0.0, 4999.0, None])
 
-    assert sum(found) == pytest.approx(0, abs=1e-9)
+    assert sum(measured) == pytest.approx(0, abs=1e-9)

@@ -10,29 +10,29 @@ THREAD = MLXThread()
 
 
 async def test_what_waits_lets_others_run() -> None:
-    reply, told = Signal(), []
+    reply, received = Signal(), []
 
     def waits() -> None:
-        told.append("asked")
+        received.append("asked")
         reply.wait()
-        told.append("went on")
+        received.append("went on")
 
     waiting = asyncio.create_task(THREAD.run(waits))
     await asyncio.sleep(0)  # it is queued first
-    await THREAD.run(lambda: told.append("another"))
+    await THREAD.run(lambda: received.append("another"))
     reply.set()
     await waiting
 
-    assert told == ["asked", "another", "went on"]
+    assert received == ["asked", "another", "went on"]
 
 
 async def test_a_signal_that_is_set_already_does_not_wait() -> None:
-    signal, told = Signal(), list[None]()
+    signal, received = Signal(), list[None]()
     signal.set()
 
-    await asyncio.wait_for(THREAD.run(lambda: told.append(signal.wait())), scaled(10))
+    await asyncio.wait_for(THREAD.run(lambda: received.append(signal.wait())), scaled(10))
 
-    assert told == [None]
+    assert received == [None]
 
 
 def test_another_thread_just_waits() -> None:
@@ -49,11 +49,11 @@ def test_another_thread_just_waits() -> None:
 
 
 async def test_those_that_give_way_take_turns() -> None:
-    told: list[str] = []
+    received: list[str] = []
 
     def work(name: str) -> None:
         for _ in range(3):
-            told.append(name)
+            received.append(name)
             give_way()
 
     began = threading.Event()
@@ -63,7 +63,7 @@ async def test_those_that_give_way_take_turns() -> None:
     began.set()
     await asyncio.gather(*both)
 
-    assert "".join(told) == "ababab"
+    assert "".join(received) == "ababab"
 
 
 async def test_an_error_comes_to_who_asked() -> None:

@@ -77,10 +77,10 @@ async def test_answers_side_by_side_are_those_of_mlx_lm_one_by_one(
 ) -> None:
     tiny = await load(model_type)
     engine = await tiny.engine()
-    told = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in PROMPTS))
+    received = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in PROMPTS))
     engine.close()
     alone = [await tiny.alone(prompt) for prompt in PROMPTS]
-    assert [(t.tokens, t.text) for t in told] == [(a.tokens, a.text) for a in alone]
+    assert [(t.tokens, t.text) for t in received] == [(a.tokens, a.text) for a in alone]
 
 
 @pytest.mark.parametrize("name", ["llama4", "deepseek_v41: shared index"])
@@ -88,19 +88,19 @@ async def test_answers_of_caches_that_do_not_batch_have_a_lane_each(name: str, t
     odd = Tiny(await THREAD.run(lambda: zoo.build(name)), tiny.tokenizer)
     prompts = [prompt[:30] for prompt in PROMPTS if max(prompt) < zoo.VOCAB]
     engine = await odd.engine(users=2)
-    told = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in prompts))
+    received = await asyncio.gather(*(ask(engine, of_tokens(prompt)) for prompt in prompts))
     engine.close()
-    assert [t.tokens for t in told] == [(await odd.alone(prompt)).tokens for prompt in prompts]
+    assert [t.tokens for t in received] == [(await odd.alone(prompt)).tokens for prompt in prompts]
 
 
 async def test_penalties_hold_where_nothing_batches(tiny: Tiny) -> None:
     odd = Tiny(await THREAD.run(lambda: zoo.build("llama4")), tiny.tokenizer)
     engine = await odd.engine()
     penalties = Sampling(repetition_penalty=1.5, presence_penalty=1.0)
-    told = await ask(engine, of_tokens(PROMPTS[0], sampling=penalties))
+    received = await ask(engine, of_tokens(PROMPTS[0], sampling=penalties))
     engine.close()
     processors = make_logits_processors(repetition_penalty=1.5, presence_penalty=1.0)
-    assert told.tokens == (await odd.alone(PROMPTS[0], logits_processors=processors)).tokens
+    assert received.tokens == (await odd.alone(PROMPTS[0], logits_processors=processors)).tokens
 
 
 async def test_requests_join_and_leave_midway(engine: GenerationEngine, tiny: Tiny) -> None:
@@ -118,34 +118,34 @@ async def test_requests_join_and_leave_midway(engine: GenerationEngine, tiny: Ti
 
 async def test_more_requests_than_users_all_get_their_answer(tiny: Tiny) -> None:
     engine = await tiny.engine(users=2)
-    told = await asyncio.gather(*(ask(engine, of_tokens(p)) for p in PROMPTS * 2))
+    received = await asyncio.gather(*(ask(engine, of_tokens(p)) for p in PROMPTS * 2))
     engine.close()
-    assert [t.tokens for t in told] == [(await tiny.alone(p)).tokens for p in PROMPTS * 2]
+    assert [t.tokens for t in received] == [(await tiny.alone(p)).tokens for p in PROMPTS * 2]
 
 
 async def test_an_end_token_ends_nothing_where_it_is_ignored(tiny: Tiny) -> None:
     engine = await tiny.engine(Script([65]))
 
-    told = await ask(engine, of_tokens([1], max_tokens=5, ignore_eos=True))
+    received = await ask(engine, of_tokens([1], max_tokens=5, ignore_eos=True))
 
     engine.close()
-    assert (told.tokens, told.reason) == ([65, EOS, EOS, EOS, EOS], "length")
+    assert (received.tokens, received.reason) == ([65, EOS, EOS, EOS, EOS], "length")
 
 
 async def test_messages_go_through_the_chat_template(engine: GenerationEngine, tiny: Tiny) -> None:
-    told = await ask(engine, GenerateRequest(messages=[hello()], max_tokens=8))
+    received = await ask(engine, GenerateRequest(messages=[hello()], max_tokens=8))
     prompt = tiny.tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True
     )
-    assert told.tokens == (await tiny.alone(prompt, max_tokens=8)).tokens
+    assert received.tokens == (await tiny.alone(prompt, max_tokens=8)).tokens
 
 
 async def test_without_max_tokens_an_answer_fills_the_context(tiny: Tiny) -> None:
     engine = await tiny.engine(context=30)
     request = GenerateRequest(token_ids=PROMPTS[0])
-    told = await ask(engine, request)
+    received = await ask(engine, request)
     engine.close()
-    assert (len(told.tokens), told.reason) == (27, "length")
+    assert (len(received.tokens), received.reason) == (27, "length")
 
 
 async def test_the_last_message_counts_tokens_and_time(engine: GenerationEngine) -> None:
@@ -181,18 +181,18 @@ async def test_a_seed_gives_the_same_answer_whoever_else_is_served(
 async def test_other_seeds_and_no_seed_give_other_answers(engine: GenerationEngine) -> None:
     requests = [of_tokens(PROMPTS[0], sampling=sampling(seed=seed)) for seed in (1, 2)]
     requests += [of_tokens(PROMPTS[0], sampling=sampling()) for _ in range(2)]
-    told = await asyncio.gather(*(ask(engine, request) for request in requests))
-    assert len({tuple(t.tokens) for t in told}) == 4
+    received = await asyncio.gather(*(ask(engine, request) for request in requests))
+    assert len({tuple(t.tokens) for t in received}) == 4
 
 
 async def test_a_model_s_own_defaults_hold_until_a_request_says_otherwise(tiny: Tiny) -> None:
     defaults = {"do_sample": True, "temperature": 2.0, "top_p": 1.0}
     engine = await tiny.engine(defaults=defaults)
     greedy = (await tiny.alone(PROMPTS[0])).tokens
-    told = await ask(engine, of_tokens(PROMPTS[0]))
+    received = await ask(engine, of_tokens(PROMPTS[0]))
     cold = await ask(engine, of_tokens(PROMPTS[0], sampling=Sampling(temperature=0)))
     engine.close()
-    assert told.tokens != greedy
+    assert received.tokens != greedy
     assert cold.tokens == greedy
 
 
@@ -208,23 +208,23 @@ async def test_penalties_are_those_of_mlx_lm(engine: GenerationEngine, tiny: Tin
         "presence_penalty": 1.0,
         "frequency_penalty": 0.5,
     }
-    told, _ = await asyncio.gather(
+    received, _ = await asyncio.gather(
         ask(engine, of_tokens(PROMPTS[2], sampling=Sampling(**penalties))),
         ask(engine, of_tokens(PROMPTS[0])),
     )
     processors = make_logits_processors(**penalties)
     alone = await tiny.alone(PROMPTS[2], logits_processors=processors)
-    assert told.tokens == alone.tokens != (await tiny.alone(PROMPTS[2])).tokens
+    assert received.tokens == alone.tokens != (await tiny.alone(PROMPTS[2])).tokens
 
 
 async def test_logprobs_of_the_chosen_and_the_most_likely(
     engine: GenerationEngine, tiny: Tiny
 ) -> None:
-    told = await ask(engine, of_tokens(PROMPTS[0], logprobs=3, max_tokens=6))
+    received = await ask(engine, of_tokens(PROMPTS[0], logprobs=3, max_tokens=6))
     alone = await tiny.alone(PROMPTS[0], max_tokens=6)
-    assert [entry.token_id for entry in told.logprobs] == told.tokens
-    assert [entry.logprob for entry in told.logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
-    for entry in told.logprobs:
+    assert [entry.token_id for entry in received.logprobs] == received.tokens
+    assert [entry.logprob for entry in received.logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
+    for entry in received.logprobs:
         top = [likely.logprob for likely in entry.top]
         assert len(top) == 3
         assert top == sorted(top, reverse=True)
@@ -232,10 +232,10 @@ async def test_logprobs_of_the_chosen_and_the_most_likely(
 
 
 async def test_zero_logprobs_are_those_of_the_chosen_only(engine: GenerationEngine) -> None:
-    told = await ask(engine, of_tokens(PROMPTS[0], logprobs=0, max_tokens=2))
-    assert [(entry.token_id, len(entry.top)) for entry in told.logprobs] == [
-        (told.tokens[0], 0),
-        (told.tokens[1], 0),
+    received = await ask(engine, of_tokens(PROMPTS[0], logprobs=0, max_tokens=2))
+    assert [(entry.token_id, len(entry.top)) for entry in received.logprobs] == [
+        (received.tokens[0], 0),
+        (received.tokens[1], 0),
     ]
 
 
@@ -396,8 +396,8 @@ async def test_a_new_model_serves_again_after_a_failure(tiny: Tiny) -> None:
     with pytest.raises(UnavailableError):
         await ask(engine, of_tokens(PROMPTS[0]))
     await engine.set_model(tiny.model)
-    told = await ask(engine, of_tokens(PROMPTS[0]))
-    assert told.tokens == (await tiny.alone(PROMPTS[0])).tokens
+    received = await ask(engine, of_tokens(PROMPTS[0]))
+    assert received.tokens == (await tiny.alone(PROMPTS[0])).tokens
     assert engine.describe().state == "ready"
     engine.close()
 
@@ -488,27 +488,27 @@ async def test_an_asker_whose_loop_is_gone_does_not_hold_up_others(
 
 async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> Told:
     engine = await tiny.engine(Script(tokens))
-    told = await ask(engine, of_tokens([1], **({"max_tokens": 100} | fields)))
+    received = await ask(engine, of_tokens([1], **({"max_tokens": 100} | fields)))
     engine.close()
-    return told
+    return received
 
 
 @pytest.mark.parametrize("text", ["plain", "żółć 🦊!", "two\n lines ", "a<b", "日本"])
 async def test_the_text_is_the_whole_decode(tiny: Tiny, text: str) -> None:
-    told = await say(tiny, list(text.encode()))
-    assert told.text == text
-    assert told.tokens == list(text.encode())
-    assert told.reason == "stop"
+    received = await say(tiny, list(text.encode()))
+    assert received.text == text
+    assert received.tokens == list(text.encode())
+    assert received.reason == "stop"
 
 
 async def test_half_a_character_is_never_shown(tiny: Tiny) -> None:
-    told = await say(tiny, list("a🦊b".encode()))
-    assert told.texts == ["a", "", "", "", "🦊", "b"]
+    received = await say(tiny, list("a🦊b".encode()))
+    assert received.texts == ["a", "", "", "", "🦊", "b"]
 
 
 async def test_half_a_character_at_the_end_is_shown_as_such(tiny: Tiny) -> None:
-    told = await say(tiny, list("a🦊".encode())[:3])
-    assert told.text == "a\ufffd"
+    received = await say(tiny, list("a🦊".encode())[:3])
+    assert received.text == "a\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -526,33 +526,37 @@ async def test_half_a_character_at_the_end_is_shown_as_such(tiny: Tiny) -> None:
 async def test_a_stop_string_ends_the_answer_and_is_never_seen(
     tiny: Tiny, text: str, stop: list[str], left: str
 ) -> None:
-    told = await say(tiny, list(text.encode()), stop=stop)
-    assert told.text == left
-    assert told.reason == "stop"
+    received = await say(tiny, list(text.encode()), stop=stop)
+    assert received.text == left
+    assert received.reason == "stop"
 
 
 async def test_text_is_held_back_only_while_it_may_be_a_stop_string(tiny: Tiny) -> None:
-    told = await say(tiny, list(b"a-b-->c"), stop=["-->"])
-    assert told.texts == ["a", "", "-b", "", "", ""]
+    received = await say(tiny, list(b"a-b-->c"), stop=["-->"])
+    assert received.texts == ["a", "", "-b", "", "", ""]
 
 
 async def test_the_limit_of_tokens_gives_out_what_was_held_back(tiny: Tiny) -> None:
-    told = await say(tiny, list(b"one STOP"), stop=["STOP"], max_tokens=6)
-    assert told.text == "one ST"
-    assert told.reason == "length"
+    received = await say(tiny, list(b"one STOP"), stop=["STOP"], max_tokens=6)
+    assert received.text == "one ST"
+    assert received.reason == "length"
 
 
 async def test_reasoning_and_tool_calls_come_apart(load: Load) -> None:
     tiny = await load(marks=True)
     said = "<think>hm</think>Yes.<tool_call>{1}</tool_call><tool_call>{2}</tool_call>"
-    told = await say(tiny, tiny.tokenizer.encode(said, add_special_tokens=False))
-    assert (told.reasoning, told.text, told.tool_calls) == ("hm", "Yes.", ["{1}", "{2}"])
-    assert told.tokens == tiny.tokenizer.encode(said, add_special_tokens=False)
+    received = await say(tiny, tiny.tokenizer.encode(said, add_special_tokens=False))
+    assert (received.reasoning, received.text, received.tool_calls) == (
+        "hm",
+        "Yes.",
+        ["{1}", "{2}"],
+    )
+    assert received.tokens == tiny.tokenizer.encode(said, add_special_tokens=False)
 
 
 async def test_a_prompt_that_opens_the_reasoning_begins_in_it(load: Load) -> None:
     tiny = await load(marks=True)
     engine = await tiny.engine(Script([*b"hm", tiny.tokenizer.think_end_id, 33], prompt=2))
-    told = await ask(engine, of_tokens([1, tiny.tokenizer.think_start_id]))
+    received = await ask(engine, of_tokens([1, tiny.tokenizer.think_start_id]))
     engine.close()
-    assert (told.reasoning, told.text) == ("hm", "!")
+    assert (received.reasoning, received.text) == ("hm", "!")

@@ -63,7 +63,7 @@ class Tiny:
 
 
 class Hop:
-    """One stage, its session, and the frames it is given."""
+    """One stage, its session, and the frames that it serves."""
 
     def __init__(self, tiny: Tiny, index: int, part: Part) -> None:
         checkpoint = whole(tiny.file)
@@ -104,7 +104,7 @@ def through(hops: list[Hop], tokens: list[list[int]], cache: int = 1, *ops: Cach
 
 
 def close(got: Any, wanted: Any) -> bool:
-    """The same, but for the order in which llama.cpp sums up other batches, or places."""
+    """Equality up to the order in which llama.cpp sums up other batches, or places."""
     return bool(np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max())
 
 
@@ -118,7 +118,7 @@ def make(number: int = 1) -> CacheOp:
 
 
 def unsplit(file: Path, rows: list[list[list[int]]]) -> list[Any]:
-    """What llama.cpp makes of the whole file: logits of each row's chunks, each row alone."""
+    """llama.cpp's logits of the whole file: of each row's chunks, each row alone."""
     lib = llama()
     given = lib.llama_model_default_params()
     given.load_mode = lib.LLAMA_LOAD_MODE_NONE

@@ -35,7 +35,7 @@ def answered(hop: Hop, given: Any, ops: list[Any]) -> Any:
 
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[Path, Tiny]:
-    """The same float32 llama as a checkpoint and as a GGUF."""
+    """One float32 llama, as a checkpoint and as a GGUF."""
     path = write_model(tmp_path / "mlx", tiny_config("llama"))
     file = from_checkpoint(path, tmp_path / "llama.gguf")
     return path, Tiny(file, open_gguf(whole(file)), tmp_path)

@@ -49,7 +49,7 @@ def whole(path: Path, quant: str = "") -> Whole:
 
 
 def split_logits(path: Path, quant: str, bounds: tuple[int, ...]) -> list[mx.array]:
-    """The same through stages that share nothing but what would go over the wire."""
+    """Logits through stages that share only the frames that would go over the wire."""
     stages = [stage(path, quant, *ends) for ends in pairwise(bounds)]
     caches = [stage.cache_view.make() for stage in stages]
     logits = []

@@ -49,10 +49,10 @@ def test_a_stage_reads_only_its_own_tensors(name: str, tmp_path: Path) -> None:
     cut = cuts[len(cuts) // 2]
     head = load(0, cut, False)
     for has_lm_head in (False, True)[: 1 if lm_head_modules(surveyed.dataflow) is None else 2]:
-        told = sweep.run_stages([head, load(cut, count, has_lm_head)])
+        computed = sweep.run_stages([head, load(cut, count, has_lm_head)])
 
-        assert all(mx.array_equal(one, other) for one, other in zip(told, wanted, strict=True))
-        assert len(told) == len(wanted)
+        assert all(mx.array_equal(one, other) for one, other in zip(computed, wanted, strict=True))
+        assert len(computed) == len(wanted)
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:
@@ -73,11 +73,11 @@ def write_checkpoint(name: str, folder: Path) -> Path:
 
 def logits(model: nn.Module) -> list[mx.array]:
     cache = make_prompt_cache(model)
-    told = []
+    computed = []
     for chunk in sweep.CHUNKS:
-        told.append(model(chunk, cache=cache))
-        mx.eval(told[-1])
-    return told
+        computed.append(model(chunk, cache=cache))
+        mx.eval(computed[-1])
+    return computed
 
 
 def spoil(file: Path, kept: Collection[str]) -> None:
