@@ -1,6 +1,7 @@
 """`unicluster doctor`: looks for what usually goes wrong, and says how to mend it."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -36,9 +37,25 @@ def run(peer: tuple[str, ...], host: str) -> int:
                 )
             )
         else:
-            findings += asyncio.run(network.examine(cluster, peer, host))
+            findings += [*_rotation(), *asyncio.run(network.examine(cluster, peer, host))]
     _print(console, findings)
     return int(any(finding.level is Level.BAD for finding in findings))
+
+
+def _rotation() -> list[Finding]:
+    """Whether an old token is still good."""
+    begun = Store().rotation_begun()
+    if begun is None:
+        return []
+    days = max(0.0, time.time() - begun) / 86400
+    return [
+        Finding(
+            Level.ODD,
+            "token",
+            f"the token was rotated {days:.1f} days ago, and the old one is still good",
+            "`unicluster token rotate --finish`, when all machines and clients have the new one",
+        )
+    ]
 
 
 def _print(console: Console, findings: Iterable[Finding]) -> None:

@@ -167,9 +167,13 @@ def test_a_rotation_begins_once_and_ends(tmp_path: Path) -> None:
     old = store.create()
     new = store.rotate()
 
+    begun = store.rotation_begun()
+    assert begun is not None
+    assert abs(time.time() - begun) < 60
     assert store.generations() == (new, old)
     assert store.rotate(new) == new
     with pytest.raises(TrustError, match="--finish"):
         store.rotate()
     store.finish_rotation()
     assert store.generations() == (new,)
+    assert store.rotation_begun() is None

@@ -240,6 +240,62 @@ async def test_a_client_can_not_sign_itself_a_member(doors: Doors) -> None:
     assert doors.called == []
 
 
+def authority_signed_by_a_client(access: ClientAccess, own: Cluster, issuer: str) -> str:
+    """PEM of the members' authority of another cluster, signed with the key of the clients'."""
+    key = own.members.public_key
+    now = datetime.datetime.now(datetime.UTC)
+    subject = Role.MEMBER.authority_name(own.fingerprint)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .sign(access.authority._key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+async def test_a_client_can_not_introduce_an_authority_of_members(doors: Doors) -> None:
+    """As in a rotation the members' authority does with the next one."""
+    access = doors.cluster.client_access
+    address = await doors.open(access.authority.ca_pem)
+    own = Cluster.new()
+    honest = own.issue("studio")
+    ended = []
+
+    for role in (Role.CLIENT, Role.MEMBER):
+        issuer = role.authority_name(access.fingerprint)
+        chain = honest.cert_pem + authority_signed_by_a_client(access, own, issuer)
+        posing = Identity("studio", honest.key_pem, chain, doors.cluster.ca_pem)
+        async with connect(address, posing) as channel:
+            with pytest.raises(grpc.RpcError) as caught:
+                await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=10)
+            ended.append(caught.value.code())
+
+    # As a client it gets in and may not; as a member its signature is wrong.
+    assert ended == [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE]
+    assert doors.called == []
+
+
+async def test_members_introduce_the_next_authority_of_members(doors: Doors) -> None:
+    """The chain that clients can't make: without it the test above would prove nothing."""
+    address = await doors.open("")
+    own = Cluster.new()
+    honest = own.issue("studio")
+    chain = honest.cert_pem + own.introduction(doors.cluster)
+    identity = Identity("studio", honest.key_pem, chain, doors.cluster.ca_pem)
+
+    async with connect(address, identity) as channel:
+        await channel.unary_unary("/unicluster.v1.Node/Drain")(b"", timeout=10)
+
+    assert doors.called == ["/unicluster.v1.Node/Drain"]
+
+
 async def test_a_client_can_not_pose_as_a_server(doors: Doors) -> None:
     access = doors.cluster.client_access
     server = make_server()

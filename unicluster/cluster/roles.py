@@ -57,12 +57,21 @@ def roles_for(method: str) -> frozenset[Role]:
 
 
 def role_of(context: Context) -> Role | None:
-    """Role of the caller; None without a certificate that names one."""
-    pem = next(iter(context.auth_context().get("x509_pem_cert", [])), None)
-    if pem is None:
-        return None
-    issuer = x509.load_pem_x509_certificate(pem).issuer
-    for attribute in issuer.get_attributes_for_oid(NameOID.COMMON_NAME):
+    """Role of the caller; None without certificates that name one, and only one.
+
+    All that the caller shows must be of that role: whoever has a client token has the key of an
+    authority, and can sign with it one that calls itself an authority of members. TLS libraries
+    differ in whether they heed that an anchor may sign no authorities.
+    """
+    shown = context.auth_context()
+    pems = [*shown.get("x509_pem_cert", []), *shown.get("x509_pem_cert_chain", [])]
+    certificates = [each for pem in pems for each in x509.load_pem_x509_certificates(pem)]
+    roles = {_role_of_issuer(certificate) for certificate in certificates}
+    return roles.pop() if len(roles) == 1 else None
+
+
+def _role_of_issuer(certificate: x509.Certificate) -> Role | None:
+    for attribute in certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME):
         _, role, *_ = [*str(attribute.value).split(" "), ""]
         if role in list(Role):
             return Role(role)

@@ -505,6 +505,11 @@ class Store:
         """Differs when what is stored does."""
         return tuple(_stamp(path) for path in (self.path, self.old_path))
 
+    def rotation_begun(self) -> float | None:
+        """When the rotation that is under way began, in seconds since 1970; None without one."""
+        found = _stamp(self.old_path)
+        return found[0] / 1e9 if found is not None else None
+
     def finish_rotation(self) -> None:
         """Trust the old secret no longer."""
         try:
