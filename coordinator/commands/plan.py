@@ -37,7 +37,7 @@ from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 class Question:
     """A requested model, its sizes, and the machines to plan it for."""
 
-    asked: RequestedModel
+    requested: RequestedModel
     variants: ModelVariants
     fleet: Fleet
     alternatives: Alternatives
@@ -74,14 +74,14 @@ def run(**options: Any) -> int:
         raise InputError(f"--context {args.context}: at least 2 tokens")
     if args.users < 1:
         raise InputError(f"--users {args.users}: at least 1")
-    asked = _asked(args, args.model)
+    requested = _requested(args, args.model)
     if args.fleet is not None:
-        hypothetical = fleet.parse(args.fleet)
-        asked = replace(asked, assume=asked.gguf is None)
-        variants = variants_of(asked, _inspect_here(asked.requests))
-        question = Question(asked, variants, hypothetical, alternatives(asked, _inspect_here))
+        stated = fleet.parse(args.fleet)
+        requested = replace(requested, hypothetical_gguf=requested.gguf is None)
+        variants = variants_of(requested, _inspect_here(requested.requests))
+        question = Question(requested, variants, stated, alternatives(requested, _inspect_here))
     else:
-        question = asyncio.run(_question_to_cluster(asked, args.peer))
+        question = asyncio.run(_question_to_cluster(requested, args.peer))
     machines = fleet.with_memory(fleet.with_links(question.fleet, args.link), args.memory)
     question = replace(question, fleet=machines)
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
@@ -90,7 +90,7 @@ def run(**options: Any) -> int:
             question.variants,
             machines.machines,
             args.objective,
-            model=asked.display,
+            model=requested.display,
             nodes=nodes,
             network=machines.network,
             alternatives=question.alternatives,
@@ -107,13 +107,13 @@ def run(**options: Any) -> int:
     return 0
 
 
-def _asked(args: PlanOptions, model: str) -> RequestedModel:
+def _requested(args: PlanOptions, model: str) -> RequestedModel:
     kv_bits = args.kv_bits or 0
-    asked = ask(model, args.quant, args.context, args.users, kv_bits)
+    requested = ask(model, args.quant, args.context, args.users, kv_bits)
     if args.gguf is not None:
         check_gguf(args.engine, kv_bits)
-        asked = with_gguf(asked, args.gguf)
-    return replace(asked, engine=args.engine)
+        requested = with_gguf(requested, args.gguf)
+    return replace(requested, engine=args.engine)
 
 
 def planned(question: Question, best: Plan) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def _facts(
 ) -> dict[str, Any]:
     layout = question.variants.layout
     return {
-        "model": question.asked.display.split(" ")[0],
-        "quant": question.asked.quant or layout.quant,
+        "model": question.requested.display.split(" ")[0],
+        "quant": question.requested.quant or layout.quant,
         "context": layout.context,
         "users": layout.users,
         "objective": objective,
@@ -179,7 +179,7 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     console, machines = Console(), question.fleet.machines
     allowed = [m for m in machines if nodes is None or m.name in nodes]
     console.print(fleet_table(machines))
-    console.print(plan_table(best, question.variants, question.asked.display))
+    console.print(plan_table(best, question.variants, question.requested.display))
     others = rivals(question.variants, allowed, best, question.fleet.network)
     if others:
         console.print()
@@ -195,25 +195,29 @@ def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:
     return inspect_child.layouts(requests)
 
 
-async def _question_to_cluster(asked: RequestedModel, peers: Sequence[str]) -> Question:
+async def _question_to_cluster(requested: RequestedModel, peers: Sequence[str]) -> Question:
     """The machines that are there, with what was measured on them."""
     cluster = Store().require()
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
         await members.search()
         machines = await members.machines()
         options: Alternatives
-        if asked.request.config_json and asked.gguf is None and inspect_child.possible_here():
-            variants = variants_of(asked, _inspect_here(asked.requests))
-            options = alternatives(asked, _inspect_here)
+        if (
+            requested.request.config_json
+            and requested.gguf is None
+            and inspect_child.possible_here()
+        ):
+            variants = variants_of(requested, _inspect_here(requested.requests))
+            options = alternatives(requested, _inspect_here)
         else:
-            answers = [await members.inspect(asked.request)]
-            if asked.gguf is not None:
-                asked.gguf.context = answers[0].context
-                answers.append(await members.inspect(asked.gguf))
-            variants = variants_of(asked, answers)
-            options = scaled(quants=bool(asked.quant) or not variants.layout.quantized)
-    known = Measurements.load().fleet(machines, asked.display, variants)
-    return Question(asked, variants, known, options)
+            answers = [await members.inspect(requested.request)]
+            if requested.gguf is not None:
+                requested.gguf.context = answers[0].context
+                answers.append(await members.inspect(requested.gguf))
+            variants = variants_of(requested, answers)
+            options = scaled(quants=bool(requested.quant) or not variants.layout.quantized)
+    known = Measurements.load().fleet(machines, requested.display, variants)
+    return Question(requested, variants, known, options)
 
 
 command = Command(

@@ -1,4 +1,4 @@
-"""A model that a person asked for by name, and the sizes of its variants."""
+"""A model that a person requested by name, and the sizes of its variants."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Inspect = Callable[[Sequence[InspectRequest]], Sequence[ModelLayout]]
 class RequestedModel:
     """A model by name, with the request for its layout. `quants`: all that could be requested.
 
-    gguf: the request for the same model as a GGUF. assume: plan with a hypothetical one
+    gguf: the request for the same model as a GGUF. hypothetical_gguf: plan with a hypothetical one
     of about the same size, if there is no request for it. engine: mlx, ggml, or auto (the
     faster one).
     """
@@ -33,7 +33,7 @@ class RequestedModel:
     quants: tuple[str, ...]
     gguf: InspectRequest | None = None
     gguf_display: str = ""
-    assume: bool = False
+    hypothetical_gguf: bool = False
     engine: str = "auto"
 
     @property
@@ -71,42 +71,42 @@ def ask(name: str, quant: str | None, context: int, users: int, kv_bits: int = 0
     return RequestedModel(shown, request.quant, request, catalog.QUANTS)
 
 
-def with_gguf(asked: RequestedModel, name: str) -> RequestedModel:
+def with_gguf(requested: RequestedModel, name: str) -> RequestedModel:
     """A requested model with a GGUF of it besides. Raises what `catalog.resolve` does."""
     source = catalog.resolve(name)
-    gguf = _changed(asked.request, model=source.model, quant="", config_json="")
-    return replace(asked, gguf=gguf, gguf_display=source.display)
+    gguf = _changed(requested.request, model=source.model, quant="", config_json="")
+    return replace(requested, gguf=gguf, gguf_display=source.display)
 
 
-def variants_of(asked: RequestedModel, answers: Sequence[ModelLayout]) -> ModelVariants:
-    """The sizes of a model's variants; `answers` are those to `asked.requests`.
+def variants_of(requested: RequestedModel, answers: Sequence[ModelLayout]) -> ModelVariants:
+    """The sizes of a model's variants; `answers` are those to `requested.requests`.
 
-    Raises InputError where no variant is for the engine asked for, or the GGUF is another model.
+    Raises InputError where no variant is for the requested engine, or the GGUF is another model.
     """
     hypothetical = ModelVariants.with_hypothetical_gguf(answers[0])
     layout = hypothetical.layout
-    if asked.quant not in ("", "none"):
-        layout = replace(layout, quant=asked.quant)
+    if requested.quant not in ("", "none"):
+        layout = replace(layout, quant=requested.quant)
     variants = ModelVariants(layout)
-    if asked.gguf is not None:
+    if requested.gguf is not None:
         gguf = Layout.from_proto(answers[1])
-        check_same(layout, gguf, (asked.display, asked.gguf_display))
+        check_same(layout, gguf, (requested.display, requested.gguf_display))
         variants = ModelVariants(layout, gguf)
-    elif asked.assume:
+    elif requested.hypothetical_gguf:
         variants = replace(hypothetical, layout=layout)
-    return variants.only(asked.engine)
+    return variants.only(requested.engine)
 
 
 def alternatives(
-    asked: RequestedModel, inspect: Inspect
+    requested: RequestedModel, inspect: Inspect
 ) -> Callable[[ModelVariants], list[list[Alternative]]]:
     """Every smaller variant of the model, exactly: in each quantization, context, and users."""
 
     def options(variants: ModelVariants) -> list[list[Alternative]]:
-        quants = _smaller_quants(asked, variants)
+        quants = _smaller_quants(requested, variants)
         contexts = halves(variants.layout.context, 1024)
-        smaller = [(f"--quant {quant}", _quantized(asked, q)) for quant, q in quants.items()]
-        smaller += [(f"--context {tokens}", _for_context(asked, tokens)) for tokens in contexts]
+        smaller = [(f"--quant {quant}", _quantized(requested, q)) for quant, q in quants.items()]
+        smaller += [(f"--context {tokens}", _for_context(requested, tokens)) for tokens in contexts]
         answers = iter(inspect([r for _, other in smaller for r in other.requests]))
         smaller_variants = [
             Alternative(flag, variants_of(other, [next(answers) for _ in other.requests]))
@@ -121,24 +121,24 @@ def alternatives(
     return options
 
 
-def _quantized(asked: RequestedModel, quant: str) -> RequestedModel:
-    return replace(asked, request=_changed(asked.request, quant=quant), quant=quant)
+def _quantized(requested: RequestedModel, quant: str) -> RequestedModel:
+    return replace(requested, request=_changed(requested.request, quant=quant), quant=quant)
 
 
-def _for_context(asked: RequestedModel, context: int) -> RequestedModel:
-    gguf = None if asked.gguf is None else _changed(asked.gguf, context=context)
-    return replace(asked, request=_changed(asked.request, context=context), gguf=gguf)
+def _for_context(requested: RequestedModel, context: int) -> RequestedModel:
+    gguf = None if requested.gguf is None else _changed(requested.gguf, context=context)
+    return replace(requested, request=_changed(requested.request, context=context), gguf=gguf)
 
 
-def _smaller_quants(asked: RequestedModel, variants: ModelVariants) -> dict[str, str]:
+def _smaller_quants(requested: RequestedModel, variants: ModelVariants) -> dict[str, str]:
     """Quantizations of fewer bits, the most bits first, each with what a request calls it."""
-    as_stored = variants.layout.quantized and not asked.quant
+    as_stored = variants.layout.quantized and not requested.quant
     if as_stored or (ENGINES[variants.layout.engine].reads_gguf and not variants.hypothetical):
         return {}  # it can't be quantized again
-    entry = catalog.find(asked.display.split(" ")[0])
+    entry = catalog.find(requested.display.split(" ")[0])
     recipes = entry.recipes if entry is not None else {}
-    order = [quant for quant in reversed(catalog.QUANTS) if quant in asked.quants]
-    now = order.index(asked.quant) if asked.quant in order else 0
+    order = [quant for quant in reversed(catalog.QUANTS) if quant in requested.quants]
+    now = order.index(requested.quant) if requested.quant in order else 0
     return {quant: recipes.get(quant, quant) for quant in order[now + 1 :] if quant != "none"}
 
 

@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""The README's transcript and programs, run."""
 
 import os
 import pty
@@ -40,7 +40,7 @@ def transcript() -> str:
 def shape(text: str) -> list[str]:
     """The lines, with all that differs from machine to machine masked.
 
-    That is numbers, addresses, chips, the order of the three agents and what binds them.
+    That is numbers, addresses, chips, the order of the three agents and their bottleneck.
     """
     lines: list[str] = []
     chips: tuple[int, int] | None = None
@@ -56,9 +56,9 @@ def shape(text: str) -> list[str]:
         if re.search(r"tokens/s|\d [kMG]?B|NAME", line):
             line = re.sub(r"\d[\d.,]*(-\d+)?", "N", line)
             line = re.sub(r"N [kMGT]?B(/s)?", r"SIZE\1", line)
-        line = re.sub(r"^(binds|bottleneck) .*", r"\1 WHY", line)
+        line = re.sub(r"^(bottleneck) .*", r"\1 WHY", line)
         line = re.sub(r"(together) \S+ (ms)", r"\1 N \2", line)
-        line = re.sub(r"; (prompts|prompt processing)[^;]*", "", line)
+        line = re.sub(r"; prompt processing[^;]*", "", line)
         lines.append(" ".join(line.split()))
     return lines
 
@@ -95,7 +95,7 @@ def demo(home: Path, questions: list[str]) -> str:
 
 
 def _read(descriptor: int, shown: str, enough: Callable[[str], bool]) -> str:
-    """What is shown until there is enough of it, or the program has ended."""
+    """Output until there is enough of it, or the program has ended."""
     deadline = time.monotonic() + DEMO_SECONDS
     while not enough(shown):
         left = deadline - time.monotonic()

@@ -146,7 +146,7 @@ def live_answers(server: ChatServer) -> int:
 
 
 def last_request(chat: Terminal) -> dict[str, Any]:
-    """What the server got, all of the conversation included."""
+    """Messages that the server got, all of the conversation included."""
     chat.say("request")
     chat.expect("{")
     request: dict[str, Any] = json.loads("{" + chat.expect("1 token,"))

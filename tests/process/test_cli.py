@@ -54,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def completions(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What bash is given for the last of the words."""
+    """Completions of the last of the words in bash."""
 
     def completions(*words: str) -> list[str]:
         quoted = " ".join(f"'{word}'" for word in words)

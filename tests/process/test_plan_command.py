@@ -96,7 +96,7 @@ def test_a_person_sees_who_holds_what_and_why_not_otherwise() -> None:
     assert "assumed: nothing was measured yet" in shown
 
 
-def test_strix_boxes_beside_a_mac_take_a_gguf_that_is_assumed() -> None:
+def test_strix_boxes_beside_a_mac_take_a_hypothetical_gguf() -> None:
     fleet = "2x framework-desktop-128, mac-studio-m3-ultra-512"
 
     shown = run_here("plan", "kimi-k2", "--fleet", fleet).out

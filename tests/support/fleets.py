@@ -109,7 +109,7 @@ def a_case(dice: random.Random, most_machines: int, most_layers: int) -> Case:
 
 
 def a_case_of_two_engines(dice: random.Random, most_machines: int, most_layers: int) -> Case:
-    """The same with a GGUF, and machines that have either engine or both, of unlike speeds."""
+    """A random case with a GGUF, and machines with either engine or both, of unlike speeds."""
     case = a_case(dice, most_machines, most_layers)
     layout = replace(
         case.layout,
@@ -188,7 +188,7 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
 
 
 def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tuple[float, float]]:
-    """Those whose stages are of these variants, and whose first is of that one."""
+    """Placements whose stages are of these variants, and whose first is of that one."""
     n = head.layers
     seconds: dict[tuple[str, int, int], float] = {}
     for m in case.machines:

@@ -1,4 +1,4 @@
-"""What was measured, kept and used."""
+"""Measurements: stored, and used by plans."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_whether_a_stage_made_the_logits_counts(tmp_path: Path) -> None:
         assert slowdowns["bob"] == pytest.approx(1.0)
 
 
-def test_another_model_on_the_same_machine_is_still_assumed(tmp_path: Path) -> None:
+def test_another_model_on_the_same_machine_is_still_predicted(tmp_path: Path) -> None:
     known = Measurements.record("llama", ring((0, 5)), TokenTimes((0.125,)), tmp_path)
 
     speeds = [m.engines["mlx"] for m in known.calibrated(FLEET, "gemma", LAYOUT)]
@@ -103,7 +103,7 @@ def test_a_machine_not_tried_yet_is_taken_to_be_off_by_as_much(tmp_path: Path) -
     assert (ann.measured, bob.measured) == (True, False)
 
 
-def test_what_another_program_has_learnt_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_measurements_of_another_program_are_not_lost(tmp_path: Path) -> None:
     Measurements.record("llama", ring((0, 5)), TokenTimes((0.125,)), tmp_path)
     Measurements.record("gemma", ring((0, 2)), TokenTimes((0.1,)), tmp_path)
 

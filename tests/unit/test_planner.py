@@ -1,4 +1,4 @@
-"""What plans say, and what is said when nothing fits."""
+"""Plans, and the messages when nothing fits."""
 
 import itertools
 import random
@@ -132,13 +132,13 @@ def test_a_shorter_context_and_fewer_users_are_suggested_when_they_would_do() ->
         plan(layout, machines(17 * GB))
 
 
-def test_layers_too_coarse_for_the_machines_are_told_from_too_little_memory() -> None:
+def test_layers_too_coarse_for_the_machines_are_not_reported_as_too_little_memory() -> None:
     with pytest.raises(DoesNotFitError) as refused:
         plan(a_layout([10 * GB] * 4), machines(15 * GB, 15 * GB, 19 * GB))
     assert "no cut between layers fits: m2 would need 1.4 GB more." in str(refused.value)
 
 
-def test_without_machines_the_one_needed_is_told() -> None:
+def test_without_machines_the_one_needed_is_reported() -> None:
     with pytest.raises(DoesNotFitError, match=r"no machine.*One more machine with 10\.\d GB"):
         plan(a_layout([GB] * 10), [])
 
@@ -206,7 +206,7 @@ def test_a_layout_that_contradicts_itself_is_refused() -> None:
 
 
 def gguf_of(layout: Layout, tail: int = 0) -> Layout:
-    """The same sizes as a GGUF, of whose head a part is with the last layer."""
+    """Layout of a GGUF of these sizes, with the lm_head in the last layer."""
     last = layout.layer_bytes[-1] + tail
     return replace(
         layout,
@@ -290,7 +290,7 @@ def test_on_a_cpu_ggml_is_taken_for_faster() -> None:
     assert found.seconds_per_token < plan(layout, [plain]).seconds_per_token / 10
 
 
-def test_a_gpu_is_told_from_a_cpu_with_the_same_memory() -> None:
+def test_a_gpu_differs_from_a_cpu_with_the_same_memory() -> None:
     layout = a_layout([GB] * 4, quant="q4")
     cpu = a_machine("cpu", 12 * GB, 100e9, backend="cpu")
     gpu = a_machine("gpu", 12 * GB, 100e9, backend="metal")
@@ -300,7 +300,7 @@ def test_a_gpu_is_told_from_a_cpu_with_the_same_memory() -> None:
     assert ranges(found) == [("gpu", 0, 4)]
 
 
-def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
+def test_a_machine_with_ggml_alone_is_left_out_with_the_reason() -> None:
     alone = BOX.only(["ggml"])
 
     found = plan(a_layout([GB] * 4), [STUDIO, alone])
@@ -310,7 +310,7 @@ def test_a_machine_with_ggml_alone_is_told_what_it_lacks() -> None:
     )
 
 
-def test_what_only_both_engines_can_hold_is_held() -> None:
+def test_a_model_that_only_both_engines_can_hold_fits() -> None:
     layout = a_layout([GB] * 16, head=GB)
     variants = ModelVariants(layout, gguf_of(layout))
     fleet = [STUDIO.only(["mlx"]), BOX.only(["ggml"])]

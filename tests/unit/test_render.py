@@ -1,4 +1,4 @@
-"""What the tables say, and that they keep to the width of the terminal."""
+"""Contents of the tables, within the width of the terminal."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""What `unicluster status` shows, whatever the width and the state."""
+"""Tables of `unicluster status`, at all widths and in all states."""
 
 import io
 from dataclasses import replace

@@ -61,7 +61,7 @@ def test_short_answers_do_not_count(alone: tuple[Stage, ...]) -> None:
 
 
 async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: float) -> Measurements:
-    """What is kept after an answer with so many seconds a token."""
+    """Measurements stored after an answer with so many seconds a token."""
 
     async def measure() -> Measured:
         return measured
@@ -75,13 +75,13 @@ async def stored_of(stages: tuple[Stage, ...], measured: Measured, seconds: floa
     return Measurements.load()
 
 
-async def test_what_counts_is_kept(alone: tuple[Stage, ...]) -> None:
+async def test_answers_that_count_are_stored(alone: tuple[Stage, ...]) -> None:
     known = await stored_of(alone, Measured(), 0.5)
 
     assert known.stages["ann"]["it"].seconds_per_token == pytest.approx(0.5)
 
 
-async def test_each_stage_and_hop_is_kept_as_it_reports(alone: tuple[Stage, ...]) -> None:
+async def test_each_stage_and_hop_is_stored_as_it_reports(alone: tuple[Stage, ...]) -> None:
     bob = replace(ANN, name="bob")
     layout = a_layout([GB] * 10)
     two = stages(Network(), [Span(ANN, 0, 5, layout), Span(bob, 5, 10, layout)])
