@@ -174,6 +174,7 @@ class Agent(NodeServicer):
         mine = self._identity.current
         itself = any(mine.has_key_of(pem) for pem in caller.get("x509_pem_cert", []))
         if self._identity.name in names and not itself:
+            audit.warning("refused %s: this machine has that name", peer_name(context))
             error = InputError(
                 f"a machine named {self._identity.name} is already in this cluster: "
                 "choose another --name"

@@ -25,6 +25,7 @@ from unicluster.cluster.discovery import Advertisement, Advertisements, Browser,
 from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
+from unicluster.cluster.roles import audit
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch
@@ -146,6 +147,7 @@ async def _join(
             advertised as advertisement,
             contextlib.AsyncExitStack() as stack,
         ):
+            audit.info("joined cluster %s as %s, port %d", cluster.fingerprint, args.name, port)
             _greet_the_user(args.name, hardware, usable, port, cluster, created)
             if broker is not None:
                 publisher = Publisher(broker, cluster, f"node/{args.name}")
