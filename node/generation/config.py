@@ -22,7 +22,7 @@ class GenerationConfig:
 
     spec: the head's stage, whose options (`context`, `users`, `lanes`, `kv_bytes`, `kv_bits`) are
     read where they act. model_name: as requests call it. prefill_step: prompt tokens in a chunk,
-    at most. defaults: the model's generation_config.json. speculation: how tokens are guessed
+    at most. defaults: the model's generation_config.json. speculation: how tokens are drafted
     ahead, if they are. queue_limit: requests that wait, at most; None: four times the users.
     """
 

@@ -107,15 +107,17 @@ class DraftModel:
             self._run(fresh[:DRAFT_CHUNK])
             mx.eval([entry.state for entry in self._cache])
             return []
-        guess = mx.argmax(self._run(fresh)[:, -1, :], axis=-1)
+        draft_token = mx.argmax(self._run(fresh)[:, -1, :], axis=-1)
         self._saved = None
         if len(tokens) + count >= self._trimmable_below:
             self._saved = len(tokens), snapshot(self._cache)
-        guesses = [guess]
+        draft_tokens = [draft_token]
         for _ in range(count - 1):
-            guess = mx.argmax(self._model(guess[None], cache=self._cache)[:, -1, :], axis=-1)
-            guesses.append(guess)
-        drafted = cast(list[int], mx.concatenate(guesses).tolist())
+            draft_token = mx.argmax(
+                self._model(draft_token[None], cache=self._cache)[:, -1, :], axis=-1
+            )
+            draft_tokens.append(draft_token)
+        drafted = cast(list[int], mx.concatenate(draft_tokens).tolist())
         self._cached += drafted[:-1]
         known = (index for index, token in enumerate(drafted) if token >= self._vocabulary)
         return drafted[: next(known, count)]

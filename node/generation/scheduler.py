@@ -221,10 +221,10 @@ class Scheduler:
         """One step of a lane; its time at the head excludes that in which other fibers ran."""
         began, away = time.perf_counter(), rested()
         alone, tokens = lane.decoding == 1, lane.tokens
-        guessed = self.meter.drafted_tokens
+        drafted_before = self.meter.drafted_tokens
         traced = lane.timelines
         ended = self._traced_step(lane, traced) if traced else lane.step()
-        if alone and lane.tokens == tokens + 1 and self.meter.drafted_tokens == guessed:
+        if alone and lane.tokens == tokens + 1 and self.meter.drafted_tokens == drafted_before:
             self.meter.step.note(time.perf_counter() - began - (rested() - away))
         return ended
 
