@@ -12,7 +12,7 @@ from node.engines.mlx_layout import inspect
 from node.generation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from tests.support import zoo
-from tests.support.engines import THREAD, Split, Told, ask, listen, of_tokens, until
+from tests.support.engines import THREAD, Completion, Split, ask, listen, of_tokens, until
 from tests.support.tiny import EOS, VOCAB, tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.errors import InputError
@@ -48,7 +48,7 @@ def options(split: Split, bits: int) -> dict[str, Any]:
     return {"kv_bits": bits, "kv_group_size": group, "quantized_kv_start": 0}
 
 
-async def hear(engine: GenerationEngine, prompt: list[int]) -> Told:
+async def hear(engine: GenerationEngine, prompt: list[int]) -> Completion:
     return await listen(await engine.submit(of_tokens(prompt)))
 
 
@@ -56,11 +56,11 @@ async def hear(engine: GenerationEngine, prompt: list[int]) -> Told:
 async def test_answers_are_those_of_mlx_lm_with_the_same_bits(split: Split, bits: int) -> None:
     engine = await split.engine(users=2, kv_bits=bits, prefill_step=STEP)
 
-    told = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
+    completion = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
 
     engine.close()
     asked = options(split, bits) | {"prefill_step_size": STEP}
-    assert told == [(await split.whole.alone(prompt, **asked)).tokens for prompt in PROMPTS]
+    assert completion == [(await split.whole.alone(prompt, **asked)).tokens for prompt in PROMPTS]
     await split.until_free()
 
 
@@ -135,6 +135,6 @@ def test_what_cannot_be_quantized_is_refused(
 ) -> None:
     checkpoint = whole_directory(write_model(tmp_path / "it", config))
 
-    with pytest.raises(InputError, match=f"^--kv-bits 8: .*{reason}") as told:
+    with pytest.raises(InputError, match=f"^--kv-bits 8: .*{reason}") as completion:
         inspect(checkpoint, kv_bits=8, context=64)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(completion.value)

@@ -28,10 +28,10 @@ def split(
 async def test_answers_are_those_of_one_alone(split: Split, lanes: int | None) -> None:
     engine = await split.engine(users=4, lanes=lanes)
 
-    told = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
+    completion = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
 
     engine.close()
-    assert told == [(await split.whole.alone(prompt)).tokens for prompt in PROMPTS]
+    assert completion == [(await split.whole.alone(prompt)).tokens for prompt in PROMPTS]
 
 
 async def test_nothing_is_left_on_any_stage(split: Split) -> None:
@@ -73,13 +73,13 @@ async def test_what_can_be_trimmed_is_reused_in_part(split: Split) -> None:
     await ask(engine, [*PROMPTS[5][:80], 1, 2, 3])
     prompt = [*PROMPTS[5][:80], *PROMPTS[2]]
 
-    told = await listen(await engine.submit(of_tokens(prompt)))
+    completion = await listen(await engine.submit(of_tokens(prompt)))
 
     engine.close()
     trimmable = split.name == "llama"  # gemma3's windows are full
-    assert told.tokens == (await split.whole.alone(prompt)).tokens
-    assert told.finish is not None
-    assert told.finish.usage.cached_tokens == (80 if trimmable else 0)
+    assert completion.tokens == (await split.whole.alone(prompt)).tokens
+    assert completion.finish is not None
+    assert completion.finish.usage.cached_tokens == (80 if trimmable else 0)
 
 
 async def test_without_reuse_nothing_is_used_and_nothing_is_kept(split: Split) -> None:
@@ -87,12 +87,12 @@ async def test_without_reuse_nothing_is_used_and_nothing_is_kept(split: Split) -
     await ask(engine, PROMPTS[5])
     turn = of_tokens([*PROMPTS[5], *PROMPTS[1]], no_reuse=True)
 
-    told = await listen(await engine.submit(turn))
+    completion = await listen(await engine.submit(turn))
 
     kept = engine.describe().kept_caches
     engine.close()
-    assert told.finish is not None
-    assert (told.finish.usage.cached_tokens, kept) == (0, 1)
+    assert completion.finish is not None
+    assert (completion.finish.usage.cached_tokens, kept) == (0, 1)
 
 
 async def test_what_is_kept_is_freed_when_running_answers_may_need_it(split: Split) -> None:

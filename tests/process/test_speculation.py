@@ -14,7 +14,7 @@ import pytest
 from node.generation.drafting import Drafter, DraftModel, Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from tests.support import zoo
-from tests.support.engines import THREAD, Split, Tiny, Told, ask, listen, of_tokens
+from tests.support.engines import THREAD, Completion, Split, Tiny, ask, listen, of_tokens
 from tests.support.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
 from unicluster.v1.chat_pb2 import Sampling
 
@@ -69,26 +69,26 @@ async def pupil(split: Split) -> Speculation:
     return speculation(Pupil([prompt + answer for prompt, answer in answers]))
 
 
-async def hear(engine: GenerationEngine, prompt: list[int], **fields: Any) -> Told:
+async def hear(engine: GenerationEngine, prompt: list[int], **fields: Any) -> Completion:
     request = of_tokens(prompt, **({"max_tokens": MAX_TOKENS} | fields))
     return await listen(await engine.submit(request))
 
 
-def guessed(told: Told) -> tuple[int, int]:
-    assert told.finish is not None
-    return told.finish.usage.drafted_tokens, told.finish.usage.accepted_tokens
+def guessed(completion: Completion) -> tuple[int, int]:
+    assert completion.finish is not None
+    return completion.finish.usage.drafted_tokens, completion.finish.usage.accepted_tokens
 
 
 async def test_the_text_is_the_same_for_several_users_at_once(split: Split) -> None:
     engine = await split.engine(users=2, speculation=await pupil(split))
 
-    told = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
+    completion = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
 
     assert engine.scheduler is not None
     lanes = list(engine.scheduler.lanes)
     engine.close()
-    assert [t.tokens for t in told] == await told_alone(split)
-    for drafted, accepted in map(guessed, told):
+    assert [t.tokens for t in completion] == await told_alone(split)
+    for drafted, accepted in map(guessed, completion):
         assert 0 < accepted < drafted
     assert sum(lane.steps for lane in lanes) < sum(lane.tokens for lane in lanes)
     await split.until_free()
@@ -103,12 +103,12 @@ async def test_a_seed_draws_the_same_text_as_without(split: Split) -> None:
         speculation=speculation(Pupil([PROMPTS[2] + alone.tokens])), users=1
     )
 
-    told = await hear(engine, PROMPTS[2], sampling=sampling, logprobs=2)
+    completion = await hear(engine, PROMPTS[2], sampling=sampling, logprobs=2)
 
     engine.close()
-    assert told.tokens == alone.tokens
-    assert guessed(told)[1] > 0
-    for got, expected in zip(told.logprobs, alone.logprobs, strict=True):
+    assert completion.tokens == alone.tokens
+    assert guessed(completion)[1] > 0
+    for got, expected in zip(completion.logprobs, alone.logprobs, strict=True):
         assert got.logprob == pytest.approx(expected.logprob, abs=1e-3)
         assert [top.token_id for top in got.top] == [top.token_id for top in expected.top]
 
@@ -153,11 +153,11 @@ async def test_a_model_is_its_own_best_draft(split: Split) -> None:
     draft = await THREAD.run(lambda: DraftModel(split.whole.model, VOCAB))
     engine = await split.engine(users=1, speculation=speculation(draft))
 
-    told = [await hear(engine, prompt) for prompt in PROMPTS]
+    completion = [await hear(engine, prompt) for prompt in PROMPTS]
 
     engine.close()
-    assert [t.tokens for t in told] == await told_alone(split)
-    for drafted, accepted in map(guessed, told):
+    assert [t.tokens for t in completion] == await told_alone(split)
+    for drafted, accepted in map(guessed, completion):
         assert accepted == drafted > 0
 
 
@@ -169,10 +169,10 @@ async def test_a_draft_of_any_sort_changes_nothing(
     draft = await THREAD.run(lambda: DraftModel(other.model, VOCAB))
     engine = await split.engine(users=1, speculation=speculation(draft))
 
-    told = [await hear(engine, prompt) for prompt in [*PROMPTS, *PROMPTS]]
+    completion = [await hear(engine, prompt) for prompt in [*PROMPTS, *PROMPTS]]
 
     engine.close()
-    assert [t.tokens for t in told] == 2 * await told_alone(split)
+    assert [t.tokens for t in completion] == 2 * await told_alone(split)
 
 
 async def test_what_repeats_itself_is_looked_up(split: Split) -> None:
@@ -181,10 +181,10 @@ async def test_what_repeats_itself_is_looked_up(split: Split) -> None:
     prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]
     engine = await split.engine(users=1, speculation=Speculation(Lookup, 6))
 
-    told = await hear(engine, prompt)
+    completion = await hear(engine, prompt)
 
     engine.close()
-    assert told.tokens == (await split.whole.alone(prompt, MAX_TOKENS)).tokens
+    assert completion.tokens == (await split.whole.alone(prompt, MAX_TOKENS)).tokens
 
 
 # What is looked up

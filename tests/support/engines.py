@@ -35,8 +35,8 @@ def _end_streams() -> None:
 
 
 @dataclass
-class Told:
-    """A whole answer."""
+class Completion:
+    """Text, tokens and finish of one answer."""
 
     text: str = ""
     reasoning: str = ""
@@ -51,27 +51,27 @@ class Told:
         return self.finish.reason if self.finish else "none"
 
 
-async def listen(events: Any) -> Told:
-    """Hears an answer out; raises what ends it."""
-    told = Told()
+async def listen(events: Any) -> Completion:
+    """Collects the events of an answer until it ends; raises its error."""
+    completion = Completion()
     async with asyncio.timeout(scaled(DEADLINE)):
         async for event in events:
             if event.HasField("finish"):
-                told.finish = event.finish
+                completion.finish = event.finish
                 continue
             delta = event.delta
-            told.text += delta.text
-            told.texts.append(delta.text)
-            told.reasoning += delta.reasoning
-            told.tool_calls += [delta.tool_call] if delta.tool_call else []
-            told.tokens += delta.token_ids
-            told.logprobs += delta.logprobs
-    return told
+            completion.text += delta.text
+            completion.texts.append(delta.text)
+            completion.reasoning += delta.reasoning
+            completion.tool_calls += [delta.tool_call] if delta.tool_call else []
+            completion.tokens += delta.token_ids
+            completion.logprobs += delta.logprobs
+    return completion
 
 
 @dataclass
 class Tiny:
-    """A tiny model and what mlx-lm alone makes of it."""
+    """A tiny model, and completions of it by mlx-lm alone."""
 
     model: Any
     tokenizer: Any
@@ -81,23 +81,23 @@ class Tiny:
         _ELSEWHERE[:] = _caches()
         return cls(*await THREAD.run(lambda: mlx_lm.load(str(path))))
 
-    async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Told:
-        """The answer of mlx-lm's own function."""
+    async def alone(self, prompt: list[int], max_tokens: int = 24, **options: Any) -> Completion:
+        """The completion by mlx-lm's own stream_generate."""
 
-        def generate() -> Told:
-            told = Told()
+        def generate() -> Completion:
+            completion = Completion()
             for step in mlx_lm.stream_generate(
                 self.model, self.tokenizer, prompt, max_tokens=max_tokens, **options
             ):
-                told.text += step.text
-                told.tokens += [] if step.token == EOS else [step.token]
-                told.logprobs.append(step.logprobs[step.token].item())
-            return told
+                completion.text += step.text
+                completion.tokens += [] if step.token == EOS else [step.token]
+                completion.logprobs.append(step.logprobs[step.token].item())
+            return completion
 
         return await THREAD.run(generate)
 
     async def engine(self, model: Any = None, **options: Any) -> GenerationEngine:
-        """A running engine, over `model` instead if given. Close it.
+        """A running engine over this model, or over `model`. Close it.
 
         `options` are fields of StageSpec or of GenerationConfig.
         """
@@ -112,7 +112,7 @@ class Tiny:
 
 @dataclass
 class Split(Tiny):
-    """A tiny model over three processes; `whole` is the same in one piece."""
+    """A tiny model over three processes; `whole` is the model in one piece."""
 
     whole: Tiny
     name: str
@@ -158,7 +158,7 @@ class Fragile:
 
 
 class Script:
-    """An mlx-lm model that answers a prompt of that length with the given tokens, then EOS."""
+    """An mlx-lm model that answers a prompt of `prompt` tokens with `tokens`, then EOS."""
 
     def __init__(self, tokens: list[int], prompt: int = 1) -> None:
         self.layers = [object()]

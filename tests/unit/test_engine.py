@@ -15,7 +15,16 @@ from node.generation.engine import GenerationEngine
 from node.generation.ticket import Ticket
 from tests.support import zoo
 from tests.support.deadlines import scaled
-from tests.support.engines import THREAD, Fragile, Script, Tiny, Told, listen, live_caches, until
+from tests.support.engines import (
+    THREAD,
+    Completion,
+    Fragile,
+    Script,
+    Tiny,
+    listen,
+    live_caches,
+    until,
+)
 from tests.support.tiny import ARCHITECTURES, EOS, tiny_config, write_model
 from unicluster.errors import (
     BusyError,
@@ -31,7 +40,7 @@ from unicluster.v1.node_pb2 import StageSpec
 Load = Callable[..., Awaitable[Tiny]]
 
 
-async def ask(engine: GenerationEngine, request: GenerateRequest) -> Told:
+async def ask(engine: GenerationEngine, request: GenerateRequest) -> Completion:
     return await listen(await engine.submit(request))
 
 
@@ -486,7 +495,7 @@ async def test_an_asker_whose_loop_is_gone_does_not_hold_up_others(
 # Text: a scripted model says what the test wants said
 
 
-async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> Told:
+async def say(tiny: Tiny, tokens: list[int], **fields: Any) -> Completion:
     engine = await tiny.engine(Script(tokens))
     received = await ask(engine, of_tokens([1], **({"max_tokens": 100} | fields)))
     engine.close()
