@@ -315,11 +315,11 @@ class Agent(NodeServicer):
         async for identity in self._identity.renewals():
             worker.renew(identity.to_dict())
 
-    def coming(self, model: str, revision: str) -> set[str]:
-        """The files of a model that stages here are fetching from the hub."""
+    def in_flight(self, model: str, revision: str) -> set[str]:
+        """Files of a model that stages here are fetching from the hub."""
         fetching = [part for spec in self._stages.values() for part in (spec, spec.draft)]
-        asked = [part for part in fetching if (part.model, part.revision) == (model, revision)]
-        return {name for part in asked for name in part.hub_files}
+        matching = [part for part in fetching if (part.model, part.revision) == (model, revision)]
+        return {name for part in matching for name in part.hub_files}
 
 
 def how_to_get_mlx() -> str:

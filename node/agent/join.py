@@ -113,7 +113,7 @@ async def _join(
         memory_cap=cap,
     )
     add_NodeServicer_to_server(agent, server)
-    add_WeightsServicer_to_server(WeightsService(offered, agent.coming), server)
+    add_WeightsServicer_to_server(WeightsService(offered, agent.in_flight), server)
     await server.start()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Getting a model's files onto this machine: those of its stage, and no others."""
+"""Fetches a model's files onto this machine: only those that its stage needs."""
 
 import asyncio
 import shutil
@@ -14,16 +14,16 @@ from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read
 from unicluster.errors import InputError, UnavailableError, shown
 from unicluster.units import format_bytes
 
-# Told (bytes fetched, bytes to fetch).
+# Called with (bytes fetched, bytes to fetch).
 OnProgress = Callable[[int, int], None]
 
 
 async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
-    """A copy of a model that says what is in it: small files and the headers of its weights.
+    """A copy of a model with its description: the small files, and the headers of its weights.
 
     Args:
         model: "demo", an absolute directory, or a hub repository.
-        revision: which of its states; empty: a directory as it is, the hub's newest.
+        revision: commit or fingerprint; empty: a directory as it is, the hub's newest.
         sources: machines to ask before the hub.
 
     Raises InputError, NotFoundError or UnavailableError.
@@ -39,7 +39,7 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
 
 
 def is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether nothing is missing, whatever is needed."""
+    """Whether all files of weights are here, whole."""
     return all(checkpoint.is_whole(name) for name in checkpoint.manifest.weights)
 
 
@@ -50,7 +50,7 @@ async def fetch(
     sources: Sources,
     on_progress: OnProgress = lambda done, total: None,
 ) -> None:
-    """Fetches what is missing of some tensors.
+    """Fetches the missing bytes of some tensors.
 
     Files in `hub_files` come from the hub, whole, also those that only other machines need; the
     others come in part from other machines. None means that all come from the hub.
@@ -67,7 +67,7 @@ async def fetch_ranges(
     sources: Sources,
     on_progress: OnProgress = lambda done, total: None,
 ) -> None:
-    """Fetches parts of files; see fetch. Raises InputError for files that the model has not."""
+    """Fetches parts of files; see fetch. Raises InputError for a file not in the model."""
     files = checkpoint.manifest.files
     if unknown := sorted({*wanted, *(hub_files or ())} - files.keys()):
         raise InputError(f"{checkpoint.manifest.model}: it has no file {shown(unknown[0])}")
@@ -141,7 +141,7 @@ async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
     if starts := await sources.starts(manifest):
         first = {name: merged([(0, LENGTH_BYTES)]) for name in headers}
         await sources.fetch(checkpoint, {n: checkpoint.all_of(n) for n in small} | first)
-        # Nobody may have more of a GGUF than the header, whose end isn't known yet.
+        # Perhaps no machine has more of a GGUF than the header, whose end isn't known yet.
         while rest := {
             name: missing
             for name in headers
@@ -161,27 +161,27 @@ def _has_header(checkpoint: Checkpoint, name: str) -> bool:
     return not checkpoint.missing(name, ((0, _header_end(checkpoint, name)),))
 
 
-def _missing_header(checkpoint: Checkpoint, name: str, most: int) -> Ranges:
-    return checkpoint.missing(name, ((0, min(_header_end(checkpoint, name), most)),))
+def _missing_header(checkpoint: Checkpoint, name: str, limit: int) -> Ranges:
+    return checkpoint.missing(name, ((0, min(_header_end(checkpoint, name), limit)),))
 
 
 def _header_end(checkpoint: Checkpoint, name: str) -> int:
-    """Where the header ends; of a GGUF, which doesn't say, how far to read to know more."""
+    """End of the header; of a GGUF, which doesn't state it, how far to read to learn more."""
     if not is_gguf(name):
         return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
     (first, *_) = checkpoint.available(name)
-    found = gguf_header_end(checkpoint.read(name, 0, first[1]))
-    return min(found, checkpoint.manifest.files[name].size)
+    end = gguf_header_end(checkpoint.read(name, 0, first[1]))
+    return min(end, checkpoint.manifest.files[name].size)
 
 
 def tensor_ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, Ranges]:
-    """By file of safetensors, the byte ranges of those of its tensors that are in `tensors`."""
-    found = {}
+    """Byte ranges of `tensors` by file of safetensors, where a file has any."""
+    by_file = {}
     for name in checkpoint.manifest.weights:
-        held = read_header(checkpoint.root / name).tensors
-        if ranges := merged(held[tensor] for tensor in held.keys() & tensors):
-            found[name] = ranges
-    return found
+        in_file = read_header(checkpoint.root / name).tensors
+        if ranges := merged(in_file[tensor] for tensor in in_file.keys() & tensors):
+            by_file[name] = ranges
+    return by_file
 
 
 def _check_space(checkpoint: Checkpoint, needed: int) -> None:

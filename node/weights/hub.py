@@ -1,10 +1,10 @@
-"""The Hugging Face hub: what a repository holds, and its files, into the ordinary cache.
+"""The Hugging Face hub: manifests of repositories, and downloads into the ordinary cache.
 
 Addresses, tokens, retries and the cache's layout are huggingface_hub's, and so are the
 environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 
-Its own downloads go on after a lost connection, but not in the next process, and compare sizes,
-not checksums. So what comes over plain HTTP is streamed and verified here, by its public calls,
+Its own downloads resume after a lost connection, but not in the next process, and compare sizes,
+not checksums. So files over plain HTTP are streamed and verified here, by its public calls,
 and then handed to its cache.
 """
 
@@ -34,7 +34,7 @@ from huggingface_hub.utils import (
 )
 
 from node.weights.hub_compat import HTTPError
-from node.weights.hub_errors import reasons
+from node.weights.hub_errors import translated_errors
 from node.weights.store import UNVERIFIED, folder
 from unicluster.checkpoints.checkpoint import (
     Checkpoint,
@@ -58,33 +58,33 @@ ATTEMPTS = 5
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 8.0
 READ_BYTES = 1 << 22
-# What is lost of a file when the connection or the process ends.
+# At most so much of a file is lost when the connection or the process ends.
 CHUNK_BYTES = 1 << 20
-# The hub gives larger files only by hf_xet.
+# The hub serves larger files only through hf_xet.
 MOST_HTTP_BYTES = 50 * 10**9
 GIT_DIGITS = 40
 PARTIAL_CONTENT = 206
 
 OnBytes = Callable[[int], None]
 
-# Its types are stricter than what it takes.
+# Its annotations are stricter than what it accepts.
 _Bar: Any = tqdm
 
 disable_progress_bars()
 
 
 class _DamagedError(NotFoundError):
-    """A file is not what the hub's checksum says."""
+    """A file whose checksum is not the hub's."""
 
 
 def resolve(model: str, revision: str = "") -> Manifest:
-    """What the hub says is in a repository now; of one of GGUFs, of the quantization asked for.
+    """Manifest of a repository on the hub; of a repository of GGUFs, for the named quantization.
 
     Raises NotFoundError with the hub's reason or if there is no such GGUF, InputError if it is
     not clear which is meant, UnavailableError when the hub can't be reached.
     """
     repo, quant = split_id(model)
-    with reasons(repo):
+    with translated_errors(repo):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(
             repo, revision=revision or None, files_metadata=True, timeout=timeout
@@ -103,20 +103,20 @@ def resolve(model: str, revision: str = "") -> Manifest:
 
 
 def check(model: str, revision: str) -> None:
-    """Asks the hub for the size of a file, which it tells only those who may have the rest.
+    """Checks access: asks the hub for a file's size, which only those who may download it get.
 
     Raises NotFoundError with the hub's reason, UnavailableError when it can't be reached.
     """
     repo, quant = split_id(model)
     # Repositories of GGUFs often have nothing else.
     file = resolve(model, revision).weights[0] if quant else "config.json"
-    with reasons(repo):
+    with translated_errors(repo):
         url = hf_hub_url(repo, file, revision=revision or None)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def fetch_headers(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Fetches the headers of files of weights, which tell what is in them."""
+    """Fetches the headers of files of weights, which list their tensors."""
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for _ in pool.map(lambda name: _fetch_header(checkpoint, name), names):
             pass
@@ -125,7 +125,7 @@ def fetch_headers(checkpoint: Checkpoint, names: list[str]) -> None:
 def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda count: None) -> None:
     """Fetches whole files, several at once, and verifies them by the hub's checksums.
 
-    What was fetched before a break is kept. `on_bytes` is called from several threads.
+    Bytes fetched before an interruption are reused. `on_bytes` is called from several threads.
     """
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         started = [pool.submit(_fetch, checkpoint, name, on_bytes) for name in names]
@@ -142,7 +142,7 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: 
     partial = checkpoint.root / (name + UNVERIFIED)
     partial.parent.mkdir(parents=True, exist_ok=True)
     # Two workers of one machine may want the same file.
-    with FileLock(f"{partial}.lock"), reasons(manifest.model):
+    with FileLock(f"{partial}.lock"), translated_errors(manifest.model):
         if checkpoint.is_whole(name):
             on_bytes(size)
             return
@@ -183,15 +183,15 @@ def _progress_class(on_bytes: OnBytes) -> Any:
 
 
 def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    """Fetches what `partial` lacks of a file until all of it is here and right.
+    """Fetches the rest of a file into `partial`, until it is complete and its checksum right.
 
-    Raises NotFoundError for a file that is damaged however often it is fetched.
+    Raises NotFoundError for a file whose checksum is wrong in all attempts.
     """
     file = manifest.files[name]
     partial.touch()
     on_bytes(_size(partial))
     for attempt in attempts_in_thread(
-        name, _may_pass, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
+        name, _is_transient, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
     ):
         with attempt:
             _fetch_rest(manifest, name, partial, on_bytes)
@@ -206,7 +206,7 @@ def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBy
 
 
 def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    """Appends to `partial` what it lacks, over as many connections as bring something.
+    """Appends the missing bytes to `partial`, over new connections as long as each brings some.
 
     Raises the error of one that brought nothing, or ConnectionError.
     """
@@ -215,15 +215,15 @@ def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes)
         try:
             _fetch_some(manifest, name, partial, on_bytes)
         except (HTTPError, OSError) as error:
-            if _size(partial) <= here or not _may_pass(error):
+            if _size(partial) <= here or not _is_transient(error):
                 raise
-            log.warning("%s: %s; going on", name, in_one_line(error))
+            log.warning("%s: %s; resuming", name, in_one_line(error))
         if _size(partial) <= here:
             raise ConnectionError(f"{name}: a connection brought nothing")
 
 
 def _fetch_some(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
-    """Appends to `partial` what one connection brings."""
+    """Appends the bytes that one connection brings to `partial`."""
     here = _size(partial)
     with partial.open("ab") as stream, _opened(manifest, name, here) as response:
         if here and response.status_code != PARTIAL_CONTENT:
@@ -236,7 +236,7 @@ def _fetch_some(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes)
 
 @contextmanager
 def _opened(manifest: Manifest, name: str, start: int, end: int | None = None) -> Iterator[Any]:
-    """The hub's answer with the bytes [start, end) of a file, or, if it ignores that, all of it."""
+    """The hub's response with bytes [start, end) of a file, or all of it if it ignores ranges."""
     repo, _ = split_id(manifest.model)
     headers = build_hf_headers()
     if start or end is not None:
@@ -261,7 +261,7 @@ def _size(file: Path) -> int:
 
 def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
     manifest = checkpoint.manifest
-    with reasons(manifest.model):
+    with translated_errors(manifest.model):
         data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
     if len(data) == manifest.files[name].size:
         # The first part of a split GGUF may have nothing else: so it is verified as the rest is.
@@ -272,9 +272,9 @@ def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _safetensors_header(manifest: Manifest, name: str) -> bytes:
-    """The bytes as they are, for a copy that mlx-lm can read.
+    """Bytes of a header as they are, for a copy that mlx-lm can read.
 
-    huggingface_hub's parse_safetensors_file_metadata returns only what they say.
+    huggingface_hub's parse_safetensors_file_metadata returns only their parsed contents.
     """
     data = _start(manifest, name, LENGTH_BYTES)
     length = header_length(data) if len(data) == LENGTH_BYTES else 0
@@ -284,7 +284,7 @@ def _safetensors_header(manifest: Manifest, name: str) -> bytes:
 
 
 def _gguf_header(manifest: Manifest, name: str) -> bytes:
-    """Its length is known only when it is here, so more and more of the file is fetched."""
+    """Bytes of a GGUF's header, whose length only the header itself gives: so in growing parts."""
     size, length, data = manifest.files[name].size, FIRST_BYTES, b""
     while len(data) < length and len(data) < size:
         data = _start(manifest, name, min(length, size))
@@ -298,10 +298,10 @@ def _gguf_header(manifest: Manifest, name: str) -> bytes:
 
 
 def _start(manifest: Manifest, name: str, length: int) -> bytes:
-    """The first bytes of a file, whether or not the hub minds what range is asked for."""
+    """The first bytes of a file, whether or not the hub heeds the requested range."""
     data = b""
     for attempt in attempts_in_thread(
-        name, _may_pass, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
+        name, _is_transient, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
     ):
         with attempt:
             data = b""
@@ -314,7 +314,7 @@ def _start(manifest: Manifest, name: str, length: int) -> bytes:
 
 
 def _checksum(file: Path, like: str) -> str:
-    """In the form of `like`: a SHA-256, or the SHA-1 that git gives a blob; as it is if empty."""
+    """Checksum of the same kind as `like`: SHA-256, or git's SHA-1 of a blob; empty if it is."""
     if not like:
         return ""
     blob = len(like) == GIT_DIGITS
@@ -327,7 +327,7 @@ def _checksum(file: Path, like: str) -> str:
     return digest.hexdigest()
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether to try again: the hub is overloaded, the connection was lost, a file is damaged."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429

@@ -1,4 +1,4 @@
-"""Why the hub refuses, in one line."""
+"""Errors of huggingface_hub as ours, each one line with the hub's reason."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +17,22 @@ from unicluster.errors import NotFoundError, UnavailableError, in_one_line
 
 
 @contextmanager
-def reasons(model: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line with the hub's reason."""
+def translated_errors(model: str) -> Iterator[None]:
+    """Translates the exceptions of huggingface_hub that its block raises into ours."""
     try:
         yield
     except GatedRepoError as error:
         raise NotFoundError(
-            f"{model}: gated; accept its terms on the hub and set HF_TOKEN ({_said(error)})"
+            f"{model}: gated; accept its terms on the hub and set HF_TOKEN ({_reason(error)})"
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{model}: has no such revision on the hub") from error
     except RepositoryNotFoundError as error:
         raise NotFoundError(
-            f"{model}: no such repository on the hub, or HF_TOKEN does not open it ({_said(error)})"
+            f"{model}: no such repository on the hub, or HF_TOKEN does not open it ({_reason(error)})"
         ) from error
     except HfHubHTTPError as error:
-        raise NotFoundError(f"{model}: the hub says: {_said(error)}") from error
+        raise NotFoundError(f"{model}: the hub says: {_reason(error)}") from error
     except HFValidationError as error:
         raise NotFoundError(f"{model}: neither a directory nor a valid repository id") from error
     except OfflineModeIsEnabled as error:
@@ -48,5 +48,5 @@ def reasons(model: str) -> Iterator[None]:
         raise UnavailableError(f"{model}: {in_one_line(error)}") from error
 
 
-def _said(error: HfHubHTTPError) -> str:
+def _reason(error: HfHubHTTPError) -> str:
     return error.server_message or f"status {error.response.status_code}"

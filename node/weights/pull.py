@@ -1,4 +1,4 @@
-"""The parts of files that a copy lacks, and how they are pulled from one machine."""
+"""Pulls the missing parts of files from one machine."""
 
 import asyncio
 import contextlib
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What is asked for at once, verified, and then kept whatever happens.
+# Requested at once, verified together, and then stored even if the next request fails.
 BATCH_BYTES = 32 << 20
 ANSWER_SECONDS = 10.0
 # To read and hash a batch, on a disk that others keep busy.
 DIGEST_SECONDS = 60.0
-# Between two looks whether a machine has more by now.
+# Between two requests for the list of what a machine has.
 LOOK_SECONDS = 0.5
-# A machine that lacks a file may be about to fetch it, and one that fails be restarting.
-PATIENCE_SECONDS = 20.0
+# The progress deadline: a machine without a file may be about to fetch it, and one that fails may
+# be restarting.
+PROGRESS_SECONDS = 20.0
 
 OnBytes = Callable[[int], None]
 Batch = tuple[str, Ranges]
 
 
 class Work:
-    """What is still to be fetched into a copy, shared by those who pull."""
+    """Batches still to be fetched into a copy, shared by the pulls from all machines."""
 
     def __init__(self, checkpoint: Checkpoint, wanted: dict[str, Ranges]) -> None:
         self.checkpoint = checkpoint
@@ -49,17 +50,17 @@ class Work:
             for batch in batches(checkpoint.missing(name, ranges), BATCH_BYTES)
         ]
         self.left = len(self._waiting)
-        self._hope = time.monotonic()
+        self._last_progress = time.monotonic()
 
     @property
     def files(self) -> ModelFiles:
         manifest = self.checkpoint.manifest
         return ModelFiles(model=manifest.model, revision=manifest.revision)
 
-    def take(self, held: dict[str, Ranges]) -> Batch | None:
-        """Something to do for who holds so much."""
+    def take(self, available: dict[str, Ranges]) -> Batch | None:
+        """Takes the first batch that lies within `available`, ranges by file; None if none does."""
         for index, (name, ranges) in enumerate(self._waiting):
-            if not without(ranges, held.get(name, ())):
+            if not without(ranges, available.get(name, ())):
                 return self._waiting.pop(index)
         return None
 
@@ -71,16 +72,16 @@ class Work:
         if not self.left:
             self.finished.set()
 
-    def hope(self) -> None:
-        """Something came, or is on its way to a machine of the cluster."""
-        self._hope = time.monotonic()
+    def note_progress(self) -> None:
+        """Moves the progress deadline: bytes came, or are in flight to a machine of the cluster."""
+        self._last_progress = time.monotonic()
 
     def is_waiting_for(self, name: str) -> bool:
         return any(waiting == name for waiting, _ in self._waiting)
 
-    def check_hope(self, alone: bool) -> None:
-        """Raises UnavailableError when nothing has come for a while, or nobody can be asked."""
-        if alone or time.monotonic() - self._hope > PATIENCE_SECONDS:
+    def check_progress(self, alone: bool) -> None:
+        """Raises UnavailableError after the progress deadline, or when no machine can be asked."""
+        if alone or time.monotonic() - self._last_progress > PROGRESS_SECONDS:
             missing = ", ".join(sorted({name for name, _ in self._waiting}))
             raise UnavailableError(
                 f"{self.checkpoint.manifest.model}: can't get {missing}: {self.problem}"
@@ -88,7 +89,7 @@ class Work:
 
 
 class _FalseError(Exception):
-    """What came of a file is not what those who vouch for it have."""
+    """Bytes received of a file differ from those of a machine that vouches for it."""
 
 
 async def pull(
@@ -100,23 +101,23 @@ async def pull(
 ) -> None:
     """Pulls from one machine whatever it has, until there is nothing left to do.
 
-    vouchers: machines whose word counts for what is in the files, if they have them; one that
-    sends other bytes is asked no more. Raises OSError when this machine can't store it.
+    vouchers: trusted machines, whose digests of the files count where they have them; a machine
+    that sends other bytes is asked no more. Raises OSError when this machine can't store it.
     """
     while work.left:
         try:
             holdings = await stub.Have(HaveRequest(files=work.files), timeout=ANSWER_SECONDS)
             if holdings.revision and holdings.revision != work.files.revision:
-                raise UnavailableError(f"{address} answers of another revision")
-            held = _held(holdings)
+                raise UnavailableError(f"{address} answers for another revision")
+            available = _available(holdings)
             if any(file.coming and work.is_waiting_for(file.name) for file in holdings.files):
-                work.hope()
-            while (batch := work.take(held)) is not None:
+                work.note_progress()
+            while (batch := work.take(available)) is not None:
                 await _pull_batch(work, batch, stub, on_bytes, vouchers)
         except _FalseError as error:
-            audit.warning("%s sent other bytes than there are in %s", address, error)
-            work.problem = f"{address} sent other bytes than there are in {error}"
-            return  # nothing more is taken from it
+            audit.warning("%s sent wrong bytes of %s", address, error)
+            work.problem = f"{address} sent wrong bytes of {error}"
+            return  # it is asked no more
         except (grpc.aio.AioRpcError, UnavailableError) as error:
             work.problem = str(_explained(error, address))
             log.info("%s", work.problem)
@@ -131,32 +132,32 @@ async def _pull_batch(
     on_bytes: OnBytes,
     vouchers: "Sequence[WeightsAsyncStub]",
 ) -> None:
-    """Gives the batch back, and takes its bytes off what `on_bytes` has counted, if it fails."""
+    """If it fails, gives the batch back and subtracts its bytes from the progress in `on_bytes`."""
     name, ranges = batch
     total = size(ranges)
-    came, digest, said = 0, hashlib.sha256(), b""
+    received, digest, stated = 0, hashlib.sha256(), b""
     request = ReadRequest(
         files=work.files, name=name, ranges=[ByteRange(start=s, end=e) for s, e in ranges]
     )
     try:
         async for block in stub.Read(request):
-            said = block.sha256
-            if came + len(block.data) > total:
-                raise UnavailableError(f"of {name} more came than was asked for")
+            stated = block.sha256
+            if received + len(block.data) > total:
+                raise UnavailableError(f"{name}: more bytes came than were requested")
             if block.data:
-                work.hope()
-                where = within(ranges, came, came + len(block.data))
+                work.note_progress()
+                where = within(ranges, received, received + len(block.data))
                 await asyncio.to_thread(_store, work.checkpoint, name, where, block.data)
                 digest.update(block.data)
-                came += len(block.data)
+                received += len(block.data)
                 on_bytes(len(block.data))
-        if said != digest.digest() or came != total:
+        if stated != digest.digest() or received != total:
             raise UnavailableError(f"{name} arrived damaged")
         if await _is_false(request, digest.digest(), vouchers):
             raise _FalseError(name)
         await asyncio.to_thread(work.checkpoint.list, name, ranges)
     except BaseException:
-        on_bytes(-came)
+        on_bytes(-received)
         work.give_back(batch)
         raise
     work.finish()
@@ -165,9 +166,9 @@ async def _pull_batch(
 async def _is_false(
     request: ReadRequest, sha256: bytes, vouchers: "Sequence[WeightsAsyncStub]"
 ) -> bool:
-    """Whether one of those who vouch for the file has other bytes there.
+    """Whether a machine that vouches for the file has other bytes there.
 
-    Raises AioRpcError where one can't be asked; who lacks the bytes has nothing to say.
+    Raises AioRpcError where one can't be asked; one without these bytes does not count.
     """
     for voucher in vouchers:
         try:
@@ -191,5 +192,5 @@ def _store(checkpoint: Checkpoint, name: str, where: Ranges, data: bytes) -> Non
         at += end - start
 
 
-def _held(holdings: Holdings) -> dict[str, Ranges]:
+def _available(holdings: Holdings) -> dict[str, Ranges]:
     return {file.name: merged((r.start, r.end) for r in file.held) for file in holdings.files}

@@ -1,4 +1,4 @@
-"""What other machines of the cluster have of a model, and how to get it from them."""
+"""The other machines of the cluster as sources of a model's files."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Sources:
     """The machines that may have a model's files, by address. An async context manager.
 
-    vouching: those of them whose word counts for what is in the files: the source that the
+    vouching: the trusted ones among them, whose files are authoritative: the source that the
     coordinator trusts, which is itself for a directory that it offers.
     """
 
@@ -49,26 +49,26 @@ class Sources:
             await channel.close(grace=None)
 
     async def manifest(self, model: str, revision: str) -> Manifest | None:
-        """What belongs to a model, as told by the first machine that can describe it in full.
+        """Manifest of a model, as reported by the first machine that can describe it in full.
 
         An empty `revision` means the newest that the machine knows.
         """
-        for found in await self._described(model, revision):
+        for holdings in await self._described(model, revision):
             try:
-                files = {file.name: File(file.size, file.checksum) for file in found.files}
-                return Manifest(model, found.revision, files)
+                files = {file.name: File(file.size, file.checksum) for file in holdings.files}
+                return Manifest(model, holdings.revision, files)
             except InputError as error:
                 log.warning("%s: a machine describes it wrongly: %s", model, error)
         return None
 
     async def starts(self, manifest: Manifest) -> dict[str, int]:
-        """By file, how many bytes of its beginning some machine has: at least its header.
+        """Bytes available from the start of each file on some machine: at least its header.
 
-        Nothing when no machine can describe the model in full.
+        Empty when no machine can describe the model in full.
         """
         starts: dict[str, int] = {}
-        for found in await self._described(manifest.model, manifest.revision):
-            for file in found.files:
+        for holdings in await self._described(manifest.model, manifest.revision):
+            for file in holdings.files:
                 if file.held:
                     starts[file.name] = max(starts.get(file.name, 0), file.held[0].end)
         return starts
@@ -81,7 +81,7 @@ class Sources:
     ) -> None:
         """Fetches parts of files into a copy, from all machines that have them at once.
 
-        Waits for what a machine is still fetching from the hub. Raises UnavailableError when no
+        Waits for files in flight from the hub to a machine. Raises UnavailableError when no
         machine has, or will have, what is missing.
         """
         work = Work(checkpoint, wanted)
@@ -93,7 +93,7 @@ class Sources:
         ]
         try:
             while work.left:
-                work.check_hope(alone=not pulls)
+                work.check_progress(alone=not pulls)
                 done, _ = await asyncio.wait(
                     pulls, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_EXCEPTION
                 )
@@ -105,7 +105,7 @@ class Sources:
             await asyncio.gather(*pulls, return_exceptions=True)
 
     def _vouchers_for(self, address: str) -> "list[WeightsAsyncStub]":
-        """Those who vouch for what a machine sends; nobody, where it vouches itself."""
+        """Machines that vouch for the bytes that another sends; empty where it vouches itself."""
         if address in self._vouching:
             return []
         return [WeightsStub(self._channels[voucher]) for voucher in self._vouching]
@@ -113,14 +113,14 @@ class Sources:
     async def _described(self, model: str, revision: str) -> list[Holdings]:
         """Holdings of the machines that can describe a model in full, of the revision asked for."""
         request = HaveRequest(files=ModelFiles(model=model, revision=revision))
-        found = await asyncio.gather(
+        answers = await asyncio.gather(
             *(self._have(address, request) for address in self._vouching or self._channels)
         )
-        if self._vouching and not any(found):  # of this model they have nothing
-            found = await asyncio.gather(*(self._have(a, request) for a in self._channels))
+        if self._vouching and not any(answers):  # they have nothing of this model
+            answers = await asyncio.gather(*(self._have(a, request) for a in self._channels))
         return [
             holdings
-            for holdings in found
+            for holdings in answers
             if holdings is not None
             and (not revision or holdings.revision == revision)
             and _is_described(holdings)
@@ -136,10 +136,10 @@ class Sources:
 
 
 def _is_described(holdings: Holdings) -> bool:
-    """Whether it has the small files, and of the weights at least the headers."""
+    """Whether a machine has the small files, and at least the headers of the weights."""
     return bool(holdings.files) and all(
         file.size == 0 or (file.held and file.held[0].start == 0)
         if is_weights(file.name)
-        else sum(held.end - held.start for held in file.held) == file.size
+        else sum(part.end - part.start for part in file.held) == file.size
         for file in holdings.files
     )

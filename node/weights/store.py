@@ -1,8 +1,8 @@
 """Where copies of models are on this machine: in the Hugging Face cache, and directories.
 
-Of a model that is here in part, the copy lies in the cache's folder of its repository, so that
+The copy of a model that is here only in part lies in the cache's folder of its repository, so that
 the tools that list and delete cached models count it with the rest. A directory of another
-machine has such a folder too, under a name of our own.
+machine has such a folder too, under a name of ours.
 """
 
 import json
@@ -33,7 +33,7 @@ UNVERIFIED = ".part"
 
 
 def find(model: str, revision: str) -> Checkpoint | None:
-    """The copy of a model on this machine, as far as there is one.
+    """The copy of a model on this machine, perhaps a partial one; None where there is none.
 
     An empty `revision` means a directory as it is, or what a repository's main branch was when
     it was last asked for.
@@ -59,7 +59,7 @@ def offered(model: str, revision: str) -> Checkpoint | None:
 
 
 def create(manifest: Manifest) -> Checkpoint:
-    """A copy to be filled, with what is here already."""
+    """A copy to be filled; files that are here already are linked into it."""
     # Without it the tools for the cache call the folder damaged.
     (folder(manifest.model) / "snapshots").mkdir(parents=True, exist_ok=True)
     _note(manifest, [ref for ref in _refs(manifest.model) if not ref.exists()])
@@ -77,12 +77,12 @@ def folder(model: str) -> Path:
 
 
 def stages(model: str) -> Path:
-    """Where files are kept that are made of a model for one stage."""
+    """Directory of the files that are made from a model for one stage."""
     return folder(model) / OURS / "stages" / split_id(model)[1]
 
 
 def _copy(model: str, revision: str) -> Path:
-    """A directory for each quantization in a repository of GGUFs."""
+    """Directory of the copy: in a repository of GGUFs, one for each quantization."""
     _, quant = split_id(model)
     named = Revision(revision)
     return folder(model) / OURS / (f"{named}-{quant}" if quant else named)
@@ -116,7 +116,7 @@ def _newest(model: str) -> str:
 
 
 def _refs(model: str) -> list[Path]:
-    """Where it is noted which commit is the newest.
+    """Files in which the newest commit is noted.
 
     A quantization has its own note, for there may be newer commits that it was not fetched of.
     """
@@ -125,9 +125,9 @@ def _refs(model: str) -> list[Path]:
 
 
 def _of_snapshot(model: str, revision: str) -> Manifest | None:
-    """What another program fetched, if nothing is missing."""
+    """Manifest of a snapshot that another program fetched; None if something is missing."""
     snapshot = folder(model) / "snapshots" / Revision(revision)
-    found = {
+    present = {
         name: file
         for file in sorted(snapshot.rglob("*"))
         if file.is_file() and is_file_name(name := file.relative_to(snapshot).as_posix())
@@ -135,28 +135,28 @@ def _of_snapshot(model: str, revision: str) -> Manifest | None:
     _, quant = split_id(model)
     if quant:
         try:
-            names = [*filter(is_small, found), *chosen(model, found)]
+            names = [*filter(is_small, present), *chosen(model, present)]
         except NotFoundError:
             return None
     else:
-        names = [name for name in found if is_wanted(name)]
-        index = found.get("model.safetensors.index.json")
+        names = [name for name in present if is_wanted(name)]
+        index = present.get("model.safetensors.index.json")
         named = json.loads(index.read_text())["weight_map"].values() if index else ()
         needed = {"config.json", *named}
-        if not needed <= found.keys() or not any(map(is_weights, names)):
+        if not needed <= present.keys() or not any(map(is_weights, names)):
             return None
-    files = {name: File(found[name].stat().st_size, _checksum(found[name])) for name in names}
+    files = {name: File(present[name].stat().st_size, _checksum(present[name])) for name in names}
     return Manifest(model, revision, files)
 
 
 def _checksum(file: Path) -> str:
-    """The hub's: it is the name of the blob that a link in a snapshot leads to."""
+    """The hub's checksum, which names the blob that a link in a snapshot leads to; else empty."""
     name = file.resolve().name if file.is_symlink() else ""
     return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else ""
 
 
 def _link_snapshot(checkpoint: Checkpoint) -> None:
-    """Takes up whole files that are in the ordinary cache by now."""
+    """Links whole files that are in the ordinary cache by now into the copy."""
     manifest = checkpoint.manifest
     snapshot = folder(manifest.model) / "snapshots" / manifest.revision
     for name, file in manifest.files.items():

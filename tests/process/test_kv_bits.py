@@ -56,11 +56,11 @@ async def hear(engine: GenerationEngine, prompt: list[int]) -> Completion:
 async def test_answers_are_those_of_mlx_lm_with_the_same_bits(split: Split, bits: int) -> None:
     engine = await split.engine(users=2, kv_bits=bits, prefill_step=STEP)
 
-    completion = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
+    answers = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
 
     engine.close()
     asked = options(split, bits) | {"prefill_step_size": STEP}
-    assert completion == [(await split.whole.alone(prompt, **asked)).tokens for prompt in PROMPTS]
+    assert answers == [(await split.whole.alone(prompt, **asked)).tokens for prompt in PROMPTS]
     await split.until_free()
 
 
@@ -135,6 +135,6 @@ def test_what_cannot_be_quantized_is_refused(
 ) -> None:
     checkpoint = whole_directory(write_model(tmp_path / "it", config))
 
-    with pytest.raises(InputError, match=f"^--kv-bits 8: .*{reason}") as completion:
+    with pytest.raises(InputError, match=f"^--kv-bits 8: .*{reason}") as raised:
         inspect(checkpoint, kv_bits=8, context=64)
-    assert "\n" not in str(completion.value)
+    assert "\n" not in str(raised.value)

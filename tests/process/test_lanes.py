@@ -28,10 +28,10 @@ def split(
 async def test_answers_are_those_of_one_alone(split: Split, lanes: int | None) -> None:
     engine = await split.engine(users=4, lanes=lanes)
 
-    completion = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
+    answers = await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS))
 
     engine.close()
-    assert completion == [(await split.whole.alone(prompt)).tokens for prompt in PROMPTS]
+    assert answers == [(await split.whole.alone(prompt)).tokens for prompt in PROMPTS]
 
 
 async def test_nothing_is_left_on_any_stage(split: Split) -> None:

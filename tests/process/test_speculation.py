@@ -60,12 +60,12 @@ def speculation(drafter: Drafter, most: int = 6) -> Speculation:
     return Speculation(lambda: drafter, most)
 
 
-async def told_alone(split: Split) -> list[list[int]]:
+async def tokens_alone(split: Split) -> list[list[int]]:
     return [(await split.whole.alone(p, MAX_TOKENS)).tokens for p in PROMPTS]
 
 
 async def pupil(split: Split) -> Speculation:
-    answers = zip(PROMPTS, await told_alone(split), strict=True)
+    answers = zip(PROMPTS, await tokens_alone(split), strict=True)
     return speculation(Pupil([prompt + answer for prompt, answer in answers]))
 
 
@@ -82,13 +82,13 @@ def guessed(completion: Completion) -> tuple[int, int]:
 async def test_the_text_is_the_same_for_several_users_at_once(split: Split) -> None:
     engine = await split.engine(users=2, speculation=await pupil(split))
 
-    completion = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
+    completions = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
 
     assert engine.scheduler is not None
     lanes = list(engine.scheduler.lanes)
     engine.close()
-    assert [t.tokens for t in completion] == await told_alone(split)
-    for drafted, accepted in map(guessed, completion):
+    assert [completion.tokens for completion in completions] == await tokens_alone(split)
+    for drafted, accepted in map(guessed, completions):
         assert 0 < accepted < drafted
     assert sum(lane.steps for lane in lanes) < sum(lane.tokens for lane in lanes)
     await split.until_free()
@@ -153,11 +153,11 @@ async def test_a_model_is_its_own_best_draft(split: Split) -> None:
     draft = await THREAD.run(lambda: DraftModel(split.whole.model, VOCAB))
     engine = await split.engine(users=1, speculation=speculation(draft))
 
-    completion = [await hear(engine, prompt) for prompt in PROMPTS]
+    completions = [await hear(engine, prompt) for prompt in PROMPTS]
 
     engine.close()
-    assert [t.tokens for t in completion] == await told_alone(split)
-    for drafted, accepted in map(guessed, completion):
+    assert [completion.tokens for completion in completions] == await tokens_alone(split)
+    for drafted, accepted in map(guessed, completions):
         assert accepted == drafted > 0
 
 
@@ -169,10 +169,10 @@ async def test_a_draft_of_any_sort_changes_nothing(
     draft = await THREAD.run(lambda: DraftModel(other.model, VOCAB))
     engine = await split.engine(users=1, speculation=speculation(draft))
 
-    completion = [await hear(engine, prompt) for prompt in [*PROMPTS, *PROMPTS]]
+    completions = [await hear(engine, prompt) for prompt in [*PROMPTS, *PROMPTS]]
 
     engine.close()
-    assert [t.tokens for t in completion] == 2 * await told_alone(split)
+    assert [completion.tokens for completion in completions] == 2 * await tokens_alone(split)
 
 
 async def test_what_repeats_itself_is_looked_up(split: Split) -> None:

@@ -97,7 +97,7 @@ class Offering:
 
 @pytest.fixture
 async def offering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Offering]:
-    monkeypatch.setattr(pull, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(pull, "PROGRESS_SECONDS", 2.0)
     path = write_model(tmp_path / "model", tiny_config("llama"))
     offering = Offering(path, Cluster.new())
     yield offering
@@ -138,12 +138,12 @@ async def test_a_liar_is_asked_no_more(
     copy = offering.empty_copy(tmp_path / "copy")
 
     async with asyncio.timeout(60), offering.sources(liar, voucher, vouching=voucher) as sources:
-        with pytest.raises(UnavailableError, match="sent other bytes than there are"):
+        with pytest.raises(UnavailableError, match="sent wrong bytes of"):
             await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
 
     assert not copy.available(WEIGHTS)
     lines = [r.getMessage() for r in caplog.records if r.name == "unicluster.audit"]
-    assert lines == [f"{liar} sent other bytes than there are in {WEIGHTS}"]
+    assert lines == [f"{liar} sent wrong bytes of {WEIGHTS}"]
 
 
 async def test_who_vouches_and_has_nothing_of_it_says_nothing(
@@ -165,7 +165,7 @@ async def test_who_sends_without_end_is_hung_up_on(offering: Offering, tmp_path:
     copy = offering.empty_copy(tmp_path / "copy")
 
     async with offering.sources(endless) as sources:
-        with pytest.raises(UnavailableError, match="more came than was asked for"):
+        with pytest.raises(UnavailableError, match="more bytes came than were requested"):
             await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
 
     assert not copy.available(WEIGHTS)
@@ -181,7 +181,7 @@ async def test_a_description_of_another_revision_is_not_believed(
     async with offering.sources(other) as sources:
         found = await sources.manifest(offering.manifest.model, offering.manifest.revision)
         copy = offering.empty_copy(tmp_path / "copy")
-        with pytest.raises(UnavailableError, match="answers of another revision"):
+        with pytest.raises(UnavailableError, match="answers for another revision"):
             await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
 
     assert found is None
