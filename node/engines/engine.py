@@ -28,22 +28,22 @@ class LoadedHead:
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """Any other stage in memory, ready to serve frames."""
+    """A stage other than 0 in memory, ready to serve frames."""
 
     stage: StageEngine
     weight_bytes: int
 
 
 class Engine(Protocol):
-    """Computes layers of checkpoints of its formats. MLX and ggml are the two there are.
+    """Computes layers of checkpoints of its formats. There are two, MLX and ggml.
 
-    Of a StageSpec an engine reads the range, [first_layer, end_layer), and the options that act
+    An engine reads the range [first_layer, end_layer) of a StageSpec, and the options that act
     in it. `choose` in the module beside this one makes the engine of a checkpoint.
     """
 
     @property
     def name(self) -> str:
-        """As in StageSpec.engine and ModelLayout.engine."""
+        """Name, as in StageSpec.engine and ModelLayout.engine."""
 
     @property
     def head_makes_logits(self) -> bool:
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """
 
     def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
-        """Bytes of each file that the stage needs, from the headers alone; as `inspect` raises."""
+        """Byte ranges that the stage needs by file, from the headers alone; as `inspect` raises."""
 
     def load(
         self,

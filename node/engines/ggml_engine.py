@@ -17,12 +17,12 @@ from unicluster.checkpoints.ranges import Ranges, merged
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
-# Without either it is no tokenizer that transformers can load.
-OWN_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+# transformers needs both to load a tokenizer.
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
 
 class GgmlEngine:
-    """See Engine. Weights stay as they are in the file."""
+    """Engine over GGUFs, whose weights stay as they are in the file."""
 
     name = "ggml"
     head_makes_logits = False
@@ -47,7 +47,7 @@ class GgmlEngine:
         *,
         prebuilt: bool = True,
     ) -> LoadedHead | LoadedStage:
-        """Nothing is ever prebuilt: llama.cpp computes at once."""
+        """Loads the stage; nothing is ever prebuilt, because llama.cpp computes at once."""
         first, end = spec.first_layer, spec.end_layer
         on_progress(LoadProgress(layers_total=end - first))
         gguf = open_gguf(checkpoint)
@@ -67,18 +67,15 @@ class GgmlEngine:
         return LoadedStage(loaded.stage, size)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
-        """The tokenizer of the repository's own files, or else that of the GGUF.
-
-        So the chat template.
-        """
+        """Tokenizer and chat template: the repository's files, or else those in the GGUF."""
         names = checkpoint.manifest.weights
         if not names:
             raise InputError(f"{checkpoint.root}: there is no GGUF in it")
         file = checkpoint.root / names[0]
         header = read_header(file)
-        if OWN_TOKENIZER - checkpoint.manifest.files.keys():
+        if TOKENIZER_FILES - checkpoint.manifest.files.keys():
             return tokenizer_of(file, header)
-        ends = _ends(checkpoint, header)
+        ends = _end_tokens(checkpoint, header)
         tokenizer = load_tokenizer(checkpoint.root, eos_token_ids=ends)
         template = header.get(TEMPLATE)
         if tokenizer.has_chat_template or template is None:
@@ -87,8 +84,8 @@ class GgmlEngine:
         return load_tokenizer(checkpoint.root, {"chat_template": template}, eos_token_ids=ends)
 
 
-def _ends(checkpoint: Checkpoint, header: Header) -> set[int]:
-    """The tokens that end an answer, besides the tokenizer's own."""
+def _end_tokens(checkpoint: Checkpoint, header: Header) -> set[int]:
+    """Tokens that end an answer, besides those that the tokenizer names."""
     ends = {header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     if "config.json" in checkpoint.manifest.files:
         stated = load_config(checkpoint.root).get("eos_token_id")

@@ -18,7 +18,7 @@ from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, St
 
 
 class MLXEngine:
-    """See Engine."""
+    """Engine over safetensors, with mlx-lm's model classes."""
 
     name = "mlx"
     head_makes_logits = True

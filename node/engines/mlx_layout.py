@@ -1,4 +1,4 @@
-"""What a model weighs, layer by layer, from its own mlx-lm class over lazy weights."""
+"""Bytes of a model, layer by layer, from its mlx-lm class over lazy weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def inspect(
 ) -> ModelLayout:
     """The exact bytes of a model as this machine would load it; nothing is read or computed.
 
-    Of the checkpoint only the description need be here. `kv_bits`: 4 or 8 to quantize KV caches.
+    Only the checkpoint's description has to be here. `kv_bits`: 4 or 8 to quantize KV caches.
     Raises InputError for a bad directory, an impossible context, or caches that can't be
     quantized.
     """
@@ -59,7 +59,7 @@ def layout_of(
     users: int,
     kv_bits: int = 0,
 ) -> ModelLayout:
-    """The same for a lazy model that is built already; `name` is how messages call it."""
+    """Bytes of a lazy model that is already built, which messages call `name`."""
     limit = context_limit(config)
     if context and limit and context > limit:
         raise InputError(f"context: {context} tokens, and {name} is made for at most {limit}")
@@ -105,20 +105,20 @@ def _file(checkpoint: Checkpoint, name: str, surveyed: Survey) -> WeightFile:
 
 
 def context_limit(config: dict[str, Any]) -> int:
-    """The most tokens the model is made for; 0 when its configuration doesn't say."""
+    """Maximum context of the model, in tokens; 0 when its configuration doesn't say."""
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return int(limit or 0)
 
 
 def _finish_bytes(model: nn.Module, found: Dataflow) -> int:
-    """What is outside the layers and makes logits of a hidden state; 0 where that is not enough."""
+    """Bytes of final norm and lm_head; 0 where they alone can't make logits of a hidden state."""
     paths = lm_head_modules(found) or ()
     return sum(nbytes(module) for path, module in model.named_modules() if path in paths)
 
 
 def parameters(module: nn.Module) -> int:
-    """How many numbers a module has learnt, however few bits each takes."""
+    """Number of parameters of a module, whatever their bits."""
     count = 0
     for part in module.modules():
         packed = 32 // part.bits if "scales" in part else 1
@@ -142,7 +142,7 @@ def _decode_step(model: nn.Module, found: Dataflow, context: int, kv_bits: int) 
 
     The one token makes windowed caches shrink to their window. A recurrent layer's graph is as
     deep as its prompt is long, and its state as big after one token: there the prompt is short,
-    and what attention layers keep of the rest is written to their caches directly.
+    and the KV of the rest is written to the attention layers' caches directly.
     """
     chosen: dict[int, int] = {}
 
@@ -173,14 +173,14 @@ def _one_token(model: nn.Module, cache: list[Any], kv_bits: int) -> mx.array:
             quantize(cache, kv_bits)
         logits: mx.array = model(tokens, cache=cache)
         return logits
-    except Exception as error:  # attention of its own, or heads of odd sizes: it may be anything
+    except Exception as error:  # custom attention or odd head sizes: any exception
         if not kv_bits:
             raise
         raise UnquantizableError(f"can't use quantized KV caches: {in_one_line(error)}") from error
 
 
 def _active(layer: nn.Module, measure: Callable[[nn.Module], int], step: _Step) -> int:
-    """What of a layer one token needs: of a mixture of experts, only those chosen."""
+    """`measure` of a layer as far as one token needs it: only the routed experts of a mixture."""
     total = measure(layer)
     for module in _experts(layer):
         experts = module.weight.shape[0]

@@ -1,4 +1,4 @@
-"""Layouts of models: `python -m node.inspect [--configs]`, so that who asks never holds MLX.
+"""Layouts of models: `python -m node.inspect [--configs]`, so that the caller never imports MLX.
 
 Reads InspectRequests from standard input, each with its length before it, and answers each with a
 ModelLayout in the same form; or ends with one line on standard error and an error's exit code.
@@ -34,12 +34,12 @@ DATA_BYTES = 4 << 30
 
 
 def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
-    """The layout that is asked for. Raises InputError, NotFoundError or StageError."""
+    """The requested layout. Raises InputError, NotFoundError or StageError."""
     if request.config_json or (configs and not is_gguf(request.model)):
         return inspect_config(request)
     if configs and not Path(request.model).is_absolute():
         raise InputError(
-            f"{request.model}: a GGUF on the hub can't be looked into from here: give the file, "
+            f"{request.model}: a GGUF on the hub can't be inspected from here: give the file, "
             "or plan over the machines of a cluster, without --fleet"
         )
     checkpoint = (

@@ -1,4 +1,4 @@
-"""Whether a draft model has the tokens of the model that it is to guess for."""
+"""Checks that a draft model has the tokens of the model that it drafts for."""
 
 from pathlib import Path
 

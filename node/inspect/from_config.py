@@ -1,4 +1,4 @@
-"""A model from its config.json alone: the mlx-lm class it will be, lazy and without weights."""
+"""A lazy mlx-lm model, built from its config.json alone, without weights."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model
 
 from node.engines.mlx_layout import layout_of
-from node.inspect.assumed_gguf import assumed
+from node.inspect.hypothetical_gguf import hypothetical_gguf
 from node.mlx.compat import model_classes
 from node.mlx.dataflow import trace_dataflow
 from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
@@ -30,7 +30,7 @@ Predicate = Callable[[str, nn.Module], Any]
 
 
 def inspect_config(request: InspectRequest) -> ModelLayout:
-    """The layout of a checkpoint with that config, as it is stored, or quantized on load.
+    """The layout of a checkpoint with the request's config, as stored or quantized on load.
 
     Raises InputError for a config of no model that mlx-lm knows, or a context too long.
     """
@@ -50,13 +50,13 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
         request.users or 1,
         request.kv_bits,
     )
-    if not request.kv_bits and (gguf := assumed(layout)) is not None:
+    if not request.kv_bits and (gguf := hypothetical_gguf(layout)) is not None:
         layout.gguf.CopyFrom(gguf)
     return layout
 
 
 def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.Module, str]:
-    """The lazy model, and what its weights are.
+    """Returns the lazy model and the name of its weights' quantization or dtype.
 
     `quant` is as in InspectRequest, or EXPERTS_MXFP4. Arrays have the shapes and dtypes of the
     checkpoint's; nothing may be evaluated.
@@ -73,10 +73,10 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
         raise InputError(f"{name}: mlx-lm can't build this config: {reason}") from error
     _sanitize(model, config)
     _cast(model, config)
-    own = _own_quantization(config, name)
-    if own is not None and quant != EXPERTS_MXFP4:
-        _quantize_as_stored(model, own)
-        stored = stored_quant({"quantization": own}, model)
+    stored_config = _stored_quantization(config, name)
+    if stored_config is not None and quant != EXPERTS_MXFP4:
+        _quantize_as_stored(model, stored_config)
+        stored = stored_quant({"quantization": stored_config}, model)
         if quant not in ("", "none", stored):
             raise InputError(f"{name}: its weights are already {stored}, not {quant}")
         return model, stored
@@ -118,7 +118,7 @@ def _sanitize(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _cast(model: nn.Module, config: dict[str, Any]) -> None:
-    """mlx-lm's classes are born float32; checkpoints are not."""
+    """Casts to the dtype of the checkpoint: mlx-lm's classes start in float32."""
     text = _text(config)
     names = (config.get("torch_dtype"), config.get("dtype"), text.get("torch_dtype"))
     name = next((n for n in (*names, text.get("dtype")) if n), "bfloat16")
@@ -132,54 +132,57 @@ def _cast(model: nn.Module, config: dict[str, Any]) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _own_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What the config says of its weights, in mlx-lm's terms; None for plain floats."""
-    if isinstance(own := config.get("quantization"), dict):
-        return own
-    given = config.get("quantization_config") or _text(config).get("quantization_config")
-    if not given:
+def _stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Quantization of the weights by the config, in mlx-lm's terms; None for plain floats."""
+    if isinstance(quantization := config.get("quantization"), dict):
+        return quantization
+    original = config.get("quantization_config") or _text(config).get("quantization_config")
+    if not original:
         return None
-    method = given.get("quant_method")
+    method = original.get("quant_method")
     if method == "fp8":
         return None  # most classes turn it into plain floats when they load it
     if method == "mxfp4":
         return {**MXFP4, "experts_only": True}
-    raise InputError(f"{name}: sizes of {method} weights can't be told from config.json alone")
+    raise InputError(f"{name}: sizes of {method} weights can't be derived from config.json alone")
 
 
-def _quantize_as_stored(model: nn.Module, own: dict[str, Any]) -> None:
+def _quantize_as_stored(model: nn.Module, quantization: dict[str, Any]) -> None:
     predicate: Predicate | None = getattr(model, "quant_predicate", None)
 
     def wanted(path: str, module: nn.Module) -> Any:
-        if path in own:
-            return own[path]
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % own["group_size"]:
+        if path in quantization:
+            return quantization[path]
+        if (
+            not hasattr(module, "to_quantized")
+            or module.weight.shape[-1] % quantization["group_size"]
+        ):
             return False
-        if own.get("experts_only"):
+        if quantization.get("experts_only"):
             return isinstance(module, SwitchLinear)
         return predicate is None or bool(predicate(path, module))
 
     nn.quantize(
         model,
-        own["group_size"],
-        own["bits"],
-        mode=own.get("mode", "affine"),
+        quantization["group_size"],
+        quantization["bits"],
+        mode=quantization.get("mode", "affine"),
         class_predicate=wanted,
     )
 
 
 def _quantize(model: nn.Module, config: dict[str, Any], quant: str) -> None:
-    own: Predicate | None = getattr(model, "quant_predicate", None)
+    of_model: Predicate | None = getattr(model, "quant_predicate", None)
 
     def mixed(path: str, module: nn.Module) -> Any:
         if isinstance(module, SwitchLinear):
             return MXFP4
-        return True if own is None else own(path, module)
+        return True if of_model is None else of_model(path, module)
 
     if quant != EXPERTS_MXFP4 and quant not in BITS:
         raise InputError(f"no quantization {quant!r}: it is one of {', '.join(BITS)}")
     bits = BITS.get(quant, 8)
-    predicate = mixed if quant == EXPERTS_MXFP4 else own
+    predicate = mixed if quant == EXPERTS_MXFP4 else of_model
     with contextlib.redirect_stdout(None):
         quantize_model(model, config, GROUP_SIZE, bits, quant_predicate=predicate)
 

@@ -29,7 +29,8 @@ def translated_errors(model: str) -> Iterator[None]:
         raise NotFoundError(f"{model}: has no such revision on the hub") from error
     except RepositoryNotFoundError as error:
         raise NotFoundError(
-            f"{model}: no such repository on the hub, or HF_TOKEN does not open it ({_reason(error)})"
+            f"{model}: no such repository on the hub, or HF_TOKEN does not open it "
+            f"({_reason(error)})"
         ) from error
     except HfHubHTTPError as error:
         raise NotFoundError(f"{model}: the hub says: {_reason(error)}") from error

@@ -2,7 +2,7 @@
 
 It reads its configuration, certificate included, as one line of JSON from standard input, sends
 events and log records to the file descriptor whose number is its argument, and ends when standard
-input closes: a worker never outlives who started it. Until then each further line of the input is
+input closes: a worker never outlives its starter. Until then each further line of the input is
 a new certificate. Only libraries print.
 """
 
@@ -52,37 +52,37 @@ log = logging.getLogger("unicluster.worker")
 # The network thread must get the interpreter within a fraction of a hop.
 SWITCH_INTERVAL = 1e-4
 
-# Between two reports of how far a download is.
-TELL_SECONDS = 0.2
-# And of how many tokens were computed.
+# Between two reports of a download's progress.
+REPORT_SECONDS = 0.2
+# Between two reports of computed tokens.
 TOKENS_SECONDS = 2.0
 
 
-def teller() -> Callable[[int, int], None]:
-    """Tells how far a download is, now and then."""
-    told = 0.0
+def download_reporter() -> Callable[[int, int], None]:
+    """A callback that reports a download's progress, at its ends and every REPORT_SECONDS."""
+    reported = 0.0
 
-    def tell(fetched: int, total: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told > TELL_SECONDS or fetched in (0, total):
-            told = now
+    def report(fetched: int, total: int) -> None:
+        nonlocal reported
+        if (now := time.monotonic()) - reported > REPORT_SECONDS or fetched in (0, total):
+            reported = now
             emit("fetching", fetched=fetched, to_fetch=total)
 
-    return tell
+    return report
 
 
-async def tell_tokens(meter: StageEngine | AnswerMeter) -> None:
-    """Tells now and then how many more tokens were computed, if any were."""
-    told = 0
+async def report_tokens(meter: StageEngine | AnswerMeter) -> None:
+    """Reports every TOKENS_SECONDS how many more tokens were computed, if any were."""
+    reported = 0
     while True:
         await asyncio.sleep(TOKENS_SECONDS)
-        if (now := meter.computed_tokens) != told:
-            emit("tokens", more=now - told)
-            told = now
+        if (now := meter.computed_tokens) != reported:
+            emit("tokens", more=now - reported)
+            reported = now
 
 
 def send_progress(progress: LoadProgress) -> None:
-    """Sends how much of the stage is loaded."""
+    """Sends an event with the loaded layers and bytes of the stage."""
     emit(
         "progress",
         layers=progress.layers_done,
@@ -95,19 +95,19 @@ def send_progress(progress: LoadProgress) -> None:
 async def fetch_stage(
     config: WorkerConfig, identity: Credentials, thread: MLXThread
 ) -> tuple[Engine, Checkpoint, Path | None]:
-    """Gets the bytes of the stage onto this machine, and those of its draft model, if any.
+    """Fetches the bytes of the stage onto this machine, and those of its draft model, if any.
 
     Returns the stage's engine, its checkpoint, and the draft's directory. Raises as `describe`,
     `fetch_ranges` and Engine.ranges do.
     """
-    spec, tell = config.spec, teller()
+    spec, report = config.spec, download_reporter()
     async with Sources(config.sources, identity, config.vouching) as sources:
         checkpoint = await describe(spec.model, spec.revision, sources)
         engine = choose(checkpoint, spec.engine)
         if not is_whole(checkpoint):
             ranges = await thread.run(lambda: engine.ranges(checkpoint, spec))
-            await fetch_ranges(checkpoint, ranges, config.hub_files, sources, tell)
-        draft = await fetch_draft(spec.draft, sources, tell) if spec.draft.model else None
+            await fetch_ranges(checkpoint, ranges, config.hub_files, sources, report)
+        draft = await fetch_draft(spec.draft, sources, report) if spec.draft.model else None
     return engine, checkpoint, draft
 
 
@@ -119,7 +119,7 @@ def generation_engine(
     draft: Path | None,
     thread: MLXThread,
 ) -> GenerationEngine:
-    """Loads tokenizer and draft model and makes of them what answers; on the compute thread."""
+    """The engine that generates answers, with tokenizer and draft model; on the compute thread."""
     tokenizer = engine.tokenizer(checkpoint)
     model = load_draft(draft, spec.draft.quant) if draft is not None else None
     speculation = Speculation.of(spec, model, len(tokenizer))
@@ -128,7 +128,7 @@ def generation_engine(
 
 
 async def serve(config: WorkerConfig, identity: Credentials) -> None:
-    """Loads and serves until told to end."""
+    """Loads the stage and serves it until a signal ends it."""
     spec = config.spec
     thread = MLXThread()
     server = make_server(most_bytes=FRAME_BYTES if spec.first_layer else CHAT_BYTES)
@@ -164,9 +164,9 @@ async def serve(config: WorkerConfig, identity: Credentials) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     emit("ready", port=port, weight_bytes=loaded.weight_bytes)
-    counting = asyncio.create_task(tell_tokens(meter))
+    reporting = asyncio.create_task(report_tokens(meter))
     await ended.wait()
-    counting.cancel()
+    reporting.cancel()
     await server.stop(grace=0.5)
 
 

@@ -1,11 +1,11 @@
-"""mlx-lm itself, to compare with: `python -m node.worker.baseline MODEL`, one process or a ring.
+"""The baseline, mlx-lm itself: `python -m node.worker.baseline MODEL`, one process or a ring.
 
 MODEL is a directory or `demo`. Reads requests from standard input, a line of JSON each,
 {"prompt": [ids], "tokens": count}, and writes the tokens' ids to standard output, a line each as
 they come. Says "ready" first, or "refused: " and why.
 
 With MLX_RANK and MLX_HOSTFILE set it is one rank of mlx-lm's own pipeline over MLX's ring: all
-ranks must be told the same, and rank 0 writes.
+ranks must read the same requests, and rank 0 writes.
 """
 
 import json

@@ -19,7 +19,7 @@ from unicluster.v1.chat_pb2_grpc import ChatServicer
 
 
 class ChatService(ChatServicer):
-    """Answers come from `engine`."""
+    """Chat over `engine`, which generates the answers."""
 
     def __init__(self, engine: GenerationEngine) -> None:
         self._engine = engine
@@ -44,11 +44,11 @@ class ChatService(ChatServicer):
     async def Describe(  # noqa: N802
         self, request: DescribeChatRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> ChatInfo:
-        """What is served, and whether it can answer."""
+        """The model that is served, and whether it can answer."""
         return self._engine.describe()
 
     async def Measure(  # noqa: N802
         self, request: MeasureRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> Measured:
-        """What was counted."""
+        """Counters and timings since the engine started."""
         return Measured(info=self._engine.describe(), meters=self._engine.measure())

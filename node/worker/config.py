@@ -9,11 +9,11 @@ from unicluster.v1.node_pb2 import StageSpec
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """A stage as the coordinator specified it, and the little that only the worker's starter knows.
+    """A stage as the coordinator specified it, and settings that only the worker's starter knows.
 
-    spec: read where its options act; nothing of it is copied. sources: those of the spec, as this
-    machine dials them. vouching: those of them whose word counts for what is in the files. alone:
-    no other machine has files, so all that is missing comes from the hub, whatever the spec says.
+    spec: read where its options act; nothing of it is copied. sources: addresses in the spec, as
+    this machine dials them. vouching: the trusted ones among them. alone: no other machine has
+    files, so all that is missing comes from the hub, whatever the spec says.
     prebuilt: decode steps are built before their input arrives; see mlx/prebuilt.
     """
 
@@ -29,7 +29,7 @@ class WorkerConfig:
 
     @property
     def hub_files(self) -> list[str] | None:
-        """As `fetch_ranges` takes them."""
+        """Names of files to fetch from the hub, as for `fetch_ranges`; None: all."""
         return None if self.alone else list(self.spec.hub_files)
 
     def to_line(self) -> bytes:

@@ -13,7 +13,7 @@ from unicluster.v1.node_pb2 import Draft
 
 
 async def fetch_draft(draft: Draft, sources: Sources, on_progress: OnProgress) -> Path:
-    """Gets the draft model onto this machine; returns its directory."""
+    """Fetches the draft model onto this machine; returns its directory."""
     checkpoint = await describe(draft.model, draft.revision, sources)
     headers = [read_header(checkpoint.root / name) for name in checkpoint.manifest.weights]
     tensors = {name for header in headers for name in header.tensors}
@@ -22,7 +22,7 @@ async def fetch_draft(draft: Draft, sources: Sources, on_progress: OnProgress) -
 
 
 def load_draft(path: Path, quant: str) -> nn.Module:
-    """Loads it all; on the MLX thread."""
+    """The draft model with all weights loaded; on the MLX thread."""
     model = load_lazy(path, quant).model
     mx.eval(model.parameters())
     return model

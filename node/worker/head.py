@@ -1,4 +1,4 @@
-"""The head worker: stage 0, the ring, and the engine that makes answers of them."""
+"""The head worker: stage 0, the ring, and the engine that generates answers over them."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Head(HeadServicer):
-    """Opens the ring when the coordinator says so, and gives the engine its model."""
+    """Opens the ring when the coordinator asks for it, and hands the engine its model."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Head(HeadServicer):
             broken: asyncio.Future[UniclusterError] = asyncio.get_running_loop().create_future()
 
             def on_failure(error: UniclusterError) -> None:
-                # At once, so that a step that waits for the ring finds the reason.
+                # At once, so that a step that waits for the ring fails with the reason.
                 self._engine.fail(error)
                 if not broken.done():
                     broken.set_result(error)
@@ -96,7 +96,7 @@ class Head(HeadServicer):
 
 
 class HeadChat(ChatService):
-    """The engine's Chat service, which also knows what is alive on the stages."""
+    """The engine's Chat service, which also counts the caches on the stages."""
 
     def __init__(self, engine: GenerationEngine, head: Head, thread: MLXThread) -> None:
         super().__init__(engine)
@@ -109,11 +109,11 @@ class HeadChat(ChatService):
         info = await super().Describe(request, context)
         model = self._head.model
         if model is not None:
-            asked = time.perf_counter()
+            began = time.perf_counter()
             try:
                 live = await self._thread.run(model.live_caches)
                 if model.stages > 1:  # a frame for each of the others
-                    info.ring_s = (time.perf_counter() - asked) / (model.stages - 1)
+                    info.ring_s = (time.perf_counter() - began) / (model.stages - 1)
                 info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)

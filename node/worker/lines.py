@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 class LineReader(asyncio.Protocol):
     """Calls `on_line` with each line of a stream, without its end.
 
-    A line of more than `limit` bytes comes in pieces of `limit` bytes. `on_rest` gets what stands
+    A line of more than `limit` bytes comes in pieces of `limit` bytes. `on_rest` gets the text
     after the last line end when the stream closes.
     """
 
@@ -54,7 +54,7 @@ class Tail:
         self._chars = 0
 
     def append(self, line: str) -> None:
-        """Adds a line; of one longer than all may be together, its beginning."""
+        """Adds a line, cut to the number of characters that the tail may have."""
         line = line[: self._max_chars]
         self._lines.append(line)
         self._chars += len(line)

@@ -1,4 +1,4 @@
-"""A worker as seen by whoever started it: its events, its last words, and why it ended."""
+"""A worker process as its starter sees it: events, last output, and why it ended."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ REASON_CHARS = 500
 # Variables that hold secrets of the agent's or of commands.
 SECRETS = frozenset({JOIN_VARIABLE, CLIENT_VARIABLE, MQTT_VARIABLE})
 
-# What MLX, Metal and the C++ runtime say when an allocation fails.
+# Printed by MLX, Metal or the C++ runtime when an allocation fails.
 _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "memoryerror")
 
 
@@ -58,7 +58,7 @@ class WorkerProcess:
         transports: Sequence[asyncio.BaseTransport],
         folder: "tempfile.TemporaryDirectory[str]",
     ) -> None:
-        """`transports`: this end of all that the worker reads and writes. `folder`: its own."""
+        """`transports`: this end of the worker's pipes. `folder`: its working directory."""
         self._process = process
         self._report = report
         self._transports = transports
@@ -77,8 +77,8 @@ class WorkerProcess:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             ours_in, stdin = socket.socketpair()
             theirs.callback(stdin.close)
-            giving, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours_in)
-            ours.callback(giving.close)
+            to_stdin, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours_in)
+            ours.callback(to_stdin.close)
             channel, events = await _read_pipe(report.channel)
             theirs.callback(os.close, channel)
             ours.callback(events.close)
@@ -97,12 +97,12 @@ class WorkerProcess:
                 env=_environment(),
                 cwd=folder.name,
             )
-            worker = cls(process, report, (giving, events, printed), folder)
+            worker = cls(process, report, (to_stdin, events, printed), folder)
             ours.pop_all()
-        # One that ended at once has closed its end; `exit` tells why it ended.
-        if not giving.is_closing():
-            # Not drained: it is small, and who is cancelled here would leave the worker behind.
-            giving.write(config.to_line())
+        # A worker that ended at once has closed its end; `exit` says why.
+        if not to_stdin.is_closing():
+            # Not drained: it is small, and a caller cancelled here would leave the worker behind.
+            to_stdin.write(config.to_line())
         return worker
 
     def renew(self, identity: dict[str, str]) -> None:
@@ -116,16 +116,16 @@ class WorkerProcess:
         return self._process.pid
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
-        """What the worker reports: fetching, progress, ready, tokens, failed."""
+        """Events that the worker reports: fetching, progress, ready, tokens, failed."""
         return self._report.events()
 
     async def exit(self) -> Exit:
-        """Waits for the end of the process and says why it came."""
+        """Waits for the end of the process and returns its reason."""
         code = await self._process.wait()
         await asyncio.shield(self._ending)
         tail = self._report.tail
         killed = code == -signal.SIGKILL and _oom_kills() > self._kills_before
-        said = any(words in line.lower() for words in _OUT_OF_MEMORY for line in tail)
+        printed = any(words in line.lower() for words in _OUT_OF_MEMORY for line in tail)
         if self._report.failure is not None:
             reason = self._report.failure
         elif self._stopped:
@@ -138,7 +138,7 @@ class WorkerProcess:
             reason = f"exited with code {code}"
             if last := self._report.last_printed or "".join(tail[-1:]):
                 reason += f": {last[:REASON_CHARS]}"
-        return Exit(reason, tail, killed or (said and not self._stopped))
+        return Exit(reason, tail, killed or (printed and not self._stopped))
 
     async def stop(self) -> None:
         """Ends the process, gently for a few seconds, and waits until it is gone."""
@@ -158,7 +158,7 @@ class WorkerProcess:
         await self._process.wait()
 
     async def _end(self) -> None:
-        """Ends the events with the process, and a process whose channel is of no more use."""
+        """Closes the events when the process ends, and ends a process whose channel has broken."""
         try:
             await self._ended()
         finally:

@@ -1,4 +1,4 @@
-"""All that a worker says while it runs: events, log records, and what it prints."""
+"""Output of a running worker: events, log records, and printed lines."""
 
 import asyncio
 import logging
@@ -15,18 +15,18 @@ EVENT_BYTES = 16 * 2**20
 PRINTED_BYTES = 8 * 2**10
 TAIL_LINES = 20
 TAIL_CHARS = 32 * 2**10
-# Events that nobody has asked for yet. The oldest go first: a worker never waits for a reader.
+# Events not read yet. The oldest are dropped first: a worker never waits for a reader.
 PENDING_EVENTS = 1000
 
 
 class WorkerReport:
-    """Two streams of a worker: `channel` brings its events, `output` what it prints.
+    """Two streams of a worker: `channel` with its events, `output` with printed lines.
 
     Log records come through the channel and appear in this process's log with their level and
-    logger, behind the worker's name; what is printed appears there at level INFO.
+    logger, behind the worker's name; printed lines appear there at level INFO.
 
-    failure: the reason that the worker gave for its end, or what is wrong with its channel.
-    broken: whether nothing more can be learned from its channel.
+    failure: the reason that the worker gave for its end, or the fault of its channel.
+    broken: whether its channel has failed.
     """
 
     def __init__(self, name: str) -> None:
@@ -48,10 +48,10 @@ class WorkerReport:
         """Events, but for log records, until `end` is called."""
         while (event := await self._events.get()) is not None:
             yield event
-        self.end()  # for whoever else asks
+        self.end()  # for other readers
 
     def end(self) -> None:
-        """Ends `events` after those that have come."""
+        """Ends `events` after those already queued."""
         self._events.put_nowait(None)
 
     def break_off(self, reason: str) -> None:

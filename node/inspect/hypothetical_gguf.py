@@ -1,9 +1,9 @@
-"""What a GGUF of about the same bits a weight would weigh, by what the model does in MLX."""
+"""Layout of a hypothetical GGUF with about as many bits a weight as the model has in MLX."""
 
 from node.ggml.architectures import KNOWN, OF_MLX, choosing
 from unicluster.v1.node_pb2 import ModelLayout
 
-# What takes about as many bits a weight, and how many times as many bytes.
+# By MLX's quantization: the ggml type with about as many bits a weight, and the ratio of bytes.
 FILE_TYPES = {
     "q2": ("q2_k", 2.625 / 2.5),
     "q3": ("q3_k", 3.4375 / 3.5),
@@ -18,8 +18,8 @@ FILE_TYPES = {
 SINGLE = 4
 
 
-def assumed(mlx: ModelLayout) -> ModelLayout | None:
-    """None where no such GGUF could be cut into stages, or stand in for the model."""
+def hypothetical_gguf(mlx: ModelLayout) -> ModelLayout | None:
+    """Layout of the GGUF; None where it could not be cut into stages, or stand in for the model."""
     name = OF_MLX.get(mlx.model_type)
     if name is None or mlx.quant not in FILE_TYPES or not mlx.hidden_size:
         return None
@@ -27,13 +27,12 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
     rest = mlx.head_bytes - mlx.embed_bytes
     # Without a lm_head of its own the embedding is one, and is needed at both ends of a ring.
     tied = rest < mlx.embed_bytes // 2
-    tail = round(scale * (rest + mlx.embed_bytes if tied else rest))
+    lm_head = round(scale * (rest + mlx.embed_bytes if tied else rest))
     sizes, active = (
-        [round(scale * size) for size in found]
-        for found in (mlx.layer_bytes, mlx.layer_active_bytes)
+        [round(scale * size) for size in row] for row in (mlx.layer_bytes, mlx.layer_active_bytes)
     )
-    sizes[-1] += tail
-    active[-1] += tail
+    sizes[-1] += lm_head
+    active[-1] += lm_head
     return ModelLayout(
         model_type=name,
         layer_bytes=sizes,
@@ -48,19 +47,19 @@ def assumed(mlx: ModelLayout) -> ModelLayout | None:
         forbidden_cuts=_forbidden(name, len(sizes), mlx.max_context),
         forbidden_counts=KNOWN[name].whole,
         embed_bytes=round(scale * mlx.embed_bytes),
-        # A row of the embedding; where it is tied, MLX reads it all and does not tell.
+        # A row of the embedding; where it is tied, MLX reads it all, which its layout doesn't show.
         head_active_bytes=mlx.hidden_size if tied else mlx.head_active_bytes - rest,
         parameters=mlx.parameters,
         layer_active_parameters=mlx.layer_active_parameters,
         engine="ggml",
         hidden_size=mlx.hidden_size,
-        tail_bytes=tail,
+        tail_bytes=lm_head,
         vocabulary=mlx.vocabulary,
     )
 
 
 def _cache_bytes(mlx: ModelLayout, name: str) -> list[int]:
-    """Windowed layers keep their caches whole here."""
+    """KV bytes of each layer in ggml, where windowed layers have caches of the full context."""
     sizes = list(mlx.kv_bytes_per_layer)
     return [max(sizes)] * len(sizes) if KNOWN[name].window else sizes
 

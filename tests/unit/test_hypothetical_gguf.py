@@ -1,4 +1,4 @@
-"""The GGUF that a plan thinks of weighs what the real one does."""
+"""The hypothetical GGUF of a plan has the bytes of the real one."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,15 @@ from unicluster.checkpoints.fingerprint import whole
 from unicluster.v1.node_pb2 import InspectRequest
 
 
-def test_a_gguf_thought_of_weighs_what_the_real_one_does(tmp_path: Path) -> None:
+def test_a_hypothetical_gguf_has_the_bytes_of_the_real_one(tmp_path: Path) -> None:
     config = tiny_config("llama")
     path = write_model(tmp_path / "it", config)
     real = inspect(whole(from_checkpoint(path, tmp_path / "it.gguf")), 512, 2)
     request = InspectRequest(model="it", config_json=json.dumps(config), context=512, users=2)
 
-    thought_of = inspect_config(request).gguf
+    hypothetical = inspect_config(request).gguf
 
     for field in ("files", "revision", "quant"):
-        for layout in (real, thought_of):
+        for layout in (real, hypothetical):
             layout.ClearField(field)
-    assert thought_of == real
+    assert hypothetical == real
