@@ -1,4 +1,4 @@
-"""Checks of what callers ask of an agent, before anything is done about it."""
+"""Checks of the requests to an agent, before it acts on them."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -62,16 +62,16 @@ def check_inspect(request: InspectRequest) -> None:
 
 
 def check_try_hub(request: TryHubRequest) -> None:
-    """Raises InputError for what is no repository of the hub."""
+    """Raises InputError for a name that is not a repository of the hub."""
     check_model(request.model, request.revision)
     if Path(request.model).is_absolute():
         raise InputError(f"{shown(request.model)}: a directory, and not a repository of the hub")
 
 
 def check_stage(spec: StageSpec, running: int, available: int) -> None:
-    """Raises InputError for an invalid stage, DoesNotFitError where it has no place here.
+    """Raises InputError for an invalid stage, DoesNotFitError where it does not fit here.
 
-    running: stages that this agent runs. available: bytes that it may still give to stages.
+    running: stages that this agent runs. available: bytes not reserved for stages.
     """
     check_model(spec.model, spec.revision)
     for field in ("deployment", "quant", "engine"):
@@ -98,9 +98,9 @@ def check_stage(spec: StageSpec, running: int, available: int) -> None:
 
 
 def check_model(model: str, revision: str) -> None:
-    """Raises InputError unless they name a model, and of a directory the state that is meant.
+    """Raises InputError unless they name a model, and for a directory its revision.
 
-    Who can't say what is in a directory of this machine has no business in it.
+    A caller that can't name the contents of a directory of this machine may not use it.
     """
     ModelName(model)
     if revision:

@@ -1,4 +1,4 @@
-"""The machine's agent: says what the machine is, and runs stages for coordinators."""
+"""The machine's agent: describes the machine, and runs stages for coordinators."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# Run as a process of its own, because the agent never holds MLX.
+# Run as a process of its own, because the agent never imports MLX.
 INSPECT = "node.inspect"
 # A worker that keeps crashing is not helped by starting it again.
 RESTARTS = 3
@@ -89,7 +89,7 @@ class Agent(NodeServicer):
 
     @property
     def stages(self) -> list[StageSpec]:
-        """Those that it runs now."""
+        """Specs of the stages that run now."""
         return list(self._stages.values())
 
     @property
@@ -110,11 +110,11 @@ class Agent(NodeServicer):
         available = self.hardware.available()
         if self._cap is None:
             return available
-        taken = sum(spec.memory for spec in self._stages.values())
-        return max(0, min(available, self._cap - taken))
+        reserved = sum(spec.memory for spec in self._stages.values())
+        return max(0, min(available, self._cap - reserved))
 
     def _unreserved_memory(self) -> int:
-        """Bytes that no stage has been promised, whatever else the host's memory is used for."""
+        """Bytes not reserved for any stage, whatever else the host's memory is used for."""
         whole = self.hardware.total_memory if self._cap is None else self._cap
         return max(0, whole - sum(spec.memory for spec in self._stages.values()))
 
@@ -207,10 +207,10 @@ class Agent(NodeServicer):
         """The request for files that are on this machine by then."""
         addresses, vouching = _dialled(request.sources, context)
         async with Sources(addresses, self._identity, vouching) as sources:
-            found = await describe(request.model, request.revision, sources)
+            checkpoint = await describe(request.model, request.revision, sources)
             if request.drafts_for:
                 await describe(request.drafts_for, request.drafts_for_revision, sources)
-        return _here(request, found.manifest)
+        return _here(request, checkpoint.manifest)
 
     async def TryHub(self, request: TryHubRequest, context: Context) -> TryHubReply:  # noqa: N802
         try:
@@ -241,7 +241,7 @@ class Agent(NodeServicer):
         self._stages[key] = request
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
-        telling = asyncio.create_task(self._tell_draining(context, writing))
+        reporting = asyncio.create_task(self._report_draining(context, writing))
         addresses, vouching = _dialled(request.sources, context)
         config = WorkerConfig(
             spec=request,
@@ -258,12 +258,12 @@ class Agent(NodeServicer):
                     async with writing:
                         await context.write(event)
         finally:
-            telling.cancel()
+            reporting.cancel()
             del self._stages[key]
             self._changed.set()
             log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
-    async def _tell_draining(self, context: Context, writing: asyncio.Lock) -> None:
+    async def _report_draining(self, context: Context, writing: asyncio.Lock) -> None:
         await self._drain.wait()
         async with writing:
             await context.write(StageEvent(draining=Draining()))
@@ -323,7 +323,7 @@ class Agent(NodeServicer):
 
 
 def how_to_get_mlx() -> str:
-    """What to do on this machine, in a phrase."""
+    """How to install MLX on this machine, in a phrase."""
     extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
     return f"pip install 'unicluster[{extra}]', then join again"
 
@@ -331,7 +331,7 @@ def how_to_get_mlx() -> str:
 def _dialled(sources: Iterable[str], context: Context) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Addresses as this machine dials them, ":port" at the caller's own; and the latter alone.
 
-    What the caller offers itself it vouches for.
+    The caller vouches for the files that it offers itself.
     """
     host = host_of(context)
     dialled = {s: join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources}

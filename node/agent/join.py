@@ -1,4 +1,4 @@
-"""`unicluster join`: runs the machine's agent until it is told to leave."""
+"""`unicluster join`: runs the machine's agent until a signal ends it."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ import click
 from node.agent.agent import Agent, how_to_get_mlx
 from node.agent.peers import Peers
 from node.agent.probe import Hardware, probe
-from node.agent.telemetry import tell
+from node.agent.telemetry import publish
 from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.access.token_input import JOIN_VARIABLE, join_token_options, read_join_token
@@ -64,8 +64,8 @@ class JoinOptions:
     quiet: bool
 
 
-def run(**given: Any) -> int:
-    args = JoinOptions(**given)
+def run(**options: Any) -> int:
+    args = JoinOptions(**options)
     check_name(args.name)
     cap = parse_bytes(args.memory) if args.memory is not None else None
     if cap is not None and cap <= 0:
@@ -74,13 +74,13 @@ def run(**given: Any) -> int:
         raise InputError(f"--port {args.port}: between 0 and 65534")
     token = read_join_token(args.token, args.token_file)
     if args.replace and token is None:
-        raise InputError("--replace: only makes sense with --token")
+        raise InputError("--replace: needs --token")
     if args.engine != "auto" and importlib.util.find_spec(_PACKAGES[args.engine]) is None:
         raise _not_installed(args.engine)
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
     broker = chosen_broker(args.mqtt)
-    check_free(args.host, args.port)  # before a cluster is made whose token nobody would be told
+    check_free(args.host, args.port)  # before a cluster is made whose token would never be printed
     store = Store()
     if token is not None:
         cluster, created = store.join(token, replace=args.replace), False
@@ -148,11 +148,11 @@ async def _join(
             contextlib.AsyncExitStack() as stack,
         ):
             audit.info("joined cluster %s as %s, port %d", cluster.fingerprint, args.name, port)
-            _greet_the_user(args.name, hardware, usable, port, cluster, created)
+            _print_greeting(args.name, hardware, usable, port, cluster, created)
             if broker is not None:
                 publisher = Publisher(broker, cluster, f"node/{args.name}")
                 await stack.enter_async_context(publisher.running())
-                await stack.enter_async_context(in_background(tell(agent, publisher, args.name)))
+                await stack.enter_async_context(in_background(publish(agent, publisher, args.name)))
             notify(f"READY=1\nSTATUS={args.name} in cluster {cluster.fingerprint}, port {port}")
             await _keep_current(advertisement, agent, usable, stop, browser)
             notify("STOPPING=1")
@@ -178,11 +178,15 @@ def _not_installed(engine: str) -> InputError:
 
 
 async def _keep_current(
-    advertisement: Advertisements, agent: Agent, told: int, stop: asyncio.Event, browser: Browser
+    advertisement: Advertisements,
+    agent: Agent,
+    advertised: int,
+    stop: asyncio.Event,
+    browser: Browser,
 ) -> None:
-    """Tells the network when usable memory has changed, until `stop`.
+    """Updates the advertisement when usable memory changes, until `stop`.
 
-    And tells the user once of each machine that is too old or too new.
+    Also warns once of each machine that is too old or too new. advertised: bytes.
     """
     warned: set[str] = set()
     while not stop.is_set():
@@ -197,12 +201,12 @@ async def _keep_current(
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
         with going_on("advertising this machine"):
             usable = await asyncio.to_thread(agent.usable_memory)
-            if abs(usable - told) > NOTICEABLE * max(told, 1):
-                told = usable
+            if abs(usable - advertised) > NOTICEABLE * max(advertised, 1):
+                advertised = usable
                 await advertisement.update(usable=str(usable))
 
 
-def _greet_the_user(
+def _print_greeting(
     name: str, hardware: Hardware, usable: int, port: int, cluster: Cluster, created: bool
 ) -> None:
     kind = "measured" if hardware.bandwidth_measured else "known"

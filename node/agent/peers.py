@@ -22,7 +22,7 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 log = logging.getLogger(__name__)
 
 GREET_SECONDS = 3.0
-# An agent that has been silent for this long is no longer told of.
+# An agent that has been silent for this long is no longer reported.
 FORGET_SECONDS = 10.0
 
 
@@ -35,11 +35,11 @@ class Peers:
         self._greeted_us: dict[str, float] = {}
 
     def note(self, host: str, port: int) -> None:
-        """Another agent has greeted this one."""
+        """Notes that another agent has greeted this one."""
         self._greeted_us[join_address(host, port)] = time.monotonic()
 
     def known(self) -> list[str]:
-        """Their addresses, each as it is reached from here."""
+        """Addresses of the other agents, each as it is reached from here."""
         oldest = time.monotonic() - FORGET_SECONDS
         self._greeted_us = {a: t for a, t in self._greeted_us.items() if t > oldest}
         seen = [machine.address for machine in self._browser.found.values()]
@@ -49,14 +49,14 @@ class Peers:
     async def greeted(self, identity: Credentials, greeting: Greeting) -> AsyncIterator[None]:
         """Greets the named agents now, and every few seconds while the block runs.
 
-        Raises InputError when one of them has our name.
+        Raises InputError when one of them has this agent's name.
         """
         first = await asyncio.gather(*(_greet(p, identity, greeting) for p in self._named))
         for error in first:
             if isinstance(error, InputError):
                 raise error
             if error is not None:
-                log.warning("%s; trying on", error)
+                log.warning("%s; retrying", error)
         tasks = [
             asyncio.create_task(_keep_greeting(peer, identity, greeting, error))
             for peer, error in zip(self._named, first, strict=True)
@@ -72,13 +72,13 @@ class Peers:
 async def _keep_greeting(
     peer: str, identity: Credentials, greeting: Greeting, problem: UniclusterError | None
 ) -> None:
-    """Says when the peer stops answering; `problem` is what was the matter last."""
+    """Logs when the peer stops answering; `problem` is the last error."""
     while True:
         await asyncio.sleep(GREET_SECONDS)
         with going_on(f"greeting {peer}"):
             before, problem = problem, await _greet(peer, identity, greeting)
             if problem is not None and before is None:
-                log.warning("%s; trying on", problem)
+                log.warning("%s; retrying", problem)
 
 
 async def _greet(peer: str, identity: Credentials, greeting: Greeting) -> UniclusterError | None:

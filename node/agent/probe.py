@@ -1,4 +1,4 @@
-"""What this machine is: chip, MLX backend, memory, and how fast the memory is."""
+"""Probes this machine: chip, MLX backend, memory, and memory bandwidth."""
 
 import json
 import os
@@ -23,21 +23,21 @@ MIB = 1 << 20
 # Runs a command and returns what it prints, or None when it is missing or fails.
 Runner = Callable[[Sequence[str]], str | None]
 
-# Asked of a child process: the agent itself never holds MLX.
-_MLX_QUESTION = """
+# Run in a child process: the agent itself never imports MLX.
+_MLX_PROGRAM = """
 import json
 import mlx.core as mx
 names = [n for n in ("metal", "cuda", "rocm") if hasattr(mx, n) and getattr(mx, n).is_available()]
 print(json.dumps({"backend": names[0] if names else "cpu", "device": mx.device_info()}))
 """
 
-_GGML_QUESTION = f"""
+_GGML_PROGRAM = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from node.ggml.library import devices
 print(json.dumps(devices()))
 """
-# How ggml calls its devices, and what people call what is behind them.
+# Beginnings of the names of ggml's devices, and the backends that they belong to.
 _GGML_BACKENDS = {
     "Vulkan": "vulkan",
     "ROCm": "rocm",
@@ -55,7 +55,7 @@ class Hardware:
     backend: str  # metal, cuda, cpu, none (no MLX); rocm where such a build of MLX is installed
     platform: str
     total_memory: int
-    usable_memory: int  # what stages could take when it was probed, the cap included
+    usable_memory: int  # bytes for stages when it was probed, the cap included
     bandwidth: float
     bandwidth_measured: bool
     _available: Callable[[], int] = field(repr=False, compare=False)
@@ -65,9 +65,9 @@ class Hardware:
 
     @property
     def engines(self) -> list[str]:
-        """What it offers to compute stages with."""
-        found = ["mlx"] * (self.backend != "none") + ["ggml"] * bool(self.ggml_backend)
-        return [engine for engine in found if self.only in ("", engine)]
+        """Names of the engines that it offers."""
+        installed = ["mlx"] * (self.backend != "none") + ["ggml"] * bool(self.ggml_backend)
+        return [engine for engine in installed if self.only in ("", engine)]
 
     def available(self) -> int:
         """Bytes that new stages could take now; no cap. Cheap: call it every few seconds."""
@@ -81,7 +81,7 @@ def probe(
     run: Runner | None = None,
     system: str = sys.platform,
 ) -> Hardware:
-    """Look at this machine. Takes a second at most, and an unknown chip is no error.
+    """Probes this machine. Takes a second at most, and an unknown chip is no error.
 
     `root`, `run` and `system` stand for the file system, its commands and `sys.platform`.
     """
@@ -140,14 +140,14 @@ def measure_bandwidth(available: int = GIB) -> float:
 
 @dataclass(frozen=True)
 class _Mlx:
-    """What MLX says of itself, in a process of its own."""
+    """MLX's backend and memory limit, from a child process."""
 
     backend: str
     working_set: int | None  # bytes that Metal recommends to keep in use at once
 
 
 def _ask_mlx(run: Runner) -> _Mlx:
-    answer = run(code_command(_MLX_QUESTION))
+    answer = run(code_command(_MLX_PROGRAM))
     if answer is None:
         return _Mlx("none", None)
     facts = json.loads(answer.splitlines()[-1])
@@ -155,13 +155,15 @@ def _ask_mlx(run: Runner) -> _Mlx:
 
 
 def _ask_ggml(run: Runner) -> str:
-    """What ggml computes on here, in a process of its own; empty when it is not installed."""
-    answer = run(code_command(_GGML_QUESTION))
+    """The backend of ggml here, from a child process; empty when ggml is not installed."""
+    answer = run(code_command(_GGML_PROGRAM))
     if answer is None:
         return ""
     names = [name for name, _ in json.loads(answer.splitlines()[-1])]
-    found = (b for name in names for start, b in _GGML_BACKENDS.items() if name.startswith(start))
-    return next(found, "cpu")
+    backends = (
+        b for name in names for start, b in _GGML_BACKENDS.items() if name.startswith(start)
+    )
+    return next(backends, "cpu")
 
 
 class _Mac:
@@ -177,7 +179,7 @@ class _Mac:
         self._limit = mlx.working_set or self.total * 3 // 4
 
     def available(self) -> int:
-        """What is free or can be freed at once, within Metal's working set."""
+        """Bytes that are free or can be freed at once, within Metal's working set."""
         text = self._run(["vm_stat"]) or ""
         page = re.search(r"page size of (\d+) bytes", text)
         if page is None:
@@ -219,11 +221,11 @@ class _Linux:
         if self._gpu and self._gpu.total is not None:
             gpu = _nvidia(self._run)
             return gpu.free if gpu and gpu.free is not None else 0
-        # A card with memory shared with the host (GB10) has no numbers of its own.
+        # A card that shares the host's memory (GB10) reports no numbers.
         free = min([self._meminfo()["MemAvailable"], *(room for _, room in self._cgroups())])
         if self._backend == "rocm":
             # An APU's GPU reaches the part of host memory that GTT maps, and what the firmware
-            # has carved out for it, which Linux does not count as its own.
+            # has carved out for it, which Linux does not count.
             cards = self._amd_cards()
             free = min(free, sum(card.gtt_free for card in cards))
             free += sum(card.vram_free for card in cards)
@@ -241,14 +243,14 @@ class _Linux:
         lines = groups.read_text().splitlines() if groups.exists() else []
         path = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
         folder = self._root / "sys/fs/cgroup" / path
-        found = []
+        limits = []
         for group in [folder, *folder.parents[: len(Path(path).parts)]]:
             limit = _read(group / "memory.max")
             if limit.isdigit():
                 used = int(_read(group / "memory.current") or 0)
                 cached = re.search(r"^inactive_file (\d+)", _read(group / "memory.stat"), re.M)
-                found.append((int(limit), int(limit) - used + (int(cached[1]) if cached else 0)))
-        return found
+                limits.append((int(limit), int(limit) - used + (int(cached[1]) if cached else 0)))
+        return limits
 
     def _cpu_name(self) -> str:
         names = re.search(r"^model name\s*: (.+)", _read(self._root / "proc/cpuinfo"), re.M)
@@ -286,7 +288,7 @@ class _NvidiaCard:
 
 
 def _nvidia(run: Runner) -> _NvidiaCard | None:
-    """The first card, which is the one that MLX uses."""
+    """The first NVIDIA card, which is the one that MLX uses; None without one."""
     query = "--query-gpu=name,memory.total,memory.free"
     answer = run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
     if not answer:
@@ -298,7 +300,7 @@ def _nvidia(run: Runner) -> _NvidiaCard | None:
 
 
 def _read(path: Path) -> str:
-    """A small file of the kernel, or "" where there is none."""
+    """Text of a small file of the kernel, or "" where there is none."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

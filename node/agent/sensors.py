@@ -1,4 +1,4 @@
-"""How warm a machine is and what it draws, where the platform tells an ordinary user."""
+"""Temperature and power of a machine, where the platform reports them to ordinary users."""
 
 import sys
 from dataclasses import dataclass
@@ -6,31 +6,31 @@ from pathlib import Path
 
 from node.agent.probe import Runner, run_command
 
-# Of the processor or the GPU, not of a disk or a network card.
+# Sensors of the processor or the GPU, not of a disk or a network card.
 _CHIPS = ("coretemp", "k10temp", "zenpower", "amdgpu", "cpu_thermal", "soc_thermal", "acpitz")
 _NVIDIA = ("nvidia-smi", "--query-gpu=temperature.gpu,power.draw", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
-class Warmth:
-    """None where the platform does not tell; macOS tells only root."""
+class Thermals:
+    """Readings, None where the platform does not report them; macOS does only to root."""
 
     celsius: float | None  # of the hottest part
     watts: float | None  # of the GPU, or of the chip that has one
 
 
-def read_warmth(root: Path = Path("/"), run: Runner = run_command) -> Warmth:
-    """Takes up to a second where there is an NVIDIA GPU."""
+def read_thermals(root: Path = Path("/"), run: Runner = run_command) -> Thermals:
+    """Reads the sensors; takes up to a second where there is an NVIDIA GPU."""
     temperatures, powers = _linux(root) if sys.platform == "linux" else ([], [])
     for line in (run(_NVIDIA) or "").splitlines():
         for text, into in zip(line.split(","), (temperatures, powers), strict=False):
             if (value := _number(text)) is not None:
                 into.append(value)
-    return Warmth(max(temperatures, default=None), sum(powers) if powers else None)
+    return Thermals(max(temperatures, default=None), sum(powers) if powers else None)
 
 
 def _linux(root: Path) -> tuple[list[float], list[float]]:
-    """Degrees of all sensors, and the watts of AMD's GPUs and APUs."""
+    """Degrees Celsius of all sensors, and watts of AMD's GPUs and APUs."""
     temperatures, powers = [], []
     for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")):
         if _text(folder / "name") not in _CHIPS:

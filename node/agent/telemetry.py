@@ -1,11 +1,11 @@
-"""What a machine's agent tells an MQTT broker."""
+"""The telemetry that a machine's agent publishes over MQTT."""
 
 import asyncio
 import time
 from typing import Any
 
 from node.agent.agent import Agent
-from node.agent.sensors import Warmth, read_warmth
+from node.agent.sensors import Thermals, read_thermals
 from unicluster import PROTOCOL, __version__
 from unicluster.cluster.background import going_on
 from unicluster.telemetry.home_assistant import Sensor, discovery
@@ -15,7 +15,7 @@ from unicluster.telemetry.rate import Rate
 READ_SECONDS = 10.0
 
 
-async def tell(agent: Agent, publisher: Publisher, name: str) -> None:
+async def publish(agent: Agent, publisher: Publisher, name: str) -> None:
     """Publishes until cancelled: the state whenever it changes, readings every 10 s."""
     _introduce(agent, publisher, name)
     due = 0.0
@@ -25,17 +25,17 @@ async def tell(agent: Agent, publisher: Publisher, name: str) -> None:
         if time.monotonic() >= due:
             due = time.monotonic() + READ_SECONDS
             with going_on("telemetry"):
-                usable, warmth = await asyncio.to_thread(
-                    lambda: (agent.usable_memory(), read_warmth())
+                usable, thermals = await asyncio.to_thread(
+                    lambda: (agent.usable_memory(), read_thermals())
                 )
                 tokens_per_s = rate.next(agent.computed_tokens)
-                readings = readings_of(agent, usable, warmth, tokens_per_s)
+                readings = readings_of(agent, usable, thermals, tokens_per_s)
                 publisher.event(publisher.topic("readings"), readings)
         await agent.changed(due - time.monotonic())
 
 
 def state_of(agent: Agent, name: str) -> dict[str, Any]:
-    """See docs/mqtt.schema.json, as for all payloads here."""
+    """State of the agent, as docs/mqtt.schema.json describes it, like all payloads here."""
     hardware = agent.hardware
     return {
         "name": name,
@@ -58,15 +58,17 @@ def state_of(agent: Agent, name: str) -> dict[str, Any]:
     }
 
 
-def readings_of(agent: Agent, usable: int, warmth: Warmth, tokens_per_s: float) -> dict[str, Any]:
+def readings_of(
+    agent: Agent, usable: int, thermals: Thermals, tokens_per_s: float
+) -> dict[str, Any]:
     stages = [f"{s.model} {s.first_layer}-{s.end_layer - 1}" for s in agent.stages]
     return {
         "time": round(time.time(), 3),
         "usable_memory": usable,
         "stage": ", ".join(stages) or "none",
         "tokens_per_s": tokens_per_s,
-        "temperature": warmth.celsius,
-        "power": warmth.watts,
+        "temperature": thermals.celsius,
+        "power": thermals.watts,
     }
 
 
@@ -89,5 +91,5 @@ def _introduce(agent: Agent, publisher: Publisher, name: str) -> None:
 
 
 def _value(key: str) -> str:
-    """What the platform does not tell is unknown, not 0."""
+    """Template of a reading: unknown, not 0, where the platform does not report it."""
     return f"{{{{ value_json.{key} if value_json.{key} is not none else None }}}}"

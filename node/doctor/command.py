@@ -1,4 +1,4 @@
-"""`unicluster doctor`: looks for what usually goes wrong, and says how to mend it."""
+"""`unicluster doctor`: checks for common problems, and says how to solve them."""
 
 import asyncio
 import time
@@ -15,14 +15,14 @@ from unicluster.cluster.trust import Store
 from unicluster.command_line import Command, Option
 
 _MARKS = {
-    Level.GOOD: "[green]✓[/green]",
-    Level.ODD: "[yellow]![/yellow]",
-    Level.BAD: "[red]✗[/red]",
+    Level.OK: "[green]✓[/green]",
+    Level.WARNING: "[yellow]![/yellow]",
+    Level.ERROR: "[red]✗[/red]",
 }
 
 
 def run(peer: tuple[str, ...], host: str) -> int:
-    """1 when something will not work, else 0."""
+    """Prints the findings. Returns 1 when something will not work, else 0."""
     cluster = Store().load()
     console = Console()
     with console.status("Looking"):
@@ -30,7 +30,7 @@ def run(peer: tuple[str, ...], host: str) -> int:
         if cluster is None:
             findings.append(
                 Finding(
-                    Level.BAD,
+                    Level.ERROR,
                     "cluster",
                     "this machine is in no cluster",
                     "run `unicluster join`, with `--token -` if the cluster exists",
@@ -39,7 +39,7 @@ def run(peer: tuple[str, ...], host: str) -> int:
         else:
             findings += [*_rotation(), *asyncio.run(network.examine(cluster, peer, host))]
     _print(console, findings)
-    return int(any(finding.level is Level.BAD for finding in findings))
+    return int(any(finding.level is Level.ERROR for finding in findings))
 
 
 def _rotation() -> list[Finding]:
@@ -50,7 +50,7 @@ def _rotation() -> list[Finding]:
     days = max(0.0, time.time() - begun) / 86400
     return [
         Finding(
-            Level.ODD,
+            Level.WARNING,
             "token",
             f"the token was rotated {days:.1f} days ago, and the old one is still good",
             "`unicluster token rotate --finish`, when all machines and clients have the new one",
@@ -60,10 +60,10 @@ def _rotation() -> list[Finding]:
 
 def _print(console: Console, findings: Iterable[Finding]) -> None:
     for finding in findings:
-        line = f"{_MARKS[finding.level]} {finding.subject:10} {escape(finding.what)}"
+        line = f"{_MARKS[finding.level]} {finding.subject:10} {escape(finding.message)}"
         console.print(line, soft_wrap=True)
-        if finding.mend:
-            console.print(f"  {'':10} → {finding.mend}", soft_wrap=True, markup=False)
+        if finding.remedy:
+            console.print(f"  {'':10} → {finding.remedy}", soft_wrap=True, markup=False)
 
 
 command = Command(

@@ -1,22 +1,22 @@
-"""What `unicluster doctor` finds."""
+"""Findings of `unicluster doctor`."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Level(Enum):
-    """GOOD: as it should be. ODD: works, but slowly or not always. BAD: will not work."""
+    """OK: as it should be. WARNING: works, but slowly or not always. ERROR: will not work."""
 
-    GOOD = "good"
-    ODD = "odd"
-    BAD = "bad"
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line on one subject; `mend` says what to do."""
+    """One line on one subject; `remedy`: a command or a step to take."""
 
     level: Level
     subject: str
-    what: str
-    mend: str = ""
+    message: str
+    remedy: str = ""

@@ -1,4 +1,4 @@
-"""What `unicluster doctor` asks of the machine itself: memory, sleep, swap, firewall, clock."""
+"""Checks of `unicluster doctor` on the machine itself: memory, sleep, swap, firewall, clock."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from node.doctor.finding import Finding, Level
 from unicluster.program import code_command
 from unicluster.units import format_bytes
 
-# No machine that runs this can rightly think that it is earlier.
+# A clock that shows an earlier time is wrong.
 EARLIEST = time.mktime((2026, 1, 1, 0, 0, 0, 0, 0, 0))
 SWAPPED = 0.02  # of the memory
 SOCKET_FILTER = "/usr/libexec/ApplicationFirewall/socketfilterfw"
@@ -26,17 +26,17 @@ def examine(
     root: Path = Path("/"), run: Runner = run_command, system: str = sys.platform
 ) -> list[Finding]:
     """`root`, `run` and `system` stand for the file system, its commands and `sys.platform`."""
-    own = _mac(run) if system == "darwin" else _linux(root, run)
-    return [_mlx(run), _clock(time.time()), swap(psutil.swap_memory().used), *own]
+    of_system = _mac(run) if system == "darwin" else _linux(root, run)
+    return [_mlx(run), _clock(time.time()), swap(psutil.swap_memory().used), *of_system]
 
 
 def swap(used: int, total: int | None = None) -> Finding:
-    """`used` bytes of swap, on a machine with `total` bytes of memory (this one's)."""
+    """Finding about `used` bytes of swap, of `total` bytes of memory (default: this machine's)."""
     total = psutil.virtual_memory().total if total is None else total
     if used <= SWAPPED * total:
-        return Finding(Level.GOOD, "swap", "next to nothing is swapped out")
+        return Finding(Level.OK, "swap", "next to nothing is swapped out")
     return Finding(
-        Level.ODD,
+        Level.WARNING,
         "swap",
         f"{format_bytes(used)} are swapped out: weights read from disk are a hundred times slower",
         "close what else needs memory, or offer less with `join --memory`",
@@ -45,9 +45,9 @@ def swap(used: int, total: int | None = None) -> Finding:
 
 def _clock(now: float) -> Finding:
     if now > EARLIEST:
-        return Finding(Level.GOOD, "clock", time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(now)))
+        return Finding(Level.OK, "clock", time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(now)))
     return Finding(
-        Level.BAD,
+        Level.ERROR,
         "clock",
         f"it says {time.strftime('%Y-%m-%d', time.localtime(now))}: certificates won't be valid",
         "set the clock; switch on NTP",
@@ -57,10 +57,10 @@ def _clock(now: float) -> Finding:
 def _mlx(run: Runner) -> Finding:
     answer = run(code_command("import mlx.core, mlx_lm; print(mlx_lm.__version__)"))
     if answer is not None:
-        return Finding(Level.GOOD, "mlx", f"mlx-lm {answer.split()[-1]}")
+        return Finding(Level.OK, "mlx", f"mlx-lm {answer.split()[-1]}")
     extra = "cuda" if shutil.which("nvidia-smi") else "cpu"
-    mend = f"pip install 'unicluster[{extra}]', unless it is only to coordinate or chat"
-    return Finding(Level.ODD, "mlx", "not installed: this machine can't compute stages", mend)
+    remedy = f"pip install 'unicluster[{extra}]', unless it is only to coordinate or chat"
+    return Finding(Level.WARNING, "mlx", "not installed: this machine can't compute stages", remedy)
 
 
 def _mac(run: Runner) -> Iterator[Finding]:
@@ -69,34 +69,34 @@ def _mac(run: Runner) -> Iterator[Finding]:
     if limit == 0 and total >= 32 * GIB:
         suggested = (total - 8 * GIB) // (1 << 20)
         yield Finding(
-            Level.ODD,
+            Level.WARNING,
             "memory",
             "Metal may wire about three quarters of the memory",
             f"`sudo sysctl iogpu.wired_limit_mb={suggested}` gives it all but 8 GiB, until the "
             "next boot; the playbook keeps it (host_wired_limit_mb)",
         )
     else:
-        told = f"{limit} MB" if limit else "the system's own"
-        yield Finding(Level.GOOD, "memory", f"limit of wired memory: {told}")
+        shown = f"{limit} MB" if limit else "the system's own"
+        yield Finding(Level.OK, "memory", f"limit of wired memory: {shown}")
     asleep = re.search(r"^\s*sleep\s+([1-9]\d*)", run(["pmset", "-g", "custom"]) or "", re.M)
     if asleep:
         yield Finding(
-            Level.ODD,
+            Level.WARNING,
             "sleep",
             f"this Mac sleeps after {asleep[1]} minutes, and leaves the cluster then",
             "sudo pmset -a sleep 0",
         )
     else:
-        yield Finding(Level.GOOD, "sleep", "never")
+        yield Finding(Level.OK, "sleep", "never")
     if "enabled" in (run([SOCKET_FILTER, "--getglobalstate"]) or ""):
         yield Finding(
-            Level.ODD,
+            Level.WARNING,
             "firewall",
             "on: macOS asks once whether Python may accept connections",
             f"sudo {SOCKET_FILTER} --unblockapp {Path(sys.executable).resolve()}",
         )
     else:
-        yield Finding(Level.GOOD, "firewall", "off")
+        yield Finding(Level.OK, "firewall", "off")
 
 
 def _linux(root: Path, run: Runner) -> Iterator[Finding]:
@@ -109,7 +109,7 @@ def _linux(root: Path, run: Runner) -> Iterator[Finding]:
         carved = int((path.parent / "mem_info_vram_total").read_text())
         if carved < 8 * GIB and gtt < total * 0.7:
             yield Finding(
-                Level.ODD,
+                Level.WARNING,
                 "memory",
                 f"the GPU may use {format_bytes(gtt)} of {format_bytes(total)} (GTT)",
                 "kernel parameters ttm.pages_limit and amdgpu.gttsize; the playbook sets them "
@@ -119,13 +119,13 @@ def _linux(root: Path, run: Runner) -> Iterator[Finding]:
 
 def _linux_sleep(run: Runner) -> Finding:
     if "graphical" not in (run(["systemctl", "get-default"]) or ""):
-        return Finding(Level.GOOD, "sleep", "no desktop that would put this machine to sleep")
+        return Finding(Level.OK, "sleep", "no desktop that would put this machine to sleep")
     # is-enabled fails for a masked unit, so it is asked for by show.
     state = run(["systemctl", "show", "--property=LoadState", "sleep.target"]) or ""
     if "masked" in state:
-        return Finding(Level.GOOD, "sleep", "never")
+        return Finding(Level.OK, "sleep", "never")
     return Finding(
-        Level.ODD,
+        Level.WARNING,
         "sleep",
         "the desktop may put this machine to sleep, and it leaves the cluster then",
         "sudo systemctl mask sleep.target suspend.target hibernate.target hybrid-sleep.target",
@@ -135,23 +135,25 @@ def _linux_sleep(run: Runner) -> Finding:
 def _linux_firewall(root: Path, run: Runner) -> Finding:
     if (run(["systemctl", "is-active", "firewalld"]) or "").strip() == "active":
         opened = run(["firewall-cmd", "--list-services", "--list-ports"]) or ""
-        mend = "sudo firewall-cmd --permanent --add-service=mdns " + " ".join(
+        remedy = "sudo firewall-cmd --permanent --add-service=mdns " + " ".join(
             f"--add-port={port}/tcp" for port in PORTS
         )
         if "unicluster" in opened or all(f"{port}/tcp" in opened for port in PORTS):
-            return Finding(Level.GOOD, "firewall", "firewalld is on, and open for unicluster")
-        mend += " && sudo firewall-cmd --reload"
-        return Finding(Level.BAD, "firewall", "firewalld is on, and not open for unicluster", mend)
+            return Finding(Level.OK, "firewall", "firewalld is on, and open for unicluster")
+        remedy += " && sudo firewall-cmd --reload"
+        return Finding(
+            Level.ERROR, "firewall", "firewalld is on, and not open for unicluster", remedy
+        )
     try:
         settings = (root / "etc/ufw/ufw.conf").read_text()
     except OSError:
-        return Finding(Level.GOOD, "firewall", "neither firewalld nor ufw is on")
+        return Finding(Level.OK, "firewall", "neither firewalld nor ufw is on")
     if not re.search(r"^ENABLED=yes", settings, re.M):
-        return Finding(Level.GOOD, "firewall", "ufw is off")
+        return Finding(Level.OK, "firewall", "ufw is off")
     if (root / "etc/ufw/applications.d/unicluster").exists():
-        return Finding(Level.GOOD, "firewall", "ufw is on, and knows unicluster")
+        return Finding(Level.OK, "firewall", "ufw is on, and knows unicluster")
     return Finding(
-        Level.ODD,
+        Level.WARNING,
         "firewall",
         "ufw is on; whether it is open for unicluster only root can see",
         f"sudo ufw allow {PORTS[0]}:{PORTS[1]}/tcp",

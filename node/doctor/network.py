@@ -1,4 +1,4 @@
-"""What `unicluster doctor` asks of the network: who is heard, who answers, how fast and when."""
+"""Checks of `unicluster doctor` on the network: multicast, reachability, clocks, links."""
 
 import asyncio
 import ipaddress
@@ -28,12 +28,12 @@ TRIPS = 7
 SLOW_SECONDS = 0.005
 SLOW_MBIT = 1000
 # Certificates have a day's grace.
-CLOCK_ODD, CLOCK_BAD = 30.0, 20 * 3600.0
+CLOCK_WARNING, CLOCK_ERROR = 30.0, 20 * 3600.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A machine that was asked. Seconds; `ahead` is how far its clock is before ours."""
+    """A machine that was asked. Seconds; `ahead`: of its clock, before ours."""
 
     info: NodeInfo
     address: str
@@ -50,19 +50,23 @@ async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Fin
     findings: list[Finding] = []
     addresses = {machine.address: machine.name for machine in heard.values()}
     answers: dict[str, Answer] = {}
-    waiting = {*addresses, *peers}
+    unasked = {*addresses, *peers}
     asked: set[str] = set()
-    while waiting:
-        asked |= waiting
-        answered = await asyncio.gather(*(_ask(a, identity) for a in sorted(waiting)))
-        for address, answer in zip(sorted(waiting), answered, strict=True):
+    while unasked:
+        asked |= unasked
+        answered = await asyncio.gather(*(_ask(a, identity) for a in sorted(unasked)))
+        for address, answer in zip(sorted(unasked), answered, strict=True):
             if isinstance(answer, Answer):
                 answers[address] = answer
             else:
                 findings.append(_silent(addresses.get(address, address), address, answer))
         known = {peer for a in answers.values() for peer in a.info.peers}
-        waiting = known - asked
-    return [multicast(heard, answers), *findings, *(f for a in answers.values() for f in judge(a))]
+        unasked = known - asked
+    return [
+        multicast(heard, answers),
+        *findings,
+        *(f for a in answers.values() for f in examine_one(a)),
+    ]
 
 
 def multicast(heard: Collection[str], answers: dict[str, Answer]) -> Finding:
@@ -70,7 +74,7 @@ def multicast(heard: Collection[str], answers: dict[str, Answer]) -> Finding:
     unheard = sorted({answer.info.name for answer in answers.values()} - set(heard))
     if unheard:
         return Finding(
-            Level.ODD,
+            Level.WARNING,
             "multicast",
             f"{', '.join(unheard)} answers but is not heard: multicast is blocked on the way",
             "allow UDP 5353 to 224.0.0.251 on both, switch off IGMP snooping or client isolation "
@@ -78,29 +82,29 @@ def multicast(heard: Collection[str], answers: dict[str, Answer]) -> Finding:
         )
     if not heard:
         return Finding(
-            Level.BAD,
+            Level.ERROR,
             "multicast",
             "no agent of this cluster is heard, not even one on this machine",
             "run `unicluster join` here and on the others; if they run: `doctor --peer HOST:PORT`",
         )
-    return Finding(Level.GOOD, "multicast", f"heard {', '.join(sorted(heard))}")
+    return Finding(Level.OK, "multicast", f"heard {', '.join(sorted(heard))}")
 
 
-def judge(answer: Answer) -> list[Finding]:
+def examine_one(answer: Answer) -> list[Finding]:
     """Version, clock, and speed of one machine that answered."""
     info, who = answer.info, answer.info.name
     findings = []
     wrong = mismatch(f"machine {who}", info.version, info.protocol, info.oldest_protocol)
     if wrong:
-        findings.append(Finding(Level.BAD, "version", wrong, "then start its agent again"))
+        findings.append(Finding(Level.ERROR, "version", wrong, "then start its agent again"))
     elif info.version != __version__:
-        told = f"{who} runs {info.version}, this machine {__version__}: they work together"
-        findings.append(Finding(Level.GOOD, "version", told))
-    if info.clock and abs(answer.ahead) > CLOCK_ODD:
+        message = f"{who} runs {info.version}, this machine {__version__}: they work together"
+        findings.append(Finding(Level.OK, "version", message))
+    if info.clock and abs(answer.ahead) > CLOCK_WARNING:
         direction = "ahead of" if answer.ahead > 0 else "behind"
         findings.append(
             Finding(
-                Level.BAD if abs(answer.ahead) > CLOCK_BAD else Level.ODD,
+                Level.ERROR if abs(answer.ahead) > CLOCK_ERROR else Level.WARNING,
                 "clock",
                 f"{who}'s clock is {abs(answer.ahead):.0f} s {direction} this machine's",
                 "switch on NTP on both: certificates allow a day at most",
@@ -116,27 +120,27 @@ def _link(answer: Answer) -> Finding:
     took = f"{answer.round_trip * 1000:.1f} ms"
     if answer.round_trip > SLOW_SECONDS:
         return Finding(
-            Level.ODD,
+            Level.WARNING,
             "link",
             f"{who} at {host} takes {took} to answer over {nic}",
             "a cable instead of Wi-Fi; if there is one, see that its addresses are on one network",
         )
     if 0 < speed < SLOW_MBIT:
         return Finding(
-            Level.ODD,
+            Level.WARNING,
             "link",
             f"{who} at {host} is reached over {nic}, which runs at {speed} Mbit/s",
             "another cable, port or switch: a gigabit is the least",
         )
     if better := _faster_than(nic, speed):
         return Finding(
-            Level.ODD,
+            Level.WARNING,
             "link",
             f"{who} is reached over {nic} ({speed} Mbit/s), though {better} is faster",
             f"give {better} an address on both machines in one network of its own, and "
             "`join --host` that address if the other is still chosen",
         )
-    return Finding(Level.GOOD, "link", f"{who} at {host} over {nic}, {took}")
+    return Finding(Level.OK, "link", f"{who} at {host} over {nic}, {took}")
 
 
 async def _ask(address: str, identity: Credentials) -> Answer | UniclusterError:
@@ -155,7 +159,7 @@ async def _ask(address: str, identity: Credentials) -> Answer | UniclusterError:
 
 
 async def _round_trip(address: str) -> float:
-    """Of a TCP handshake: nothing of the agent's own work is in it."""
+    """Seconds of a TCP handshake, which contain none of the agent's work."""
     began = time.perf_counter()
     _, writer = await asyncio.open_connection(*split_address(address))
     took = time.perf_counter() - began
@@ -166,7 +170,7 @@ async def _round_trip(address: str) -> float:
 def _silent(name: str, address: str, error: UniclusterError) -> Finding:
     port = split_address(address)[1]
     return Finding(
-        Level.BAD,
+        Level.ERROR,
         "reach",
         f"{name} ({address}): {error}",
         f"on {name}: is the agent running, and does its firewall let TCP {port} and {port + 1} in?",

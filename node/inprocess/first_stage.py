@@ -1,4 +1,4 @@
-"""Stage 0 in the caller's own process, of whichever engine."""
+"""Stage 0 in the caller's own process, of either engine."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +49,9 @@ class FirstStage:
     prebuilt: bool = True
 
     def load(self, identity: Credentials, run: Run) -> tuple[LoadedHead, Any]:
-        """Fetches what is not here and loads it; also returns the tokenizer.
+        """Fetches the missing files and loads the stage; also returns the tokenizer.
 
-        Raises StageError where the spec is of another stage, else as the engine does.
+        Raises StageError where the spec is of another stage; else as Engine.load.
         """
         engine = choose(self.checkpoint, self.spec.engine)
         if not is_whole(self.checkpoint):

@@ -79,7 +79,7 @@ class LoadedModel(PipelineModel):
 
 
 def describe_here(model: str, identity: Credentials, sources: Sequence[str] = ()) -> Checkpoint:
-    """What a model is, from a directory, the cache, `sources` or the hub.
+    """Checkpoint of a model with its description, from a directory, cache, `sources` or the hub.
 
     Raises InputError, NotFoundError or UnavailableError.
     """
@@ -147,7 +147,7 @@ def load_on_nodes(
 ) -> tuple[LoadedModel, Any]:
     """Stage 0 here, the others on the agents `nodes`, in that order.
 
-    `hub_files` are those that each stage fetches from the hub. The other machines may have the
+    `hub_files`: files that each stage fetches from the hub; the other machines get the
     rest from this one. Raises UnavailableError or StageError naming the machine that can't take
     its stage.
     """

@@ -197,7 +197,7 @@ async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
 
 
 def _environment() -> dict[str, str]:
-    """Without secrets that no worker needs. gRPC prints whom it refuses: only for who debugs."""
+    """The worker's environment, without secrets; gRPC prints refused clients only for debugging."""
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
     ours = {name: value for name, value in child_environment().items() if name not in SECRETS}
     return {**quiet, **ours}

@@ -77,7 +77,7 @@ WRONG_WORDS = [
     ("join --port 0 --host 192.0.2.77", "can't listen on 192.0.2.77"),
     ("join --port 0 --host no.such.host.invalid", "no.such.host.invalid is no address"),
     ("join --port 0 --peer nonsense", "'nonsense' is no address: give it as HOST:PORT"),
-    ("join --replace", "--replace: only makes sense with --token"),
+    ("join --replace", "--replace: needs --token"),
     ("serve llama-9000-mega", "no model 'llama-9000-mega'"),
     ("serve /no/such/directory", "no directory /no/such/directory"),
     ("serve {file}", "is a file: give the model's directory"),

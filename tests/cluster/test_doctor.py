@@ -7,7 +7,7 @@ import pytest
 
 from node.doctor.finding import Level
 from node.doctor.host import SOCKET_FILTER, examine, swap
-from node.doctor.network import Answer, judge, multicast
+from node.doctor.network import Answer, examine_one, multicast
 from tests.support.cluster import LocalCluster
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.cluster.versions import mismatch
@@ -22,26 +22,28 @@ def answer(name: str = "bob", ahead: float = 0.0, trip: float = 0.0002, **info: 
 
 
 def levels(answer: Answer) -> dict[str, Level]:
-    return {finding.subject: finding.level for finding in judge(answer)}
+    return {finding.subject: finding.level for finding in examine_one(answer)}
 
 
-@pytest.mark.parametrize(("ahead", "level"), [(2, None), (-300, Level.ODD), (90_000, Level.BAD)])
+@pytest.mark.parametrize(
+    ("ahead", "level"), [(2, None), (-300, Level.WARNING), (90_000, Level.ERROR)]
+)
 def test_a_clock_that_is_wrong_is_told_of(ahead: float, level: Level | None) -> None:
     assert levels(answer(ahead=ahead)).get("clock") is level
 
 
 def test_a_slow_link_is_told_of() -> None:
-    assert levels(answer(trip=0.02))["link"] is Level.ODD
-    assert levels(answer(trip=0.0003))["link"] is Level.GOOD
+    assert levels(answer(trip=0.02))["link"] is Level.WARNING
+    assert levels(answer(trip=0.0003))["link"] is Level.OK
 
 
 def test_a_version_too_new_says_which_machine_to_upgrade() -> None:
     newer = answer(protocol=PROTOCOL + 1, oldest_protocol=PROTOCOL + 1, version="9.0")
 
-    (finding,) = (f for f in judge(newer) if f.subject == "version")
+    (finding,) = (f for f in examine_one(newer) if f.subject == "version")
 
-    assert finding.level is Level.BAD
-    assert finding.what.endswith("upgrade this machine")
+    assert finding.level is Level.ERROR
+    assert finding.message.endswith("upgrade this machine")
 
 
 @pytest.mark.parametrize(
@@ -64,13 +66,13 @@ def test_neighbouring_versions_work_together_or_say_why_not(
 def test_a_machine_that_answers_unheard_means_blocked_multicast() -> None:
     finding = multicast(["ann"], {"a": answer("ann"), "b": answer("bob")})
 
-    assert finding.level is Level.ODD
-    assert finding.what.startswith("bob answers but is not heard")
+    assert finding.level is Level.WARNING
+    assert finding.message.startswith("bob answers but is not heard")
 
 
 def test_swap_in_use_is_told_of() -> None:
-    assert swap(0, 64 * GIB).level is Level.GOOD
-    assert swap(8 * GIB, 64 * GIB).level is Level.ODD
+    assert swap(0, 64 * GIB).level is Level.OK
+    assert swap(8 * GIB, 64 * GIB).level is Level.WARNING
 
 
 def test_a_mac_that_sleeps_and_wires_little_is_told_how_to_do_better() -> None:
@@ -86,9 +88,9 @@ def test_a_mac_that_sleeps_and_wires_little_is_told_how_to_do_better() -> None:
 
     found = {f.subject: f for f in examine(run=run, system="darwin")}
 
-    assert "iogpu.wired_limit_mb=516096" in found["memory"].mend
-    assert found["sleep"].mend == "sudo pmset -a sleep 0"
-    assert "--unblockapp" in found["firewall"].mend
+    assert "iogpu.wired_limit_mb=516096" in found["memory"].remedy
+    assert found["sleep"].remedy == "sudo pmset -a sleep 0"
+    assert "--unblockapp" in found["firewall"].remedy
 
 
 def test_a_closed_firewalld_is_told_how_to_open(tmp_path: Path) -> None:
@@ -99,8 +101,8 @@ def test_a_closed_firewalld_is_told_how_to_open(tmp_path: Path) -> None:
 
     found = {f.subject: f for f in examine(tmp_path, run, "linux")}
 
-    assert found["firewall"].level is Level.BAD
-    assert "--add-port=47600/tcp" in found["firewall"].mend
+    assert found["firewall"].level is Level.ERROR
+    assert "--add-port=47600/tcp" in found["firewall"].remedy
 
 
 def test_the_command_finds_nothing_wrong_with_a_healthy_pair(tmp_path: Path) -> None:

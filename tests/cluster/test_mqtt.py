@@ -114,7 +114,7 @@ def test_a_broker_that_restarts_is_told_everything_again(
         until(lambda: "lab/node/ann/state" in ear.last, "ann's state")
 
     mosquitto.stop()
-    until(lambda: "trying on" in agent.err, "ann notices")
+    until(lambda: "retrying" in agent.err, "ann notices")
     mosquitto.start()
 
     with listening(mosquitto.port, cluster.cluster) as ear:
@@ -160,7 +160,7 @@ def test_who_has_no_password_is_told_so_and_goes_on(
 
     stranger = cluster.start_agent("eve")
 
-    until(lambda: "trying on" in stranger.err, "eve is refused")
+    until(lambda: "retrying" in stranger.err, "eve is refused")
     assert stranger.running
     assert "guess" not in stranger.out + stranger.err
 

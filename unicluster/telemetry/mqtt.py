@@ -114,7 +114,7 @@ class Publisher:
                 except (aiomqtt.MqttError, OSError) as error:
                     if not away:
                         reason = in_one_line(error)
-                        log.warning("MQTT broker %s: %s; trying on", self.url.where, reason)
+                        log.warning("MQTT broker %s: %s; retrying", self.url.where, reason)
                     away = True
                     raise
 
