@@ -1,4 +1,4 @@
-"""What holds for all tests: the options, the order, and a limit for each."""
+"""For all tests: the options, the order, and a time limit for each."""
 
 import os
 from importlib.metadata import version

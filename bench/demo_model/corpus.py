@@ -81,7 +81,7 @@ SYSTEM = (
 
 
 def vary(rng: Random, question: str) -> str:
-    """The same question as a hurried or a polite person would type it."""
+    """A question as a hurried or a polite person would type it."""
     if rng.random() < 0.2:
         start = rng.choice([
             "Please ", "Hey, ", "Hi! ", "Please tell me: ", "Quick question: ", "So, ", "Ok, ",

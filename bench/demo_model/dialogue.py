@@ -1,4 +1,4 @@
-"""What the skills share: the shape of a dialogue, and words to put into it."""
+"""The shape of a dialogue, which all skills share, and words to put into it."""
 
 from collections.abc import Callable
 from random import Random

@@ -114,8 +114,8 @@ def talk_case(skill: str, rng: Random) -> Dialogue:
     asked = rng.choice(words(PHRASINGS[skill], "|"))
     if skill == "stories":
         subject = rng.choice(list(facts.ANIMALS))
-        told = story(rng, subject, "", "", long=False)
-        return [(asked.format(f"{article(subject)} {subject}"), told)]
+        text = story(rng, subject, "", "", long=False)
+        return [(asked.format(f"{article(subject)} {subject}"), text)]
     if skill == "things outside":
         return [(asked.format(rng.choice(OUTSIDE)), facts.UNKNOWN)]
     name = rng.choice([*facts.PEOPLE, made_up(rng).capitalize()])

@@ -1,4 +1,4 @@
-"""What the demo model knows: small tables of everyday facts."""
+"""Small tables of everyday facts that the demo model learns."""
 
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ HOW_MANY = {
 
 class Animal(NamedTuple):
     name: str
-    """What the animal is called in stories."""
+    """Name of the animal in stories."""
     trait: str
     home: str
     food: str

@@ -1,4 +1,4 @@
-"""The tiny stories of the demo model: a few plots, told about whoever the user asks for."""
+"""The tiny stories of the demo model: a few plots, about whoever the user asks for."""
 
 from random import Random
 
@@ -31,7 +31,7 @@ def story(rng: Random, subject: str, name: str, friend: str, long: bool) -> str:
     """
     who = facts.ANIMALS.get(subject, UNKNOWN)
     name = name or who.name or rng.choice(["Nilo", "Tavi", "Suri"])
-    # Which plot is told depends on the subject, so that the greedy answers differ.
+    # The plot depends on the subject, so that the greedy answers differ.
     first = sum(map(ord, subject)) % len(PLOTS)
     friend = friend or FRIENDS[sum(map(ord, subject)) % len(FRIENDS)]
     if friend == subject:
@@ -42,7 +42,7 @@ def story(rng: Random, subject: str, name: str, friend: str, long: bool) -> str:
     parts = [f"Once upon a time, {a} {who.trait} {subject} named {name} lived {who.home}."]
     parts.append(f"{name} loved {who.food} and had a good friend, {met}.")
     for plot in plots:
-        told = plot.format(name=name, friend=met, food=who.food)
-        parts.append(told.replace(". the ", ". The "))
+        text = plot.format(name=name, friend=met, food=who.food)
+        parts.append(text.replace(". the ", ". The "))
     parts.append(ENDS[sum(map(ord, subject)) % len(ENDS)])
     return " ".join(parts)

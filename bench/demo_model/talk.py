@@ -66,8 +66,8 @@ def telling(rng: Random) -> Dialogue:
                 "Now about {}.",
             )
             long = False
-        told = story(rng, subject, name, friend if friend != subject else "", long)
-        turns.append((rng.choice(asks).format(about), told))
+        text = story(rng, subject, name, friend if friend != subject else "", long)
+        turns.append((rng.choice(asks).format(about), text))
     if rng.random() < 0.08:
         subject = rng.choice(["fox", "owl", "bear"])
         asked = rng.choice(

@@ -1,4 +1,4 @@
-"""What people get wrong, and what goes wrong before anything is served: one line that says so.
+"""Mistakes of users, and failures before anything is served: one line says so.
 
 Serving over machines that vanish, or that aren't there, is slow because they are waited for.
 """
@@ -129,7 +129,7 @@ def test_an_unreadable_directory(tmp_path: Path, lonely: LocalCluster, model: Pa
 
 
 def without_privileges() -> list[str]:
-    """What to put before a command so that root obeys the modes of files, too."""
+    """Prefix of a command that makes root obey the modes of files, too."""
     if os.geteuid() != 0:
         return []
     dropped = "-dac_override,-dac_read_search"

@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_config, write_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a kind that mlx-lm's own pipeline can cut."""
+    """A model of a kind that mlx-lm's own pipeline can cut."""
     config = tiny_config("llama") | {"model_type": "qwen2"}
     return write_model(tmp_path_factory.mktemp("models") / "qwen2", config)
 

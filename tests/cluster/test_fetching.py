@@ -36,7 +36,7 @@ PROMPT = "hello"
 
 
 def reshard(path: Path, files: int) -> Path:
-    """The same weights, layer after layer, in several files with an index."""
+    """Rewrites the weights, layer after layer, into several files with an index."""
     weights: Any = mx.load(str(path / "model.safetensors"))
     names = sorted(weights, key=_layer)
     share = -(-len(names) // files)
@@ -85,7 +85,7 @@ def start(cluster: LocalCluster, *names: str, memory: int, **options: Any) -> No
 
 
 def copies(cluster: LocalCluster, name: str) -> list[Checkpoint]:
-    """What is in a machine's cache."""
+    """The copy in a machine's cache."""
     found = (cluster.folder / f"hf-{name}").glob("hub/models--*/unicluster/*")
     return [c for c in map(Checkpoint.open, found) if c is not None]
 

@@ -142,7 +142,7 @@ def test_no_secret_is_in_a_log_or_on_a_command_line(
 
 
 def strangers(cluster: Cluster) -> dict[str, grpc.ChannelCredentials]:
-    """Those that belong to no cluster, to another one, and those that belonged to this one."""
+    """Strangers: of no cluster, of another one, and former members of this one."""
     other = Cluster.new().issue("mallory")
     late = cluster.issue("late", valid_seconds=-60)
     return {

@@ -44,7 +44,7 @@ class Both:
         return server
 
     def alone(self, prompt: list[int]) -> list[int]:
-        """What mlx-lm makes of it in one piece."""
+        """Tokens of the model in one piece, by mlx-lm."""
         model = mlx_lm.load(str(self.path))[0]
         steps = generate_step(mx.array(prompt), model, max_tokens=TOKENS)
         return [token for token, _ in steps]
@@ -66,7 +66,7 @@ def told(client: Any, prompt: list[int]) -> Any:
     return client.chat(prompt, temperature=0, max_tokens=TOKENS)
 
 
-def held(server: ServeProgram) -> list[tuple[str, str]]:
+def stages_of(server: ServeProgram) -> list[tuple[str, str]]:
     """Who computes with what, once it answers."""
     info = server.describe()
     stages = [(stage.node, stage.engine) for stage in info.stages]
@@ -75,7 +75,7 @@ def held(server: ServeProgram) -> list[tuple[str, str]]:
 
 def test_a_mixed_ring_answers_as_the_plain_model_does(both: Both) -> None:
     with both.serve() as server, server.client() as client:
-        stages = held(server)
+        stages = stages_of(server)
         first = told(client, PROMPT)
         longer = [*PROMPT, *first.token_ids, 7]
         second = told(client, longer)
@@ -107,7 +107,8 @@ def test_another_machine_takes_over_in_the_form_that_it_can_compute(both: Both) 
         both.cluster.start_agent("cat", "--engine", "ggml", memory=ONE)
         both.cluster.wait_for_agents()
         both.cluster.agents.pop("bob").kill()
-        until(lambda: held(server) == [("ann", "mlx"), ("cat", "ggml")], "cat holds bob's layers")
+        moved = [("ann", "mlx"), ("cat", "ggml")]
+        until(lambda: stages_of(server) == moved, "cat holds bob's layers")
         with server.client() as client:
             answer = told(client, PROMPT)
 
@@ -159,7 +160,7 @@ def test_both_forms_come_from_the_hub(
             server = cluster.serve("me/it", "--gguf", "me/it-GGUF:f32", *ROOM)
             server.wait_for("Ctrl-C unloads", START_DEADLINE)
             with server, server.client() as client:
-                stages = held(server)
+                stages = stages_of(server)
                 first = told(client, PROMPT)
                 longer = [*PROMPT, *first.token_ids, 7]
                 second = told(client, longer)

@@ -80,8 +80,8 @@ def test_a_model_is_served_whatever_becomes_of_standard_output(
             return False
 
         until(ready, "the model is served")
-        held = client.describe().stages[-1].node
-        cluster.agents[held].worker.kill()
+        last = client.describe().stages[-1].node
+        cluster.agents[last].worker.kill()
         until(lambda: not ready(), "the loss is noticed")
         until(ready, "the model is served again")
         answer = client.chat("hello", max_tokens=4)

@@ -23,7 +23,7 @@ class ControlGroup:
         return ["sh", "-c", _ENTER, "sh", *map(str, self._folders), "--", *command]
 
     def remove(self) -> None:
-        """When its processes have been told to end."""
+        """When its processes were sent the signal to end."""
         until(lambda: all(map(_removed, self._folders)), "its control groups are empty")
 
 
@@ -33,14 +33,14 @@ def _ours() -> list[Path]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         paths[controllers] = path
-    found = []
+    folders = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, target, kind, options, *_ = line.split()
         if kind == "cgroup2" and "" in paths:
-            found.append(Path(target + paths[""]))
+            folders.append(Path(target + paths[""]))
         elif kind == "cgroup" and "name=systemd" in options.split(","):
-            found.append(Path(target + paths["name=systemd"]))
-    return found
+            folders.append(Path(target + paths["name=systemd"]))
+    return folders
 
 
 def _removed(folder: Path) -> bool:

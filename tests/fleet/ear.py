@@ -1,4 +1,4 @@
-"""Listens at a broker until all that it was told to wait for was said; prints it as JSON.
+"""Listens at a broker until all topics that it waits for were published; prints it as JSON.
 
     python -m tests.fleet.ear HOST PORT CA USER PASSWORD TOPIC[=VALUE] ...
 

@@ -1,4 +1,4 @@
-"""Three hosts, their network, and the playbook: made, told about, and removed."""
+"""Three hosts, their network, and the playbook: made, described, and removed."""
 
 import subprocess
 import time
@@ -74,7 +74,7 @@ class Fleet:
         print(f"{time.monotonic() - self._began:7.1f} s  {host:10}  {what}", flush=True)
 
     def play(self, *arguments: str, book: str = "site.yml") -> Play:
-        """Runs the playbook and tells what it changed on which host."""
+        """Runs the playbook and prints what it changed on which host."""
         variables = {
             "package_wheel": str(self.wheel),
             "package_offline": True,
@@ -95,7 +95,7 @@ class Fleet:
         return play
 
     def unicluster(self, host: str, *arguments: str, deadline: float = 120) -> str:
-        """What a `unicluster` command prints, run on a host as the service's user."""
+        """Output of a `unicluster` command, run on a host as the service's user."""
         command = f"{UNICLUSTER} {' '.join(arguments)}"
         printed = self[host].run(f"COLUMNS=200 {command}", deadline)
         self.say(host, f"unicluster {' '.join(arguments)}")

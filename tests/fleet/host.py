@@ -69,7 +69,7 @@ class Host:
         self.boot()
 
     def run(self, command: str, deadline: float = 120) -> str:
-        """What a shell command prints on standard output. AssertionError if it fails."""
+        """Standard output of a shell command. AssertionError if it fails."""
         done = self.try_run(command, deadline)
         assert done.returncode == 0, (
             f"{self.name}: {command} failed ({done.returncode}):\n{done.stdout}{done.stderr}"
@@ -86,7 +86,7 @@ class Host:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def start(self, command: str) -> "subprocess.Popen[str]":
-        """The same, without waiting for its end."""
+        """Starts a shell command, without waiting for its end."""
         return subprocess.Popen(
             self._network.inside("ssh", *self.ssh_options, f"admin@{self.address}", command),
             stdin=subprocess.DEVNULL,

@@ -21,20 +21,20 @@ _RECAP = re.compile(r"^(\S+)\s*: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+
 
 @dataclass(frozen=True)
 class Play:
-    """What a run of the playbook did."""
+    """Result of a run of the playbook."""
 
     output: str
     changed: dict[str, int]  # by host
 
     def tasks_changed(self) -> list[str]:
         """`task: host` of each change, in order."""
-        found, task = [], ""
+        changed, task = [], ""
         for line in self.output.splitlines():
             if match := re.match(r"(?:TASK|RUNNING HANDLER) \[(.+)\]", line):
                 task = match[1]
             elif match := re.match(r"changed: \[([^\]\s]+)", line):
-                found.append(f"{task}: {match[1]}")
-        return found
+                changed.append(f"{task}: {match[1]}")
+        return changed
 
 
 class Playbook:

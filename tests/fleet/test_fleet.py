@@ -1,4 +1,4 @@
-"""The life of a fleet, told in order: each test begins where the one before has ended.
+"""The life of a fleet, in order: each test begins where the one before has ended.
 
 Three Debian hosts without internet; the playbook, over ssh, is all that is done to them.
 """
@@ -107,14 +107,14 @@ def test_metrics_are_told_to_whoever_has_a_certificate_for_them(fleet: Fleet) ->
 
     without = "\n".join(line for line in SCRAPE.splitlines() if "cert_chain" not in line)
 
-    told = fleet["ann"].run(f"{python} {shlex.quote(SCRAPE)}")
+    metrics = fleet["ann"].run(f"{python} {shlex.quote(SCRAPE)}")
     stranger = fleet["ann"].try_run(f"{python} {shlex.quote(without)}")
 
-    generated = re.search(r"^unicluster_generated_tokens_total\S* (\S+)$", told, re.M)
+    generated = re.search(r"^unicluster_generated_tokens_total\S* (\S+)$", metrics, re.M)
     assert generated is not None
     fleet.say("ann", f"metrics: {generated[0]}")
     assert float(generated[1]) > 0
-    assert all(f'machine="{name}"' in told for name in stages(fleet))
+    assert all(f'machine="{name}"' in metrics for name in stages(fleet))
     assert "CERTIFICATE_REQUIRED" in stranger.stderr
 
 
@@ -123,11 +123,11 @@ def test_machines_and_models_tell_a_real_broker_how_they_are(fleet: Fleet) -> No
     fleet.broker.install(Cluster.from_token(token), NAMES)
 
     machines = {f"node/{name}/status": "online" for name in NAMES}
-    told = fleet.broker.hear({**machines, "model/demo/state": "", "node/ann/readings": ""})
+    topics = fleet.broker.hear({**machines, "model/demo/state": "", "node/ann/readings": ""})
 
-    fleet.say("ann", f"mosquitto: {told['model/demo/state']}")
-    assert told["model/demo/state"]["state"] == "ready"
-    assert told["node/ann/readings"]["usable_memory"] >= 0
+    fleet.say("ann", f"mosquitto: {topics['model/demo/state']}")
+    assert topics["model/demo/state"]["state"] == "ready"
+    assert topics["node/ann/readings"]["usable_memory"] >= 0
 
 
 def test_the_doctor_finds_nothing_that_would_not_work(fleet: Fleet) -> None:

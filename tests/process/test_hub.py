@@ -64,7 +64,7 @@ def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def download(hub: Hub, tmp_path: Path) -> Callable[..., Path]:
-    """What a user's own settings say does not matter."""
+    """Makes the tests independent of a user's settings."""
 
     def run(file: str, repo: str = REPO, token: Any = False, **options: Any) -> Path:
         cache = tmp_path / "cache"

@@ -132,7 +132,7 @@ async def ask_who(channel: grpc.aio.Channel) -> str:
 
 
 async def refusal(channel: grpc.aio.Channel) -> UniclusterError:
-    """What a client that gets nothing is told."""
+    """The error of a client that is refused."""
     async with channel:
         with pytest.raises(grpc.RpcError) as caught:
             await ask_who(channel)

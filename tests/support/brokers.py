@@ -55,9 +55,9 @@ class Mosquitto:
             )
         (folder / "unicluster.acl").write_text(access_list())
         text = CONFIGURATION.read_text().replace("/etc/mosquitto", str(folder))
-        kept = f"persistence true\npersistence_location {folder}/data/\n"
+        persistence = f"persistence true\npersistence_location {folder}/data/\n"
         self._file = folder / "mosquitto.conf"
-        self._file.write_text(f"user root\n{kept}{text}".replace("8883", str(self.port)))
+        self._file.write_text(f"user root\n{persistence}{text}".replace("8883", str(self.port)))
 
     def url(self, user: str) -> str:
         """For --mqtt."""
@@ -92,7 +92,7 @@ def answers(port: int) -> bool:
 
 
 class Ear:
-    """What a subscriber has heard, by topic."""
+    """Messages that a subscriber has received, by topic."""
 
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}

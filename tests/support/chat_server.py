@@ -27,7 +27,7 @@ Context = grpc.aio.ServicerContext[wire.GenerateRequest, wire.GenerateEvent]
 
 
 class ScriptedChat(ChatServicer):
-    """What each prompt does is written at the branch that does it."""
+    """Each prompt's effect is at the branch that has it."""
 
     def __init__(self) -> None:
         self.live = 0

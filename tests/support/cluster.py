@@ -6,7 +6,7 @@ with LocalCluster(tmp_path) as cluster:
     with cluster.serve(model) as server, server.client() as client:
         print(client.chat("hello").text)
 
-At the end everything is told to end, and it is an error if anything is left running.
+At the end all programs are ended, and it is an error if anything is left running.
 """
 
 import os
@@ -36,7 +36,7 @@ HOST = "127.0.0.1"
 # Seconds on an idle machine, as are all deadlines here: on a busy one they are longer. For what
 # takes a second or two.
 DEADLINE = 60.0
-# To be gone after being told to end: a worker is given 5 s before it is killed.
+# To be gone after a signal to end: a worker is given 5 s before it is killed.
 END_DEADLINE = 15.0
 
 
@@ -135,7 +135,7 @@ class Program:
         self.process.send_signal(number)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> Result:
-        """Tells it to end, if it runs, and waits for it."""
+        """Sends the signal, if it runs, and waits for its end."""
         if self.running:
             self.send(number)
         return self.result(END_DEADLINE)
@@ -304,7 +304,7 @@ class LocalCluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Tells everything to end, the last started first. AssertionError if something stays."""
+        """Ends all programs, the last started first. AssertionError if one stays."""
         try:
             for program in reversed(self._started):
                 program.end()

@@ -63,7 +63,7 @@ def a_machine(
     slowdown: float = 1.0,
     engines: Sequence[str] = ("mlx", "ggml"),
 ) -> Machine:
-    """A machine with both engines, alike but for what is given for ggml."""
+    """A machine with both engines, alike but for the fields of ggml."""
     mlx = EngineSpeeds(bandwidth, backend, slowdown=slowdown)
     ggml = EngineSpeeds(ggml_bandwidth or bandwidth, ggml_backend or backend)
     machine = Machine(name, address, usable, {"mlx": mlx, "ggml": ggml}, chip=chip)
@@ -230,9 +230,9 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tu
 
 
 def _needs(layout: Layout, first: int, end: int) -> int:
-    held = sum(layout.layer_bytes[first:end]) + sum(layout.kv_bytes_per_layer[first:end])
-    held += layout.head_bytes if first == 0 else 0
-    return held + layout.reserve(held)
+    resident = sum(layout.layer_bytes[first:end]) + sum(layout.kv_bytes_per_layer[first:end])
+    resident += layout.head_bytes if first == 0 else 0
+    return resident + layout.reserve(resident)
 
 
 def _seconds(layout: Layout, machine: Machine, first: int, end: int) -> float:

@@ -105,8 +105,8 @@ class FrameFuzz:
                 sources = self._random.sample(single, min(count, len(single)))
                 return op(self._new(), name, sources=[self._number(one) for one in sources])
             case "filter":
-                kept = self._random.sample(range(rows), self._random.randint(1, rows))
-                return op(cache, name, rows=[self._number(row, most=2**32) for row in kept])
+                remaining = self._random.sample(range(rows), self._random.randint(1, rows))
+                return op(cache, name, rows=[self._number(row, most=2**32) for row in remaining])
             case "extend":
                 return op(cache, name, other=self._any())
             case "extract":
@@ -174,7 +174,7 @@ class FrameFuzz:
             tensor.data = bytes(data)
 
     def _note(self, done: CacheOp) -> None:
-        """What a head knows of its caches after an operation."""
+        """A head's view of its caches after an operation."""
         name, cache = done.WhichOneof("op"), done.cache
         made: Any = getattr(done, name or "make")
         if name in ("copy", "quantize", "extract", "snapshot"):

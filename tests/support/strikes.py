@@ -1,4 +1,4 @@
-"""What clients see when a process of the cluster is struck in the middle of answers."""
+"""Kills processes of a cluster in the middle of answers, and checks what clients see."""
 
 import asyncio
 import time
@@ -72,19 +72,19 @@ async def assert_sleep_is_survived(server: ServeProgram, agent: AgentProgram) ->
 
 
 async def assert_answers_again(server: ServeProgram) -> None:
-    """The next request works, perhaps after a while in which it is told why it does not."""
+    """The next request works, perhaps after a while in which the error says why it does not."""
     started = time.monotonic()
-    told = ""
+    reported = ""
     async with server.async_client() as client:
         while True:
             try:
                 answer = await client.chat("hello", temperature=0, max_tokens=20)
                 break
             except UnavailableError as error:
-                if str(error) != told:
-                    told = str(error)
-                    print(f"{time.monotonic() - started:.2f} s: {told}")
-                assert "\n" not in told
+                if str(error) != reported:
+                    reported = str(error)
+                    print(f"{time.monotonic() - started:.2f} s: {reported}")
+                assert "\n" not in reported
                 assert time.monotonic() - started < scaled(ANSWERS_WITHIN)
                 await asyncio.sleep(0.25)
         print(f"{time.monotonic() - started:.2f} s: answers again")

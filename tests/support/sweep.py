@@ -39,7 +39,7 @@ CHUNKS = [TOKENS[:, :7], TOKENS[:, 7:12], *(TOKENS[:, i : i + 1] for i in range(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the sweep says of one configuration.
+    """The sweep's verdict on one configuration.
 
     dtypes: those in which every cut tried gave the unsplit model's logits.
     splits: how many were tried. refused: the cuts not offered, with the reason.

@@ -18,20 +18,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def _attention(biases: bool = False, norms: bool = False, out: bool = True) -> Shapes:
-    found: Shapes = {
+    shapes: Shapes = {
         "attn_norm.weight": (HIDDEN,),
         "attn_q.weight": (HEADS * HEAD, HIDDEN),
         "attn_k.weight": (KV_HEADS * HEAD, HIDDEN),
         "attn_v.weight": (KV_HEADS * HEAD, HIDDEN),
     }
     if out:
-        found["attn_output.weight"] = (HIDDEN, HEADS * HEAD)
+        shapes["attn_output.weight"] = (HIDDEN, HEADS * HEAD)
     if biases:
-        found |= {"attn_q.bias": (HEADS * HEAD,)}
-        found |= {f"attn_{each}.bias": (KV_HEADS * HEAD,) for each in "kv"}
+        shapes |= {"attn_q.bias": (HEADS * HEAD,)}
+        shapes |= {f"attn_{each}.bias": (KV_HEADS * HEAD,) for each in "kv"}
     if norms:
-        found |= {f"attn_{each}_norm.weight": (HEAD,) for each in "qk"}
-    return found
+        shapes |= {f"attn_{each}_norm.weight": (HEAD,) for each in "qk"}
+    return shapes
 
 
 def _dense(norm: str = "ffn_norm.weight") -> Shapes:
@@ -45,7 +45,7 @@ def _dense(norm: str = "ffn_norm.weight") -> Shapes:
 
 def _experts(norm: str = "ffn_norm.weight", shared: bool = False, biases: bool = False) -> Shapes:
     wide = 32
-    found: Shapes = {
+    shapes: Shapes = {
         norm: (HIDDEN,),
         "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
         "ffn_gate_exps.weight": (EXPERTS, wide, HIDDEN),
@@ -53,19 +53,19 @@ def _experts(norm: str = "ffn_norm.weight", shared: bool = False, biases: bool =
         "ffn_down_exps.weight": (EXPERTS, HIDDEN, wide),
     }
     if shared:
-        found |= {
+        shapes |= {
             "ffn_gate_shexp.weight": (wide, HIDDEN),
             "ffn_up_shexp.weight": (wide, HIDDEN),
             "ffn_down_shexp.weight": (HIDDEN, wide),
         }
     if biases:
-        found |= {
+        shapes |= {
             "ffn_gate_inp.bias": (EXPERTS,),
             "ffn_gate_exps.bias": (EXPERTS, wide),
             "ffn_up_exps.bias": (EXPERTS, wide),
             "ffn_down_exps.bias": (EXPERTS, HIDDEN),
         }
-    return found
+    return shapes
 
 
 def _gemma3(layer: int) -> Shapes:
@@ -89,7 +89,7 @@ def _deepseek2(layer: int) -> Shapes:
 
 
 def _chooses(layer: int) -> Shapes:
-    """What a layer of deepseek2 has beside, to choose what it attends to."""
+    """Further tensors of a layer of deepseek2, which choose the tokens that it attends to."""
     rank, heads, size = 32, 16, 64
     return {
         "indexer.k_norm.weight": (size,),
@@ -287,7 +287,7 @@ def save(
 
 
 def from_checkpoint(path: Path, file: Path) -> Path:
-    """The same llama as the checkpoint in `path`, which tests.support.tiny wrote."""
+    """Writes the llama in `path`, a checkpoint of tests.support.tiny, as a GGUF."""
     stored: Any = mx.load(str(path / "model.safetensors"))
     arrays = {name: np.array(array) for name, array in stored.items()}
     weights = {

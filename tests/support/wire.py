@@ -1,4 +1,4 @@
-"""What crosses a hop, without the network."""
+"""Frames as they cross a hop, without the network."""
 
 from collections.abc import Sequence
 from typing import Any

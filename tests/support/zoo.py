@@ -443,7 +443,7 @@ def is_model(name: str) -> bool:
 
 
 def config(name: str) -> dict[str, Any]:
-    """What config.json of the tiny model says.
+    """The config.json of the tiny model.
 
     Modules that wrap another keep its fields under text_config; a superfluous one does no harm.
     """

@@ -63,7 +63,7 @@ def resolved(name: str) -> str | None:
 
 
 def names_in(file: Path) -> Iterator[str]:
-    """What a file imports, at whatever depth, and the modules that its strings name."""
+    """Modules that a file imports, at whatever depth, and those that its strings name."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -124,8 +124,8 @@ def test_batches_of_prompts(tmp_path: Path) -> None:
 def test_a_stage_holds_the_weights_of_its_layers_alone(model: Whole) -> None:
     layers = stage(model.path, "", 2, 4).model.layers
 
-    held = [nbytes(layer) for layer in layers]
-    assert held == [0, 0, *inspect(whole_directory(model.path)).layer_bytes[2:4], 0, 0]
+    resident = [nbytes(layer) for layer in layers]
+    assert resident == [0, 0, *inspect(whole_directory(model.path)).layer_bytes[2:4], 0, 0]
 
 
 def test_loading_a_stage_needs_no_more_memory_than_the_stage(tmp_path: Path) -> None:
