@@ -220,7 +220,7 @@ def test_status_says_what_is_served_and_how_it_goes(
     assert f"llama float32 at {server.address}: ready" in told.out
     for stage in server.describe().stages:
         assert re.search(rf"{stage.node} +{stage.first_layer}-{stage.end_layer - 1} ", told.out)
-    for part in ("context 512, 2 users, 2 lanes", "0 running, 0 waiting", "kept, of"):
+    for part in ("context 512, 2 users, 2 lanes", "0 running, 0 waiting", "cached, of"):
         assert part in told.out
 
 

@@ -60,7 +60,7 @@ async def who(message, context):
     return peer_name(context).encode()
 
 async def main():
-    server = make_server()
+    server = make_server(most_bytes=64 << 20)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", {
         "Echo": grpc.stream_stream_rpc_method_handler(echo),
         "Who": grpc.unary_unary_rpc_method_handler(who),
@@ -487,7 +487,8 @@ async def test_a_killed_peer_is_noticed_at_once(server: Server) -> None:
 
 async def test_long_messages_pass(server: Server) -> None:
     message = os.urandom(32 << 20)
-    async with connect(server.address, server.cluster.issue("laptop")) as channel:
+    identity = server.cluster.issue("laptop")
+    async with connect(server.address, identity, most_bytes=64 << 20) as channel:
         call = channel.stream_stream("/test/Echo")()
         await call.write(message)
         assert await call.read() == message
