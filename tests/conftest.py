@@ -1,6 +1,8 @@
 """For all tests: the options, the order, and a time limit for each."""
 
 import os
+import signal
+import threading
 from importlib.metadata import version
 
 import pytest
@@ -25,6 +27,15 @@ LIMIT_S = 200.0
 FLEET_LIMIT_S = 1500.0
 # Beside other workers the rooms with the longest files go first, so that none is left at the end.
 LONGEST_FIRST = ("cluster", "process", "unit")
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+# A run that is told to end ends what its tests have started, as after Ctrl-C.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, _interrupted)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
