@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Requested at once, verified together, and then stored even if the next request fails.
 BATCH_BYTES = 32 << 20
 ANSWER_SECONDS = 10.0
+# Batches in a row that a machine may begin and not send as they are.
+MOST_FAILURES = 5
 # To read and hash a batch, on a disk that others keep busy.
 DIGEST_SECONDS = 60.0
 # Between two requests for the list of what a machine has.
@@ -102,9 +104,11 @@ async def pull(
     """Pulls from one machine whatever it has, until there is nothing left to do.
 
     vouchers: trusted machines, whose digests of the files count where they have them; a machine
-    that sends other bytes is asked no more. Raises OSError when this machine can't store it.
+    that sends other bytes is asked no more, nor is one that fails time after time, each time with
+    some bytes that look like progress. Raises OSError when this machine can't store it.
     """
-    while work.left:
+    failures = 0
+    while work.left and failures < MOST_FAILURES:
         try:
             holdings = await stub.Have(HaveRequest(files=work.files), timeout=ANSWER_SECONDS)
             if holdings.revision and holdings.revision != work.files.revision:
@@ -113,7 +117,9 @@ async def pull(
             if any(file.coming and work.is_waiting_for(file.name) for file in holdings.files):
                 work.note_progress()
             while (batch := work.take(available)) is not None:
+                failures += 1
                 await _pull_batch(work, batch, stub, on_bytes, vouchers)
+                failures = 0
         except _FalseError as error:
             audit.warning("%s sent wrong bytes of %s", address, error)
             work.problem = f"{address} sent wrong bytes of {error}"

@@ -8,7 +8,7 @@ import pytest
 
 from node.engines.choose import choose
 from node.generation.config import PREFILL_BYTES, PREFILL_TOKENS, GenerationConfig
-from node.generation.drafting import MOST_DRAFTED, Lookup, Speculation
+from node.generation.drafting import MAX_DRAFTED, Lookup, Speculation
 from node.worker.config import WorkerConfig
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest
 from unicluster.errors import InputError
@@ -61,7 +61,7 @@ def test_chunks_of_wide_models_fit_a_frame(tmp_path: Path) -> None:
 
 def test_drafting_as_the_spec_asks_for_it() -> None:
     assert Speculation.of(StageSpec(), None, 10) is None
-    assert Speculation.of(StageSpec(lookup=True), None, 10) == Speculation(Lookup, MOST_DRAFTED)
+    assert Speculation.of(StageSpec(lookup=True), None, 10) == Speculation(Lookup, MAX_DRAFTED)
     by_model = Speculation.of(StageSpec(draft_tokens=3), object(), 10)
     assert by_model is not None
     assert by_model.most == 3
@@ -87,5 +87,5 @@ def test_an_engine_that_is_asked_for_is_taken_or_refused() -> None:
 def test_a_gguf_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "node.engines.ggml_engine", None)
 
-    with pytest.raises(InputError, match=r"it: there is no llama\.cpp here: pip install"):
+    with pytest.raises(InputError, match=r"it: llama\.cpp is not installed: pip install"):
         choose(checkpoint("it.gguf"))
