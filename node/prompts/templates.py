@@ -45,7 +45,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def variables_of(tokenizer: Any) -> dict[str, Any]:
-    """What a template can use beside the messages: special tokens, and whether to think."""
+    """Variables of a template besides the messages: special tokens, and whether to think."""
     special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
     return {**special, "enable_thinking": bool(tokenizer.has_thinking)}
 

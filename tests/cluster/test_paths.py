@@ -1,4 +1,4 @@
-"""What comes over the wire never leads an agent, or its children, out of where they may be.
+"""Messages never lead an agent, or its children, out of the directories that they may use.
 
 A member of the cluster is the attacker: it sends hostile messages, and answers hostilely when it
 is asked for weights. Every process of the agent reports what it opens, by an audit hook.

@@ -120,7 +120,7 @@ async def outcome(address: str, identity: Credentials) -> grpc.StatusCode:
 
 
 async def test_in_a_rotation_both_generations_are_good_and_after_it_one(tmp_path: Path) -> None:
-    """Of members and of servers, in every pairing; a client that knows the old one gets in, too."""
+    """Members and servers in every pairing; a client that knows the old generation gets in, too."""
     store = Store(tmp_path)
     old = store.create()
     membership = Membership(old, store)

@@ -186,7 +186,7 @@ class Detokenizer:
 
 
 class Plain:
-    """Of a tokenizer what TextStream asks for."""
+    """The part of a tokenizer that TextStream uses."""
 
     has_thinking = False
     has_tool_calling = False

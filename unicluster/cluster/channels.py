@@ -163,7 +163,7 @@ def connect(
 
 
 def connect_sync(address: str, identity: Credentials) -> grpc.Channel:
-    """The same, for callers without an event loop."""
+    """A channel as `connect` makes it, for callers without an event loop."""
     return grpc.secure_channel(
         join_address(*split_address(address)),
         identity.current.channel_credentials(),
@@ -269,7 +269,7 @@ def status_of(error: UniclusterError) -> grpc.StatusCode:
 
 
 def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
-    """What went wrong in a call to `who`, in one line. `error` comes from any kind of channel."""
+    """One of our errors for a failed call to `who`. `error` comes from any kind of channel."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
     metadata: Any = error.trailing_metadata() or ()

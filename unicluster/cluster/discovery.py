@@ -326,7 +326,7 @@ def one_address(host: str) -> str:
 async def _ask(
     zeroconf: Zeroconf, kind: Kind, service_name: str, *fingerprints: str
 ) -> ServiceRecord | None:
-    """What that service says of itself now, or None when it doesn't answer, or not as it should."""
+    """The record of a service now; None when it doesn't answer, or not as it should."""
     info = AsyncServiceInfo(kind.value, service_name)
     # Multicast answers only: of several programs that listen to mDNS on one machine, the kernel
     # gives a unicast answer to just one.

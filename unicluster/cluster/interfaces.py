@@ -45,7 +45,7 @@ def own_addresses() -> list[str]:
 
 
 def best_first(addresses: list[str]) -> list[str]:
-    """Those on a network that we share come first, and of these the one on the fastest."""
+    """`addresses`, those on a network of this machine first, and of these the fastest network's."""
     interfaces = _interfaces()
     own = {each.address for each in interfaces}
 

@@ -27,7 +27,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class ServiceRecord:
-    """What a service says of itself. Memory is in bytes.
+    """A service's own description. Memory is in bytes.
 
     addresses: "host:port" or "[host]:port". oldest: the oldest protocol that it still works with;
     0: only its own. txt: all of its TXT record.
