@@ -45,7 +45,7 @@ from coordinator.planning.placement import Layout
 from coordinator.planning.planner import split_evenly
 from node.engines.mlx_layout import inspect
 from node.inprocess.loader import describe_here, load_local
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 
 Times = np.ndarray[Any, Any]
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from tests.support.tiny import tiny_config, write_tokenizer
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 
 HIDDEN, WIDE, LAYERS = 2048, 8192, 16

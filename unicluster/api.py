@@ -43,7 +43,8 @@ def load(
     from coordinator.planning.planner import split_evenly
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_local
-    from unicluster.cluster.trust import YEAR, Cluster
+    from unicluster.trust.cluster import Cluster
+    from unicluster.trust.identity import YEAR
     from unicluster.v1.node_pb2 import InspectRequest
 
     identity = Cluster.new().issue("local", YEAR)  # of this process alone
@@ -67,8 +68,9 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from node.agent.probe import probe
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
-    from unicluster.cluster.keyring import Keyring, Membership
-    from unicluster.cluster.trust import Store, default_name
+    from unicluster.trust.identity import default_name
+    from unicluster.trust.keyring import Keyring, Membership
+    from unicluster.trust.store import Store
     from unicluster.v1.node_pb2 import InspectRequest
     from unicluster.v1.stage_pb2 import RouteStop
 

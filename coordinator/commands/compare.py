@@ -14,8 +14,10 @@ from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.plan import comparison_table
 from unicluster.client.answers import ChatInfo, ServedStage
 from unicluster.client.client import Client
-from unicluster.cluster.trust import Cluster, Store, default_name
 from unicluster.errors import UnavailableError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import default_name
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec
 
 PROMPT = "Tell me a tiny story about a fox."

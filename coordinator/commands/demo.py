@@ -15,8 +15,8 @@ from coordinator.serving.inspected import inspected_here
 from coordinator.serving.options import ServeOptions
 from coordinator.terminal.printer import printing
 from unicluster.chat.command import chat
-from unicluster.cluster.trust import Cluster
 from unicluster.command_line import Argument, Command
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 
 MACHINES = ("north", "east", "south")

@@ -6,9 +6,10 @@ import grpc
 
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.known_machines import addresses
-from unicluster.cluster.trust import Store, default_name
 from unicluster.command_line import Command, Option
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trust.identity import default_name
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DrainRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 

@@ -9,9 +9,10 @@ from rich.live import Live
 from coordinator.fleet.members import NOBODY, Members
 from coordinator.terminal.plan import nodes_table
 from unicluster.cluster.known_machines import peer_option
-from unicluster.cluster.trust import Store, default_name
 from unicluster.command_line import Command, Option
 from unicluster.errors import UnavailableError
+from unicluster.trust.identity import default_name
+from unicluster.trust.store import Store
 
 REFRESH_SECONDS = 2.0
 

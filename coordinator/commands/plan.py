@@ -27,9 +27,10 @@ from coordinator.serving.generation_options import kv_bits_option
 from coordinator.serving.options import objective_option
 from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
 from unicluster.cluster.known_machines import nodes_option, peer_option
-from unicluster.cluster.trust import Store, default_name
 from unicluster.command_line import Argument, Command, Option
 from unicluster.errors import InputError
+from unicluster.trust.identity import default_name
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 

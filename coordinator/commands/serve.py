@@ -33,16 +33,18 @@ from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement, Advertisements
-from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.sizes import CHAT_BYTES
 from unicluster.cluster.systemd import notify
-from unicluster.cluster.trust import Cluster, Credentials, Store, default_name
 from unicluster.command_line import Argument, Command, Option, beginning
 from unicluster.errors import InputError
 from unicluster.telemetry.broker_url import chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Credentials, default_name
+from unicluster.trust.keyring import Keyring, Membership
+from unicluster.trust.store import Store
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
 
 

@@ -15,9 +15,10 @@ from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import ClientAccess, Store
 from unicluster.command_line import Command, Option, server_option
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust.cluster import ClientAccess
+from unicluster.trust.store import Store
 
 # Rates are of the time between two readings.
 REFRESH_SECONDS = 1.0

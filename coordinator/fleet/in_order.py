@@ -9,8 +9,9 @@ from coordinator.fleet.members import Members
 from coordinator.planning.costs import Costs
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout
-from unicluster.cluster.trust import Cluster, Credentials
 from unicluster.errors import DoesNotFitError, InputError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Credentials
 from unicluster.units import format_bytes
 
 

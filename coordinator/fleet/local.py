@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 from coordinator.programs import INSPECT
 from unicluster.checkpoints import inspecting
-from unicluster.cluster.trust import Cluster, Store
 from unicluster.errors import UnavailableError
 from unicluster.program import child_environment, module_command
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 HOME = "UNICLUSTER_HOME"

@@ -23,7 +23,7 @@ from coordinator.planning.links import Link, Network
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Stage, decode_seconds
 from coordinator.planning.variants import ModelVariants
-from unicluster.cluster.trust import default_folder
+from unicluster.trust.store import default_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
-from unicluster.cluster.keyring import Membership
 from unicluster.cluster.known_machines import remember
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Cluster, Credentials
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, UnavailableError, UniclusterError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Credentials
+from unicluster.trust.keyring import Membership
 from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 

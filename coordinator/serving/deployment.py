@@ -24,9 +24,9 @@ from coordinator.serving.events import (
 )
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
+from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (

@@ -24,9 +24,9 @@ from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 from coordinator.serving.exposition import DeploymentCollector
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import check_free
-from unicluster.cluster.keyring import Keyring, Membership
-from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import Identity, default_name
+from unicluster.trust.identity import Identity, default_name
+from unicluster.trust.keyring import Keyring, Membership
+from unicluster.trust.role import audit
 from unicluster.v1.chat_pb2 import Measured
 
 log = logging.getLogger(__name__)

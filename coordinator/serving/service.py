@@ -19,9 +19,9 @@ from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
+from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import Draft, StageSpec
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 import grpc
 
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Credentials
+from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import TryHubRequest, WeightFile
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles

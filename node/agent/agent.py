@@ -25,11 +25,12 @@ from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
-from unicluster.cluster.keyring import Keyring
-from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import Cluster, Store
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.keyring import Keyring
+from unicluster.trust.role import audit
+from unicluster.trust.store import Store
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,

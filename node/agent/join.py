@@ -22,17 +22,19 @@ from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
 from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement, Advertisements, Browser, one_address
-from unicluster.cluster.keyring import Keyring, Membership
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
-from unicluster.cluster.roles import audit
 from unicluster.cluster.systemd import notify
-from unicluster.cluster.trust import Cluster, Store, check_name, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.command_line import Command, Option
 from unicluster.errors import InputError
 from unicluster.telemetry.broker_url import BrokerUrl, chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import check_name, default_name
+from unicluster.trust.keyring import Keyring, Membership
+from unicluster.trust.role import audit
+from unicluster.trust.store import Store
 from unicluster.units import format_bytes, format_rate, parse_bytes
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import add_NodeServicer_to_server

@@ -14,8 +14,8 @@ import grpc
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import as_error, connect, join_address
 from unicluster.cluster.discovery import Browser
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import InputError, UniclusterError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import Greeting
 from unicluster.v1.node_pb2_grpc import NodeStub
 

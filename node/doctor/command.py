@@ -11,8 +11,8 @@ from node.doctor import host as this_host
 from node.doctor import network
 from node.doctor.finding import Finding, Level
 from unicluster.cluster.known_machines import peer_option
-from unicluster.cluster.trust import Store
 from unicluster.command_line import Command, Option
+from unicluster.trust.store import Store
 
 _MARKS = {
     Level.OK: "[green]✓[/green]",

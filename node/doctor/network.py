@@ -15,9 +15,10 @@ from unicluster import __version__
 from unicluster.cluster.channels import as_error, connect, split_address
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Cluster, Credentials, default_name
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Credentials, default_name
 from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 

@@ -10,8 +10,8 @@ from node.weights.fetch import fetch_ranges, is_whole
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import StageSpec
 
 # Runs a coroutine elsewhere, and waits for it.

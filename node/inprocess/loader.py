@@ -22,8 +22,8 @@ from node.worker.process import WorkerProcess
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import as_error, bind, connect, make_server
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import StageEvent
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import grpc
 
 from unicluster.cluster.channels import connect
-from unicluster.cluster.trust import Credentials
+from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import ClockRequest, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 

@@ -15,8 +15,8 @@ import grpc
 from node.ring.compute_thread import Signal
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.cluster.sizes import RESULT_BYTES
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 

@@ -12,8 +12,8 @@ from node.ring.compute_thread import MLXThread
 from node.ring.ring import fault_message, open_hop, read_hop
 from node.ring.session import Session, StageEngine
 from unicluster.cluster.channels import connect
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import (
     ClockReading,
     ClockRequest,

@@ -13,8 +13,8 @@ import grpc
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges, batches, merged, size, within, without
 from unicluster.cluster.channels import as_error
-from unicluster.cluster.roles import audit
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust.role import audit
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_weights
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.channels import as_error, connect
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import InputError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 

@@ -38,10 +38,10 @@ from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.channels import bind, make_server
-from unicluster.cluster.keyring import HandedKeyring
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
-from unicluster.cluster.trust import Credentials, Identity
 from unicluster.errors import UniclusterError
+from unicluster.trust.identity import Credentials, Identity
+from unicluster.trust.keyring import HandedKeyring
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
 from unicluster.v1.node_pb2 import LoadProgress, StageSpec
 from unicluster.v1.stage_pb2 import StageInfo

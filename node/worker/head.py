@@ -16,8 +16,8 @@ from node.ring.ring import Ring
 from node.worker.chat_service import ChatService
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
-from unicluster.cluster.trust import Credentials
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import (
     ChatInfo,
     DescribeChatRequest,

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tests.support.cluster import HOST, LocalCluster, Result, ServeProgram, endless_model, until
-from unicluster.cluster.trust import Cluster, Store
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.store import Store
 
 BAD, TOO_BIG, FAILED = 2, 3, 1
 STAYING = ("ann", "bob")

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.cluster import LocalCluster, endless_model, until
 from unicluster import Client
-from unicluster.cluster.trust import LIFETIME_VARIABLE
 from unicluster.errors import UnavailableError
+from unicluster.trust.identity import LIFETIME_VARIABLE
 
 LIFETIME_SECONDS = "10"
 # Five minutes: UNICLUSTER_TEST_SECONDS=300.

@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.cluster import DEADLINE, LocalCluster
 from tests.support.deadlines import scaled
-from unicluster.cluster.trust import Store
+from unicluster.trust.store import Store
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"

@@ -14,7 +14,9 @@ import pytest
 from tests.support.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
 from tests.support.deadlines import scaled
 from unicluster.cluster.channels import CHANNEL_OPTIONS, connect
-from unicluster.cluster.trust import Cluster, Identity, Store
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Identity
+from unicluster.trust.store import Store
 from unicluster.v1.chat_pb2 import DescribeChatRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub
 from unicluster.v1.node_pb2 import DescribeNodeRequest

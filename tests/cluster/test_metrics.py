@@ -23,7 +23,8 @@ from tests.support.deadlines import scaled
 from unicluster.client.answers import Answer
 from unicluster.client.trace import Span, Trace
 from unicluster.cluster.channels import connect_sync, split_address
-from unicluster.cluster.trust import SERVER_NAME, Cluster, Identity
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import SERVER_NAME, Identity
 from unicluster.v1.chat_pb2 import DescribeChatRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub
 

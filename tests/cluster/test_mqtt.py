@@ -12,9 +12,9 @@ import pytest
 
 from tests.support.brokers import COORDINATOR, PASSWORD, Ear, Mosquitto, connected, listening
 from tests.support.cluster import HOST, ROOT, LocalCluster, endless_model, until
-from unicluster.cluster.trust import Store
 from unicluster.errors import InputError
 from unicluster.telemetry.broker_url import chosen_broker, parse_broker
+from unicluster.trust.store import Store
 
 NAMES = ("ann", "bob")
 # One such machine does not hold the tiny model, two do.

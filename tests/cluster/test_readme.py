@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.support.chat_server import chat_server
 from unicluster.cli import COMMANDS
-from unicluster.cluster.trust import Store
+from unicluster.trust.store import Store
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -9,7 +9,8 @@ import psutil
 from tests.support.cluster import HOST, LocalCluster, endless_model, until
 from unicluster.client.client import Client
 from unicluster.cluster.channels import connect_sync
-from unicluster.cluster.trust import Identity, Store
+from unicluster.trust.identity import Identity
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import DescribeNodeRequest
 from unicluster.v1.node_pb2_grpc import NodeStub
 

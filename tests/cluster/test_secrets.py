@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from tests.support.cluster import HOST, LocalCluster, endless_model
-from unicluster.cluster.trust import Cluster, Store
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.store import Store
 
 PASSWORD = "hunter2-never-shown"  # noqa: S105  # of nothing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.cluster import HOST, LocalCluster
 from tests.support.deadlines import scaled
-from unicluster.cluster.trust import Store
+from unicluster.trust.store import Store
 
 # `unicluster`, as a later version would speak.
 FUTURE = """

@@ -20,7 +20,7 @@ from tests.support.brokers import (
     access_list,
 )
 from tests.support.cluster import ROOT
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 
 PORT = 8883
 

@@ -11,7 +11,7 @@ from tests.fleet.conftest import build_wheel
 from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
 from tests.support.brokers import COORDINATOR
 from tests.support.cluster import ROOT, until
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 
 QUESTION, ANSWER = "'What is the capital of Spain?'", "The capital of Spain is Madrid."
 LONG = "'Tell me a tiny story about a fox.'"

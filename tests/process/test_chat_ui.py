@@ -21,7 +21,7 @@ import pytest
 from tests.support.chat_server import ChatServer, chat_server, until
 from tests.support.deadlines import scaled
 from unicluster.client.client import Client
-from unicluster.cluster.trust import Store
+from unicluster.trust.store import Store
 
 CHAT = [sys.executable, "-m", "unicluster", "chat"]
 # Ctrl-C is a signal only in the terminal that controls the process.

@@ -12,7 +12,6 @@ from unicluster.client.answers import Delta, Finish
 from unicluster.client.client import AsyncClient, Client
 from unicluster.cluster.discovery import Advertisement
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -21,6 +20,7 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
+from unicluster.trust.cluster import Cluster
 
 
 @pytest.fixture(scope="module")

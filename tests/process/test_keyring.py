@@ -11,9 +11,11 @@ import pytest
 
 from tests.support.cluster import until
 from unicluster.cluster.channels import bind, connect, make_server
-from unicluster.cluster.keyring import Keyring, Membership
-from unicluster.cluster.trust import LIFETIME_VARIABLE, Cluster, Credentials, Store, lifetime
 from unicluster.errors import InputError, TrustError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import LIFETIME_VARIABLE, Credentials, lifetime
+from unicluster.trust.keyring import Keyring, Membership
+from unicluster.trust.store import Store
 
 HOST = "127.0.0.1"
 METHOD = "/unicluster.v1.Node/Describe"

@@ -22,7 +22,7 @@ from node.worker.process import STOP_SECONDS, Exit, WorkerProcess
 from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
 from unicluster.checkpoints.fingerprint import whole_directory
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 
 DEADLINE = 60.0

@@ -13,8 +13,8 @@ from node.agent.probe import probe
 from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.inspecting import inspect
-from unicluster.cluster.trust import Cluster
 from unicluster.program import ROOT, child_environment, code_command, module_command
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec
 
 # What every child of ours imports, one way or the other.

@@ -17,9 +17,12 @@ from cryptography.x509.oid import NameOID
 
 from tests.support.deadlines import scaled
 from unicluster.cluster.channels import as_error, bind, connect, make_server
-from unicluster.cluster.roles import WHO_MAY_CALL, Role, who_may_call
-from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store
+from unicluster.cluster.roles import WHO_MAY_CALL, who_may_call
 from unicluster.errors import TrustError, UnavailableError
+from unicluster.trust.cluster import ClientAccess, Cluster
+from unicluster.trust.identity import Identity
+from unicluster.trust.role import Role
+from unicluster.trust.store import Store
 from unicluster.v1 import chat_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,6 @@ from unicluster.cluster.channels import (
     split_address,
     status_of,
 )
-from unicluster.cluster.trust import Cluster, Identity, Store, check_name, default_name
 from unicluster.errors import (
     BusyError,
     InputError,
@@ -40,6 +39,9 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Identity, check_name, default_name
+from unicluster.trust.store import Store
 
 # python -c SERVER: reads the token from stdin, serves /test/Echo and /test/Who at a free port of
 # all addresses, prints the port, and logs to stderr.
@@ -49,7 +51,7 @@ logging.basicConfig(level=logging.DEBUG, format="LOG %(message)s")
 import asyncio, sys
 import grpc
 from unicluster.cluster.channels import bind, make_server, peer_name
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 
 async def echo(messages, context):
     async for message in messages:
@@ -282,7 +284,7 @@ def test_creating_never_replaces(tmp_path: Path) -> None:
 
 def test_agents_that_start_together_end_up_in_one_cluster(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from unicluster.cluster.trust import Store;"
+        "import sys; from pathlib import Path; from unicluster.trust.store import Store;"
         "sys.stdin.read(); print(Store(Path(sys.argv[1])).load_or_create()[0].fingerprint)"
     )
     agents = [

@@ -17,8 +17,8 @@ from unicluster.checkpoints.checkpoint import Checkpoint, Manifest
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import bind, make_server
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import UnavailableError
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.weights_pb2 import Block, HaveRequest, Holdings, ReadRequest
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
 

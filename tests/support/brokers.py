@@ -15,7 +15,7 @@ from urllib.parse import quote
 import paho.mqtt.client as paho
 
 from tests.support.cluster import HOST, ROOT, until
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 
 PASSWORD = "not a secret: #1"  # noqa: S105  # of brokers that live as long as a test
 # The users of deploy/'s access list besides the machines: who serves a model, and who reads.

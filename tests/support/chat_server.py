@@ -17,7 +17,7 @@ import grpc.aio
 from google.protobuf.json_format import MessageToJson
 
 from unicluster.cluster.channels import bind, make_server
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1 import stage_pb2
 from unicluster.v1.chat_pb2_grpc import ChatServicer, add_ChatServicer_to_server

@@ -29,7 +29,8 @@ from unicluster import Client
 from unicluster.client.answers import ChatInfo
 from unicluster.client.client import AsyncClient
 from unicluster.cluster.channels import join_address
-from unicluster.cluster.trust import Cluster, Store
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.store import Store
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"

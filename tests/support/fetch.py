@@ -12,8 +12,8 @@ from node.weights import hub
 from node.weights.fetch import describe, fetch, fetch_ranges
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import is_gguf
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import UniclusterError
+from unicluster.trust.cluster import Cluster
 
 # What has come of a chunk is lost when the connection breaks, and the files here are small.
 hub.CHUNK_BYTES = 4096

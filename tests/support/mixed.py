@@ -12,7 +12,7 @@ from node.ring.ring import Ring
 from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.fingerprint import whole
-from unicluster.cluster.trust import Cluster
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 from unicluster.v1.stage_pb2 import RouteStop
 

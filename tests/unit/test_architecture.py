@@ -27,7 +27,7 @@ FLOORS = {
     ],
     "unicluster": [
         *("chat", "benchmark", "client", "telemetry", "checkpoints", "access", "cluster"),
-        *(".", "v1"),
+        *("trust", ".", "v1"),
     ],
 }
 # These stand above all packages: the command, what names the public API, and the public `load`.

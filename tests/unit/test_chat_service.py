@@ -13,8 +13,8 @@ from tests.support.deadlines import scaled
 from tests.support.engines import DEADLINE, Fragile, Script, Tiny, listen, live_caches, until
 from tests.support.tiny import tiny_config, write_model
 from unicluster.cluster.channels import as_error, bind, connect, make_server
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.chat_pb2 import DescribeChatRequest, GenerateRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, add_ChatServicer_to_server
 

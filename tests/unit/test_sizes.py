@@ -11,8 +11,8 @@ import pytest
 from unicluster.cluster import sizes
 from unicluster.cluster.channels import as_error, bind, connect, make_server
 from unicluster.cluster.sizes import COUNTED_ABOVE, MOST_FIELDS, too_large
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import InputError
+from unicluster.trust.cluster import Cluster
 from unicluster.v1.chat_pb2 import GenerateRequest, Message
 from unicluster.v1.stage_pb2 import Frame, HopMessage
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest

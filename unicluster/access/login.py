@@ -1,9 +1,9 @@
 """`unicluster login`: keeps the access to a cluster's chat that a client token gives."""
 
 from unicluster.access.token_input import CLIENT_VARIABLE, read_client_token
-from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import Store
 from unicluster.command_line import Command, Option
+from unicluster.trust.role import audit
+from unicluster.trust.store import Store
 
 
 def run(token_file: str | None) -> int:

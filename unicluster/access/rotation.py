@@ -12,11 +12,12 @@ import grpc.aio
 
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
-from unicluster.cluster.keyring import LOOK_SECONDS, Keyring, Membership
 from unicluster.cluster.known_machines import known
 from unicluster.cluster.records import Kind
-from unicluster.cluster.trust import Store, default_name
 from unicluster.errors import TrustError, UniclusterError
+from unicluster.trust.identity import default_name
+from unicluster.trust.keyring import LOOK_SECONDS, Keyring, Membership
+from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import DescribeNodeRequest, Rotated, Rotation
 from unicluster.v1.node_pb2_grpc import NodeStub
 

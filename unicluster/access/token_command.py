@@ -10,9 +10,11 @@ import click
 from unicluster.access import rotation
 from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.cluster.known_machines import peer_option
-from unicluster.cluster.trust import SERVER_NAME, YEAR, Cluster, Store
 from unicluster.command_line import Argument, Command, CommandGroup, Option
 from unicluster.errors import InputError
+from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import SERVER_NAME, YEAR
+from unicluster.trust.store import Store
 
 SCRAPER = "scraper"
 

@@ -11,9 +11,9 @@ import click
 from unicluster.chat.screen import Screen
 from unicluster.client.answers import Delta, Options
 from unicluster.client.client import AsyncClient
-from unicluster.cluster.trust import Store
 from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UnavailableError
+from unicluster.trust.store import Store
 
 _SAMPLING = {
     "temperature": (float, "0: always the most likely token"),

@@ -34,17 +34,12 @@ from unicluster.client.answers import (
 )
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.cluster.channels import as_error, connect, connect_sync
-from unicluster.cluster.keyring import Keyring
-from unicluster.cluster.trust import (
-    ClientAccess,
-    Cluster,
-    Credentials,
-    Identity,
-    Store,
-    default_name,
-)
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError
+from unicluster.trust.cluster import ClientAccess, Cluster
+from unicluster.trust.identity import Credentials, Identity, default_name
+from unicluster.trust.keyring import Keyring
+from unicluster.trust.store import Store
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1.chat_pb2_grpc import ChatStub
 

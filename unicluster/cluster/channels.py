@@ -15,7 +15,6 @@ import grpc.aio
 from unicluster.cluster.calls import CallLimit
 from unicluster.cluster.roles import RoleCheck
 from unicluster.cluster.sizes import CONTROL_BYTES, SizeCheck
-from unicluster.cluster.trust import SERVER_NAME, Credentials
 from unicluster.errors import (
     BusyError,
     DoesNotFitError,
@@ -26,6 +25,7 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
+from unicluster.trust.identity import SERVER_NAME, Credentials
 
 # Calls that a server answers at once, streams included: more are refused.
 MOST_CALLS = 2048

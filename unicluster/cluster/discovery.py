@@ -31,8 +31,8 @@ from unicluster.cluster.records import (
     service_name_of,
     short,
 )
-from unicluster.cluster.trust import check_name
 from unicluster.errors import InputError, UnavailableError, shown
+from unicluster.trust.identity import check_name
 
 log = logging.getLogger(__name__)
 

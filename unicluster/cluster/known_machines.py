@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from unicluster.cluster.trust import default_folder
 from unicluster.command_line import Option, beginning, in_list
+from unicluster.trust.store import default_folder
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from unicluster.cluster.channels import join_address
-from unicluster.cluster.trust import check_name
 from unicluster.errors import InputError, shown
+from unicluster.trust.identity import check_name
 
 MOST_ADDRESSES = 32
 MOST_PROPERTIES = 32

@@ -4,9 +4,7 @@ A role is the authority that issued a certificate. It is read from the issuer's 
 has proven by then: a certificate verifies only against the authority that it names.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
-from enum import StrEnum
 from typing import Any
 
 import grpc
@@ -15,22 +13,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from unicluster.cluster.handlers import Context, Handler, checked
+from unicluster.trust.role import Role, audit
 from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
-
-audit = logging.getLogger("unicluster.audit")
-
-
-class Role(StrEnum):
-    """MEMBER: agents, coordinators, workers. CLIENT: chat and status. SCRAPER: metrics."""
-
-    MEMBER = "member"
-    CLIENT = "client"
-    SCRAPER = "scraper"
-
-    def authority_name(self, fingerprint: str) -> str:
-        """Common name of this role's authority in the cluster of that fingerprint."""
-        return f"unicluster {self} {fingerprint}"
-
 
 MEMBERS = frozenset({Role.MEMBER})
 CLIENTS = frozenset({Role.MEMBER, Role.CLIENT})

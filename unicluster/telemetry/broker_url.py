@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from unicluster.cluster.trust import Cluster
 from unicluster.command_line import Option, on_command_line
 from unicluster.errors import InputError
+from unicluster.trust.cluster import Cluster
 
 log = logging.getLogger(__name__)
 

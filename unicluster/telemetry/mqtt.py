@@ -10,10 +10,10 @@ from typing import Any
 
 import aiomqtt
 
-from unicluster.cluster.trust import Cluster
 from unicluster.errors import in_one_line
 from unicluster.retry import attempts, succeeded
 from unicluster.telemetry.broker_url import BrokerUrl
+from unicluster.trust.cluster import Cluster
 
 log = logging.getLogger(__name__)
 

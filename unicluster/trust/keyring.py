@@ -14,9 +14,11 @@ from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from unicluster.cluster.roles import audit
-from unicluster.cluster.trust import ClientAccess, Cluster, Identity, Store, new_key
 from unicluster.errors import TrustError
+from unicluster.trust.cluster import ClientAccess, Cluster
+from unicluster.trust.identity import Identity, new_key
+from unicluster.trust.role import audit
+from unicluster.trust.store import Store
 
 log = logging.getLogger(__name__)
 
