@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -36,6 +37,16 @@ def _interrupted(number: int, frame: object) -> None:
 # A run that is told to end ends what its tests have started, as after Ctrl-C.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, _interrupted)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Commands that run in this process change its environment: for one test alone."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({n: v for n, v in before.items() if n != "PYTEST_CURRENT_TEST"})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

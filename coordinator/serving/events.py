@@ -237,7 +237,7 @@ class Follower:
     def close(self, timeout: float = CATCH_UP_SECONDS) -> None:
         """Ends the thread once everything is handled, or leaves it behind after `timeout`."""
         with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(None)
+            self._waiting.put(None, timeout=timeout)
             self._thread.join(timeout)
 
     def _catch_up(self, timeout: float) -> bool:

@@ -173,7 +173,10 @@ async def serve(config: WorkerConfig, identity: Credentials) -> None:
 def _follow_parent(keyring: HandedKeyring) -> None:
     """Takes each new certificate that whoever started this worker hands it, and ends with them."""
     for line in sys.stdin:
-        keyring.current = Identity.from_dict(json.loads(line))
+        try:
+            keyring.current = Identity.from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            log.error("a certificate that can't be read: %s", type(error).__name__)
     os._exit(0)
 
 
@@ -183,10 +186,10 @@ def main() -> None:
     open_channel(int(sys.argv[1]))
     sys.setswitchinterval(SWITCH_INTERVAL)
     sys.stdout = sys.stderr  # it goes to the same place, and line by line
-    config = WorkerConfig.from_line(sys.stdin.readline())
-    keyring = HandedKeyring(Identity.from_dict(config.identity))
-    threading.Thread(target=_follow_parent, args=(keyring,), daemon=True).start()
     try:
+        config = WorkerConfig.from_line(sys.stdin.readline())
+        keyring = HandedKeyring(Identity.from_dict(config.identity))
+        threading.Thread(target=_follow_parent, args=(keyring,), daemon=True).start()
         uvloop.run(serve(config, keyring))
         code = 0
     except UniclusterError as error:

@@ -149,7 +149,9 @@ def test_no_sequence_of_messages_leads_out(field: Field) -> None:
     identity = field.cluster.cluster.issue("mallory")
     server = grpc.server(ThreadPoolExecutor(4), options=SERVER_OPTIONS)
     add_WeightsServicer_to_server(HostileWeights(words, rng), server)
-    source = f"{HOST}:{server.add_secure_port(f'{HOST}:0', identity.server_credentials())}"
+    pair = (identity.key_pem.encode(), identity.cert_pem.encode())
+    credentials = grpc.ssl_server_credentials([pair], identity.ca_pem.encode(), True)
+    source = f"{HOST}:{server.add_secure_port(f'{HOST}:0', credentials)}"
     server.start()
     answers: list[str] = []
 

@@ -142,7 +142,7 @@ def test_a_new_architecture_needs_no_change_here(made_up: str) -> None:
 def test_layers_that_pass_things_behind_the_model_s_back_are_refused() -> None:
     model = MadeUp(MadeUpArgs(secretive=True))
 
-    with pytest.raises(StageError, match="before layer 2: later layers read what layer 1 keeps"):
+    with pytest.raises(StageError, match="later layers read an inner value of layer 1"):
         HollowModel(model, "made_up", 0, 2)
 
 
