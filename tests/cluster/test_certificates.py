@@ -24,6 +24,7 @@ def answered(client: Client) -> str:
         return ""
 
 
+@pytest.mark.sweep
 @pytest.mark.timeout(RUN_SECONDS + 240)
 def test_a_cluster_outlives_its_certificates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -226,11 +226,16 @@ def test_status_says_what_is_served_and_how_it_goes(
 
 
 def test_status_as_json_has_all_figures(cluster: LocalCluster, server: ServeProgram) -> None:
-    with server.client() as client:
-        events = client.stream(PROMPT, temperature=0, max_tokens=300)
-        next(events)
-        told = json.loads(cluster.run("status", "--json", "--server", server.address).out)
-        events.close()
+    def while_answering() -> Any:
+        """The status while an answer is running; None where that ended before it was asked."""
+        with server.client() as client:
+            events = client.stream(PROMPT, temperature=0, max_tokens=300)
+            next(events)
+            status = json.loads(cluster.run("status", "--json", "--server", server.address).out)
+            events.close()
+        return status if status["running"] else None
+
+    told = until(while_answering, "an answer outlives the command")
 
     assert told["address"] == server.address
     assert told["info"]["model"] == "llama"

@@ -24,7 +24,7 @@ from unicluster.v1.stage_pb2 import CacheOp, Frame
 from unicluster.v1.tensor_pb2 import Leaf
 
 HIDDEN, VOCABULARY = 64, 264
-FUZZ_SECONDS = float(os.environ.get("UNICLUSTER_FUZZ_SECONDS", "20"))
+FUZZ_SECONDS = float(os.environ.get("UNICLUSTER_FUZZ_SECONDS", "9"))
 FUZZ_SEED = int(os.environ.get("UNICLUSTER_FUZZ_SEED", "1"))
 HUGE = 2**62
 

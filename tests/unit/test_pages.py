@@ -6,6 +6,7 @@ from bench import pages
 from coordinator.models.catalog import entries
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["memory", "published"])
 def test_a_page_is_fresh(name: str) -> None:
     """Slow: it looks into some forty models, ten seconds in all."""
