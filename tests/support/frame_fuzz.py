@@ -46,8 +46,7 @@ class FrameFuzz:
             self._head.serve(frame)
         except StageError:
             self.refused += 1
-            self.end()
-            self._begin()
+            self.restart()
             return
         self.served += 1
         for done in operations:
@@ -57,8 +56,12 @@ class FrameFuzz:
             del self._saved[:-20]
         self._length += 1
         if self._length > MOST_OPERATIONS:
-            self.end()
-            self._begin()
+            self.restart()
+
+    def restart(self) -> None:
+        """Ends the session, with all its caches, and begins another."""
+        self.end()
+        self._begin()
 
     def end(self) -> None:
         self._head.end()
