@@ -1,6 +1,5 @@
 """Stages of ggml keep the promises of the others when a machine is lost in mid-answer."""
 
-import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +12,7 @@ from tests.support.strikes import (
     assert_answers_again,
     assert_answers_end,
     assert_sleep_is_survived,
+    status_while_answering,
 )
 from tests.support.tiny_gguf import from_checkpoint
 
@@ -60,12 +60,7 @@ async def test_a_machine_falls_asleep(cluster: LocalCluster, server: ServeProgra
 
 
 def test_status_has_the_figures_of_all_stages(cluster: LocalCluster, server: ServeProgram) -> None:
-    with server.client() as client:
-        events = client.stream("hello", temperature=0, max_tokens=300)
-        next(events)
-        told = json.loads(cluster.run("status", "--json", "--server", server.address).out)
-        events.close()
+    status = status_while_answering(cluster, server, tokens=CONTEXT - 100)
 
-    assert told["tokens_per_s"] > 0
-    assert all(0 < stage["busy"] <= 1 for stage in told["stages"])
-    assert all(hop["decode_s"] > 0 for hop in told["hops"])
+    assert all(0 < stage["busy"] <= 1 for stage in status["stages"])
+    assert all(hop["decode_s"] > 0 for hop in status["hops"])

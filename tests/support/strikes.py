@@ -1,12 +1,14 @@
 """Kills processes of a cluster in the middle of answers, and checks what clients see."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
-from tests.support.cluster import AgentProgram, ServeProgram
+from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram, until
 from tests.support.deadlines import scaled
 from unicluster.client.answers import Delta
 from unicluster.client.client import AsyncClient
@@ -92,3 +94,20 @@ async def assert_answers_again(server: ServeProgram) -> None:
         async with asyncio.timeout(scaled(FREED_WITHIN)):
             while (await client.describe()).live_caches:
                 pass  # each question takes its time
+
+
+def status_while_answering(cluster: LocalCluster, server: ServeProgram, tokens: int) -> Any:
+    """`status --json` of a moment in which an answer of so many tokens is decoding.
+
+    Asked again where the answer ended before the command had both its readings.
+    """
+
+    def status() -> Any:
+        with server.client() as client:
+            events = client.stream("hello", temperature=0, max_tokens=tokens)
+            next(events)
+            status = json.loads(cluster.run("status", "--json", "--server", server.address).out)
+            events.close()
+        return status if status["running"] and status["tokens_per_s"] else None
+
+    return until(status, "an answer outlives the command")
