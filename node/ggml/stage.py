@@ -10,6 +10,7 @@ from node.ggml.embedding import Embedding
 from node.ggml.layers import Layers
 from node.ggml.library import Floats
 from node.ggml.rows import Cache, Row, Sequences
+from node.ggml.saved_state import StateFormat
 from node.ggml.wire import decode, encode
 from node.ring.bounds import FrameError
 from node.ring.cache_table import Extent
@@ -53,6 +54,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         self._embedding = embedding
         self._sequences = Sequences(layers)
         self._has_lm_head = bool(layers.sizes.vocabulary)
+        self._format: StateFormat | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -179,11 +181,22 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         if tokens > self.most_tokens:
             raise FrameError(f"{tokens} saved tokens, of {self.most_tokens} at most")
         if tokens:
+            self._state_format(row).check(saved.data, tokens)
             self._layers.restore(row.sequence, saved.data)
             row.length = tokens
             restored = self._layers.last_position(row.sequence) + 1
             if restored != tokens or self._layers.state_size(row.sequence) != len(saved.data):
                 raise FrameError(f"a saved state of {restored} tokens, not of {tokens}")
+
+    def _state_format(self, row: Row) -> StateFormat:
+        """The format of saved states, by an example that is computed in an empty row."""
+        if self._format is None:
+            width = self._layers.sizes.hidden
+            self._layers.forward(np.zeros((1, width), np.float32), [0], [row.sequence], False)
+            example = self._layers.state(row.sequence)
+            self._layers.trim(row.sequence, 0)
+            self._format = StateFormat.of(example)
+        return self._format
 
     def snapshot(self, cache: Cache) -> Cache:
         return cache.copy()

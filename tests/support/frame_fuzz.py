@@ -17,8 +17,6 @@ class FrameFuzz:
     """Sessions one after the other, each of them until an error ends it or it is long.
 
     `served` and `refused` count frames. `wild`: how often a number is one of NUMBERS.
-    saved_bytes: bytes of saved arrays are changed too. For llama.cpp they are its caches' inner
-    state, and numbers that are none reach all sequences through its one KV cache.
     """
 
     def __init__(
@@ -27,9 +25,7 @@ class FrameFuzz:
         seed: int,
         *,
         wild: float = 0.03,
-        saved_bytes: bool = False,
     ) -> None:
-        self._saved_bytes = saved_bytes
         self.served = 0
         self.refused = 0
         self._random = random.Random(seed)
@@ -147,17 +143,15 @@ class FrameFuzz:
             made.store.kind = saved.kind
             made.store.state.extend(saved.state)
             if self._random.random() < 0.7:
-                changed = self._random.choice(made.store.state)
-                is_state = changed.tensor.dtype == "uint8"
-                self._change(changed, whole=is_state and not self._saved_bytes)
+                self._change(self._random.choice(made.store.state))
         return made
 
-    def _change(self, changed: Leaf, *, whole: bool = False) -> None:
-        """Changes one thing about a leaf; of an array that is to stay `whole`, not its bytes."""
+    def _change(self, changed: Leaf) -> None:
+        """Changes one thing about a leaf."""
         if not changed.HasField("tensor"):
             changed.json = self._random.choice(("null", "true", '"x"', "1e9", "-1", "[]", "3", "{"))
             return
-        tensor, choice = changed.tensor, self._random.randrange(3 if whole else 6)
+        tensor, choice = changed.tensor, self._random.randrange(6)
         if choice == 0 and tensor.shape:
             tensor.shape[self._random.randrange(len(tensor.shape))] = self._any_number()
         elif choice == 1:

@@ -415,15 +415,3 @@ def test_made_up_frames_end_sessions_and_nothing_else(heads: Heads) -> None:
     assert fuzz.served > 100
     assert fuzz.refused > 10
     still_works(heads)
-
-
-@pytest.mark.parametrize("name", ["ggml llama", "ggml qwen3next"])
-def test_made_up_states_leave_llama_cpp_alive(name: str, tmp_path: Path) -> None:
-    """With a stage of its own: what is no number in a state reaches all sequences."""
-    fuzz = FrameFuzz(ENGINES[name](tmp_path), FUZZ_SEED, saved_bytes=True)
-    end = time.monotonic() + FUZZ_SECONDS / 4
-    while time.monotonic() < end:
-        fuzz.step()
-    fuzz.end()
-
-    assert fuzz.refused > 10
