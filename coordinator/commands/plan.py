@@ -126,7 +126,7 @@ def planned(question: Question, best: Plan) -> dict[str, Any]:
             "weight_bytes": stage.weight_bytes,
             "kv_bytes": stage.kv_bytes,
             "reserve_bytes": stage.reserve_bytes,
-            "usable_bytes": stage.machine.usable,
+            "usable_bytes": stage.machine.reach(stage.engine),
             "head": stage.head,
             "engine": stage.engine,
             "ms_per_token": stage.seconds_per_token * 1e3,

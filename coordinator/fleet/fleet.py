@@ -20,7 +20,7 @@ from unicluster.units import parse_bytes
 _COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?(.+)")
 _COUNT = re.compile(r"\s*(?:\d+\s*x\s*)?")
 _MACHINE_KEYS = {"name", "hardware", "count", "memory", "usable", "bandwidth", "compute", "link"}
-_MACHINE_KEYS |= {"engines", *(f"{engine}_bandwidth" for engine in ENGINES)}
+_MACHINE_KEYS |= {"engines", *(f"{e}_{key}" for e in ENGINES for key in ("bandwidth", "usable"))}
 _LINK_KEYS = {"between", "link", "latency", "bandwidth"}
 _SECONDS = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)")
 _SECOND_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -92,7 +92,7 @@ def with_memory(fleet: Fleet, stated: Sequence[str]) -> Fleet:
         if name and name not in {m.name for m in machines}:
             raise InputError(f"--memory {text}: {_nobody(name, machines)}")
         usable = parse_bytes(size)
-        machines = [m if name and m.name != name else replace(m, usable=usable) for m in machines]
+        machines = [m if name and m.name != name else m.with_usable(usable) for m in machines]
     return replace(fleet, machines=tuple(machines))
 
 
@@ -130,12 +130,14 @@ def _described(row: dict[str, Any]) -> list[Machine]:
     else:
         raise InputError(f"{row.get('name', row)}: give its hardware, or memory and bandwidth")
     if "memory" in row or "usable" in row:
-        machine = replace(machine, usable=_size(row.get("usable", row.get("memory"))))
+        machine = machine.with_usable(_size(row.get("usable", row.get("memory"))))
     if "bandwidth" in row:
         machine = _with_bandwidth(machine, ENGINES, row["bandwidth"])
     for engine in ENGINES:
         if (stated := row.get(f"{engine}_bandwidth")) is not None:
             machine = _with_bandwidth(machine, [engine], stated)
+        if (stated := row.get(f"{engine}_usable")) is not None:
+            machine = machine.with_usable(_size(stated), [engine])
     if "engines" in row:
         machine = machine.only(_engines(row["engines"]))
     if "compute" in row:

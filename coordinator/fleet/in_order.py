@@ -37,7 +37,7 @@ def cut_in_order(layout: Layout, machines: Sequence[Machine]) -> list[tuple[int,
     for _, step in costs[1:]:
         rows.append((rows[-1][:, None] + step).min(axis=0))
     if not np.isfinite(rows[-1][-1]):
-        room = sum(machine.usable for machine in machines)
+        room = sum(machine.reach(layout.engine) for machine in machines)
         raise DoesNotFitError(
             f"{layout.model_type} needs {format_bytes(layout.weight_bytes + layout.kv_bytes)} and "
             f"no cut of it fits these machines in this order, which offer {format_bytes(room)}"

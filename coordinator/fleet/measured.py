@@ -20,7 +20,7 @@ from coordinator.fleet.fleet import Fleet
 from coordinator.planning.engines import DEFAULT
 from coordinator.planning.hardware import known_compute
 from coordinator.planning.links import Link, Network
-from coordinator.planning.machine import Machine
+from coordinator.planning.machine import EngineSpeeds, Machine
 from coordinator.planning.placement import Layout, Stage, decode_seconds
 from coordinator.planning.variants import ModelVariants
 from unicluster.trust.store import default_folder
@@ -214,10 +214,13 @@ class Measurements:
         if not 0 <= measured.first < measured.end <= layout.layers:
             return None
         variant = layout.with_lm_head() if measured.has_lm_head else layout.without_lm_head()
-        read = sum(variant.read_bytes[measured.first : measured.end])
-        read += layout.head_read_bytes if measured.first == 0 else 0
+        layers = slice(measured.first, measured.end)
+        read, resident = sum(variant.read_bytes[layers]), sum(variant.resident_bytes[layers])
+        if measured.first == 0:
+            read, resident = read + layout.head_read_bytes, resident + layout.head_bytes
         nominal = _calibrated(machine, layout.engine, 1.0, measured=False)
-        predicted = decode_seconds(layout, nominal, read, measured.end - measured.first)
+        count = measured.end - measured.first
+        predicted = decode_seconds(layout, nominal, read, count, resident)
         return measured.seconds_per_token / predicted
 
     def _save(self) -> None:
@@ -240,11 +243,22 @@ def _with_compute(machine: Machine) -> Machine:
     known = known_compute(machine.chip)
     return machine.with_speeds(
         {
-            engine: replace(speeds, compute=speeds.compute or known)
+            engine: _speeds_with_compute(speeds, known)
             for engine, speeds in machine.engines.items()
             if speeds.backend != "cpu"
         }
     )
+
+
+def _speeds_with_compute(speeds: EngineSpeeds, of_chip: float) -> EngineSpeeds:
+    """Speeds with the compute of each device, or `of_chip` where it is the machine's own GPU."""
+    alone = len(speeds.devices) < 2
+    devices = tuple(
+        replace(d, compute=d.compute or known_compute(d.chip) or (of_chip if alone else 0.0))
+        for d in speeds.devices
+    )
+    first = devices[0].compute if devices else of_chip
+    return replace(speeds, compute=speeds.compute or first, devices=devices)
 
 
 def _calibrated(machine: Machine, engine: str, slowdown: float, measured: bool) -> Machine:

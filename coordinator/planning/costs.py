@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.planning import cuts
+from coordinator.planning import cuts, devices
 from coordinator.planning.cuts import Matrix
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import LAYER_S, RESERVE_SHARE, Layout, reads
@@ -33,13 +33,14 @@ class Costs:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         resident = self._row(layout.resident_bytes, layout.head_bytes)
+        self._resident = resident
         self.needed = Row(self._with_reserve(resident.head), self._with_reserve(resident.rest))
         self.read = self._row(layout.read_bytes, layout.head_read_bytes)
         self._layers = self._row([1] * layout.layers, 0)
 
     def fits(self, machine: Machine) -> tuple[Bools, Bools]:
         """Whether each range fits on the machine: [0, k) as head, and [j, k) as a later stage."""
-        usable = machine.usable if machine.can(self.layout.engine) else -1
+        usable = self.layout.usable_on(machine)
         return self.needed.head <= usable, self.needed.rest <= usable
 
     def seconds(self, machine: Machine) -> Row:
@@ -47,14 +48,14 @@ class Costs:
         head, rest = self.fits(machine)
         if not machine.can(self.layout.engine):
             return Row(np.full(head.shape, np.inf), np.full(rest.shape, np.inf))
-        return Row(
-            np.where(head, self._seconds(machine, self.read.head, self._layers.head), np.inf),
-            np.where(rest, self._seconds(machine, self.read.rest, self._layers.rest), np.inf),
-        )
+        of_head = self._seconds(machine, self.read.head, self._layers.head, self._resident.head)
+        of_rest = self._seconds(machine, self.read.rest, self._layers.rest, self._resident.rest)
+        return Row(np.where(head, of_head, np.inf), np.where(rest, of_rest, np.inf))
 
-    def _seconds(self, machine: Machine, read: Matrix, layers: Matrix) -> Matrix:
-        slowdown = machine.engines[self.layout.engine].slowdown
-        return read / reads(self.layout, machine) + LAYER_S * layers * slowdown
+    def _seconds(self, machine: Machine, read: Matrix, layers: Matrix, resident: Matrix) -> Matrix:
+        speeds = machine.engines[self.layout.engine]
+        slower = devices.slower(speeds, self.layout.capacity, resident)
+        return read / reads(self.layout, machine) * slower + LAYER_S * layers * speeds.slowdown
 
     def _with_reserve(self, resident: Matrix) -> Matrix:
         """Bytes including the reserve, as Layout.needed computes them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from coordinator.planning import devices
 from coordinator.planning.engines import DEFAULT, ENGINES, QUANTIZED
 from coordinator.planning.machine import Machine
 from unicluster.errors import InputError
@@ -201,6 +202,19 @@ class Layout:
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
         return max(usable - self.full_reserve, scaled)
 
+    def usable_on(self, machine: Machine) -> int:
+        """Usable bytes of its engine's devices there, less what whole layers leave over on each.
+
+        -1 without the engine.
+        """
+        if not machine.can(self.engine):
+            return -1
+        speeds, usable = machine.engines[self.engine], machine.reach(self.engine)
+        if len(speeds.devices) < 2:
+            return usable
+        largest = max(self.resident_bytes)
+        return self.needed(devices.capacity_of(speeds, self.capacity, largest))
+
     def needed(self, resident: int) -> int:
         """Usable bytes that a machine must have to hold so much of weights and KV."""
         return resident + self.reserve(resident)
@@ -213,16 +227,22 @@ class Layout:
 
 
 def reads(layout: Layout, machine: Machine) -> float:
-    """Bytes a second that are read there while decoding."""
+    """Bytes a second that are read there while decoding, from the engine's fastest device."""
     speeds = machine.engines[layout.engine]
     share = layout.cpu_share if speeds.backend == "cpu" else 1.0
     return BANDWIDTH_SHARE * share * speeds.bandwidth / speeds.slowdown
 
 
-def decode_seconds(layout: Layout, machine: Machine, read_bytes: float, layers: int) -> float:
-    """Seconds to decode one token through `layers` layers that read `read_bytes`."""
+def decode_seconds(
+    layout: Layout, machine: Machine, read_bytes: float, layers: int, resident: float = 0.0
+) -> float:
+    """Seconds to decode one token through `layers` layers that read `read_bytes`.
+
+    resident: bytes of weights and KV that the stage holds, which may take several devices.
+    """
     overhead = machine.engines[layout.engine].slowdown * LAYER_S * layers
-    return read_bytes / reads(layout, machine) + overhead
+    slower = float(devices.slower(machine.engines[layout.engine], layout.capacity, resident))
+    return read_bytes / reads(layout, machine) * slower + overhead
 
 
 def prefill_seconds(
@@ -233,13 +253,18 @@ def prefill_seconds(
     The operations take their time, or reading the weights once does, if that is longer.
     """
     speeds = machine.engines[layout.engine]
-    if not speeds.compute or layout.layer_active_parameters is None:
+    if layout.layer_active_parameters is None:
+        return None
+    resident = sum(layout.resident_bytes[first:end])
+    compute = devices.compute(speeds, layout.capacity, resident)
+    if not compute:
         return None
     operations = 2 * sum(layout.layer_active_parameters[first:end]) * tokens
     weights = sum(layout.layer_bytes[first:end])
+    slower = float(devices.slower(speeds, layout.capacity, resident))
     return max(
-        operations / (COMPUTE_SHARE * speeds.compute),
-        weights / (BANDWIDTH_SHARE * speeds.bandwidth),
+        operations / (COMPUTE_SHARE * compute),
+        weights / (BANDWIDTH_SHARE * speeds.bandwidth) * slower,
     )
 
 
@@ -251,6 +276,7 @@ class Stage:
     chunk_seconds: of a prefill chunk; None if the machine's compute is not known.
     hop_s: to the next stage, or from the last one back to the head.
     has_lm_head: it computes the logits; else the head does.
+    shares: its devices; empty if they are not known.
     """
 
     machine: Machine
@@ -267,6 +293,7 @@ class Stage:
     hop_measured: bool = False
     engine: str = DEFAULT
     has_lm_head: bool = False
+    shares: tuple[devices.Share, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -274,7 +301,7 @@ class Stage:
 
     @property
     def free_bytes(self) -> int:
-        return self.machine.usable - self.bytes
+        return self.machine.reach(self.engine) - self.bytes
 
     @property
     def measured(self) -> bool:

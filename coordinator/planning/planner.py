@@ -195,10 +195,11 @@ def _why_out(machine: Machine, variants: ModelVariants, objective: Objective) ->
     able = [variant for variant in variants.layouts if machine.can(variant.engine)]
     if not able:
         return _why_unable(machine, variants)
-    smallest = min(variant.needed(min(variant.resident_bytes)) for variant in able)
-    if machine.usable < smallest:
-        needed = format_bytes(smallest)
-        return f"{format_bytes(machine.usable)} usable, and a layer needs {needed}"
+    least = [(variant.needed(min(variant.resident_bytes)), variant) for variant in able]
+    if all(variant.usable_on(machine) < needed for needed, variant in least):
+        needed, variant = min(least, key=lambda pair: pair[0])
+        usable = format_bytes(max(0, variant.usable_on(machine)))
+        return f"{usable} usable, and a layer needs {format_bytes(needed)}"
     return "not needed: " + (
         "with it a token would take longer"
         if objective == "latency"

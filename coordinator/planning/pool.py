@@ -2,7 +2,6 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -87,6 +86,10 @@ class Pool:
         values = [float(value) for value in np.unique(costs[np.isfinite(costs)])]
         return values[_first(values, enough)]
 
+    def usable(self, machine: Machine) -> int:
+        """Usable bytes there for the variant that gets the most of them."""
+        return max(variant.usable_on(machine) for variant in self.ring.variants)
+
     def fits(self) -> bool:
         return self._holds(self.counts, [group[0] for group in self.groups])
 
@@ -110,7 +113,7 @@ class Pool:
             counts[i] -= 1
             enough = partial(self._holds_besides, counts, group[0])
             at = _first(values, enough)
-            more = int(values[at]) - group[0].usable
+            more = int(values[at]) - self.usable(group[0])
             if enough(values[at]) and (best[1] is None or more < best[0]):
                 best = (more, group[0])
         return best
@@ -162,12 +165,14 @@ class Pool:
 
     def _key(self, machine: Machine) -> tuple[float, ...]:
         """All that the search sees of a machine, except its links."""
-        key: list[float] = [machine.usable]
+        key: list[float] = []
         for variant in self.ring.variants:
             if machine.can(variant.engine):
-                key += [reads(variant, machine), machine.engines[variant.engine].slowdown]
-            else:
-                key += [0.0, 0.0]
+                speeds = machine.engines[variant.engine]
+                key += [machine.reach(variant.engine), reads(variant, machine), speeds.slowdown]
+                for device in speeds.devices[1:]:
+                    key += [speeds.devices[0].usable, device.usable, device.bandwidth]
+            key.append(-1.0)  # an end, so that devices of two variants are not mixed up
         return tuple(key)
 
     def _needs(self) -> list[float]:
@@ -177,7 +182,7 @@ class Pool:
     def _holds_besides(self, counts: Sequence[int], like: Machine, usable: float) -> bool:
         """Whether everything fits where one more, like that one, offers so much."""
         there = [group[0] for group in self.groups]
-        return self._holds([*counts, 1], [*there, replace(like, usable=int(usable))])
+        return self._holds([*counts, 1], [*there, like.with_usable(int(usable))])
 
     def _holds(self, counts: Sequence[int], kinds: Sequence[Machine]) -> bool:
         there = [i for i, count in enumerate(counts) if count]

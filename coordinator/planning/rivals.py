@@ -66,8 +66,11 @@ def _ideas(
 
 
 def _kind(machine: Machine) -> tuple[object, ...]:
-    speeds = machine.engines.values()
-    return machine.usable, machine.link, *((s.backend, s.bandwidth, s.slowdown) for s in speeds)
+    figures = (
+        (e, machine.reach(e), s.backend, s.bandwidth, s.slowdown, len(s.devices))
+        for e, s in machine.engines.items()
+    )
+    return machine.link, *figures
 
 
 def _shape(candidate: Plan) -> tuple[object, ...]:

@@ -62,8 +62,9 @@ def refusal(
         return NoPlanError(text, missing, suggestions)
     machines = pool.machines
     resident = layout.weight_bytes + layout.kv_bytes
-    offered = sum(m.usable for m in machines)
-    needed = resident + offered - sum(layout.capacity(m.usable) for m in machines)
+    usable = [pool.usable(m) for m in machines]
+    offered = sum(usable)
+    needed = resident + offered - sum(map(layout.capacity, usable))
     there = "the machine offers" if len(machines) == 1 else f"the {len(machines)} machines offer"
     sizes = f"{asked} needs {format_bytes(needed)} and {there} {format_bytes(offered)}"
     if needed > offered:

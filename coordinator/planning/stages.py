@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.planning import devices
 from coordinator.planning.links import Network
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Stage, decode_seconds, prefill_seconds
@@ -54,8 +55,10 @@ def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
         kv_bytes=kv,
         reserve_bytes=layout.reserve(weights + outside + kv),
         head=head,
-        seconds_per_token=decode_seconds(layout, span.machine, read, span.end - span.first),
-        batch_seconds=decode_seconds(layout, span.machine, further, 0),
+        seconds_per_token=decode_seconds(
+            layout, span.machine, read, span.end - span.first, weights + outside + kv
+        ),
+        batch_seconds=decode_seconds(layout, span.machine, further, 0, weights + outside + kv),
         chunk_seconds=prefill_seconds(
             layout, span.machine, span.first, span.end, layout.chunk_tokens
         ),
@@ -63,4 +66,10 @@ def _stage(span: Span, onward: tuple[float, bool]) -> Stage:
         hop_measured=onward[1],
         engine=layout.engine,
         has_lm_head=layout.lm_head_bytes > 0 and span.end == layout.layers,
+        shares=devices.shares(
+            span.machine.engines[layout.engine],
+            layout.capacity,
+            layout.needed,
+            layout.resident_bytes[layers],
+        ),
     )

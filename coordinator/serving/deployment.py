@@ -31,6 +31,7 @@ from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
+    DeviceShare,
     Draft,
     StageEvent,
     StageExit,
@@ -155,6 +156,10 @@ def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> l
                 kv_bytes=sum(stage.kv_bytes for stage in plan.stages),
                 engine=stage.engine,
                 finishes=stage.has_lm_head,
+                devices=[
+                    DeviceShare(name=share.device, layers=share.layers, memory=share.bytes)
+                    for share in stage.shares
+                ],
             )
         )
         spec.ClearField("draft")  # loaded beside the head's layers only

@@ -156,6 +156,7 @@ class NodeInfo(_message.Message):
     ENGINES_FIELD_NUMBER: _builtins.int
     GGML_BACKEND_FIELD_NUMBER: _builtins.int
     GGML_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -189,6 +190,10 @@ class NodeInfo(_message.Message):
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """mlx, ggml: what it can compute stages with; empty: mlx"""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
+        """what its engines compute on; empty: older than this field, and"""
+
     def __init__(
         self,
         *,
@@ -210,14 +215,68 @@ class NodeInfo(_message.Message):
         engines: _abc.Iterable[_builtins.str] | None = ...,
         ggml_backend: _builtins.str = ...,
         ggml_bandwidth: _builtins.float = ...,
+        devices: _abc.Iterable[Global___Device] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeInfo: _TypeAlias = NodeInfo  # noqa: Y015
+
+@_typing.final
+class Device(_message.Message):
+    """What an engine computes on: a card, the part of a chip that is a GPU, or the cores. Devices of
+    two engines may be one and the same, and those that are not cards share the host's memory.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    TOTAL_MEMORY_FIELD_NUMBER: _builtins.int
+    USABLE_MEMORY_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_MEASURED_FIELD_NUMBER: _builtins.int
+    engine: _builtins.str
+    """mlx, ggml"""
+    name: _builtins.str
+    """as in StageSpec: CUDA0, Vulkan1, CPU, ..."""
+    description: _builtins.str
+    """NVIDIA GeForce RTX 4090"""
+    kind: _builtins.str
+    """gpu: with memory of its own; igpu, cpu: in the host's"""
+    backend: _builtins.str
+    """cpu, vulkan, rocm, cuda, metal"""
+    total_memory: _builtins.int
+    usable_memory: _builtins.int
+    """what a stage may take of it now, the cap of --memory included"""
+    bandwidth: _builtins.float
+    bandwidth_measured: _builtins.bool
+    def __init__(
+        self,
+        *,
+        engine: _builtins.str = ...,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        backend: _builtins.str = ...,
+        total_memory: _builtins.int = ...,
+        usable_memory: _builtins.int = ...,
+        bandwidth: _builtins.float = ...,
+        bandwidth_measured: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "description", b"description", "engine", b"engine", "kind", b"kind", "name", b"name", "total_memory", b"total_memory", "usable_memory", b"usable_memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
 class InspectRequest(_message.Message):
@@ -489,6 +548,7 @@ class StageSpec(_message.Message):
     LOOKUP_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -529,6 +589,10 @@ class StageSpec(_message.Message):
     def draft(self) -> Global___Draft:
         """the head guesses ahead with a smaller model; unset: it doesn't"""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceShare]:
+        """that it computes on; empty: those the engine takes by itself"""
+
     def __init__(
         self,
         *,
@@ -551,14 +615,43 @@ class StageSpec(_message.Message):
         lookup: _builtins.bool = ...,
         draft: Global___Draft | None = ...,
         draft_tokens: _builtins.int = ...,
+        devices: _abc.Iterable[Global___DeviceShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageSpec: _TypeAlias = StageSpec  # noqa: Y015
+
+@_typing.final
+class DeviceShare(_message.Message):
+    """A part of a stage on one device: its layers follow those of the share before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    layers: _builtins.int
+    memory: _builtins.int
+    """bytes the plan gives it there"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        layers: _builtins.int = ...,
+        memory: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "memory", b"memory", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceShare: _TypeAlias = DeviceShare  # noqa: Y015
 
 @_typing.final
 class Draft(_message.Message):
