@@ -7,6 +7,7 @@ new version changes it; pyproject.toml has the versions that passed. Caches: com
 import functools
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,29 @@ def override(instance: Any, **methods: Callable[..., Any]) -> None:
 def restore_class(instance: Any, base: type) -> None:
     """Undoes `override`."""
     instance.__class__ = base
+
+
+def bound_gathers(model: nn.Module) -> None:
+    """Keeps a model's gathers by rows that another layer chose within the array they read.
+
+    Such rows come from another machine, and MLX reads beyond an array without a word. The one
+    module that has them is deepseek_v41, in its `_gather_rows`: values (batch, rows, dims), indices
+    (batch, tokens, chosen), -1 for none. Changes nothing where all indices are rows.
+    """
+    module: Any = sys.modules[type(model).__module__]
+    gather = getattr(module, "_gather_rows", None)
+    if gather is None or getattr(gather, "is_bounded", False):
+        return
+
+    def bounded(values: mx.array, indices: mx.array) -> mx.array:
+        rows = values.shape[1]
+        if not rows:
+            return mx.zeros((*indices.shape, values.shape[2]), values.dtype)
+        gathered: mx.array = gather(values, mx.minimum(indices, rows - 1))
+        return gathered
+
+    bounded.is_bounded = True  # type: ignore[attr-defined]  # a mark on a function
+    module._gather_rows = bounded
 
 
 # --- the lazy graph

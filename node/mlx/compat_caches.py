@@ -101,8 +101,9 @@ def can_merge(cache: Any) -> bool:
 
 def token_count(cache: Any) -> int:
     """Tokens in a cache as far as it counts them: recurrent states say 0."""
-    # The `size` of quantized caches is 0.
-    return int(cache.offset if isinstance(cache, QuantizedKVCache) else cache.size())
+    # The `size` of quantized caches is 0, and a model's own class need not have one.
+    has_size = hasattr(cache, "size") and not isinstance(cache, QuantizedKVCache)
+    return int(cache.size() if has_size else cache.offset)
 
 
 def head_sizes(cache: Any) -> list[int]:

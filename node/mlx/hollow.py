@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.mlx.cache_view import CacheView
-from node.mlx.compat import direct_arrays, drop_array
+from node.mlx.compat import bound_gathers, direct_arrays, drop_array
 from node.mlx.compat_caches import Caches, replace_update, restore_update
 from node.mlx.crossing import (
     Activations,
@@ -75,6 +75,7 @@ class HollowModel:
         self, model: nn.Module, model_type: str, start: int, end: int, *, has_lm_head: bool = False
     ) -> None:
         self.model = model
+        bound_gathers(model)
         self.start, self.end = start, end
         dataflow = trace_dataflow(model, model_type)
         count = len(dataflow.layers)

@@ -6,6 +6,7 @@ bounds in pyproject.toml. Others: test_ggml_compat.py, test_hub_compat.py.
 
 import ast
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mlx_lm.models.cache import (
 from node.mlx import compat, compat_caches
 from node.mlx.saved.state import cache_from_state
 from node.pipeline.pending_logits import PendingLogits
+from tests.support import zoo
 
 HEADS, SIZE = 2, 64
 
@@ -104,6 +106,22 @@ def test_one_module_gets_another_call() -> None:
     assert type(second) is base
     compat.restore_class(first, base)
     assert first(mx.ones((1, 2))).shape == (1, 2)
+
+
+def test_gathers_by_foreign_rows_stay_within_their_array() -> None:
+    model = zoo.build("deepseek_v41: shared index")
+    module = sys.modules[type(model).__module__]
+    values = mx.random.normal((2, 3, 4))
+    chosen = mx.array([[[0, 2, -1]], [[1, 0, 2]]])
+    plain = module._gather_rows(values, chosen)
+
+    compat.bound_gathers(model)
+    compat.bound_gathers(model)
+
+    gather = module._gather_rows
+    assert mx.array_equal(gather(values, chosen), plain)
+    assert mx.array_equal(gather(values, mx.full((2, 1, 3), 2**30)), gather(values, chosen * 0 + 2))
+    assert mx.array_equal(gather(values[:, :0], chosen), mx.zeros((2, 1, 3, 4)))
 
 
 # --- the lazy graph

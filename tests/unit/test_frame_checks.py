@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from node.mlx.stage import MLXStage
+from node.mlx.tensors import encode_tree
 from node.ring.bounds import FrameError
+from tests.support import zoo
 from tests.support.frame_fuzz import FrameFuzz
 from tests.support.stage_head import StageHead, leaf, op
 from tests.support.tiny import tiny_config, write_model
@@ -415,3 +418,30 @@ def test_made_up_frames_end_sessions_and_nothing_else(heads: Heads) -> None:
     assert fuzz.served > 100
     assert fuzz.refused > 10
     still_works(heads)
+
+
+def test_rows_chosen_by_another_machine_stay_within_the_compressed_cache() -> None:
+    """A layer of deepseek_v41 attends to what the index of an earlier one has chosen."""
+    name = "deepseek_v41: shared index"
+    front = HollowModel(zoo.build(name), name, 0, 1)
+    stage = MLXStage(HollowModel(zoo.build(name), name, 1, 4))
+    crossed, _ = front.front(mx.arange(9)[None], front.cache_view.make())
+
+    def attended(chosen: int | None) -> bytes:
+        head = StageHead(stage, hidden)
+        frame = head.frame(op(1, "make"), cache=1)
+        encode_tree(crossed, frame.hidden)
+        (rows,) = [leaf for leaf in frame.hidden if leaf.key == "written.shared.topk_idx"]
+        if chosen is not None:
+            rows.tensor.data = np.full(rows.tensor.shape, chosen, np.int32).tobytes()
+        head.serve(frame)
+        head.end()
+        assert frame.reports[0].size == 9
+        return frame.hidden[0].tensor.data
+
+    last = 9 // 2 - 1  # two tokens are a row
+    assert attended(None) != attended(last)
+    for chosen in (last + 1, 9):  # rows of other batches, or of other memory
+        assert attended(chosen) == attended(last)
+    with pytest.raises(FrameError, match="positions"):
+        attended(2**30)
