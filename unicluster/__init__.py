@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Raised when machines of the version before would misunderstand something.
-PROTOCOL = 1
+PROTOCOL = 2
 # The oldest protocol that this version still works with.
-OLDEST_PROTOCOL = 1
+OLDEST_PROTOCOL = 2
 
 __all__ = ["OLDEST_PROTOCOL", "PROTOCOL", "AsyncClient", "Client", "__version__", "load"]
 

@@ -4,30 +4,37 @@ The gateway and the head both check them before they do anything with the reques
 """
 
 from unicluster.errors import InputError
-from unicluster.v1.chat_pb2 import GenerateRequest
+from unicluster.v1.chat_pb2 import GenerateRequest, Message
 
 MOST_MESSAGES = 4096
-# UTF-8 of all contents together.
+# UTF-8 of all that the chat template gets, together.
 MOST_TEXT_BYTES = 12 << 20
+# Of it, what is parsed as JSON: arguments of calls, parameters of tools, template arguments.
+MOST_JSON_BYTES = 4 << 20
+MOST_TOOL_CALLS = 128  # of a message
+MOST_TOOLS = 512
+# Names and ids of tools, calls and speakers.
+MOST_NAME_CHARACTERS = 256
 MOST_TOKENS = 1 << 20
 MOST_STOP = 64
 MOST_STOP_CHARACTERS = 512
 MOST_LOGPROBS = 20
 NAME_CHARACTERS = 4096
 ROLES = ("system", "user", "assistant", "tool")
+# Fields of a message that messages of one role have.
+ONLY_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
 
 
 def check_limits(request: GenerateRequest) -> None:
     """Raises InputError, which begins with the field's name, for what no model takes."""
     _at_most("model", len(request.model), NAME_CHARACTERS, "characters")
     _at_most("messages", len(request.messages), MOST_MESSAGES, "messages")
-    for number, message in enumerate(request.messages, start=1):
-        if message.role not in ROLES:
-            raise InputError(
-                f"messages: the role of message {number} must be one of {', '.join(ROLES)}, "
-                f"got {message.role[:40]!r}"
-            )
+    _at_most("tools", len(request.tools), MOST_TOOLS, "tools")
     _at_most("messages", text_bytes(request), MOST_TEXT_BYTES, "bytes of text")
+    for number, message in enumerate(request.messages, start=1):
+        _check_message(number, message)
+    _check_tools(request)
+    _at_most("messages", json_bytes(request), MOST_JSON_BYTES, "bytes of JSON, tools included")
     _at_most("token_ids", len(request.token_ids), MOST_TOKENS, "tokens")
     _at_most("stop", len(request.stop), MOST_STOP, "strings")
     for stop in request.stop:
@@ -40,9 +47,83 @@ def check_limits(request: GenerateRequest) -> None:
         raise InputError("max_tokens: must be at least 1, got 0")
 
 
-def text_bytes(request: GenerateRequest) -> int:
+def content_bytes(request: GenerateRequest) -> int:
     """Bytes of the contents of all messages, in UTF-8."""
     return sum(len(message.content.encode()) for message in request.messages)
+
+
+def text_bytes(request: GenerateRequest) -> int:
+    """Bytes of all that the chat template gets, in UTF-8."""
+    spoken = sum(
+        len(text.encode())
+        for message in request.messages
+        for text in (message.name, message.tool_call_id, message.reasoning_content)
+    )
+    names = sum(
+        len(text.encode())
+        for message in request.messages
+        for call in message.tool_calls
+        for text in (call.id, call.name)
+    )
+    tools = sum(
+        len(text.encode()) for tool in request.tools for text in (tool.name, tool.description)
+    )
+    return content_bytes(request) + spoken + names + tools + json_bytes(request)
+
+
+def json_bytes(request: GenerateRequest) -> int:
+    """Bytes of all JSON that the head parses for the chat template, in UTF-8."""
+    arguments = (call.arguments for message in request.messages for call in message.tool_calls)
+    parameters = (tool.parameters for tool in request.tools)
+    texts = (*arguments, *parameters, request.template_arguments)
+    return sum(len(text.encode()) for text in texts)
+
+
+def _check_message(number: int, message: Message) -> None:
+    where = f"messages: the {{}} of message {number}"
+    if message.role not in ROLES:
+        raise InputError(
+            f"{where.format('role')} must be one of {', '.join(ROLES)}, got {message.role[:40]!r}"
+        )
+    for field, role in ONLY_OF.items():
+        if getattr(message, field) and message.role != role:
+            raise InputError(
+                f"{where.format(field)}: only messages of role {role} have one, "
+                f"and this is of role {message.role}"
+            )
+    for field in ("name", "tool_call_id"):
+        _short(where.format(field), getattr(message, field))
+    calls = message.tool_calls
+    _at_most(where.format("tool_calls"), len(calls), MOST_TOOL_CALLS, "calls")
+    for call in calls:
+        _named(where.format("tool_calls"), "call", call.name)
+        _short(where.format("tool_calls"), call.id)
+    ids = [call.id for call in calls if call.id]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{where.format('tool_calls')}: two of them have the same id")
+
+
+def _check_tools(request: GenerateRequest) -> None:
+    names = set()
+    for tool in request.tools:
+        _named("tools", "tool", tool.name)
+        if tool.name in names:
+            raise InputError(f"tools: two of them have the name {tool.name[:40]!r}")
+        names.add(tool.name)
+    if request.token_ids:
+        for field in ("tools", "template_arguments"):
+            if getattr(request, field):
+                raise InputError(f"{field}: they go with messages, and there are token_ids")
+
+
+def _named(where: str, thing: str, name: str) -> None:
+    if not name.strip():
+        raise InputError(f"{where}: a {thing} needs a name")
+    _short(where, name)
+
+
+def _short(where: str, text: str) -> None:
+    _at_most(where, len(text), MOST_NAME_CHARACTERS, "characters in a name or id")
 
 
 def _at_most(field: str, count: int, most: int, unit: str) -> None:

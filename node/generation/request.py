@@ -6,9 +6,11 @@ from typing import Any
 
 from node.generation.sampling import Sampling
 from node.prompts.cancellation import AbandonedError, Cancellation
+from node.prompts.conversation import conversation_of
 from node.prompts.templates import TEMPLATES, template_of, variables_of
 from node.prompts.tokenizing import Tokenizing
-from unicluster.chat_limits import check_limits, text_bytes
+from node.prompts.written import written_prompt
+from unicluster.chat_limits import check_limits, content_bytes
 from unicluster.errors import InputError, in_one_line
 from unicluster.v1 import chat_pb2
 
@@ -83,20 +85,20 @@ def _render(
     cancellation: Cancellation,
 ) -> list[int]:
     messages = request.messages
-    tokenizing.check_length(text_bytes(request))
+    tokenizing.check_length(content_bytes(request))
     last = messages[-1]
     if last.role in ("system", "user") and not last.content.strip():
         raise InputError("messages: the prompt is empty")
     if not tokenizer.has_chat_template:
         raise InputError("messages: this model has no chat template: send token_ids instead")
-    chat = [{"role": message.role, "content": message.content} for message in messages]
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, with_tools=bool(request.tools))
     try:
         if template is None:  # a format in Python, which is mlx-lm's or transformers' own
-            tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            tokens = written_prompt(tokenizer, request)
         else:
             text = TEMPLATES.render(
-                *(template, chat, variables_of(tokenizer), tokenizing.most_bytes, cancellation)
+                *(template, conversation_of(request), variables_of(tokenizer)),
+                *(tokenizing.most_bytes, cancellation),
             )
             tokens = tokenizing.encode(text, cancellation)
     except (InputError, AbandonedError):

@@ -6,8 +6,10 @@ count of loops can interrupt. So it runs in this process, which the kernel ends:
 for one prompt, or at MOST_MEMORY. Whoever asks kills it after a deadline, or when its client goes.
 
 Reads requests from standard input and answers each on standard output: JSON, with its length in
-four bytes before it. A request has the arguments of transformers' render_jinja_template, and
-`most_characters`; an answer has `text` or `error`. Ends with its input.
+four bytes before it. A request has `template`, `messages`, `tools`, the variables `variables` (the
+model's) and `arguments` (the asker's), and `most_characters`. An answer has `text` and, of the
+conversation, what the template did not use (see `conversation.Unread`), or `error`. Ends with its
+input.
 """
 
 import contextlib
@@ -18,13 +20,27 @@ import struct
 import sys
 from typing import Any, BinaryIO
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import Template, meta, nodes
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from node.prompts.reads import (
+    name_of,
+    recorded_message,
+    recorded_tool,
+    tool_was_read,
+    unread_fields,
+)
 
 # Real templates take milliseconds, also for conversations of megabytes.
 CPU_SECONDS = 3.0
 # Of address space: the process itself has a quarter of that.
 MOST_MEMORY = 1 << 30
 LENGTH = struct.Struct("<I")
+# Variables of every template that are not of its environment or its model's tokenizer.
+CONVERSATION = {"messages", "tools", "add_generation_prompt"}
+# The model's variables that an asker may set.
+ARGUMENTS = {"enable_thinking"}
+REASONING = {"reasoning_content", "thinking"}
 
 
 def write(stream: BinaryIO, message: dict[str, Any]) -> None:
@@ -49,19 +65,85 @@ def read(stream: BinaryIO, most: int = 1 << 31) -> dict[str, Any] | None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The text of a rendered template, or why there is none."""
-    most = request.pop("most_characters")
+    """The text of a rendered template and what it did not use, or why there is none."""
     try:
-        # (texts, indexes), whatever its annotation says
-        rendered: Any = render_jinja_template(**request)
+        template: Template = _compile_jinja_template(request["template"])
+        answered = _rendered(template, request)
     except MemoryError:
         return {"error": "it needs too much memory"}
     except Exception as error:  # a template is the model's own code and may raise anything
         return {"error": f"{error}"[:1000] or type(error).__name__}
-    text = rendered[0][0]  # of one conversation
-    if len(text) > most:
-        return {"error": f"it makes {len(text)} characters of them, and at most {most}"}
-    return {"text": text}
+    most = request["most_characters"]
+    if len(answered["text"]) > most:
+        characters = len(answered["text"])
+        return {"error": f"it makes {characters} characters of them, and at most {most}"}
+    return answered
+
+
+def _rendered(template: Template, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request. Beside calls of tools, no content is written as an empty one, which
+    nearly all templates take, or else as none, by which some know a message of calls.
+    """
+    try:
+        answered = _render(template, request)
+        if all(name != "tool_calls" for _, name in answered["unread"]["fields"]):
+            return answered
+    except Exception:
+        if not (without := _without_content(request)):
+            raise
+        return _render(template, without)
+    if without := _without_content(request):
+        with contextlib.suppress(Exception):  # the first way is as good then
+            return _render(template, without)
+    return answered
+
+
+def _without_content(request: dict[str, Any]) -> dict[str, Any] | None:
+    """The request without empty contents beside calls; None if there is none."""
+    messages = request["messages"]
+    bare = [bool(each.get("tool_calls")) and not each["content"] for each in messages]
+    if not any(bare):
+        return None
+    without = [{**m, "content": None} if b else m for m, b in zip(messages, bare, strict=True)]
+    return {**request, "messages": without}
+
+
+def _render(template: Template, request: dict[str, Any]) -> dict[str, Any]:
+    messages = [recorded_message(message) for message in request["messages"]]
+    tools = request["tools"] and [recorded_tool(tool) for tool in request["tools"]]
+    parsed = template.environment.parse(request["template"])
+    reserved, unused = _not_taken(request, template, parsed)
+    text = ""
+    if not reserved and not unused:
+        text = template.render(
+            **{"documents": None, **request["variables"], **request["arguments"]},
+            messages=messages,
+            tools=tools,
+            add_generation_prompt=True,
+        )
+    fields = [(index, name) for index, each in enumerate(messages) for name in unread_fields(each)]
+    if any(name == "reasoning_content" for _, name in fields) and _mentions(parsed, REASONING):
+        # Templates that know of reasoning leave out that of earlier turns.
+        fields = [(index, name) for index, name in fields if name != "reasoning_content"]
+    names = [name_of(tool) for tool in tools or () if not tool_was_read(tool)]
+    unread = {"fields": fields, "tools": names, "arguments": unused, "reserved": reserved}
+    return {"text": text, "unread": unread}
+
+
+def _not_taken(
+    request: dict[str, Any], template: Template, parsed: nodes.Template
+) -> tuple[list[str], list[str]]:
+    """Template arguments that the template has from elsewhere, and those that it has no use for."""
+    arguments = request["arguments"].keys()
+    models = request["variables"].keys() - ARGUMENTS
+    reserved = arguments & (CONVERSATION | template.environment.globals.keys() | models)
+    return sorted(reserved), sorted(arguments - meta.find_undeclared_variables(parsed))
+
+
+def _mentions(parsed: nodes.Template, names: set[str]) -> bool:
+    attributes = {each.attr for each in parsed.find_all(nodes.Getattr)}
+    constants = {each.value for each in parsed.find_all(nodes.Const) if type(each.value) is str}
+    return not names.isdisjoint(attributes | constants)
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 import logging
 import subprocess
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from node.prompts.cancellation import Cancellation
+from node.prompts.conversation import Conversation, Unread
 from node.prompts.render import read, write
 from unicluster.errors import InputError, in_one_line
 from unicluster.program import child_environment, module_command
@@ -20,12 +20,15 @@ PROGRAM = "node.prompts.render"
 DEADLINE_S = 30.0
 # Kept ready: starting one takes a second.
 MOST_IDLE = 2
-# Of an answer's JSON, for one character of text.
+# Of an answer's JSON, for one character of text, and for one unread field of a message.
 JSON_BYTES = 12
+UNREAD_BYTES = 256
 
 
-def template_of(tokenizer: Any) -> str | None:
+def template_of(tokenizer: Any, with_tools: bool = False) -> str | None:
     """The template by which a tokenizer of mlx-lm renders chats, where it is one of jinja.
+
+    Some models have another one for conversations with tools.
 
     None for formats that are written in Python in mlx-lm or transformers: no file of a model has
     those. Raises InputError where a model has several templates, none of which is the default.
@@ -39,7 +42,7 @@ def template_of(tokenizer: Any) -> str | None:
     ):
         return None
     try:
-        return str(inner.get_chat_template())
+        return str(inner.get_chat_template(tools=[] if with_tools else None))
     except ValueError as error:
         raise InputError(f"messages: {in_one_line(error)}") from error
 
@@ -70,24 +73,30 @@ class Templates:
     def render(
         self,
         template: str,
-        chat: Sequence[dict[str, Any]],
+        conversation: Conversation,
         variables: dict[str, Any],
         most_characters: int,
         cancellation: Cancellation,
         *,
         deadline_s: float = DEADLINE_S,
     ) -> str:
-        """The prompt as text; blocks. Raises InputError where the template refuses, or is ended."""
+        """The prompt as text; blocks. Raises InputError where the template refuses, is ended, or
+        leaves out a part of the conversation.
+        """
         request = {
-            **variables,
-            "conversations": [list(chat)],
-            "chat_template": template,
-            "add_generation_prompt": True,
+            "template": template,
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "variables": variables,
+            "arguments": conversation.arguments,
             "most_characters": most_characters,
         }
+        most_bytes = (
+            JSON_BYTES * most_characters + UNREAD_BYTES * len(conversation.messages) + 2**20
+        )
         child = self._take()
         with cancellation.ending(child.kill):
-            answered = child.ask(request, JSON_BYTES * most_characters + 2**16, deadline_s)
+            answered = child.ask(request, most_bytes, deadline_s)
         if answered is None:
             child.kill()
             log.warning("a chat template was ended: it takes too long or needs too much memory")
@@ -95,6 +104,7 @@ class Templates:
         self._put(child)
         if "error" in answered:
             raise _refused(" ".join(str(answered["error"]).split()))
+        conversation.refuse_unread(Unread(**answered["unread"]))
         return str(answered["text"])
 
     def _take(self) -> "_Child":

@@ -22,6 +22,8 @@ from unicluster.errors import (
 )
 from unicluster.trust.cluster import Cluster
 
+USER = {"role": "user", "content": "hi"}
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ChatServer]:
@@ -129,6 +131,36 @@ def test_options_left_out_or_none_are_not_sent(client: Client) -> None:
     assert sent == {"messages": [{"role": "user", "content": "request"}]}
 
 
+def test_calls_and_tools_are_sent_in_their_own_form_and_in_openais(client: Client) -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    wrapped_call = {"name": "add", "arguments": '{"a": 1}'}
+    asked = {"role": "user", "content": "request"}
+    result = {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"}
+
+    for one_call, one_tool in (
+        ({"id": "c1", **call}, tool),
+        ({"id": "c1", "type": "function", "function": wrapped_call}, {"function": tool}),
+    ):
+        thought = {"role": "assistant", "reasoning_content": "Hm.", "tool_calls": [one_call]}
+        sent = json.loads(
+            client.chat(
+                [asked, {**thought, "content": None}, result, asked],
+                tools=[one_tool],
+                template_arguments={"enable_thinking": False},
+            ).text
+        )
+        assert sent["messages"][1] == {
+            "role": "assistant",
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "c1", "name": "add", "arguments": '{"a": 1}'}],
+        }
+        assert sent["messages"][2]["tool_call_id"] == "c1"
+        assert sent["messages"][2]["name"] == "add"
+        assert sent["tools"] == [{**tool, "parameters": '{"type": "object"}'}]
+        assert json.loads(sent["template_arguments"]) == {"enable_thinking": False}
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "complaint"),
     [
@@ -136,9 +168,20 @@ def test_options_left_out_or_none_are_not_sent(client: Client) -> None:
         (" \n", {}, "the prompt is empty"),
         ([], {}, "the prompt is empty"),
         ([{"role": "user"}], {}, r"messages\[0\] must be a role and a content"),
-        ([{"role": "user", "content": 3}], {}, r"messages\[0\] must be"),
+        ([{"role": "user", "content": 3}], {}, r"messages\[0\].content must be text"),
         ([{"role": "boss", "content": "hi"}], {}, r"messages\[0\].role can't be 'boss'"),
-        ("broken \udcff", {}, r"messages\[0\] must be"),
+        ("broken \udcff", {}, r"messages\[0\].content must be text of Unicode"),
+        ([USER | {"colour": "red"}], {}, r"messages\[0\] can't have 'colour'"),
+        ([USER, 3], {}, r"messages\[1\] must be a dict"),
+        ([USER | {"tool_calls": "f()"}], {}, r"messages\[0\].tool_calls must be a list"),
+        ([USER | {"tool_calls": [{"name": 3}]}], {}, r"tool_calls\[0\].name must be text"),
+        ([USER | {"tool_calls": [{"f": 3}]}], {}, r"messages\[0\].tool_calls\[0\] can't have 'f'"),
+        ([USER | {"tool_calls": [{"arguments": 3}]}], {}, r"arguments must be an object of JSON"),
+        ("hi", {"tools": [{"type": "retrieval"}]}, r"tools\[0\].type can't be 'retrieval'"),
+        ("hi", {"tools": [{"function": {"strict": True}}]}, r"function can't have 'strict'"),
+        ("hi", {"tools": [{"name": "f", "function": {"name": "f"}}]}, "name is there twice"),
+        ("hi", {"template_arguments": {"a": {1, 2}}}, "template_arguments must be an object"),
+        ("hi", {"template_arguments": {"a": float("inf")}}, "template_arguments must be an object"),
         ("hi", {"max_tokens": -1}, "max_tokens can't be -1"),
         ("hi", {"temperature": "hot"}, "temperature can't be 'hot'"),
         ("hi", {"top_k": 1.5}, "top_k can't be 1.5"),

@@ -9,11 +9,39 @@ from mlx_lm.tokenizer_utils import load
 
 from node.prompts import render
 from node.prompts.cancellation import AbandonedError, Cancellation
+from node.prompts.conversation import Conversation
 from node.prompts.templates import TEMPLATES, Templates, template_of, variables_of
 from tests.support.tiny import tiny_config, write_model
 from unicluster.errors import InputError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hé <|end|>"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
+    }
+]
+CALLS = [
+    {"role": "user", "content": "1 + 2?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "Hm.",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "é": [{}]}}}
+        ],
+    },
+    {"role": "tool", "content": "3", "name": "add"},
+]
+ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
+WITH_TOOLS = {
+    "whole messages": "{% for t in tools %}{{ t | tojson }}{% endfor %}{{ messages | tojson }}",
+    "with indents": "{{ tools | tojson(indent=2) }}{{ messages | tojson(indent=2) }}",
+    "printed": "{{ tools }}{{ messages }}",
+    "gpt-oss": "{{ tools[0].function.name }}{% for m in messages %}{{ m.content or m.thinking }}"
+    "{{ m.name }}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.items() }}"
+    "{% endfor %}{% endfor %}",
+}
 SAME = {
     "plain": "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}",
     "special tokens": "{{ eos_token }}{% if add_generation_prompt %}>{% endif %}",
@@ -45,15 +73,26 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def rendered(template: str, tokenizer: Any, most: int = 10_000) -> str:
     variables = variables_of(tokenizer)
-    return TEMPLATES.render(template, CHAT, variables, most, Cancellation())
+    return TEMPLATES.render(template, Conversation(CHAT), variables, most, Cancellation())
 
 
 @pytest.mark.parametrize("template", SAME.values(), ids=SAME)
 def test_a_template_renders_as_in_transformers(template: str, tokenizer: Any) -> None:
+    template += ALL
     theirs = tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=False, add_generation_prompt=True
     )
     assert rendered(template, tokenizer) == theirs
+
+
+@pytest.mark.parametrize("template", WITH_TOOLS.values(), ids=WITH_TOOLS)
+def test_tools_and_calls_are_rendered_as_in_transformers(template: str, tokenizer: Any) -> None:
+    theirs = tokenizer.apply_chat_template(
+        CALLS, tools=TOOLS, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    variables = variables_of(tokenizer)
+    conversation = Conversation(CALLS, TOOLS)
+    assert TEMPLATES.render(template, conversation, variables, 10_000, Cancellation()) == theirs
 
 
 def test_the_tokens_are_those_of_transformers(tokenizer: Any) -> None:
@@ -67,7 +106,7 @@ def test_the_tokens_are_those_of_transformers(tokenizer: Any) -> None:
 def test_a_template_that_can_not_be_used_ends(template: str, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="the model's chat template refuses them: "):
         rendered(template, tokenizer)
-    assert rendered("{{ messages[0].content }}", tokenizer) == "Be brief."
+    assert rendered(ALL, tokenizer) == "Be brief.hé <|end|>"
 
 
 def test_a_template_is_ended_when_nobody_waits_for_it(tokenizer: Any) -> None:
@@ -75,13 +114,15 @@ def test_a_template_is_ended_when_nobody_waits_for_it(tokenizer: Any) -> None:
     timer = threading.Timer(0.1, cancellation.cancel)
     timer.start()
     with pytest.raises(AbandonedError):
-        TEMPLATES.render(ENDED["a loop"], CHAT, {}, 1000, cancellation)
+        TEMPLATES.render(ENDED["a loop"], Conversation(CHAT), {}, 1000, cancellation)
     timer.join()
 
 
 def test_a_child_that_does_not_answer_is_ended_at_the_deadline() -> None:
     with pytest.raises(InputError, match="takes too long"):
-        Templates().render(ENDED["a loop"], CHAT, {}, 1000, Cancellation(), deadline_s=0.05)
+        Templates().render(
+            ENDED["a loop"], Conversation(CHAT), {}, 1000, Cancellation(), deadline_s=0.05
+        )
 
 
 def test_the_limits_are_those_that_the_page_names() -> None:

@@ -1,18 +1,14 @@
-"""Messages, options and answers of a chat, and their conversion to and from the wire."""
+"""Options and answers of a chat, and their conversion to and from the wire."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
+from unicluster.client.prompts import Messages, object_to_json, prompt_to_wire, tools_to_wire
 from unicluster.client.trace import Trace, from_wire
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1 import chat_pb2 as wire
-
-Messages = str | Iterable[Mapping[str, str]] | Sequence[int]
-"""A prompt, or a conversation of {"role": ..., "content": ...}, oldest first, or token ids."""
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class Options(TypedDict, total=False):
@@ -34,6 +30,8 @@ class Options(TypedDict, total=False):
     no_reuse: bool | None  # compute the whole prompt, and keep nothing of it afterwards
     deadline: float | None  # seconds until the whole answer must be there
     trace: bool | None  # whether the Finish says where the time went
+    tools: Iterable[Mapping[str, Any]] | None  # functions that the model may call
+    template_arguments: Mapping[str, Any] | None  # more variables of the model's chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +147,12 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
     """Raises InputError, naming the field, for what can't be asked."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}")
-    request = _prompt_to_wire(messages)
+    request = prompt_to_wire(messages)
+    request.tools.extend(tools_to_wire(options.get("tools") or ()))
+    if (arguments := options.get("template_arguments")) is not None:
+        request.template_arguments = object_to_json("template_arguments", arguments)
     for name, value in options.items():
-        if value is None or name == "deadline":
+        if value is None or name in ("deadline", "tools", "template_arguments"):
             continue
         target = request.sampling if name in wire.Sampling.DESCRIPTOR.fields_by_name else request
         try:
@@ -170,36 +171,6 @@ def deadline_of(options: Options) -> float | None:
     if deadline is not None and not (deadline > 0 and math.isfinite(deadline)):
         raise InputError(f"deadline can't be {deadline!r}: give seconds above 0")
     return deadline
-
-
-def _prompt_to_wire(messages: Messages) -> wire.GenerateRequest:
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    items = list(messages)
-    if items and all(isinstance(item, int) for item in items):
-        try:
-            return wire.GenerateRequest(token_ids=cast(list[int], items))
-        except ValueError as error:
-            raise InputError(f"the prompt's token ids can't be right: {error}") from error
-    return wire.GenerateRequest(messages=_messages_to_wire(cast(list[Mapping[str, str]], items)))
-
-
-def _messages_to_wire(messages: list[Mapping[str, str]]) -> list[wire.Message]:
-    result = []
-    for index, message in enumerate(messages):
-        try:
-            result.append(wire.Message(role=message["role"], content=message["content"]))
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(
-                f"messages[{index}] must be a role and a content, both text: got {message!r}"
-            ) from error
-        if message["role"] not in ROLES:
-            raise InputError(
-                f"messages[{index}].role can't be {message['role']!r}: use {', '.join(ROLES)}"
-            )
-    if not result or not result[-1].content.strip():
-        raise InputError("the prompt is empty: say something to answer")
-    return result
 
 
 def event_from_wire(event: wire.GenerateEvent) -> Event:

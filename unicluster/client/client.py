@@ -24,7 +24,6 @@ from unicluster.client.answers import (
     ChatInfo,
     Event,
     Finish,
-    Messages,
     Options,
     collect,
     deadline_of,
@@ -33,6 +32,7 @@ from unicluster.client.answers import (
     request_to_wire,
 )
 from unicluster.client.metrics import Metrics, metrics_from_wire
+from unicluster.client.prompts import Messages
 from unicluster.cluster.channels import as_error, connect, connect_sync
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError

@@ -26,7 +26,7 @@ from unicluster.v1 import meters_pb2 as unicluster_dot_v1_dot_meters__pb2
 from unicluster.v1 import stage_pb2 as unicluster_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/chat.proto\x12\runicluster.v1\x1a\x1aunicluster/v1/meters.proto\x1a\x19unicluster/v1/stage.proto\":\n\x0fHoldRingRequest\x12\'\n\x05route\x18\x01 \x03(\x0b\x32\x18.unicluster.v1.RouteStop\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x97\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.unicluster.v1.Message\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.unicluster.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18( \x01(\x08\x12\x10\n\x08no_reuse\x18) \x01(\x08\x12\r\n\x05trace\x18\x14 \x01(\x08\x42\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"h\n\rGenerateEvent\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.unicluster.v1.DeltaH\x00\x12\'\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.FinishH\x00\x42\x07\n\x05\x65vent\"}\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x11\n\ttool_call\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"[\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"\x8b\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.unicluster.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.unicluster.v1.Timings\x12#\n\x05trace\x18\x14 \x01(\x0b\x32\x14.unicluster.v1.Trace\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"a\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"\x15\n\x13\x44\x65scribeChatRequest\"\xee\x01\n\x08\x43hatInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12(\n\x06stages\x18\x07 \x03(\x0b\x32\x18.unicluster.v1.StageInfo\x12\x13\n\x0blive_caches\x18\x08 \x01(\x04\x12\r\n\x05lanes\x18\t \x01(\r\x12\x13\n\x0bkept_caches\x18\n \x01(\r\x12\x12\n\nkept_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06ring_s\x18( \x01(\x01\"\x10\n\x0eMeasureRequest\"X\n\x08Measured\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.unicluster.v1.ChatInfo\x12%\n\x06meters\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.Meters2\xde\x01\n\x04\x43hat\x12J\n\x08Generate\x12\x1e.unicluster.v1.GenerateRequest\x1a\x1c.unicluster.v1.GenerateEvent0\x01\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeChatRequest\x1a\x17.unicluster.v1.ChatInfo\x12\x41\n\x07Measure\x12\x1d.unicluster.v1.MeasureRequest\x1a\x17.unicluster.v1.Measured2K\n\x04Head\x12\x43\n\x08HoldRing\x12\x1e.unicluster.v1.HoldRingRequest\x1a\x15.unicluster.v1.Opened0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/chat.proto\x12\runicluster.v1\x1a\x1aunicluster/v1/meters.proto\x1a\x19unicluster/v1/stage.proto\":\n\x0fHoldRingRequest\x12\'\n\x05route\x18\x01 \x03(\x0b\x32\x18.unicluster.v1.RouteStop\"\x94\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12+\n\ntool_calls\x18\x03 \x03(\x0b\x32\x17.unicluster.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xd7\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.unicluster.v1.Message\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.unicluster.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\"\n\x05tools\x18\x08 \x03(\x0b\x32\x13.unicluster.v1.Tool\x12\x1a\n\x12template_arguments\x18\t \x01(\t\x12\x12\n\nignore_eos\x18( \x01(\x08\x12\x10\n\x08no_reuse\x18) \x01(\x08\x12\r\n\x05trace\x18\x14 \x01(\x08\x42\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"h\n\rGenerateEvent\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.unicluster.v1.DeltaH\x00\x12\'\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.FinishH\x00\x42\x07\n\x05\x65vent\"}\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x11\n\ttool_call\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"[\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"\x8b\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.unicluster.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.unicluster.v1.Timings\x12#\n\x05trace\x18\x14 \x01(\x0b\x32\x14.unicluster.v1.Trace\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"a\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"\x15\n\x13\x44\x65scribeChatRequest\"\xee\x01\n\x08\x43hatInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12(\n\x06stages\x18\x07 \x03(\x0b\x32\x18.unicluster.v1.StageInfo\x12\x13\n\x0blive_caches\x18\x08 \x01(\x04\x12\r\n\x05lanes\x18\t \x01(\r\x12\x13\n\x0bkept_caches\x18\n \x01(\r\x12\x12\n\nkept_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06ring_s\x18( \x01(\x01\"\x10\n\x0eMeasureRequest\"X\n\x08Measured\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.unicluster.v1.ChatInfo\x12%\n\x06meters\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.Meters2\xde\x01\n\x04\x43hat\x12J\n\x08Generate\x12\x1e.unicluster.v1.GenerateRequest\x1a\x1c.unicluster.v1.GenerateEvent0\x01\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeChatRequest\x1a\x17.unicluster.v1.ChatInfo\x12\x41\n\x07Measure\x12\x1d.unicluster.v1.MeasureRequest\x1a\x17.unicluster.v1.Measured2K\n\x04Head\x12\x43\n\x08HoldRing\x12\x1e.unicluster.v1.HoldRingRequest\x1a\x15.unicluster.v1.Opened0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HOLDRINGREQUEST']._serialized_start=98
   _globals['_HOLDRINGREQUEST']._serialized_end=156
-  _globals['_MESSAGE']._serialized_start=158
-  _globals['_MESSAGE']._serialized_end=198
-  _globals['_SAMPLING']._serialized_start=201
-  _globals['_SAMPLING']._serialized_end=533
-  _globals['_GENERATEREQUEST']._serialized_start=536
-  _globals['_GENERATEREQUEST']._serialized_end=815
-  _globals['_GENERATEEVENT']._serialized_start=817
-  _globals['_GENERATEEVENT']._serialized_end=921
-  _globals['_DELTA']._serialized_start=923
-  _globals['_DELTA']._serialized_end=1048
-  _globals['_TOKENLOGPROB']._serialized_start=1050
-  _globals['_TOKENLOGPROB']._serialized_end=1141
-  _globals['_FINISH']._serialized_start=1144
-  _globals['_FINISH']._serialized_end=1283
-  _globals['_USAGE']._serialized_start=1286
-  _globals['_USAGE']._serialized_end=1415
-  _globals['_TIMINGS']._serialized_start=1417
-  _globals['_TIMINGS']._serialized_end=1514
-  _globals['_DESCRIBECHATREQUEST']._serialized_start=1516
-  _globals['_DESCRIBECHATREQUEST']._serialized_end=1537
-  _globals['_CHATINFO']._serialized_start=1540
-  _globals['_CHATINFO']._serialized_end=1778
-  _globals['_MEASUREREQUEST']._serialized_start=1780
-  _globals['_MEASUREREQUEST']._serialized_end=1796
-  _globals['_MEASURED']._serialized_start=1798
-  _globals['_MEASURED']._serialized_end=1886
-  _globals['_CHAT']._serialized_start=1889
-  _globals['_CHAT']._serialized_end=2111
-  _globals['_HEAD']._serialized_start=2113
-  _globals['_HEAD']._serialized_end=2188
+  _globals['_MESSAGE']._serialized_start=159
+  _globals['_MESSAGE']._serialized_end=307
+  _globals['_TOOLCALL']._serialized_start=309
+  _globals['_TOOLCALL']._serialized_end=364
+  _globals['_TOOL']._serialized_start=366
+  _globals['_TOOL']._serialized_end=427
+  _globals['_SAMPLING']._serialized_start=430
+  _globals['_SAMPLING']._serialized_end=762
+  _globals['_GENERATEREQUEST']._serialized_start=765
+  _globals['_GENERATEREQUEST']._serialized_end=1108
+  _globals['_GENERATEEVENT']._serialized_start=1110
+  _globals['_GENERATEEVENT']._serialized_end=1214
+  _globals['_DELTA']._serialized_start=1216
+  _globals['_DELTA']._serialized_end=1341
+  _globals['_TOKENLOGPROB']._serialized_start=1343
+  _globals['_TOKENLOGPROB']._serialized_end=1434
+  _globals['_FINISH']._serialized_start=1437
+  _globals['_FINISH']._serialized_end=1576
+  _globals['_USAGE']._serialized_start=1579
+  _globals['_USAGE']._serialized_end=1708
+  _globals['_TIMINGS']._serialized_start=1710
+  _globals['_TIMINGS']._serialized_end=1807
+  _globals['_DESCRIBECHATREQUEST']._serialized_start=1809
+  _globals['_DESCRIBECHATREQUEST']._serialized_end=1830
+  _globals['_CHATINFO']._serialized_start=1833
+  _globals['_CHATINFO']._serialized_end=2071
+  _globals['_MEASUREREQUEST']._serialized_start=2073
+  _globals['_MEASUREREQUEST']._serialized_end=2089
+  _globals['_MEASURED']._serialized_start=2091
+  _globals['_MEASURED']._serialized_end=2179
+  _globals['_CHAT']._serialized_start=2182
+  _globals['_CHAT']._serialized_end=2404
+  _globals['_HEAD']._serialized_start=2406
+  _globals['_HEAD']._serialized_end=2481
 # @@protoc_insertion_point(module_scope)
