@@ -20,6 +20,8 @@ MOST_STOP = 64
 MOST_STOP_CHARACTERS = 512
 MOST_LOGPROBS = 20
 NAME_CHARACTERS = 4096
+# A schema, regex or grammar that the answer must match.
+MOST_CONSTRAINT_BYTES = 256 << 10
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of a message that messages of one role have.
 ONLY_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
@@ -41,6 +43,7 @@ def check_limits(request: GenerateRequest) -> None:
         if not stop:
             raise InputError("stop: must not contain an empty string")
         _at_most("stop", len(stop), MOST_STOP_CHARACTERS, "characters in a string")
+    _at_most("constraint", request.constraint.ByteSize(), MOST_CONSTRAINT_BYTES, "bytes")
     if request.HasField("logprobs") and request.logprobs > MOST_LOGPROBS:
         raise InputError(f"logprobs: must be at most {MOST_LOGPROBS}, got {request.logprobs}")
     if request.HasField("max_tokens") and request.max_tokens == 0:

@@ -26,7 +26,9 @@ class Answer:
         self.cached_tokens = 0
         self._drafted = self._accepted = 0
         self._job = job
-        self._text = TextStream(tokenizer, job.stop, job.state)
+        self._text = TextStream(
+            tokenizer, job.stop, job.state, constrained=job.constraint is not None
+        )
         self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
         self._count = self._steps = 0
         self._asked = asked

@@ -1,12 +1,13 @@
 """Decoder of a batch: answers that are decoded together."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
 from node.generation.sequence import Sequence
+from node.mlx.compat import decoding_rows
 from node.mlx.compat_caches import can_merge, leaves
 
 
@@ -25,7 +26,9 @@ class BatchDecoder:
         self._numbers: dict[Sequence, int] = {}
         # Not mlx-lm's own stream: fibers switch in the middle of a step, and streams don't.
         stream = mx.default_stream(mx.default_device())
-        self._generator: Any = BatchGenerator(model, completion_batch_size=2**16, stream=stream)
+        self._generator: Any = BatchGenerator(
+            _LookingAhead(model, self._look_ahead), completion_batch_size=2**16, stream=stream
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence."""
@@ -37,7 +40,7 @@ class BatchDecoder:
             caches=[sequence.cache],
             all_tokens=[sequence.prompt[:-1]],
             samplers=[sampling.sampler()],
-            logits_processors=[sampling.processors()],
+            logits_processors=[sequence.job.processors()],
         )
         sequence.cache = []
 
@@ -58,9 +61,40 @@ class BatchDecoder:
         _, responses = self._generator.next()
         return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]
 
+    def _look_ahead(self, tokens: mx.array, cache: Any) -> None:
+        """Makes the masks of constrained answers while logits are computed for tokens (batch, 1).
+
+        An answer's first token needs none: its mask is there already.
+        """
+        constrained = {
+            number: sequence.job.constraint
+            for sequence, number in self._numbers.items()
+            if sequence.job.constraint is not None
+        }
+        rows = decoding_rows(self._generator, cache) if constrained else ()
+        for row, number in enumerate(rows):
+            if (constraint := constrained.get(number)) is not None:
+                constraint.follow([tokens[row, -1].item()])
+
     def close(self) -> None:
         """Gives back the memory limit that mlx-lm has raised."""
         self._generator.close()
+
+
+class _LookingAhead:
+    """A model that calls `meanwhile` with its input and cache once its step has begun."""
+
+    def __init__(self, model: Any, meanwhile: Callable[[mx.array, Any], None]) -> None:
+        self._model = model
+        self._meanwhile = meanwhile
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> Any:
+        logits = self._model(inputs, cache=cache)
+        self._meanwhile(inputs, cache)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def can_batch(caches: Iterable[Any]) -> bool:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from node.constraints.vocabulary import Vocabulary
 from node.generation.config import GenerationConfig
 from node.generation.request import Job, check_request
 from node.generation.sampling import Sampling
@@ -54,6 +55,7 @@ class GenerationEngine:
         self._config = config
         self._name = config.model_name
         self._defaults = Sampling.of_model(config.defaults)
+        self._vocabulary = Vocabulary(tokenizer)
         self._tokenizing = Tokenizing(tokenizer, config.spec.context)
         self._checkers = ThreadPoolExecutor(max_workers=CHECKERS, thread_name_prefix="tokenize")
         self._long = asyncio.Semaphore(CHECKERS - 1)  # long prompts leave a thread to short ones
@@ -98,7 +100,7 @@ class GenerationEngine:
         work = partial(
             check_request,
             *(request, self._tokenizer, context, self._defaults),
-            *(self._tokenizing, cancellation),
+            *(self._tokenizing, self._vocabulary, cancellation),
         )
         slot = self._long if request.ByteSize() > LONG else contextlib.nullcontext()
         try:

@@ -88,6 +88,11 @@ class Lane:
                 continue  # an accepted draft beyond the end
             ticket, answer = sequence.ticket, sequence.answer
             self.tokens += 1
+            constraint = sequence.job.constraint
+            if constraint is not None and constraint.error is not None:
+                ticket.end(constraint.error)
+                ended.append(sequence)
+                continue
             try:
                 ticket.send(answer.add(token, logprobs))
             except Exception as error:  # one answer's odd text must not end the others

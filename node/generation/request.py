@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from node.generation.sampling import Sampling
+from node.constraints.constraint import Constraint, constraint_of
+from node.constraints.vocabulary import Vocabulary
+from node.generation.sampling import LogitsProcessor, Sampling
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import conversation_of
 from node.prompts.templates import TEMPLATES, template_of, variables_of
@@ -28,6 +30,12 @@ class Job:
     ignore_eos: bool = False
     no_reuse: bool = False
     trace: bool = False
+    constraint: Constraint | None = None
+
+    def processors(self) -> list[LogitsProcessor]:
+        """Logits processors of the answer; the constraint's mask comes last."""
+        processors = self.sampling.processors()
+        return processors if self.constraint is None else [*processors, self.constraint]
 
 
 def check_request(
@@ -36,6 +44,7 @@ def check_request(
     context: int,
     defaults: Sampling,
     tokenizing: Tokenizing,
+    vocabulary: Vocabulary,
     cancellation: Cancellation,
 ) -> Job:
     """The job of a request; blocks while its prompt is rendered and tokenized.
@@ -56,16 +65,18 @@ def check_request(
         raise InputError(
             f"{field}: the prompt has {len(tokens)} tokens and the context is {context}"
         )
+    state = _initial_state(tokens, tokenizer)
     return Job(
         tokens=tokens,
         max_tokens=_max_tokens(request, room=context - len(tokens)),
         sampling=sampling,
         stop=tuple(request.stop),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
-        state=_initial_state(tokens, tokenizer),
+        state=state,
         ignore_eos=request.ignore_eos,
         no_reuse=request.no_reuse,
         trace=request.trace,
+        constraint=constraint_of(request, vocabulary, state, len(tokens)),
     )
 
 

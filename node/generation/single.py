@@ -30,12 +30,25 @@ class _Decoding:
         self.draft_length = FIRST_DRAFT_LENGTH
         self._seen = mx.array(self.tokens)
         self._sampler = sequence.job.sampling.sampler() or _greedy
-        self._processors = sequence.job.sampling.processors()
+        self._processors = sequence.job.processors()
+        self._constraint = sequence.job.constraint
 
     @property
     def room(self) -> int:
         """Tokens that may be drafted: one more is always chosen by the model."""
         return self.sequence.most - len(self.tokens) - 1
+
+    def look_ahead(self) -> None:
+        """Does for the next choice what needs no logits, while they are being computed."""
+        if self._constraint is not None:
+            self._constraint.follow(self.tokens[self._constraint.taken :])
+
+    def allowed(self, drafts: list[int]) -> list[int]:
+        """Drafted tokens up to the first one that the answer's constraint forbids."""
+        if self._constraint is None:
+            return drafts
+        self.look_ahead()
+        return drafts[: self._constraint.allowed(drafts)]
 
     def choose(self, logits: mx.array) -> Token:
         """The next token, by logits (1, vocabulary): one by one, as without drafted tokens."""
@@ -101,7 +114,9 @@ class SingleDecoder:
         saved = None
         if drafts and run.cached + fed >= self._trimmable_below:
             saved = snapshot(cache)
-        logits = self._model(mx.array([fresh + drafts]), cache=cache)[:, len(fresh) - 1 :, :]
+        pending = self._model(mx.array([fresh + drafts]), cache=cache)
+        run.look_ahead()
+        logits = pending[:, len(fresh) - 1 :, :]
         quantize(cache, self._kv_bits)
         chosen = [run.choose(logits[:, 0, :])]
         for index, draft in enumerate(drafts, start=1):
@@ -127,7 +142,7 @@ class SingleDecoder:
             return []
         drafts = self._drafter.propose(run.tokens, count)
         end = next((i for i, draft in enumerate(drafts) if draft in self._ends), len(drafts))
-        return drafts[:end]
+        return run.allowed(drafts[:end])
 
     def _count(self, run: _Decoding, drafted: int, accepted: int) -> None:
         if not drafted:

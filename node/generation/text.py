@@ -77,14 +77,22 @@ class StopSearch:
 
 
 class TextStream:
-    """Text of one answer; withholds what may still become part of a stop string or a mark."""
+    """Text of one answer; withholds what may still become part of a stop string or a mark.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], state: str) -> None:
+    Where it is `constrained` its text, once begun, has no marks: whatever looks like one belongs
+    to it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str], state: str, *, constrained: bool = False
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer
         # Stop strings come first and see the raw text, marks included.
         self._stop = StopSearch(stop)
         self._marks = _marks_of(tokenizer).make_state(state)
         self._tool = ""
+        self._constrained = constrained
+        self._settled = False
         self.stopped = False
 
     def add(self, token: int) -> list[Segment]:
@@ -111,7 +119,13 @@ class TextStream:
         return self._sort(certain)
 
     def _sort(self, text: str) -> list[Segment]:
+        if self._settled:
+            return self._keep([("normal", text)])
         self._marks, parts = _Machine.split(self._marks, text)
+        if self._constrained and any(kind == "normal" and part for kind, part in parts):
+            self._settled = True
+            self._marks, rest, kind = _Machine.flush(self._marks)
+            parts = [*parts, (kind, rest)]
         return self._keep(parts)
 
     def _keep(self, parts: Sequence[tuple[str, str]]) -> list[Segment]:

@@ -80,6 +80,19 @@ class GgufTokenizer(_Tokenizer):
         # A template writes its special tokens itself.
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token's text; a special token's are its name."""
+        return [self._piece(token, special=True) for token in range(len(self._tokens))]
+
+    def special_ids(self) -> list[int]:
+        """Tokens that mean something to the model, and are never part of a text."""
+        lib, vocab = self._lib, self._vocab
+        return [
+            token
+            for token in range(len(self._tokens))
+            if lib.llama_vocab_is_control(vocab, token) or lib.llama_vocab_is_eog(vocab, token)
+        ]
+
     def _piece(self, token: int, special: bool) -> bytes:
         room = 64
         while True:

@@ -86,6 +86,18 @@ def bound_gathers(model: nn.Module) -> None:
     module._gather_rows = bounded
 
 
+# --- batches
+
+
+def decoding_rows(generator: Any, cache: Any) -> tuple[int, ...]:
+    """The sequences of a BatchGenerator's decode step, row by row, as `insert` numbered them.
+
+    Empty where `cache` is not that of its decode step, as in a sequence's first.
+    """
+    batch = generator._generation_batch
+    return tuple(batch.uids) if cache is batch.prompt_cache else ()
+
+
 # --- the lazy graph
 
 

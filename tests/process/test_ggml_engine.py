@@ -1,14 +1,17 @@
 """The engine over stages of ggml: lanes, prompt reuse and guessing, as over those of MLX."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 
+import jsonschema
 import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 import unicluster
 from node.generation.drafting import Lookup, Speculation
+from tests.support.constrained import POINT, point_of
 from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
 from tests.support.tiny_gguf import write_gguf
 from unicluster.v1.chat_pb2 import GenerateRequest
@@ -104,3 +107,23 @@ async def test_guesses_change_nothing(split: Split) -> None:
     assert told[0].finish is not None
     assert told[0].finish.usage.drafted_tokens > 0
     await split.until_free()
+
+
+# Constrained answers
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(Lookup, 6)], ids=["", "lookup"])
+async def test_constrained_answers_beside_free_ones(
+    split: Split, speculation: Speculation | None
+) -> None:
+    engine = await split.engine(users=4, context=512, speculation=speculation)
+
+    free, *constrained = await asyncio.gather(
+        ask(engine, PROMPTS[1]),
+        *[listen(await engine.submit(point_of(prompt))) for prompt in PROMPTS[2:4]],
+    )
+
+    engine.close()
+    assert free == (await split.whole.alone(PROMPTS[1])).tokens
+    for completion in constrained:
+        jsonschema.validate(json.loads(completion.text), POINT)

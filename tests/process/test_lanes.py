@@ -1,10 +1,13 @@
 """Several lanes over real stages: the engine's answers, whoever else is being served."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 
+import jsonschema
 import pytest
 
+from tests.support.constrained import POINT, point_of
 from tests.support.engines import Split, ask, listen, of_tokens, until
 from tests.support.tiny import tiny_config, write_model
 from unicluster.v1.chat_pb2 import GenerateRequest
@@ -124,3 +127,21 @@ async def test_what_is_promised_is_what_answers_may_come_to_and_not_more(split: 
         ticket.cancel()
     await until(lambda: engine.scheduler is not None and engine.scheduler.reserved == 0)
     engine.close()
+
+
+# Constrained answers
+
+
+async def test_constrained_answers_beside_free_ones(split: Split) -> None:
+    """Their masks are made while frames are on their way, of several lanes at a time."""
+    engine = await split.engine(users=4, context=512)
+
+    free, *constrained = await asyncio.gather(
+        ask(engine, PROMPTS[1]),
+        *[listen(await engine.submit(point_of(prompt))) for prompt in PROMPTS[2:5]],
+    )
+
+    engine.close()
+    assert free == (await split.whole.alone(PROMPTS[1])).tokens
+    for completion in constrained:
+        jsonschema.validate(json.loads(completion.text), POINT)

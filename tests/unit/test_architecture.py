@@ -22,8 +22,20 @@ FLOORS = {
         ".",
     ],
     "node": [
-        *("doctor", "agent", "inprocess", "inspect", "worker", "generation", "prompts", "engines"),
-        *("ggml", "pipeline", "mlx", "mlx.saved", "ring", "metering", "weights", "."),
+        *("doctor", "agent", "inprocess", "inspect", "worker", "generation"),
+        *(
+            "constraints",
+            "prompts",
+            "engines",
+            "ggml",
+            "pipeline",
+            "mlx",
+            "mlx.saved",
+            "ring",
+            "metering",
+            "weights",
+            ".",
+        ),
     ],
     "unicluster": [
         *("chat", "benchmark", "client", "telemetry", "checkpoints", "access", "cluster"),

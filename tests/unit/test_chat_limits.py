@@ -8,6 +8,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node.constraints.vocabulary import Vocabulary
 from node.generation.request import Job, check_request
 from node.generation.sampling import Sampling
 from node.generation.text import StopSearch, TextStream
@@ -62,7 +63,10 @@ class Bytes:
 def check(request: GenerateRequest) -> Job:
     tokenizer = Bytes()
     tokenizing = Tokenizing(tokenizer, CONTEXT)
-    return check_request(request, tokenizer, CONTEXT, Sampling(), tokenizing, Cancellation())
+    vocabulary = Vocabulary(tokenizer)
+    return check_request(
+        request, tokenizer, CONTEXT, Sampling(), tokenizing, vocabulary, Cancellation()
+    )
 
 
 TOO_MUCH = {

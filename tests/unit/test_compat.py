@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.generate import TextStateMachine
+from mlx_lm.generate import BatchGenerator, TextStateMachine
 from mlx_lm.models import llama
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -461,6 +461,32 @@ def test_where_writes_do_not_reach_the_device_that_is_known(
 ) -> None:
     monkeypatch.setattr(compat, "memory", memory)
     assert not compat.writes_reach_device()
+
+
+# --- batches
+
+
+def test_rows_of_a_decode_step_are_those_of_its_cache() -> None:
+    seen: list[tuple[tuple[int, ...], int]] = []
+
+    class Model:
+        layers = (object(),)
+
+        def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+            zeros = mx.zeros((inputs.shape[0], 1, inputs.shape[1], 1))
+            cache[0].update_and_fetch(zeros, zeros)
+            seen.append((compat.decoding_rows(generator, cache), inputs.shape[0]))
+            return mx.zeros((*inputs.shape, 8))
+
+    generator: Any = BatchGenerator(Model(), completion_batch_size=8)
+    first = generator.insert([[1]], max_tokens=[9], caches=[[KVCache()]])
+    for _ in range(2):
+        generator.next()
+    generator.close()
+
+    # The first step of a sequence is not yet one of the batch.
+    assert seen[0] == ((), 1)
+    assert seen[-1] == (tuple(first), 1)
 
 
 # --- nothing of that elsewhere

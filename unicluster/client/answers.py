@@ -1,5 +1,6 @@
 """Options and answers of a chat, and their conversion to and from the wire."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ class Options(TypedDict, total=False):
     seed: int | None
     max_tokens: int | None
     stop: str | Iterable[str] | None
+    json_schema: Mapping[str, Any] | str | None  # the answer is JSON that matches it
+    json_object: bool | None  # the answer is a JSON object
+    regex: str | None  # the whole answer matches it
+    grammar: str | None  # the answer follows it, in Lark's syntax
     logprobs: int | None  # 0: of the chosen tokens; n: also of the n most likely
     ignore_eos: bool | None  # an end token does not end the answer: it gets max_tokens
     no_reuse: bool | None  # compute the whole prompt, and keep nothing of it afterwards
@@ -154,8 +159,10 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
     for name, value in options.items():
         if value is None or name in ("deadline", "tools", "template_arguments"):
             continue
-        target = request.sampling if name in wire.Sampling.DESCRIPTOR.fields_by_name else request
+        target = _target(request, name)
         try:
+            if name == "json_schema" and not isinstance(value, str):
+                value = json.dumps(value)
             if name == "stop":
                 request.stop.extend([value] if isinstance(value, str) else cast(list[str], value))
             else:
@@ -163,6 +170,13 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} can't be {value!r}") from error
     return request
+
+
+def _target(request: wire.GenerateRequest, name: str) -> Any:
+    """The message that has an option's field."""
+    if name in wire.Sampling.DESCRIPTOR.fields_by_name:
+        return request.sampling
+    return request.constraint if name in wire.Constraint.DESCRIPTOR.fields_by_name else request
 
 
 def deadline_of(options: Options) -> float | None:

@@ -1,0 +1,79 @@
+"""From a request's constraint to a grammar of llguidance, checked before anything is computed."""
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from unicluster.errors import InputError, in_one_line
+from unicluster.v1.chat_pb2 import Constraint
+
+# Whatever a grammar says, no token's mask takes longer than this much work of llguidance.
+LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=250_000,
+    max_grammar_size=500_000,
+)
+REASON_CHARACTERS = 200
+# Models indent, and small ones never stop indenting.
+JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r" {1,2}|\r?\n[ \t]{0,24}"}
+
+
+def grammar_of(constraint: Constraint) -> str:
+    """The grammar, in llguidance's own form.
+
+    Raises InputError, which begins with the field's name, for what is no valid constraint.
+    """
+    kind = constraint.WhichOneof("kind")
+    if kind is None:
+        raise InputError("constraint: says nothing: set json_schema, json_object, regex or grammar")
+    if kind == "json_object":
+        if not constraint.json_object:
+            raise InputError("constraint.json_object: must be true, or left out")
+        return _of_schema({"type": "object"})
+    text = getattr(constraint, kind)
+    if kind == "json_schema":
+        return _of_schema(_parsed(text))
+    if not text.strip():
+        raise InputError(f"constraint.{kind}: is empty")
+    if kind == "regex":
+        return _valid(kind, LLMatcher.grammar_from_regex(text))
+    return _valid(kind, LLMatcher.grammar_from_lark(text))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"constraint.json_schema: is no JSON: {in_one_line(error)}") from None
+    if not isinstance(schema, dict | bool):
+        raise InputError("constraint.json_schema: must be an object")
+    return schema
+
+
+def _of_schema(schema: Any) -> str:
+    """Whitespace may stand where JSON allows it, as models write it."""
+    return _valid(
+        "json_schema",
+        LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS),
+    )
+
+
+def _valid(kind: str, grammar: str) -> str:
+    refused, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    if refused:
+        raise InputError(f"constraint.{kind}: {shortened(messages[0])}")
+    if messages:  # parts of it that would not be enforced
+        raise InputError(f"constraint.{kind}: can't be enforced in whole: {shortened(messages[0])}")
+    return grammar
+
+
+def shortened(message: str) -> str:
+    """A message of llguidance's in one line: without the excerpts, with the reason below them."""
+    lines = message.strip().splitlines() or ["no reason is stated"]
+    reasons = [line.strip() for line in lines[1:] if line.startswith("error:")]
+    text = " ".join([lines[0], *reasons[:1]])
+    return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS]}…"
