@@ -19,7 +19,7 @@ LIMITS = LLParserLimits(
 )
 REASON_CHARACTERS = 200
 # Models indent, and small ones never stop indenting.
-JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r" {1,2}|\r?\n[ \t]{0,24}"}
+JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r" {1,2}|\r?\n[ \t]{0,24}"}
 
 
 def grammar_of(constraint: Constraint) -> str:

@@ -72,9 +72,10 @@ class BatchDecoder:
             if sequence.job.constraint is not None
         }
         rows = decoding_rows(self._generator, cache) if constrained else ()
-        for row, number in enumerate(rows):
+        newest: Any = tokens[:, -1].tolist() if rows else []
+        for number, token in zip(rows, newest, strict=True):
             if (constraint := constrained.get(number)) is not None:
-                constraint.follow([tokens[row, -1].item()])
+                constraint.follow([token])
 
     def close(self) -> None:
         """Gives back the memory limit that mlx-lm has raised."""
