@@ -42,7 +42,7 @@ def most_even(placements: list[Placed], least: float, objective: Objective) -> I
 
 def is_like(found: Plan, best: Placed) -> bool:
     """Whether a plan's slowest stage and fullest machine are those of that placement."""
-    fullest = max(stage.bytes / stage.machine.usable for stage in found.stages)
+    fullest = max(stage.bytes / stage.machine.reach(stage.engine) for stage in found.stages)
     return found.slowest.seconds_per_token == pytest.approx(
         best.slowest, rel=1e-8
     ) and fullest == pytest.approx(best.fullest, rel=1e-8)
