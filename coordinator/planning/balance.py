@@ -7,6 +7,7 @@ prompts take as long as the slowest stage, and a machine without free memory is 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,8 @@ EQUAL_SPEED = 0.005
 HEADROOM = 0.03
 WEIGHT_ROUNDS = 40
 
+Name = Literal["slowest", "fullest"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -32,6 +35,12 @@ class Limits:
     most: int
     slowest: float = np.inf
     fullest: float = 1.0
+
+    def with_limit(self, name: Name, value: float) -> "Limits":
+        """These limits with another value of one of them."""
+        if name == "slowest":
+            return replace(self, slowest=value)
+        return replace(self, fullest=value)
 
 
 def balanced(pool: Pool, limits: Limits, known: Placement) -> Placement:
@@ -72,7 +81,7 @@ def _any(finder: Finder, pool: Pool, limits: Limits, known: Placement) -> Placem
 
 
 def _least(
-    pool: Pool, limits: Limits, known: Placement, finder: Finder, field: str
+    pool: Pool, limits: Limits, known: Placement, finder: Finder, field: Name
 ) -> tuple[float, Placement]:
     """The least that the limit of that name can be, and a placement within it."""
     figures = pool.seconds if field == "slowest" else pool.shares
@@ -81,7 +90,7 @@ def _least(
     values = every[(every < high) & (every > 0)]
     while len(values):
         at = len(values) // 2
-        tighter = _any(finder, pool, replace(limits, **{field: float(values[at])}), known)
+        tighter = _any(finder, pool, limits.with_limit(field, float(values[at])), known)
         if tighter is None:
             values = values[at + 1 :]
         else:

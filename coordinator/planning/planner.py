@@ -151,8 +151,8 @@ def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...
     if objective == "throughput":
         bound = min(pool.slowest_bound() for pool in pools) if not proven else slowest
         gap = 1 - bound / slowest
-    limits = Limits(best.cost * (1 + EQUAL_SPEED), len(best.pieces), slowest * (1 + ROUNDING))
-    return ring.stages(balanced(ring, limits, best).pieces), gap
+    bounds = Limits(best.cost * (1 + EQUAL_SPEED), len(best.pieces), slowest * (1 + ROUNDING))
+    return ring.stages(balanced(ring, bounds, best).pieces), gap
 
 
 def _cost(pair: tuple[Placement, Pool]) -> float:

@@ -52,7 +52,8 @@ class Pool:
             return np.where((costs <= slowest) & (filled <= fullest), costs, np.inf)
 
         first, step = limited(seconds.head, shares.head), limited(seconds.rest, shares.rest)
-        return Problem(tuple(self.counts), first, step, *self._all_hops, most)
+        hops, back = self._all_hops
+        return Problem(tuple(self.counts), first, step, hops, back, most)
 
     @cached_property
     def seconds(self) -> Row:
@@ -75,9 +76,9 @@ class Pool:
         return Row(np.stack(heads), np.stack(rests))
 
     @cached_property
-    def _all_hops(self) -> list[Matrix]:
+    def _all_hops(self) -> tuple[Matrix, Matrix]:
         """Seconds of hops between kinds: onward, and back to the head."""
-        return [self._hops(size) for size in (self.layout.hidden_bytes, self.layout.returned_bytes)]
+        return self._hops(self.layout.hidden_bytes), self._hops(self.layout.returned_bytes)
 
     def least_slowest(self) -> tuple[float, bool]:
         """The least that the slowest stage can take, and whether that is proven."""
