@@ -19,6 +19,9 @@ MOST_TOKENS = 1 << 20
 MOST_STOP = 64
 MOST_STOP_CHARACTERS = 512
 MOST_LOGPROBS = 20
+# Tokens with a bias, which is from minus to plus MOST_BIAS.
+MOST_BIASES = 1024
+MOST_BIAS = 100.0
 NAME_CHARACTERS = 4096
 # A schema, regex or grammar that the answer must match.
 MOST_CONSTRAINT_BYTES = 256 << 10
@@ -32,7 +35,8 @@ def check_limits(request: GenerateRequest) -> None:
     _at_most("model", len(request.model), NAME_CHARACTERS, "characters")
     _at_most("messages", len(request.messages), MOST_MESSAGES, "messages")
     _at_most("tools", len(request.tools), MOST_TOOLS, "tools")
-    _at_most("messages", text_bytes(request), MOST_TEXT_BYTES, "bytes of text")
+    field = "prompt" if request.prompt else "messages"
+    _at_most(field, text_bytes(request), MOST_TEXT_BYTES, "bytes of text")
     for number, message in enumerate(request.messages, start=1):
         _check_message(number, message)
     _check_tools(request)
@@ -46,13 +50,21 @@ def check_limits(request: GenerateRequest) -> None:
     _at_most("constraint", request.constraint.ByteSize(), MOST_CONSTRAINT_BYTES, "bytes")
     if request.HasField("logprobs") and request.logprobs > MOST_LOGPROBS:
         raise InputError(f"logprobs: must be at most {MOST_LOGPROBS}, got {request.logprobs}")
+    biases = request.sampling.logit_bias
+    _at_most("logit_bias", len(biases), MOST_BIASES, "tokens")
+    for bias in biases.values():
+        if not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise InputError(
+                f"logit_bias: must be between {-MOST_BIAS:g} and {MOST_BIAS:g}, got {bias:g}"
+            )
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise InputError("max_tokens: must be at least 1, got 0")
 
 
 def content_bytes(request: GenerateRequest) -> int:
-    """Bytes of the contents of all messages, in UTF-8."""
-    return sum(len(message.content.encode()) for message in request.messages)
+    """Bytes of the prompt and of the contents of all messages, in UTF-8."""
+    contents = (message.content for message in request.messages)
+    return sum(len(text.encode()) for text in (request.prompt, *contents))
 
 
 def text_bytes(request: GenerateRequest) -> int:
@@ -113,10 +125,10 @@ def _check_tools(request: GenerateRequest) -> None:
         if tool.name in names:
             raise InputError(f"tools: two of them have the name {tool.name[:40]!r}")
         names.add(tool.name)
-    if request.token_ids:
+    for prompt in ("token_ids", "prompt"):
         for field in ("tools", "template_arguments"):
-            if getattr(request, field):
-                raise InputError(f"{field}: they go with messages, and there are token_ids")
+            if getattr(request, prompt) and getattr(request, field):
+                raise InputError(f"{field}: they go with messages, and there is {prompt}")
 
 
 def _named(where: str, thing: str, name: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import grpc
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import QUANTS, model_names
 from coordinator.planning.placement import Objective
+from coordinator.serving.chat_door import ChatDoor
 from coordinator.serving.engine_options import chosen_models, engine_options
 from coordinator.serving.events import (
     Events,
@@ -26,7 +28,13 @@ from coordinator.serving.gateway import Gateway
 from coordinator.serving.generation_options import generation_options, take_generation
 from coordinator.serving.inspected import inspected
 from coordinator.serving.offer import Offered, offer
-from coordinator.serving.options import DEFAULT_PORT, ServeOptions, objective_option
+from coordinator.serving.options import (
+    DEFAULT_HTTP_PORT,
+    DEFAULT_PORT,
+    HttpOptions,
+    ServeOptions,
+    objective_option,
+)
 from coordinator.serving.service import Service
 from coordinator.serving.telemetry import publish_telemetry, root_of
 from coordinator.terminal.printer import printing
@@ -60,6 +68,10 @@ def run(
     peer: tuple[str, ...],
     host: str,
     grpc_port: int,
+    http_port: int,
+    no_http: bool,
+    http_name: tuple[str, ...],
+    http_origin: tuple[str, ...],
     metrics_port: int | None,
     mqtt: str | None,
     **generation: Any,
@@ -70,6 +82,8 @@ def run(
         raise InputError(f"--users {users}: at least 1")
     if not 0 <= grpc_port <= 65535:
         raise InputError(f"--grpc-port {grpc_port}: between 0 and 65535")
+    if not 0 <= http_port <= 65535:
+        raise InputError(f"--http-port {http_port}: between 0 and 65535")
     if metrics_port is not None and not 0 <= metrics_port <= 65535:
         raise InputError(f"--metrics-port {metrics_port}: between 0 and 65535")
     names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
@@ -90,6 +104,7 @@ def run(
         port=grpc_port,
         broker=chosen_broker(mqtt),
         metrics_port=metrics_port,
+        http=None if no_http else HttpOptions(http_port, http_name, http_origin),
     )
     events = Events()
     with printing(events):
@@ -111,7 +126,9 @@ async def _serve(options: ServeOptions, events: Events) -> int:
             return 0
         running = starting.result()
         notify(f"READY=1\nSTATUS={options.source.display} at {running.address}")
-        events.publish(Listening(options.source.display, running.address, running.metrics))
+        events.publish(
+            Listening(options.source.display, running.address, running.metrics, running.http)
+        )
         ended = asyncio.create_task(running.wait())
         await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
@@ -123,14 +140,23 @@ async def _serve(options: ServeOptions, events: Events) -> int:
 
 
 class Running:
-    """A model that is being served, at `address`. `metrics` is the address of those, if asked."""
+    """A model that is being served, at `address`.
+
+    `metrics` and `http` are the addresses of those, where they were asked for.
+    """
 
     def __init__(
-        self, service: Service, address: str, metrics: str | None, task: asyncio.Task[None]
+        self,
+        service: Service,
+        address: str,
+        metrics: str | None,
+        http: str | None,
+        task: asyncio.Task[None],
     ) -> None:
         self.service = service
         self.address = address
         self.metrics = metrics
+        self.http = http
         self._task = task
 
     async def wait(self) -> None:
@@ -155,7 +181,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         flag="--grpc-port",
     )
     gateway = Gateway(options.source.display)
-    add_ChatServicer_to_server(gateway, server)
+    add_ChatServicer_to_server(ChatDoor(gateway), server)
     named = (options.source, options.gguf)
     models = [source.model for source in named if source is not None]
     if options.generation.HasField("draft"):
@@ -163,6 +189,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
+        _http(options, gateway) as http,
         _measured(options, membership, gateway) as metrics,
         Members(membership, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
@@ -192,7 +219,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
             )
             async with advertisements:
                 address = join_address(options.host or "127.0.0.1", port)
-                yield Running(service, address, metrics, task)
+                yield Running(service, address, metrics, http, task)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -222,6 +249,23 @@ async def _measured(
         membership, options.host, options.metrics_port, gateway.measure
     ) as port:
         yield f"https://{join_address(options.host or '127.0.0.1', port)}{PATH}"
+
+
+@contextlib.asynccontextmanager
+async def _http(options: ServeOptions, gateway: Gateway) -> AsyncIterator[str | None]:
+    """The HTTP door while the block runs, if asked for: at which address."""
+    if options.http is None:
+        yield None
+        return
+    # Here, because not all ask for it.
+    from coordinator.api.app import make_app
+    from coordinator.api.server import LOOPBACK, listen, serving
+
+    listener = listen(LOOPBACK, options.http.port)
+    port = listener.getsockname()[1]
+    app = make_app(gateway, [*options.http.names, socket.gethostname()], options.http.origins)
+    async with serving(app, listener):
+        yield f"http://{join_address(LOOPBACK, port)}"
 
 
 async def _inspected(
@@ -298,6 +342,28 @@ command = Command(
                 type=int,
                 default=DEFAULT_PORT,
                 metavar="PORT",
+            ),
+        ],
+        "HTTP": [
+            Option(
+                "--http-port",
+                f"port for OpenAI's API (default: {DEFAULT_HTTP_PORT}; 0: any free one)",
+                type=int,
+                default=DEFAULT_HTTP_PORT,
+                metavar="PORT",
+            ),
+            Option("--no-http", "no HTTP at all", is_flag=True),
+            Option(
+                "--http-name",
+                "a name of this machine that clients use, besides its address and localhost",
+                multiple=True,
+                metavar="NAME",
+            ),
+            Option(
+                "--http-origin",
+                "a page whose scripts may ask, as in https://chat.example (default: none)",
+                multiple=True,
+                metavar="ORIGIN",
             ),
         ],
         "Telemetry": [

@@ -95,11 +95,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Listening:
-    """Clients can reach the model at `address`, Prometheus at the URL `metrics` (None: nowhere)."""
+    """Clients can reach the model at `address`, and at the URL `http`; Prometheus at `metrics`.
+
+    None: nowhere.
+    """
 
     model: str
     address: str
     metrics: str | None
+    http: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,16 @@ from unicluster.telemetry.broker_url import BrokerUrl
 from unicluster.v1.node_pb2 import StageSpec
 
 DEFAULT_PORT = 47700
+DEFAULT_HTTP_PORT = 8080
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """The HTTP door. names: of this machine, for the Host header; origins: pages that may ask."""
+
+    port: int = DEFAULT_HTTP_PORT
+    names: Sequence[str] = field(default=())
+    origins: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class ServeOptions:
     port: int = DEFAULT_PORT
     broker: BrokerUrl | None = None
     metrics_port: int | None = None
+    http: HttpOptions | None = None
 
 
 def objective_option() -> Option:

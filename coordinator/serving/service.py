@@ -135,7 +135,7 @@ class Service:
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
-        info = self._info()
+        info = self.info()
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
             head = await _answer_of_head(asked) or ChatInfo()
@@ -146,7 +146,7 @@ class Service:
 
     async def measure(self) -> Measured:
         """Metrics of the head; without meters when there is no head."""
-        measured = Measured(info=self._info())
+        measured = Measured(info=self.info())
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
             if (head := await _answer_of_head(asked)) is not None:
@@ -154,7 +154,8 @@ class Service:
                 measured.meters.CopyFrom(head.meters)
         return measured
 
-    def _info(self) -> ChatInfo:
+    def info(self) -> ChatInfo:
+        """State and stages, without asking any machine."""
         info = ChatInfo(
             model=self.display,
             quant=self.layout.quant,

@@ -105,6 +105,8 @@ class Printer:
         console.print(f"\n[bold]{escape(event.model)}[/bold] is ready.")
         console.print("  unicluster chat            on any machine of the cluster")
         console.print(f"  gRPC {event.address}    with a certificate of the cluster")
+        if event.http is not None:
+            console.print(f"  {event.http}/v1    OpenAI's API, from this machine only")
         if event.metrics is not None:
             console.print(f"  {event.metrics}    with one of `unicluster token cert DIR`")
         console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")

@@ -9,6 +9,7 @@ from node.generation.request import Job
 from node.generation.text import Segment, TextStream
 from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline
+from node.prompts.token_bytes import TokenBytes
 from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Timings, TokenLogprob, Usage
 
 _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
@@ -29,6 +30,7 @@ class Answer:
         self._text = TextStream(
             tokenizer, job.stop, job.state, constrained=job.constraint is not None
         )
+        self._bytes = TokenBytes(tokenizer) if job.logprobs is not None else None
         self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
         self._count = self._steps = 0
         self._asked = asked
@@ -67,9 +69,9 @@ class Answer:
         # The token goes into the last event of its text, so that neither is seen without the other.
         events = _events(segments) or [GenerateEvent(delta=Delta())]
         events[-1].delta.token_ids.append(token)
-        if self._job.logprobs is not None:
+        if self._bytes is not None:
             best: Any = mx.argsort(-logprobs)[: self._job.logprobs].tolist()
-            (chosen, *top) = _look_up(logprobs, [token, *best])
+            (chosen, *top) = _look_up(logprobs, [token, *best], self._bytes)
             chosen.top.extend(top)
             events[-1].delta.logprobs.append(chosen)
         if self.finished:
@@ -108,7 +110,9 @@ def _events(segments: list[Segment]) -> list[GenerateEvent]:
     return events
 
 
-def _look_up(logprobs: mx.array, tokens: list[int]) -> list[TokenLogprob]:
+def _look_up(logprobs: mx.array, tokens: list[int], texts: TokenBytes) -> list[TokenLogprob]:
     values: Any = logprobs[mx.array(tokens)].tolist()
-    pairs = zip(tokens, values, strict=True)
-    return [TokenLogprob(token_id=token, logprob=logprob) for token, logprob in pairs]
+    return [
+        TokenLogprob(token_id=token, logprob=logprob, text=texts.of(token))
+        for token, logprob in zip(tokens, values, strict=True)
+    ]

@@ -93,6 +93,15 @@ class GenerationEngine:
             self._thread.post(partial(self._admit, ticket))
         return ticket
 
+    async def count_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of a request's prompt. Raises as `submit`."""
+        self._check_room()
+        self._checking += 1
+        try:
+            return len((await self._check(request)).tokens)
+        finally:
+            self._checking -= 1
+
     async def _check(self, request: GenerateRequest) -> Job:
         """Whoever waits for this may leave: then the work ends, too."""
         cancellation = Cancellation()

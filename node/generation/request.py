@@ -54,17 +54,8 @@ def check_request(
     """
     check_limits(request)
     sampling = defaults.updated(request.sampling)
-    if request.messages and request.token_ids:
-        raise InputError("messages: give either messages or token_ids, not both")
-    if request.messages:
-        tokens = _render(request, tokenizer, tokenizing, cancellation)
-    else:
-        tokens = _given(request.token_ids, len(tokenizer))
-    field = "messages" if request.messages else "token_ids"
-    if len(tokens) >= context:
-        raise InputError(
-            f"{field}: the prompt has {len(tokens)} tokens and the context is {context}"
-        )
+    _check_biases(sampling, len(tokenizer))
+    tokens = _prompt_tokens(request, tokenizer, context, tokenizing, cancellation)
     state = _initial_state(tokens, tokenizer)
     return Job(
         tokens=tokens,
@@ -78,6 +69,46 @@ def check_request(
         trace=request.trace,
         constraint=constraint_of(request, vocabulary, state, len(tokens)),
     )
+
+
+def _prompt_tokens(
+    request: chat_pb2.GenerateRequest,
+    tokenizer: Any,
+    context: int,
+    tokenizing: Tokenizing,
+    cancellation: Cancellation,
+) -> list[int]:
+    field = _prompt_field(request)
+    if field == "messages":
+        tokens = _render(request, tokenizer, tokenizing, cancellation)
+    elif field == "prompt":
+        tokens = tokenizing.encode(request.prompt, cancellation, special=True)
+        if not tokens:
+            raise InputError("prompt: there are no tokens in it")
+    else:
+        tokens = _given(request.token_ids, len(tokenizer))
+    if len(tokens) >= context:
+        raise InputError(
+            f"{field}: the prompt has {len(tokens)} tokens and the context is {context}"
+        )
+    return tokens
+
+
+def _prompt_field(request: chat_pb2.GenerateRequest) -> str:
+    present = {
+        "messages": bool(request.messages),
+        "token_ids": bool(request.token_ids),
+        "prompt": request.HasField("prompt"),
+    }
+    fields = [name for name, is_there in present.items() if is_there]
+    if len(fields) > 1:
+        raise InputError(f"{fields[0]}: give either {fields[0]} or {fields[1]}, not both")
+    return fields[0] if fields else "token_ids"
+
+
+def _check_biases(sampling: Sampling, vocabulary: int) -> None:
+    if sampling.logit_bias and (largest := max(sampling.logit_bias)) >= vocabulary:
+        raise InputError(f"logit_bias: {largest} is not in the vocabulary of {vocabulary} tokens")
 
 
 def _given(token_ids: Sequence[int], vocabulary: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Sampling fields: their ranges, a model's own defaults, and mlx-lm's functions for them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +30,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0, 2)
@@ -42,7 +43,7 @@ class Sampling:
     @classmethod
     def of_model(cls, generation_config: Mapping[str, Any]) -> "Sampling":
         """The defaults in a model's generation_config.json, read as transformers reads them."""
-        known = {f.name for f in fields(cls)} - {"seed"}
+        known = {f.name for f in fields(cls)} - {"seed", "logit_bias"}
         values = {k: v for k, v in generation_config.items() if k in known and v is not None}
         if generation_config.get("do_sample"):
             values.setdefault("temperature", 1.0)
@@ -55,7 +56,10 @@ class Sampling:
 
     def updated(self, sampling: chat_pb2.Sampling) -> "Sampling":
         """A copy in which the fields that are set in `sampling` replace the defaults."""
-        return replace(self, **{field.name: value for field, value in sampling.ListFields()})
+        values = {known.name: value for known, value in sampling.ListFields()}
+        if "logit_bias" in values:
+            values["logit_bias"] = dict(sampling.logit_bias)
+        return replace(self, **values)
 
     def sampler(self) -> Sampler | None:
         """Log-probabilities (1, vocabulary) to a token (1,); None when greedy.
@@ -65,9 +69,13 @@ class Sampling:
         return None if self.temperature < GREEDY_BELOW else _Draw(self)
 
     def processors(self) -> list[LogitsProcessor]:
-        """mlx-lm's penalties, each over its window of recent tokens, the prompt's included."""
+        """The bias, then mlx-lm's penalties, each over its window of recent tokens.
+
+        The windows include the prompt's tokens.
+        """
         repetition = None if self.repetition_penalty == 1 else self.repetition_penalty
         processors: list[LogitsProcessor] = make_logits_processors(
+            logit_bias=dict(self.logit_bias) or None,
             repetition_penalty=repetition,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

@@ -71,7 +71,7 @@ class GgufTokenizer(_Tokenizer):
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str:
         tokens = [token_ids] if isinstance(token_ids, int) else [int(t) for t in token_ids]
-        pieces = (self._piece(token, special=not skip_special_tokens) for token in tokens)
+        pieces = (self.piece(token, special=not skip_special_tokens) for token in tokens)
         return b"".join(pieces).decode("utf-8", "replace")
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = True, **options: Any) -> Any:
@@ -82,7 +82,7 @@ class GgufTokenizer(_Tokenizer):
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token's text; a special token's are its name."""
-        return [self._piece(token, special=True) for token in range(len(self._tokens))]
+        return [self.piece(token) for token in range(len(self._tokens))]
 
     def special_ids(self) -> list[int]:
         """Tokens that mean something to the model, and are never part of a text."""
@@ -93,7 +93,8 @@ class GgufTokenizer(_Tokenizer):
             if lib.llama_vocab_is_control(vocab, token) or lib.llama_vocab_is_eog(vocab, token)
         ]
 
-    def _piece(self, token: int, special: bool) -> bytes:
+    def piece(self, token: int, special: bool = True) -> bytes:
+        """Bytes of one token. special: also of one that is no text, such as an end token."""
         room = 64
         while True:
             data = ctypes.create_string_buffer(room)

@@ -29,23 +29,28 @@ class Tokenizing:
         vocabulary = self._tokenizer.get_vocab()
         return self._context * max(len(token.encode()) for token in vocabulary)
 
-    def check_length(self, size: int) -> None:
+    def check_length(self, size: int, field: str = "messages") -> None:
         """Raises InputError for a text of more bytes than the context can hold."""
         if size > self.most_bytes:
             raise InputError(
-                f"messages: the prompt has {size} bytes and the context of {self._context} tokens "
+                f"{field}: the prompt has {size} bytes and the context of {self._context} tokens "
                 f"holds at most {self.most_bytes}"
             )
 
-    def encode(self, text: str, cancellation: Cancellation) -> list[int]:
-        """Token ids of a rendered prompt. Raises InputError where they are too many."""
-        self.check_length(len(text))
-        if len(text) > LONG:
-            self._count(text, cancellation)
-        cancellation.check()
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+    def encode(self, text: str, cancellation: Cancellation, *, special: bool = False) -> list[int]:
+        """Token ids of a prompt. Raises InputError where they are too many.
 
-    def _count(self, text: str, cancellation: Cancellation) -> None:
+        special: with the tokens that the tokenizer puts around plain text; a rendered template
+        has its own.
+        """
+        field = "prompt" if special else "messages"
+        self.check_length(len(text), field)
+        if len(text) > LONG:
+            self._count(text, field, cancellation)
+        cancellation.check()
+        return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _count(self, text: str, field: str, cancellation: Cancellation) -> None:
         count, most = 0, self._context + self._context // 8
         for start in range(0, len(text), STEP):
             cancellation.check()
@@ -54,6 +59,6 @@ class Tokenizing:
             most += TOKENS_AT_CUT
             if count > most:
                 raise InputError(
-                    f"messages: the prompt has more than {count} tokens and the context is "
+                    f"{field}: the prompt has more than {count} tokens and the context is "
                     f"{self._context}"
                 )

@@ -14,6 +14,7 @@ from unicluster.v1.chat_pb2 import (
     GenerateRequest,
     Measured,
     MeasureRequest,
+    TokenCount,
 )
 from unicluster.v1.chat_pb2_grpc import ChatServicer
 
@@ -38,6 +39,15 @@ class ChatService(ChatServicer):
                     await context.write(event)
             finally:
                 ticket.cancel()
+        except UniclusterError as error:
+            await abort(context, error)
+
+    async def CountTokens(  # noqa: N802
+        self, request: GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> TokenCount:
+        """Tokens of the request's prompt, with its chat template."""
+        try:
+            return TokenCount(prompt_tokens=await self._engine.count_tokens(request))
         except UniclusterError as error:
             await abort(context, error)
 

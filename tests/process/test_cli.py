@@ -105,7 +105,7 @@ def test_help_has_sections(run: Run) -> None:
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
         *("Positional arguments:", "Model:", "Generation:", "Machines:", "Network:"),
-        *("Telemetry:", "Other options:"),
+        *("HTTP:", "Telemetry:", "Other options:"),
         *("Environment, for services; the command line wins:", "Examples:"),
     ]
     assert "  --lookup          speculative decoding from what the text has said before" in lines

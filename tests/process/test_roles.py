@@ -52,6 +52,7 @@ def test_clients_may_chat_and_ask_for_the_status_and_no_more() -> None:
         "/unicluster.v1.Chat/Generate",
         "/unicluster.v1.Chat/Describe",
         "/unicluster.v1.Chat/Measure",
+        "/unicluster.v1.Chat/CountTokens",
     }
     assert not any(Role.SCRAPER in roles for roles in WHO_MAY_CALL.values())
     assert all(Role.MEMBER in roles for roles in WHO_MAY_CALL.values())

@@ -201,6 +201,11 @@ class ServeProgram(Program):
         """Where it answers, once it does."""
         return self.wait_for(r"gRPC (\S+)")[1]
 
+    @property
+    def http(self) -> str:
+        """The URL at which it answers over HTTP, once it does."""
+        return self.wait_for(r"(https?://\S+)/v1 ")[1]
+
     def client(self) -> Client:
         return Client(self.address, cluster=self._cluster)
 
@@ -274,7 +279,14 @@ class LocalCluster:
 
     def serve(self, model: Path | str, *arguments: str, prefix: Sequence[str] = ()) -> ServeProgram:
         """Starts to serve. As a context manager it waits until the model answers."""
-        where = ("--host", HOST, "--grpc-port", "0")  # those of the caller come later, and win
+        where = (
+            "--host",
+            HOST,
+            "--grpc-port",
+            "0",
+            "--http-port",
+            "0",
+        )  # those of the caller come later, and win
         log = self._log("serve")
         served = [str(model), *where, *arguments]
         server = ServeProgram(served, self.env, log, self.cluster, prefix)
@@ -321,7 +333,7 @@ class LocalCluster:
 def on_free_ports(arguments: Sequence[str]) -> list[str]:
     """The command on any free port. A port among `arguments` comes later, and wins."""
     command, *rest = arguments
-    ports = {"join": ["--port", "0"], "serve": ["--grpc-port", "0"]}
+    ports = {"join": ["--port", "0"], "serve": ["--grpc-port", "0", "--http-port", "0"]}
     return [command, *ports.get(command, []), *rest]
 
 

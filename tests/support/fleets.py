@@ -16,20 +16,6 @@ GB = 10**9
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Seconds a token of a placement and of its slowest stage, and how full its fullest machine is.
-
-    ring: which kind of ring of variants it is.
-    """
-
-    latency: float
-    slowest: float
-    fullest: float
-    stages: int
-    ring: int = 0
-
-
-@dataclass(frozen=True)
 class Case:
     layout: Layout
     machines: list[Machine]
@@ -169,17 +155,12 @@ def _some_cuts(dice: random.Random, layers: int) -> tuple[int, ...]:
     return tuple(cut for cut in range(1, layers) if dice.random() < dice.choice([0.0, 0.0, 0.4]))
 
 
-def every_placement(case: Case) -> Iterator[Placed]:
-    """Each placement that fits."""
-    for ring, placements in enumerate(_rings(case)):
-        yield from (replace(placed, ring=ring) for placed in placements)
-
-
-def _rings(case: Case) -> Iterator[Iterator[Placed]]:
+def every_placement(case: Case) -> Iterator[tuple[float, float]]:
+    """(latency, slowest stage) in seconds a token of each placement that fits."""
     layout = case.layout
-    yield _placements(case, layout, [layout])
+    yield from _placements(case, layout, [layout])
     if case.gguf is not None:
-        yield _placements(case, case.gguf, [case.gguf])
+        yield from _placements(case, case.gguf, [case.gguf])
         layers, active = list(case.gguf.layer_bytes), list(case.gguf.layer_active_bytes)
         layers[-1] -= case.gguf.lm_head_bytes
         active[-1] -= case.gguf.lm_head_bytes
@@ -191,7 +172,7 @@ def _rings(case: Case) -> Iterator[Iterator[Placed]]:
             forbidden_cuts=apart,
         )
         head = replace(layout, forbidden_cuts=apart)
-        yield _placements(case, head, [head, without])
+        yield from _placements(case, head, [head, without])
         if layout.added_lm_head_bytes:
             more = layout.added_lm_head_bytes
             finished = replace(
@@ -203,13 +184,13 @@ def _rings(case: Case) -> Iterator[Iterator[Placed]]:
                 ),
             )
             first = replace(case.gguf, forbidden_cuts=apart)
-            yield _placements(case, first, [first, finished])
+            yield from _placements(case, first, [first, finished])
 
 
-def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[Placed]:
+def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tuple[float, float]]:
     """Placements whose stages are of these variants, and whose first is of that one."""
     n = head.layers
-    figures: dict[tuple[str, int, int], tuple[float, float]] = {}
+    seconds: dict[tuple[str, int, int], float] = {}
     for m in case.machines:
         for variant in variants:
             if variant.engine not in m.engines:
@@ -220,9 +201,7 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[Pl
                     if cut or _needs(variant, a, b) > m.usable or (a == 0 and variant is not head):
                         continue
                     taken = _seconds(variant, m, a, b)
-                    known = figures.get((m.name, a, b))
-                    if known is None or taken < known[0]:
-                        figures[m.name, a, b] = taken, _needs(variant, a, b) / m.usable
+                    seconds[m.name, a, b] = min(taken, seconds.get((m.name, a, b), taken))
     names = [m.name for m in case.machines]
     hop = {
         (one, other): case.network.between(one, other).seconds(head.hidden_bytes)
@@ -232,29 +211,22 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[Pl
     returned = 4 * head.vocabulary if head.lm_head_bytes else head.hidden_bytes
 
     def onward(
-        row: tuple[str, ...], first: int, total: float, slowest: float, fullest: float
-    ) -> Iterator[Placed]:
+        row: tuple[str, ...], first: int, total: float, slowest: float
+    ) -> Iterator[tuple[float, float]]:
         if first == n:
             back = case.network.between(row[-1], row[0]).seconds(returned)
-            latency = total + (back if len(row) > 1 else 0.0)
-            yield Placed(latency, slowest, fullest, len(row))
+            yield total + (back if len(row) > 1 else 0.0), slowest
             return
         for name in names:
             if name in row:
                 continue
             way = hop[row[-1], name] if row else 0.0
             for end in range(first + 1, n + 1):
-                if (name, first, end) in figures:
-                    taken, share = figures[name, first, end]
-                    yield from onward(
-                        (*row, name),
-                        end,
-                        total + way + taken,
-                        max(slowest, taken),
-                        max(fullest, share),
-                    )
+                if (name, first, end) in seconds:
+                    taken = seconds[name, first, end]
+                    yield from onward((*row, name), end, total + way + taken, max(slowest, taken))
 
-    yield from onward((), 0, 0.0, 0.0, 0.0)
+    yield from onward((), 0, 0.0, 0.0)
 
 
 def _needs(layout: Layout, first: int, end: int) -> int:

@@ -18,7 +18,16 @@ BELOW = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluste
 # Top floor first: a room may import those below it. "." is the package's own files.
 FLOORS = {
     "coordinator": [
-        *("commands", "terminal", "serving", "fleet", "models", "planning", "planning.search"),
+        *(
+            "commands",
+            "api",
+            "terminal",
+            "serving",
+            "fleet",
+            "models",
+            "planning",
+            "planning.search",
+        ),
         ".",
     ],
     "node": [

@@ -96,6 +96,7 @@ REQUESTS = st.builds(
         max_size=3,
     ),
     token_ids=st.lists(st.integers(0, 300), max_size=4),
+    prompt=st.none() | st.text(),
     stop=st.lists(st.text(), max_size=3),
     max_tokens=st.none() | st.integers(0, 2**32 - 1),
     logprobs=st.none() | st.integers(0, 2**32 - 1),
@@ -109,6 +110,7 @@ REQUESTS = st.builds(
         frequency_penalty=st.none() | NUMBERS,
         top_k=st.none() | st.integers(0, 2**32 - 1),
         seed=st.none() | st.integers(0, 2**64 - 1),
+        logit_bias=st.dictionaries(st.integers(0, 300), NUMBERS, max_size=3),
     ),
 )
 

@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     presence_penalty: float | None
     frequency_penalty: float | None
     seed: int | None
+    logit_bias: Mapping[int, float] | None  # added to the logits of these tokens
     max_tokens: int | None
     stop: str | Iterable[str] | None
     json_schema: Mapping[str, Any] | str | None  # the answer is JSON that matches it
@@ -44,6 +45,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple["TokenLogprob", ...] = ()
+    text: bytes = b""  # of the token alone: a part of a character, perhaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
                 value = json.dumps(value)
             if name == "stop":
                 request.stop.extend([value] if isinstance(value, str) else cast(list[str], value))
+            elif name == "logit_bias":
+                request.sampling.logit_bias.update(cast(Mapping[int, float], value))
             else:
                 setattr(target, name, value)
         except (TypeError, ValueError) as error:
@@ -224,7 +228,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
 
 def _logprobs_from_wire(logprobs: Iterable[wire.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     return tuple(
-        TokenLogprob(entry.token_id, entry.logprob, _logprobs_from_wire(entry.top))
+        TokenLogprob(entry.token_id, entry.logprob, _logprobs_from_wire(entry.top), entry.text)
         for entry in logprobs
     )
 

@@ -41,6 +41,11 @@ class ChatStub:
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/unicluster.v1.Chat/CountTokens',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_chat__pb2.TokenCount.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/unicluster.v1.Chat/Describe',
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.DescribeChatRequest.SerializeToString,
@@ -66,6 +71,13 @@ class ChatServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CountTokens(self, request, context):
+        """Tokens of a request's prompt; nothing is generated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +98,11 @@ def add_ChatServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_chat__pb2.TokenCount.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -126,6 +143,33 @@ class Chat:
             '/unicluster.v1.Chat/Generate',
             unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
             unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Chat/CountTokens',
+            unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
+            unicluster_dot_v1_dot_chat__pb2.TokenCount.FromString,
             options,
             channel_credentials,
             insecure,

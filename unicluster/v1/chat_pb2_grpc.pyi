@@ -39,6 +39,8 @@ class ChatStub:
     (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
+    CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GenerateRequest, _chat_pb2.TokenCount]
+    """Tokens of a request's prompt; nothing is generated."""
     Describe: _grpc.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]
     Measure: _grpc.UnaryUnaryMultiCallable[_chat_pb2.MeasureRequest, _chat_pb2.Measured]
     """What was counted and measured. Asks no stage: it may be called often."""
@@ -53,6 +55,8 @@ class ChatAsyncStub(ChatStub):
     (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
+    CountTokens: _aio.UnaryUnaryMultiCallable[_chat_pb2.GenerateRequest, _chat_pb2.TokenCount]  # type: ignore[assignment]
+    """Tokens of a request's prompt; nothing is generated."""
     Describe: _aio.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]  # type: ignore[assignment]
     Measure: _aio.UnaryUnaryMultiCallable[_chat_pb2.MeasureRequest, _chat_pb2.Measured]  # type: ignore[assignment]
     """What was counted and measured. Asks no stage: it may be called often."""
@@ -70,6 +74,14 @@ class ChatServicer(metaclass=_abc_1.ABCMeta):
         (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
         (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
         """
+
+    @_abc_1.abstractmethod
+    def CountTokens(
+        self,
+        request: _chat_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.TokenCount, _abc.Awaitable[_chat_pb2.TokenCount]]:
+        """Tokens of a request's prompt; nothing is generated."""
 
     @_abc_1.abstractmethod
     def Describe(

@@ -1,0 +1,111 @@
+"""The HTTP door: its paths, and how errors are answered on each."""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from coordinator.api.asked import Asked
+from coordinator.api.body import Bodies
+from coordinator.api.errors import HttpError, failure_of, openai_error
+from coordinator.api.guard import Guard
+from coordinator.api.models import model_json, model_name, one_model
+from coordinator.api.openai_chat import read_chat
+from coordinator.api.openai_completions import read_completion
+from coordinator.api.responding import Respond, caller_of
+from coordinator.serving.gateway import Gateway
+from unicluster.errors import UniclusterError
+
+log = logging.getLogger(__name__)
+
+Read = Callable[[Any, str], Asked]
+
+
+def make_app(
+    gateway: Gateway, hosts: Collection[str] = (), origins: Collection[str] = ()
+) -> ASGIApp:
+    """The application; `hosts` and `origins` as of Guard."""
+    door = _Door(gateway)
+    return Starlette(
+        routes=[
+            Route("/healthz", door.healthy),
+            Route("/readyz", door.ready),
+            Route("/v1/models", door.models),
+            Route("/v1/models/{name:path}", door.model),
+            Route("/v1/chat/completions", door.generating(read_chat), methods=["POST"]),
+            Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
+        ],
+        middleware=[
+            Middleware(Guard, hosts=hosts, origins=origins, refuse=_failed),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            ),
+        ],
+        exception_handlers={
+            HTTPException: _no_such_path,
+            UniclusterError: _failed,
+            Exception: _failed,
+        },
+    )
+
+
+class _Door:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._bodies = Bodies()
+        self._since = int(time.time())
+
+    async def healthy(self, request: Request) -> Response:
+        """Whether this process answers at all."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether the model can answer; 503 with the reason while it can't."""
+        reason = self._gateway.why_not
+        if not reason:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": self._gateway.info().state, "reason": reason}, 503)
+
+    async def models(self, request: Request) -> Response:
+        listed = [model_json(self._gateway, self._since)]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(one_model(self._gateway, self._since, name))
+
+    def generating(self, read: Read) -> Callable[[Request], Any]:
+        """The endpoint of a protocol whose requests `read` understands."""
+
+        async def endpoint(request: Request) -> ASGIApp:
+            asked = read(await self._bodies.read(request), model_name(self._gateway))
+            return Respond(self._gateway, asked, caller_of(request))
+
+        return endpoint
+
+
+def _no_such_path(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = dict(getattr(error, "headers", None) or {})
+    message = {404: "there is nothing at this path", 405: "this path takes another method"}
+    reason = message.get(status, "the request is refused")
+    return _failed(request, HttpError(status, reason, code="unknown_url", headers=headers))
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    if not isinstance(error, UniclusterError):
+        log.error("a request to %s failed", request.url.path, exc_info=error)
+    failure = failure_of(error)
+    return JSONResponse(openai_error(failure), failure.status, failure.headers)

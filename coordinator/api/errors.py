@@ -1,0 +1,91 @@
+"""Errors as HTTP answers: a status, and one JSON object for each family of clients."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from unicluster.errors import (
+    BusyError,
+    DoesNotFitError,
+    InputError,
+    NotFoundError,
+    UnavailableError,
+    UniclusterError,
+)
+
+Json = dict[str, Any]
+
+# Seconds after which a client may try again.
+BUSY_RETRY = 1
+LOADING_RETRY = 5
+
+# How messages of InputError begin: with the field's name.
+_FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
+
+
+class HttpError(UniclusterError):
+    """An error that only HTTP knows: a path, a key, a body. `status` is its own."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.headers = headers or {}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as it is answered. `kind` is OpenAI's type of error; `param` names what is wrong."""
+
+    status: int
+    kind: str
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+INTERNAL = Failure(500, "server_error", "unexpected error here: the log of `serve` has it")
+
+
+def failure_of(error: Exception) -> Failure:
+    """The answer to an error. Of those that are not ours nothing is said but that they happened."""
+    message = str(error)
+    match error:
+        case HttpError():
+            return Failure(error.status, error.kind, message, error.code, headers=error.headers)
+        case InputError():
+            named = _FIELD.match(message)
+            return Failure(400, "invalid_request_error", message, param=named and named[1])
+        case NotFoundError():
+            return Failure(404, "invalid_request_error", message, "model_not_found", "model")
+        case BusyError():
+            headers = {"Retry-After": str(BUSY_RETRY)}
+            return Failure(429, "rate_limit_error", message, "queue_full", headers=headers)
+        case UnavailableError() | DoesNotFitError():
+            headers = {"Retry-After": str(LOADING_RETRY)}
+            return Failure(503, "server_error", message, "unavailable", headers=headers)
+        case UniclusterError():
+            return Failure(500, "server_error", message)
+    return INTERNAL
+
+
+def openai_error(failure: Failure) -> Json:
+    """The error object of OpenAI's APIs."""
+    return {
+        "error": {
+            "message": failure.message,
+            "type": failure.kind,
+            "param": failure.param,
+            "code": failure.code,
+        }
+    }

@@ -1,0 +1,180 @@
+"""OpenAI's chat completions, as pure functions between their JSON and the gateway's messages."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from coordinator.api.asked import COMMENT, EVENTS, Asked, Json, Stamp, joined, sse, stamp
+from coordinator.api.errors import Failure, openai_error
+from coordinator.api.fields import Fields
+from coordinator.api.openai_fields import (
+    MOST_CHOICES,
+    read_limit,
+    read_messages,
+    read_sampling,
+    read_service,
+    read_streaming,
+    usage_json,
+)
+from unicluster.chat_limits import MOST_LOGPROBS
+from unicluster.client.answers import Answer, TokenLogprob, Usage
+from unicluster.errors import InputError
+from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
+from unicluster.v1.chat_pb2 import TokenLogprob as WireLogprob
+from unicluster.v1.chat_pb2 import Usage as WireUsage
+
+DONE = b"data: [DONE]\n\n"
+
+NOT_YET = {
+    "tools": "answers have no tool calls",
+    "functions": "answers have no tool calls",
+    "response_format": "answers are plain text",
+    "audio": "answers are text",
+    "prediction": "leave it out",
+    "web_search_options": "nothing is looked up",
+    "reasoning_effort": "leave it out",
+    "verbosity": "leave it out",
+    "moderation": "nothing is moderated",
+}
+
+
+def read_chat(body: Any, model: str) -> Asked:
+    """The request to /v1/chat/completions; `model` names the model in the answer.
+
+    Raises InputError that begins with the field's path.
+    """
+    fields = Fields(body)
+    request = GenerateRequest(model=fields.text("model") or "")
+    request.messages.extend(read_messages(fields.items("messages") or []))
+    read_sampling(fields, request)
+    read_limit(fields, request, "max_tokens", "max_completion_tokens")
+    _read_logprobs(fields, request)
+    stream, include_usage = read_streaming(fields)
+    count = fields.whole("n", 1, MOST_CHOICES) or 1
+    read_service(fields)
+    _read_plain_text(fields)
+    fields.done()
+    return Asked(request, ChatReply(stamp("chatcmpl-", model), count, include_usage), stream, count)
+
+
+def _read_logprobs(fields: Fields, request: GenerateRequest) -> None:
+    wanted = fields.flag("logprobs")
+    top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
+    if top and not wanted:
+        raise InputError("top_logprobs: only with logprobs")
+    if wanted:
+        request.logprobs = top or 0
+
+
+def _read_plain_text(fields: Fields) -> None:
+    """Settings that say what is the case anyway; others are refused by name."""
+    fields.choice("modalities", (["text"],))
+    fields.choice("tool_choice", ("none", "auto"))
+    fields.choice("function_call", ("none", "auto"))
+    fields.choice("parallel_tool_calls", (True, False))
+    if fields.take("response_format") not in (None, {"type": "text"}):
+        raise InputError("response_format: not supported here: answers are plain text")
+    fields.refuse(NOT_YET)
+
+
+class ChatReply:
+    """A chat completion, or its chunks. `include_usage`: the last chunk says what was used."""
+
+    media_type = EVENTS
+    waiting = COMMENT
+
+    def __init__(self, stamp: Stamp, count: int, include_usage: bool) -> None:
+        self._stamp = stamp
+        self._include_usage = include_usage
+        self._usages: list[Usage | WireUsage | None] = [None] * count
+
+    def whole(self, answers: Sequence[Answer]) -> Json:
+        return {
+            **self._head("chat.completion"),
+            "choices": [
+                {
+                    "index": index,
+                    "message": _message(answer),
+                    "logprobs": _logprobs(answer.logprobs) if answer.logprobs else None,
+                    "finish_reason": answer.finish_reason,
+                }
+                for index, answer in enumerate(answers)
+            ],
+            "usage": usage_json([answer.usage for answer in answers]),
+        }
+
+    def begin(self) -> bytes:
+        indices = range(len(self._usages))
+        return joined(self._chunk(index, {"role": "assistant", "content": ""}) for index in indices)
+
+    def event(self, index: int, event: GenerateEvent) -> bytes:
+        if event.HasField("finish"):
+            self._usages[index] = event.finish.usage
+            return self._chunk(index, {}, event.finish.reason)
+        delta: Json = {}
+        # Without tools a call is what the model has written, and nothing of that is dropped.
+        if text := event.delta.text + event.delta.tool_call:
+            delta["content"] = text
+        if event.delta.reasoning:
+            delta["reasoning_content"] = event.delta.reasoning
+        if not delta and not event.delta.logprobs:
+            return b""
+        return self._chunk(index, delta, logprobs=event.delta.logprobs)
+
+    def end(self) -> bytes:
+        usages = [usage for usage in self._usages if usage is not None]
+        if not self._include_usage or not usages:
+            return DONE
+        return sse({**self._head(), "choices": [], "usage": usage_json(usages)}) + DONE
+
+    def failed(self, failure: Failure) -> bytes:
+        return sse(openai_error(failure))
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Json,
+        reason: str | None = None,
+        logprobs: Sequence[WireLogprob] = (),
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(logprobs) if logprobs else None,
+            "finish_reason": reason,
+        }
+        chunk = {**self._head(), "choices": [choice]}
+        return sse(chunk | {"usage": None} if self._include_usage else chunk)
+
+    def _head(self, kind: str = "chat.completion.chunk") -> Json:
+        return {
+            "id": self._stamp.id,
+            "object": kind,
+            "created": self._stamp.created,
+            "model": self._stamp.model,
+        }
+
+
+def _message(answer: Answer) -> Json:
+    message: Json = {
+        "role": "assistant",
+        "content": answer.text + "".join(answer.tool_calls),
+        "refusal": None,
+    }
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    return message
+
+
+def _logprobs(entries: Iterable[TokenLogprob | WireLogprob]) -> Json:
+    content = [
+        {**_token(entry), "top_logprobs": [_token(top) for top in entry.top]} for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(entry: TokenLogprob | WireLogprob) -> Json:
+    return {
+        "token": entry.text.decode(errors="replace"),
+        "logprob": entry.logprob,
+        "bytes": list(entry.text),
+    }

@@ -1,0 +1,155 @@
+"""Fields that OpenAI's APIs share: sampling, messages, what is passed over, what is refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from coordinator.api.asked import Json
+from coordinator.api.fields import Fields, brief, clean, number, whole
+from unicluster.chat_limits import MOST_BIASES
+from unicluster.client.answers import Usage
+from unicluster.errors import InputError
+from unicluster.v1.chat_pb2 import GenerateRequest, Message
+from unicluster.v1.chat_pb2 import Usage as WireUsage
+
+MOST_TOKENS = (1 << 31) - 1
+# Answers to one request.
+MOST_CHOICES = 16
+
+# Their documents say that these change no answer: labels, caching hints, storage, billing.
+NO_EFFECT = (
+    *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+)
+ROLES = {role: role for role in ("system", "user", "assistant")} | {"developer": "system"}
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_sampling(fields: Fields, request: GenerateRequest) -> None:
+    """Puts temperature, top_p, penalties, seed, bias and stop strings into the request.
+
+    `top_k`, `min_p` and `repetition_penalty` are extensions that other servers have, too.
+    """
+    sampling = request.sampling
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    for name in (*names, "min_p", "repetition_penalty"):
+        if (value := fields.number(name)) is not None:
+            setattr(sampling, name, value)
+    if (top_k := fields.whole("top_k", 0, MOST_TOKENS)) is not None:
+        sampling.top_k = top_k
+    if (seed := fields.whole("seed", -(1 << 63), (1 << 64) - 1)) is not None:
+        sampling.seed = seed % (1 << 64)
+    if (biases := fields.object("logit_bias")) is not None:
+        _read_biases(biases, request)
+    request.stop.extend(stop_strings(fields, "stop"))
+
+
+def stop_strings(fields: Fields, name: str) -> list[str]:
+    """A text or a list of texts."""
+    value, path = fields.take(name), fields.path(name)
+    if value is None:
+        return []
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise InputError(f"{path}: must be a text or a list of texts")
+    return [clean(each, path) for each in values]
+
+
+def read_limit(fields: Fields, request: GenerateRequest, *names: str) -> None:
+    """Puts the largest number of tokens into the request; two names of it may not differ."""
+    limits = {name: fields.whole(name, 1, MOST_TOKENS) for name in names}
+    there = {name: limit for name, limit in limits.items() if limit is not None}
+    if len(set(there.values())) > 1:
+        raise InputError(f"{names[0]}: {' and '.join(there)} differ: give one of them")
+    for limit in there.values():
+        request.max_tokens = limit
+
+
+def read_service(fields: Fields) -> None:
+    """Passes over what changes no answer, and refuses what would have to be stored."""
+    fields.accept(*NO_EFFECT)
+    fields.choice("service_tier", ("auto", "default"))
+    fields.choice("store", (False,))
+
+
+def read_streaming(fields: Fields) -> tuple[bool, bool]:
+    """Whether to stream, and whether the stream ends with the usage."""
+    stream = fields.flag("stream")
+    options = fields.object("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise InputError("stream_options: only with stream")
+    include_usage = options.flag("include_usage")
+    options.choice("include_obfuscation", (False,))
+    options.done()
+    return stream, include_usage
+
+
+def read_messages(items: Sequence[Any], path: str = "messages") -> list[Message]:
+    """Messages of a conversation. Raises InputError that begins with a message's path."""
+    if not items:
+        raise InputError(f"{path}: must not be empty")
+    return [_message(Fields(item, f"{path}[{at}]")) for at, item in enumerate(items)]
+
+
+def _message(fields: Fields) -> Message:
+    fields.choice("type", ("message",))
+    role = fields.choice("role", ROLES)
+    if role is None:
+        raise InputError(f"{fields.path('role')}: missing")
+    fields.refuse({"audio": "the model reads text", "function_call": "use tool_calls"})
+    fields.accept("refusal", "annotations", "id", "status")
+    content = content_text(fields.take("content"), fields.path("content"))
+    fields.done()
+    return Message(role=ROLES[role], content=content)
+
+
+def content_text(content: Any, path: str) -> str:
+    """A content, which is a text or a list of text parts, as one text."""
+    if isinstance(content, str):
+        return clean(content, path)
+    if content is None:
+        raise InputError(f"{path}: missing")
+    if not isinstance(content, list):
+        raise InputError(f"{path}: must be a text or a list of parts, got {brief(content)}")
+    parts = [Fields(part, f"{path}[{at}]") for at, part in enumerate(content)]
+    return "\n".join(_part_text(part) for part in parts)
+
+
+def _part_text(part: Fields) -> str:
+    kind = part.text("type")
+    if kind not in TEXT_PARTS:
+        raise InputError(
+            f"{part.path('type')}: {brief(kind)} is not supported here: the model reads text"
+        )
+    text = part.needed_text("text")
+    part.accept("annotations", "cache_control", "logprobs")
+    part.done()
+    return text
+
+
+def usage_json(usages: Sequence[Usage | WireUsage]) -> Json:
+    """Usage of all answers to one request; its prompt counts once."""
+    prompt = usages[0].prompt_tokens
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
+    }
+
+
+def _read_biases(biases: Fields, request: GenerateRequest) -> None:
+    values: dict[str, Any] = {}
+    for name in biases.names():
+        values[name] = biases.take(name)
+    if len(values) > MOST_BIASES:
+        raise InputError(f"logit_bias: {len(values)} tokens, and at most {MOST_BIASES}")
+    for name, bias in values.items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise InputError(f"logit_bias: {brief(name)} is no token id")
+        request.sampling.logit_bias[int(name)] = number(bias, "logit_bias")
+
+
+def token_ids(values: Sequence[Any], path: str) -> list[int]:
+    return [whole(value, path, 0, (1 << 32) - 1) for value in values]

@@ -1,0 +1,108 @@
+"""The HTTP server of the doors: uvicorn in the event loop of `serve`."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from unicluster.cluster.channels import check_free
+from unicluster.errors import InputError
+
+LOOPBACK = "127.0.0.1"
+FLAG = "--http-port"
+# Connections at once; more are answered with 503.
+MOST_CONNECTIONS = 4096
+# Between two requests of a connection.
+IDLE_SECONDS = 75
+# For the head of a request, once the connection stands or its first byte has come.
+HEAD_SECONDS = 20
+# Answers that run when the door closes have this long.
+GRACE_SECONDS = 1
+LOOK_SECONDS = 0.02
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Protocol(H11Protocol):
+    """Hangs up on who connects, or begins a request, and never completes its head."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if not waiting and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        elif waiting and self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 is any free one. Raises InputError where it can't."""
+    check_free(host, port, FLAG)
+    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (host, port),
+            family=family if host or socket.has_dualstack_ipv6() else socket.AF_INET,
+            dualstack_ipv6=not host and socket.has_dualstack_ipv6(),
+            backlog=1024,
+        )
+    except OSError as error:
+        raise InputError(f"can't listen on {host}:{port}: {error.strerror}: {FLAG}") from error
+
+
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
+    """Serves `app` at `listener` while the block runs."""
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",  # errors are logged where they are answered
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            if task.done():
+                task.result()
+                raise InputError(f"the HTTP server did not start: {FLAG}")
+            await asyncio.sleep(LOOK_SECONDS)
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+        listener.close()

@@ -1,0 +1,88 @@
+"""The HTTP door in this event loop, over a gateway whose head does what the prompt says."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from coordinator.api.app import make_app
+from coordinator.api.server import LOOPBACK, listen, serving
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.service import Service
+from tests.support.chat_server import ScriptedChat
+from unicluster.cluster.channels import bind, connect, make_server
+from unicluster.cluster.sizes import CHAT_BYTES
+from unicluster.trust.cluster import Cluster
+from unicluster.v1.chat_pb2 import ChatInfo, Finish
+from unicluster.v1.chat_pb2_grpc import ChatStub, add_ChatServicer_to_server
+
+
+class Parrot:
+    """A Service with one Deployment, which is this same object, as the gateway uses them."""
+
+    display = "parrot q4"
+    names = frozenset({"parrot q4", "parrot"})
+    head_name = "ann"
+    moving = False
+
+    def __init__(self, chat: Any) -> None:
+        self.chat: Any = chat
+        self.state = "ready"
+        self.timing = self
+        self.finished: list[Finish] = []
+
+    @property
+    def deployment(self) -> "Parrot | None":
+        return self if self.state == "ready" else None
+
+    @property
+    def why_not(self) -> str:
+        return f"{self.display} is {self.state}: 3 of 12 GB are loaded"
+
+    @property
+    def ending(self) -> str:
+        return "machine ann is gone"
+
+    def answering(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[Callable[[Finish], None]]:
+        yield self.finished.append
+
+    def info(self) -> ChatInfo:
+        return ChatInfo(
+            model=self.display, quant="q4", context=4096, users=4, state=self.state, detail=""
+        )
+
+
+@dataclass
+class Door:
+    """`url` is where it is; `head` counts the answers that it is computing as `live`."""
+
+    url: str
+    head: ScriptedChat
+    service: Parrot
+    gateway: Gateway
+
+
+@contextlib.asynccontextmanager
+async def http_door(**options: Any) -> AsyncIterator[Door]:
+    """A door over plain HTTP on a free port; options are those of `make_app`."""
+    cluster = Cluster.new()
+    server, head = make_server(most_bytes=CHAT_BYTES), ScriptedChat()
+    add_ChatServicer_to_server(head, server)
+    port = bind(server, LOOPBACK, 0, cluster.issue("ann"))
+    await server.start()
+    channel = connect(f"{LOOPBACK}:{port}", cluster.issue("me"))
+    gateway = Gateway(Parrot.display)
+    service = Parrot(ChatStub(channel))
+    gateway.service = cast(Service, service)
+    listener = listen(LOOPBACK, 0)
+    url = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
+    try:
+        async with serving(make_app(gateway, **options), listener):
+            yield Door(url, head, service, gateway)
+    finally:
+        await channel.close()
+        await server.stop(None)
