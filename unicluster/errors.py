@@ -4,10 +4,15 @@
 LONGEST_REASON = 300
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Message of another library's error in one line, for the end of one of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str, most: int = LONGEST_REASON) -> str:
+    """`text` in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def shown(text: str) -> str:

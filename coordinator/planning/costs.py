@@ -14,7 +14,10 @@ from coordinator.planning.search.reach import Bools
 
 @dataclass(frozen=True)
 class Row:
-    """One figure over ranges of layers: `head[k]` over [0, k) on a head, `rest[j, k]` later."""
+    """One figure over ranges of layers: `head[k]` over [0, k) on a head, `rest[j, k]` later.
+
+    Of several kinds of machines they have one more axis in front, for the kind.
+    """
 
     head: Matrix
     rest: Matrix
@@ -51,6 +54,11 @@ class Costs:
         of_head = self._seconds(machine, self.read.head, self._layers.head, self._resident.head)
         of_rest = self._seconds(machine, self.read.rest, self._layers.rest, self._resident.rest)
         return Row(np.where(head, of_head, np.inf), np.where(rest, of_rest, np.inf))
+
+    def shares(self, machine: Machine) -> Row:
+        """The part of the machine's memory for the engine that each range needs."""
+        usable = max(self.layout.usable_on(machine), 1)
+        return Row(self.needed.head / usable, self.needed.rest / usable)
 
     def _seconds(self, machine: Machine, read: Matrix, layers: Matrix, resident: Matrix) -> Matrix:
         speeds = machine.engines[self.layout.engine]

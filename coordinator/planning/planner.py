@@ -7,6 +7,7 @@ from functools import partial
 from typing import get_args
 
 from coordinator.planning import cuts
+from coordinator.planning.balance import EQUAL_SPEED, Limits, balanced
 from coordinator.planning.engines import ENGINES, for_checkpoint
 from coordinator.planning.links import Network
 from coordinator.planning.machine import Machine
@@ -49,10 +50,11 @@ def plan(
     """The best contiguous placement of `layout` on some of `machines`.
 
     latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
-    among such plans the one of least latency. Needless machines stay out, because each costs a
-    hop. Of a model in two variants each stage takes the one that is faster there, as far as engines
-    may share a ring. Exact for any 8 machines; for more, `Plan.gap` says how far from the best it
-    may be. `nodes` names the machines that may be used; `model` is how messages call the model.
+    among such plans the one of least latency. Among plans of equal speed it is the most even one
+    (`balanced`). Needless machines stay out, because each costs a hop. Of a model in two variants
+    each stage takes the one that is faster there, as far as engines may share a ring. Exact for
+    any 8 machines; for more, `Plan.gap` says how far from the best it may be. `nodes` names the
+    machines that may be used; `model` is how messages call the model.
 
     Raises InputError for an unknown node or objective, NoPlanError if no cut fits; its message
     says how many bytes are missing and which of the `alternatives` would help.
@@ -149,7 +151,8 @@ def _best(pools: Sequence[Pool], objective: Objective) -> tuple[tuple[Stage, ...
     if objective == "throughput":
         bound = min(pool.slowest_bound() for pool in pools) if not proven else slowest
         gap = 1 - bound / slowest
-    return ring.stages(best.pieces), gap
+    bounds = Limits(best.cost * (1 + EQUAL_SPEED), len(best.pieces), slowest * (1 + ROUNDING))
+    return ring.stages(balanced(ring, bounds, best).pieces), gap
 
 
 def _cost(pair: tuple[Placement, Pool]) -> float:

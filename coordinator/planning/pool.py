@@ -2,16 +2,16 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
-from coordinator.planning.costs import Costs
+from coordinator.planning.costs import Costs, Row
 from coordinator.planning.cuts import Matrix
 from coordinator.planning.links import Network
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Stage, reads
-from coordinator.planning.search.problem import Piece, Problem
+from coordinator.planning.search.problem import MACHINES, Piece, Problem
 from coordinator.planning.search.reach import Reach
 from coordinator.planning.stages import Span, hop, stages
 from coordinator.planning.variants import RingVariants
@@ -39,17 +39,46 @@ class Pool:
     def machines(self) -> list[Machine]:
         return [machine for group in self.groups for machine in group]
 
-    def problem(self, slowest: float = np.inf) -> Problem:
-        """Input of the search, in seconds a token. No stage may take longer than `slowest`."""
-        heads: list[Matrix] = []
-        rests: list[Matrix] = []
+    def problem(
+        self, slowest: float = np.inf, fullest: float = 1.0, most: int = MACHINES
+    ) -> Problem:
+        """Input of the search, in seconds a token. No stage may take longer than `slowest`.
+
+        fullest: the part of its machine's usable memory that a stage may need. most: stages.
+        """
+        seconds, shares = self.seconds, self.shares
+
+        def limited(costs: Matrix, filled: Matrix) -> Matrix:
+            return np.where((costs <= slowest) & (filled <= fullest), costs, np.inf)
+
+        first, step = limited(seconds.head, shares.head), limited(seconds.rest, shares.rest)
+        hops, back = self._all_hops
+        return Problem(tuple(self.counts), first, step, hops, back, most)
+
+    @cached_property
+    def seconds(self) -> Row:
+        """Seconds a token of ranges of layers, for each kind, in the variant that is fastest."""
+        rows = [[costs.seconds(group[0]) for costs in self._costs] for group in self.groups]
+        return Row(
+            np.stack([of_kind[0].head for of_kind in rows]),
+            np.stack([np.minimum.reduce([row.rest for row in of_kind]) for of_kind in rows]),
+        )
+
+    @cached_property
+    def shares(self) -> Row:
+        """The part of the memory its engine reaches that each range needs, in that variant."""
+        heads, rests = [], []
         for group in self.groups:
-            rows = [costs.seconds(group[0]) for costs in self._costs]
-            rest = np.minimum.reduce([row.rest for row in rows])
-            for costs, matrices in ((rows[0].head, heads), (rest, rests)):
-                matrices.append(np.where(costs <= slowest, costs, np.inf))
-        hops = [self._hops(size) for size in (self.layout.hidden_bytes, self.layout.returned_bytes)]
-        return Problem(tuple(self.counts), np.stack(heads), np.stack(rests), *hops)
+            parts = [costs.shares(group[0]) for costs in self._costs]
+            taken = np.argmin([costs.seconds(group[0]).rest for costs in self._costs], axis=0)
+            heads.append(parts[0].head)
+            rests.append(np.choose(taken, [part.rest for part in parts]))
+        return Row(np.stack(heads), np.stack(rests))
+
+    @cached_property
+    def _all_hops(self) -> tuple[Matrix, Matrix]:
+        """Seconds of hops between kinds: onward, and back to the head."""
+        return self._hops(self.layout.hidden_bytes), self._hops(self.layout.returned_bytes)
 
     def least_slowest(self) -> tuple[float, bool]:
         """The least that the slowest stage can take, and whether that is proven."""

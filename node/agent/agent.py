@@ -19,14 +19,14 @@ from node.weights import hub
 from node.weights.fetch import describe
 from node.weights.sources import Sources
 from node.worker.config import WorkerConfig
-from node.worker.process import WorkerProcess
+from node.worker.process import REASON_CHARS, WorkerProcess
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
 from unicluster.cluster.versions import mismatch
-from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError
+from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError, shortened
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.keyring import Keyring
 from unicluster.trust.role import audit
@@ -61,6 +61,10 @@ INSPECT = "node.inspect"
 # A worker that keeps crashing is not helped by starting it again.
 RESTARTS = 3
 RESTART_WINDOW = 60.0
+# Pauses before it is started again double, until it has run for a while.
+FIRST_PAUSE_SECONDS = 0.25
+LAST_PAUSE_SECONDS = 30.0
+STEADY_SECONDS = 600.0
 
 
 class Agent(NodeServicer):
@@ -272,8 +276,9 @@ class Agent(NodeServicer):
     async def _run(self, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         spec = config.spec
         crashes: deque[float] = deque(maxlen=RESTARTS)
+        pause = FIRST_PAUSE_SECONDS
         while True:
-            ready = False
+            ready, began = False, time.monotonic()
             fresh = replace(config, identity=self._identity.current.to_dict())
             worker = await WorkerProcess.start(fresh)
             renewing = asyncio.create_task(self._renew(worker))
@@ -290,6 +295,8 @@ class Agent(NodeServicer):
                 # The coordinator may have gone in the middle: the worker must not stay.
                 await asyncio.shield(worker.stop())
             now = time.monotonic()
+            if now - began > STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
             often = len(crashes) == RESTARTS and now - crashes[0] < RESTART_WINDOW
             restarting = ready and not often
             log.warning(
@@ -297,11 +304,11 @@ class Agent(NodeServicer):
                 spec.first_layer,
                 spec.end_layer - 1,
                 ended.reason,
-                "; starting it again" if restarting else "",
+                f"; starting it again in {pause:.2g} s" if restarting else "",
             )
             yield StageEvent(
                 exit=StageExit(
-                    reason=ended.reason,
+                    reason=shortened(ended.reason, REASON_CHARS),
                     stderr_tail=ended.stderr_tail,
                     out_of_memory=ended.out_of_memory,
                     restarting=restarting,
@@ -310,6 +317,8 @@ class Agent(NodeServicer):
             if not restarting:
                 return
             crashes.append(now)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     async def _renew(self, worker: WorkerProcess) -> None:
         """Hands a worker new certificates before its old ones expire."""

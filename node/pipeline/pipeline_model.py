@@ -17,8 +17,11 @@ from node.mlx.prebuilt import Kind, PrebuiltStep, StepBuilder, kind_of_array, ki
 from node.mlx.tensors import decode_tree, encode_tree
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.ring.compute_thread import begin
 from node.ring.leaves import leaf_bytes
 from node.ring.ring import PrefillWindow, Reply, Ring, Window
+from unicluster import failpoints
+from unicluster.deadlines import DECODE, PREFILL, Work
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
@@ -136,6 +139,9 @@ class PipelineModel(nn.Module):
             cache = self.make_cache()
         here = len(self._hollow.cache_view)
         local = cache[:here]
+        prefill = inputs.shape[1] > PUSHED_TOKENS
+        begin(Work(PREFILL, inputs.size) if prefill else DECODE)
+        failpoints.reach("head.compute")
         timelines = recording()
         if self._ring is None:
             began = time.perf_counter()
@@ -149,7 +155,7 @@ class PipelineModel(nn.Module):
             if members(cache[index]) is not None:
                 cache[index] = remote.store(cache[index])
         handles = cache[here:]
-        if inputs.shape[1] > PUSHED_TOKENS:
+        if prefill:
             return self._prefill(inputs, local, handles, timelines)
         return self._step(inputs, local, handles, timelines)
 
@@ -182,7 +188,7 @@ class PipelineModel(nn.Module):
             logits = self._hollow.final_logits(inputs, decode_tree(frame.hidden), local)
             return _finished(logits, timelines, woke, number)
 
-        return PendingLogits(resolve, lambda: self._dropped.append(number), reply)
+        return PendingLogits(resolve, lambda: self._drop(number), reply)
 
     def _step(
         self,
@@ -312,6 +318,14 @@ class PipelineModel(nn.Module):
         frame = self._send(HopMessage(), last=(remote, operation)).wait()
         return next(report for report in frame.reports if report.stage == remote.index)
 
+    def _drop(self, number: int) -> None:
+        """Frees a result that is held for the head, by the next frame: nobody will claim it.
+
+        Called by the garbage collector at any moment: takes no lock.
+        """
+        self._dropped.append(number)
+        self._on_free()
+
     def _on_free(self) -> None:
         """Sends frees in a frame of their own shortly, unless a forward carries them first."""
         if not self._flush_due and self._ring is not None and self._ring.failure is None:
@@ -320,7 +334,7 @@ class PipelineModel(nn.Module):
 
     def _flush(self) -> None:
         self._flush_due = False
-        if any(remote.operations for remote in self._remotes):
+        if self._dropped or any(remote.operations for remote in self._remotes):
             self._send(HopMessage())
 
 

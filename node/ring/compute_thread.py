@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from greenlet import getcurrent, greenlet
 
+from unicluster.deadlines import OTHER, Work, WorkDeadlines
+
 T = TypeVar("T")
 
 
@@ -20,23 +22,35 @@ class MLXThread:
     """Runs actions in order; a fiber continues when the result it waits for has arrived.
 
     `busy_s`: seconds of work so far. `queue_s`: seconds that due actions have waited.
+    `deadlines` learns how long each kind of work takes. `failure`: the exception of an action
+    that must not raise; nothing runs after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadlines: WorkDeadlines | None = None) -> None:
         self.busy_s = 0.0
         self.queue_s = 0.0
-        self._actions: queue.SimpleQueue[tuple[float, Callable[[], object]]] = queue.SimpleQueue()
+        self.deadlines = deadlines or WorkDeadlines()
+        self.failure: BaseException | None = None
+        self._lap: tuple[float, Work] | None = None
+        self._actions: queue.SimpleQueue[tuple[float, Callable[[], object], Work]] = (
+            queue.SimpleQueue()
+        )
         threading.Thread(target=self._work, name="mlx", daemon=True).start()
 
-    def post(self, action: Callable[[], object]) -> None:
+    @property
+    def running(self) -> tuple[float, Work] | None:
+        """When the work that runs now began (perf_counter seconds), and what it is."""
+        return self._lap
+
+    def post(self, action: Callable[[], object], work: Work = OTHER) -> None:
         """Queues an action that neither raises nor waits; callable from any thread."""
-        self._actions.put((time.perf_counter(), action))
+        self._actions.put((time.perf_counter(), action, work))
 
-    def start(self, action: Callable[[], object]) -> None:
+    def start(self, action: Callable[[], object], work: Work = OTHER) -> None:
         """Queues an action that does not raise, as a fiber; callable from any thread."""
-        self.post(lambda: _Fiber(self, action).switch())
+        self.post(lambda: _Fiber(self, action, work).switch(), work)
 
-    async def run(self, action: Callable[[], T]) -> T:
+    async def run(self, action: Callable[[], T], work: Work = OTHER) -> T:
         """Runs `action` as a fiber; returns its result, or raises its exception."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
@@ -57,28 +71,45 @@ class MLXThread:
             else:
                 loop.call_soon_threadsafe(settle, result, None)
 
-        self.start(attempt)
+        self.start(attempt, work)
         return await done
 
+    def begin(self, work: Work) -> None:
+        """On this thread: what runs now is done, and `work` begins."""
+        self._end_lap()
+        self._lap = time.perf_counter(), work
+
     def _work(self) -> None:
-        while True:
-            due, action = self._actions.get()
+        while self.failure is None:
+            due, action, work = self._actions.get()
             began = time.perf_counter()
             self.queue_s += began - due
-            action()
+            self._lap = began, work
+            try:
+                action()
+            except BaseException as error:
+                self.failure = error
+            self._end_lap()
             self.busy_s += time.perf_counter() - began
+
+    def _end_lap(self) -> None:
+        if self._lap is not None:
+            began, work = self._lap
+            self._lap = None
+            self.deadlines.note(work, time.perf_counter() - began)
 
 
 class _Fiber(greenlet):
     """Made by the thread's own loop, to which it returns when it waits and when it ends."""
 
-    def __init__(self, thread: MLXThread, action: Callable[[], object]) -> None:
+    def __init__(self, thread: MLXThread, action: Callable[[], object], work: Work) -> None:
         super().__init__(action)
         self.rested_s = 0.0
-        self._thread = thread
+        self.thread = thread
+        self.work = work
 
     def wake(self) -> None:
-        self._thread.post(self.switch)
+        self.thread.post(self.switch, self.work)
 
     def rest(self) -> None:
         """Returns once `wake` was called and it is this fiber's turn."""
@@ -124,6 +155,14 @@ def rested() -> float:
     """The seconds in which this fiber has not run, since it was started; 0 outside of fibers."""
     fiber = getcurrent()
     return fiber.rested_s if isinstance(fiber, _Fiber) else 0.0
+
+
+def begin(work: Work) -> None:
+    """In a fiber: `work` begins now, and goes on when the fiber does. Nothing elsewhere."""
+    fiber = getcurrent()
+    if isinstance(fiber, _Fiber):
+        fiber.work = work
+        fiber.thread.begin(work)
 
 
 def give_way() -> None:

@@ -13,14 +13,23 @@ from dataclasses import dataclass
 import grpc
 
 from node.ring.compute_thread import Signal
+from node.ring.stuck import find_stuck
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.cluster.sizes import RESULT_BYTES
+from unicluster.deadlines import DECODE, OTHER, PREFILL, Work, WorkDeadlines, floor_seconds
 from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 
 Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
+
+# To connect to a stage, and for each one behind it: the nearest to the trouble says so first.
+OPEN_SECONDS = 5.0
+OPEN_SECONDS_A_STAGE = 2.0
+# A machine whose work is stuck finds out by itself a little sooner, and knows more about it.
+PATIENCE_FLOORS = 0.5
 
 
 class Reply:
@@ -125,21 +134,34 @@ class PrefillWindow(Window):
 @dataclass
 class _Sent:
     reply: Reply
+    work: Work
+    at: float
     window: Window | None
     on_reply: Callable[[Frame], None] | None
     after: Callable[[Frame], None] | None
 
 
 class Ring:
-    """An open ring. `send` may be called from any thread; all else runs on the event loop."""
+    """An open ring. `send` may be called from any thread; all else runs on the event loop.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, route: list[RouteStop]) -> None:
+    It breaks by itself when no frame comes back for longer than `deadlines` have learned.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        route: list[RouteStop],
+        deadlines: WorkDeadlines | None = None,
+    ) -> None:
         self.route = route
         self.stages: Opened = Opened()
         self.failure: UniclusterError | None = None
         self._loop = loop
         self._ids = itertools.count(1)
         self._sent: dict[int, _Sent] = {}
+        self._deadlines = deadlines or WorkDeadlines()
+        self._returns = 0
+        self._last_return = 0.0
         self._outgoing: asyncio.Queue[HopMessage] = asyncio.Queue()
         self._lock = threading.Lock()
         self._channels: list[grpc.aio.Channel] = []
@@ -152,12 +174,14 @@ class Ring:
         route: list[RouteStop],
         identity: Credentials,
         on_failure: Callable[[UniclusterError], None] | None = None,
+        deadlines: WorkDeadlines | None = None,
     ) -> "Ring":
         """Connects through all stages of `route`; raises UnavailableError naming the machine.
 
-        `on_failure` is called on the event loop, once, when an open ring breaks.
+        `on_failure` is called on the event loop, once, when an open ring breaks. `deadlines`: of
+        frames, from their sending to their return.
         """
-        ring = cls(asyncio.get_running_loop(), route)
+        ring = cls(asyncio.get_running_loop(), route, deadlines)
         try:
             await ring._connect(identity)
         except BaseException:
@@ -184,7 +208,8 @@ class Ring:
             number = message.frame.id = next(self._ids)
             reply = Reply(number)
             if self.failure is None:
-                self._sent[number] = _Sent(reply, window, on_reply, after)
+                now, work = time.perf_counter(), work_of(message.frame)
+                self._sent[number] = _Sent(reply, work, now, window, on_reply, after)
                 self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
                 return reply
         reply.put(self.failure)
@@ -214,11 +239,12 @@ class Ring:
         )
         back = self._dial(last, identity)
         opening = Open(session=session, stage=len(self.route), returns=True)
-        await open_hop(back, last, opening)
+        await open_hop(back, last, opening, OPEN_SECONDS)
         self._tasks = [
             asyncio.create_task(self._write(forward)),
             asyncio.create_task(self._watch(forward, first)),
             asyncio.create_task(self._read(back, last)),
+            asyncio.create_task(self._watch_work(identity)),
         ]
 
     def _dial(self, stop: RouteStop, identity: Credentials) -> Hop:
@@ -254,6 +280,23 @@ class Ring:
             await asyncio.wait([watching], timeout=KEEPALIVE_TIME + KEEPALIVE_TIMEOUT)
         self._fail(error)
 
+    async def _watch_work(self, identity: Credentials) -> None:
+        """Breaks the ring when frames are on their way and none has come back for too long."""
+        stall = Stall()
+        while True:
+            await asyncio.sleep(look_seconds())
+            with self._lock:
+                waiting = [sent.work for sent in self._sent.values()]
+            stuck_s = stall.look(self._returns if waiting else None)
+            if not waiting:
+                continue
+            slowest = max(waiting, key=self._deadlines.limit)
+            patience = PATIENCE_FLOORS * floor_seconds()
+            if stuck_s > self._deadlines.limit(slowest) + patience:
+                stages = zip(self.route, self.stages.stages, strict=True)
+                self._fail(await find_stuck(list(stages), identity, stuck_s, slowest))
+                return
+
     def _unexpected(self, frame: Frame) -> None:
         raise StageError(f"frame {frame.id} came back on the forward hop")
 
@@ -262,6 +305,9 @@ class Ring:
             sent = self._sent.pop(frame.id, None)
         if sent is None:
             raise StageError(f"frame {frame.id} came back, but was not waited for")
+        now = time.perf_counter()
+        self._deadlines.note(sent.work, now - max(sent.at, self._last_return))
+        self._returns, self._last_return = self._returns + 1, now
         if sent.on_reply is not None:
             sent.on_reply(frame)
         sent.reply.put(frame)
@@ -301,11 +347,34 @@ async def _until_fault(
         return error
 
 
-async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
-    """Sends the first message of a hop and waits until everything behind it is connected."""
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        await hop.write(HopMessage(open=opening))  # if it fails, reading tells why
-    message = await read_hop(hop, stop)
+def work_of(frame: Frame) -> Work:
+    """The work of a stage with a frame."""
+    if not frame.hidden:
+        return OTHER
+    shape = max((leaf.tensor.shape for leaf in frame.hidden), key=len)
+    return Work(PREFILL, max(shape[0] * shape[1], 1)) if frame.hold and len(shape) > 1 else DECODE
+
+
+def open_seconds(stages: int) -> float:
+    """Seconds in which a stream through so many stages is opened."""
+    return OPEN_SECONDS + OPEN_SECONDS_A_STAGE * stages
+
+
+async def open_hop(hop: Hop, stop: RouteStop, opening: Open, seconds: float = 0.0) -> Opened:
+    """Sends the first message of a hop and waits until everything behind it is connected.
+
+    Raises UnavailableError naming the machine after `seconds`, or what the route should take.
+    """
+    seconds = seconds or open_seconds(1 + len(opening.route))
+    try:
+        async with asyncio.timeout(seconds):
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await hop.write(HopMessage(open=opening))  # if it fails, reading tells why
+            message = await read_hop(hop, stop)
+    except TimeoutError:
+        raise UnavailableError(
+            f"machine {stop.node} ({stop.address}) did not open the ring within {seconds:.0f} s"
+        ) from None
     return message.opened
 
 

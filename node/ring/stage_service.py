@@ -9,8 +9,10 @@ from typing import Any
 import grpc
 
 from node.ring.compute_thread import MLXThread
-from node.ring.ring import fault_message, open_hop, read_hop
+from node.ring.ring import fault_message, open_hop, read_hop, work_of
 from node.ring.session import Session, StageEngine
+from node.ring.stuck import name_of
+from unicluster import failpoints
 from unicluster.cluster.channels import connect
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust.identity import Credentials
@@ -73,7 +75,15 @@ class StageService(StageServicer):
     async def Clock(  # noqa: N802
         self, request: ClockRequest, context: "grpc.aio.ServicerContext[ClockRequest, ClockReading]"
     ) -> ClockReading:
-        return ClockReading(now_s=time.perf_counter())
+        lap, now = self._thread.running, time.perf_counter()
+        if lap is None:
+            return ClockReading(now_s=now)
+        return ClockReading(now_s=now, running_s=now - lap[0], work=str(lap[1]))
+
+    def fail(self, error: UniclusterError) -> None:
+        """Ends every session: each head gets `error`."""
+        for live in self._sessions.values():
+            live.fail(error)
 
     async def _return_results(self, opening: Open, context: Context) -> None:
         live = self._sessions.get(opening.session)
@@ -86,6 +96,7 @@ class StageService(StageServicer):
             self._look_ahead(live)
 
     async def _serve_session(self, opening: Open, context: Context) -> None:
+        await failpoints.reach_async("stage.open")
         live = _LiveSession(self._stage.open(opening.stage, last=not opening.route))
         self._sessions[opening.session] = live
         tasks: list[asyncio.Task[None]] = []
@@ -128,7 +139,10 @@ class StageService(StageServicer):
         loop = asyncio.get_running_loop()
         while isinstance(message := await context.read(), HopMessage):
             arrived = time.perf_counter()
-            self._thread.post(lambda m=message, a=arrived: self._serve(live, m, a, loop))  # type: ignore[misc]
+            self._thread.post(
+                lambda m=message, a=arrived: self._serve(live, m, a, loop),  # type: ignore[misc]
+                work_of(message.frame),
+            )
 
     def _serve(
         self,
@@ -141,15 +155,14 @@ class StageService(StageServicer):
         if live.closed:
             return
         try:
+            failpoints.reach("stage.compute")
             self._stage.serve(live.session, message.frame, arrived)
         except Exception as error:
             log.exception("frame %d", message.frame.id)
             live.closed = True
-            info = self._info
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fault = StageError(
-                f"machine {info.node}, layers {info.first_layer}-{info.end_layer - 1}, "
-                f"failed while computing: {reason}"
+                f"{name_of(self._info.node, self._info)} failed while computing: {reason}"
             )
             loop.call_soon_threadsafe(live.fail, fault)
         else:

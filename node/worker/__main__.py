@@ -14,9 +14,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import grpc
 import uvloop
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -28,17 +31,22 @@ from node.generation.engine import GenerationEngine
 from node.metering.meters import AnswerMeter
 from node.pipeline.pipeline_model import Front
 from node.ring.compute_thread import MLXThread
+from node.ring.compute_watch import watch
 from node.ring.session import StageEngine
 from node.ring.stage_service import StageService
+from node.ring.stuck import name_of
 from node.weights.fetch import describe, fetch_ranges, is_whole
 from node.weights.sources import Sources
 from node.worker.channel import emit, open_channel
 from node.worker.config import WorkerConfig
 from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
+from unicluster import failpoints
 from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
+from unicluster.deadlines import DECODE, LOAD, PREFILL, Work, WorkDeadlines
 from unicluster.errors import UniclusterError
 from unicluster.trust.identity import Credentials, Identity
 from unicluster.trust.keyring import HandedKeyring
@@ -49,6 +57,8 @@ from unicluster.v1.stage_pb2_grpc import add_StageServicer_to_server
 
 log = logging.getLogger("unicluster.worker")
 
+T = TypeVar("T")
+
 # The network thread must get the interpreter within a fraction of a hop.
 SWITCH_INTERVAL = 1e-4
 
@@ -56,6 +66,12 @@ SWITCH_INTERVAL = 1e-4
 REPORT_SECONDS = 0.2
 # Between two reports of computed tokens.
 TOKENS_SECONDS = 2.0
+# Between two signs of life.
+ALIVE_SECONDS = 1.0
+# The bytes of the largest layer over those of the mean.
+UNEVEN_LAYERS = 4
+# For the last messages of a worker that ends: the reason, to all who wait.
+GOODBYE_SECONDS = 0.5
 
 
 def download_reporter() -> Callable[[int, int], None]:
@@ -76,20 +92,47 @@ async def report_tokens(meter: StageEngine | AnswerMeter) -> None:
     reported = 0
     while True:
         await asyncio.sleep(TOKENS_SECONDS)
-        if (now := meter.computed_tokens) != reported:
-            emit("tokens", more=now - reported)
-            reported = now
+        with going_on("reporting tokens"):
+            if (now := meter.computed_tokens) != reported:
+                emit("tokens", more=now - reported)
+                reported = now
 
 
-def send_progress(progress: LoadProgress) -> None:
-    """Sends an event with the loaded layers and bytes of the stage."""
-    emit(
-        "progress",
-        layers=progress.layers_done,
-        layers_total=progress.layers_total,
-        bytes=progress.bytes_done,
-        bytes_total=progress.bytes_total,
-    )
+async def report_alive() -> None:
+    """Reports that the event loop runs, to a starter that ends a worker that is silent."""
+    while True:
+        emit("alive")
+        await asyncio.sleep(ALIVE_SECONDS)
+
+
+def progress_reporter(spec: StageSpec, thread: MLXThread) -> Callable[[LoadProgress], None]:
+    """A callback, for the compute thread, that reports the loaded layers and bytes of the stage.
+
+    It also tells the thread's watch how much comes next.
+    """
+
+    def report(progress: LoadProgress) -> None:
+        emit(
+            "progress",
+            layers=progress.layers_done,
+            layers_total=progress.layers_total,
+            bytes=progress.bytes_done,
+            bytes_total=progress.bytes_total,
+        )
+        thread.begin(Work(LOAD, next_bytes(progress, spec.memory)))
+        failpoints.reach("worker.load")
+
+    return report
+
+
+def next_bytes(progress: LoadProgress, memory: int) -> int:
+    """The most bytes that come before the next report of progress; of a stage of `memory`."""
+    if not progress.bytes_total:
+        return memory
+    left = progress.bytes_total - progress.bytes_done
+    if progress.layers_done >= progress.layers_total:  # what is outside the layers
+        return left
+    return min(left, UNEVEN_LAYERS * progress.bytes_total // progress.layers_total)
 
 
 async def fetch_stage(
@@ -101,6 +144,7 @@ async def fetch_stage(
     `fetch_ranges` and Engine.ranges do.
     """
     spec, report = config.spec, download_reporter()
+    await failpoints.reach_async("worker.fetch")
     async with Sources(config.sources, identity, config.vouching) as sources:
         checkpoint = await describe(spec.model, spec.revision, sources)
         engine = choose(checkpoint, spec.engine)
@@ -127,16 +171,27 @@ def generation_engine(
     return GenerationEngine(thread, tokenizer, config)
 
 
-async def serve(config: WorkerConfig, identity: Credentials) -> None:
-    """Loads the stage and serves it until a signal ends it."""
+@dataclass(frozen=True)
+class Served:
+    """A loaded stage behind its server. fail: ends all streams with an error."""
+
+    server: grpc.aio.Server
+    port: int
+    weight_bytes: int
+    meter: StageEngine | AnswerMeter
+    fail: Callable[[UniclusterError], None]
+
+
+async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -> Served:
+    """Fetches and loads the stage, and serves it. Raises what `fetch_stage` and Engine.load do."""
     spec = config.spec
-    thread = MLXThread()
     server = make_server(most_bytes=FRAME_BYTES if spec.first_layer else CHAT_BYTES)
     port = bind(server, config.host, config.port, identity)
     engine, checkpoint, draft = await fetch_stage(config, identity, thread)
     await thread.run(maybe_set_recommended_wired_limit)  # on Metal: else idle weights are paged out
+    report, work = progress_reporter(spec, thread), Work(LOAD, spec.memory)
     loaded = await thread.run(
-        lambda: engine.load(checkpoint, spec, send_progress, prebuilt=config.prebuilt)
+        lambda: engine.load(checkpoint, spec, report, prebuilt=config.prebuilt), work
     )
     info = StageInfo(
         node=config.node,
@@ -149,25 +204,60 @@ async def serve(config: WorkerConfig, identity: Credentials) -> None:
     if isinstance(loaded, LoadedHead):
         front = loaded.front
         generation = await thread.run(
-            lambda: generation_engine(spec, engine, checkpoint, front, draft, thread)
+            lambda: generation_engine(spec, engine, checkpoint, front, draft, thread), work
         )
         meter = generation.meter
-        head = Head(front, info, generation, thread, identity, prebuilt=loaded.prebuilt)
+        ring = WorkDeadlines({DECODE.kind: spec.ring_decode_s, PREFILL: spec.ring_prefill_s})
+        prebuilt = loaded.prebuilt
+        head = Head(front, info, generation, thread, identity, prebuilt=prebuilt, deadlines=ring)
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(generation, head, thread), server)
+        fail = head.fail
     else:
         meter = loaded.stage
-        add_StageServicer_to_server(StageService(loaded.stage, info, thread, identity), server)
+        service = StageService(loaded.stage, info, thread, identity)
+        add_StageServicer_to_server(service, server)
+        fail = service.fail
     await server.start()
+    return Served(server, port, loaded.weight_bytes, meter, fail)
+
+
+async def serve(config: WorkerConfig, identity: Credentials) -> None:
+    """Loads the stage and serves it until a signal ends it.
+
+    Raises StageError once the compute thread is stuck, or has failed.
+    """
+    spec = config.spec
+    thread = MLXThread(WorkDeadlines({DECODE.kind: spec.decode_s, PREFILL: spec.prefill_s}))
+    named = StageInfo(first_layer=spec.first_layer, end_layer=spec.end_layer)
+    watching = asyncio.create_task(watch(thread, name_of(config.node, named)))
+    living = asyncio.create_task(report_alive())
+    served = await _unless(watching, load(config, identity, thread))
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    emit("ready", port=port, weight_bytes=loaded.weight_bytes)
-    reporting = asyncio.create_task(report_tokens(meter))
-    await ended.wait()
-    reporting.cancel()
-    await server.stop(grace=0.5)
+    emit("ready", port=served.port, weight_bytes=served.weight_bytes)
+    reporting = asyncio.create_task(report_tokens(served.meter))
+    try:
+        await _unless(watching, ended.wait())
+    except UniclusterError as error:
+        served.fail(error)
+        raise
+    finally:
+        reporting.cancel()
+        living.cancel()
+        await served.server.stop(grace=GOODBYE_SECONDS)
+
+
+async def _unless(watching: "asyncio.Task[None]", work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, unless `watching` raises before it is done."""
+    working = asyncio.create_task(work)
+    await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        working.cancel()
+        watching.result()
+    return await working
 
 
 def _follow_parent(keyring: HandedKeyring) -> None:

@@ -18,6 +18,7 @@ _FIELDS: dict[str, dict[str, int]] = {
     },
     "ready": {"port": UINT32, "weight_bytes": UINT64},
     "tokens": {"more": UINT64},
+    "alive": {},
     "failed": {"reason": TEXT},
     "log": {"level": TEXT, "logger": TEXT, "message": TEXT},
 }

@@ -16,6 +16,7 @@ from node.ring.ring import Ring
 from node.worker.chat_service import ChatService
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
+from unicluster.deadlines import WorkDeadlines
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import (
@@ -45,8 +46,9 @@ class Head(HeadServicer):
         identity: Credentials,
         *,
         prebuilt: bool = True,
+        deadlines: WorkDeadlines | None = None,
     ) -> None:
-        """prebuilt: decode steps are built before their input is there."""
+        """prebuilt: decode steps are built before their input is there. deadlines: of frames."""
         self.model: PipelineModel | None = None
         self._front = front
         self._info = info
@@ -54,25 +56,29 @@ class Head(HeadServicer):
         self._thread = thread
         self._identity = identity
         self._prebuilt = prebuilt
+        self._deadlines = deadlines or WorkDeadlines()
         self._one_ring = asyncio.Lock()
+        self._broken: asyncio.Future[UniclusterError] | None = None
+
+    def fail(self, error: UniclusterError) -> None:
+        """Ends the ring and all answers with `error`."""
+        self._engine.fail(error)
+        if self._broken is not None and not self._broken.done():
+            self._broken.set_result(error)
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         log.info("ring of %d stages for %s", len(request.route) + 1, peer_name(context))
         async with self._one_ring:
-            broken: asyncio.Future[UniclusterError] = asyncio.get_running_loop().create_future()
-
-            def on_failure(error: UniclusterError) -> None:
-                # At once, so that a step that waits for the ring fails with the reason.
-                self._engine.fail(error)
-                if not broken.done():
-                    broken.set_result(error)
-
+            broken = self._broken = asyncio.get_running_loop().create_future()
             ring: Ring | None = None
             following: asyncio.Task[None] | None = None
             try:
                 stages = [self._info]
                 if request.route:
-                    ring = await Ring.open(list(request.route), self._identity, on_failure)
+                    # At once, so that a step that waits for the ring fails with the reason.
+                    ring = await Ring.open(
+                        list(request.route), self._identity, self.fail, self._deadlines
+                    )
                     stages.extend(ring.stages.stages)
                 self.model = PipelineModel(
                     self._front, ring, self._info.node, prebuilt=self._prebuilt

@@ -17,7 +17,9 @@ from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
 from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
+from unicluster.deadlines import floor_seconds
 from unicluster.program import child_environment, module_command
+from unicluster.stall import Stall, look_seconds
 from unicluster.telemetry.broker_url import VARIABLE as MQTT_VARIABLE
 
 log = logging.getLogger("unicluster.worker")
@@ -31,6 +33,10 @@ CLOSED_SECONDS = 5.0
 # For the last bytes of a process that has ended. Its children may hold the pipes open for longer.
 DRAIN_SECONDS = 1.0
 REASON_CHARS = 500
+# Of silence until a worker is ended, in times that any work may take: it reports every second that
+# it lives, but for imports at its start.
+SILENT_FLOORS = 2.0
+SILENT_START_FLOORS = 6.0
 
 # Variables that hold secrets of the agent's or of commands.
 SECRETS = frozenset({JOIN_VARIABLE, CLIENT_VARIABLE, MQTT_VARIABLE})
@@ -173,6 +179,7 @@ class WorkerProcess:
         waiting = [
             asyncio.create_task(report.broken.wait()),
             asyncio.create_task(report.channel.closed.wait()),
+            asyncio.create_task(self._break_off_silent()),
         ]
         await asyncio.wait([exited, *waiting], return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
@@ -186,6 +193,17 @@ class WorkerProcess:
         closed = (report.channel.closed.wait(), report.output.closed.wait())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*closed), DRAIN_SECONDS)
+
+    async def _break_off_silent(self) -> None:
+        """Breaks the channel off once nothing has come through it for too long."""
+        report, stall = self._report, Stall()
+        while not report.broken.is_set():
+            await asyncio.sleep(look_seconds())
+            silent_s = stall.look(report.heard)
+            floors = SILENT_FLOORS if report.heard else SILENT_START_FLOORS
+            if silent_s > floors * floor_seconds():
+                doing = report.doing or "starting"
+                report.break_off(f"has said nothing for {silent_s:.0f} s while {doing}")
 
 
 async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:

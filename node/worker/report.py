@@ -18,6 +18,8 @@ TAIL_CHARS = 32 * 2**10
 # Events not read yet. The oldest are dropped first: a worker never waits for a reader.
 PENDING_EVENTS = 1000
 
+_DOING = {"fetching": "fetching files", "progress": "loading", "ready": "serving its layers"}
+
 
 class WorkerReport:
     """Two streams of a worker: `channel` with its events, `output` with printed lines.
@@ -26,7 +28,8 @@ class WorkerReport:
     logger, behind the worker's name; printed lines appear there at level INFO.
 
     failure: the reason that the worker gave for its end, or the fault of its channel.
-    broken: whether its channel has failed.
+    broken: whether its channel has failed. heard: events so far, signs of life included.
+    doing: what it does, by its last event.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,6 +41,8 @@ class WorkerReport:
         self.last_printed = ""
         self.failure: str | None = None
         self.broken = asyncio.Event()
+        self.heard = 0
+        self.doing = ""
 
     @property
     def tail(self) -> tuple[str, ...]:
@@ -69,6 +74,9 @@ class WorkerReport:
             beginning = printable(line[:40].decode(errors="replace"))
             self.break_off(f"broke its event channel: {error}: {beginning}")
             return
+        self.heard += 1
+        if event["event"] == "alive":
+            return
         if not is_known(event):
             log.debug("[%s] ignored an event of kind %s", self._name, printable(event["event"]))
         elif event["event"] == "log":
@@ -79,6 +87,7 @@ class WorkerReport:
     def _on_progress(self, event: dict[str, Any]) -> None:
         if event["event"] == "failed":
             event["reason"] = self.failure = printable(event["reason"])
+        self.doing = _DOING.get(event["event"], self.doing)
         if self._events.qsize() >= PENDING_EVENTS:
             self._events.get_nowait()
         self._events.put_nowait(event)

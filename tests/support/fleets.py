@@ -16,6 +16,20 @@ GB = 10**9
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Seconds a token of a placement and of its slowest stage, and how full its fullest machine is.
+
+    ring: which kind of ring of variants it is.
+    """
+
+    latency: float
+    slowest: float
+    fullest: float
+    stages: int
+    ring: int = 0
+
+
+@dataclass(frozen=True)
 class Case:
     layout: Layout
     machines: list[Machine]
@@ -155,12 +169,17 @@ def _some_cuts(dice: random.Random, layers: int) -> tuple[int, ...]:
     return tuple(cut for cut in range(1, layers) if dice.random() < dice.choice([0.0, 0.0, 0.4]))
 
 
-def every_placement(case: Case) -> Iterator[tuple[float, float]]:
-    """(latency, slowest stage) in seconds a token of each placement that fits."""
+def every_placement(case: Case) -> Iterator[Placed]:
+    """Each placement that fits."""
+    for ring, placements in enumerate(_rings(case)):
+        yield from (replace(placed, ring=ring) for placed in placements)
+
+
+def _rings(case: Case) -> Iterator[Iterator[Placed]]:
     layout = case.layout
-    yield from _placements(case, layout, [layout])
+    yield _placements(case, layout, [layout])
     if case.gguf is not None:
-        yield from _placements(case, case.gguf, [case.gguf])
+        yield _placements(case, case.gguf, [case.gguf])
         layers, active = list(case.gguf.layer_bytes), list(case.gguf.layer_active_bytes)
         layers[-1] -= case.gguf.lm_head_bytes
         active[-1] -= case.gguf.lm_head_bytes
@@ -172,7 +191,7 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
             forbidden_cuts=apart,
         )
         head = replace(layout, forbidden_cuts=apart)
-        yield from _placements(case, head, [head, without])
+        yield _placements(case, head, [head, without])
         if layout.added_lm_head_bytes:
             more = layout.added_lm_head_bytes
             finished = replace(
@@ -184,13 +203,13 @@ def every_placement(case: Case) -> Iterator[tuple[float, float]]:
                 ),
             )
             first = replace(case.gguf, forbidden_cuts=apart)
-            yield from _placements(case, first, [first, finished])
+            yield _placements(case, first, [first, finished])
 
 
-def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tuple[float, float]]:
+def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[Placed]:
     """Placements whose stages are of these variants, and whose first is of that one."""
     n = head.layers
-    seconds: dict[tuple[str, int, int], float] = {}
+    figures: dict[tuple[str, int, int], tuple[float, float]] = {}
     for m in case.machines:
         for variant in variants:
             if variant.engine not in m.engines:
@@ -201,7 +220,9 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tu
                     if cut or _needs(variant, a, b) > m.usable or (a == 0 and variant is not head):
                         continue
                     taken = _seconds(variant, m, a, b)
-                    seconds[m.name, a, b] = min(taken, seconds.get((m.name, a, b), taken))
+                    known = figures.get((m.name, a, b))
+                    if known is None or taken < known[0]:
+                        figures[m.name, a, b] = taken, _needs(variant, a, b) / m.usable
     names = [m.name for m in case.machines]
     hop = {
         (one, other): case.network.between(one, other).seconds(head.hidden_bytes)
@@ -211,22 +232,29 @@ def _placements(case: Case, head: Layout, variants: list[Layout]) -> Iterator[tu
     returned = 4 * head.vocabulary if head.lm_head_bytes else head.hidden_bytes
 
     def onward(
-        row: tuple[str, ...], first: int, total: float, slowest: float
-    ) -> Iterator[tuple[float, float]]:
+        row: tuple[str, ...], first: int, total: float, slowest: float, fullest: float
+    ) -> Iterator[Placed]:
         if first == n:
             back = case.network.between(row[-1], row[0]).seconds(returned)
-            yield total + (back if len(row) > 1 else 0.0), slowest
+            latency = total + (back if len(row) > 1 else 0.0)
+            yield Placed(latency, slowest, fullest, len(row))
             return
         for name in names:
             if name in row:
                 continue
             way = hop[row[-1], name] if row else 0.0
             for end in range(first + 1, n + 1):
-                if (name, first, end) in seconds:
-                    taken = seconds[name, first, end]
-                    yield from onward((*row, name), end, total + way + taken, max(slowest, taken))
+                if (name, first, end) in figures:
+                    taken, share = figures[name, first, end]
+                    yield from onward(
+                        (*row, name),
+                        end,
+                        total + way + taken,
+                        max(slowest, taken),
+                        max(fullest, share),
+                    )
 
-    yield from onward((), 0, 0.0, 0.0)
+    yield from onward((), 0, 0.0, 0.0, 0.0)
 
 
 def _needs(layout: Layout, first: int, end: int) -> int:

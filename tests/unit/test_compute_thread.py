@@ -2,9 +2,16 @@
 
 import asyncio
 import threading
+import time
+from functools import partial
 
-from node.ring.compute_thread import MLXThread, Signal, give_way
+import pytest
+
+from node.ring.compute_thread import MLXThread, Signal, begin, give_way
+from node.ring.compute_watch import watch
 from tests.support.deadlines import scaled
+from unicluster.deadlines import VARIABLE, Work
+from unicluster.errors import StageError
 
 THREAD = MLXThread()
 
@@ -75,3 +82,61 @@ async def test_an_error_comes_to_who_asked() -> None:
         await THREAD.run(fails)
     except ValueError as error:
         assert str(error) == "no"  # noqa: PT017
+
+
+async def test_what_runs_now_can_be_seen() -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begin(Work("prefill", 64))
+        entered.set()
+        release.wait(scaled(10))
+
+    running = asyncio.create_task(THREAD.run(work))
+    await asyncio.to_thread(entered.wait, scaled(10))
+    lap = THREAD.running
+    release.set()
+    await running
+
+    assert lap is not None
+    assert str(lap[1]) == "prefill of 64 tokens"
+
+
+async def test_an_exception_that_nobody_catches_is_an_error_of_the_watch() -> None:
+    thread, did = MLXThread(), []
+    watching = asyncio.create_task(watch(thread, "machine bob (layers 2 to 4)"))
+
+    thread.post(lambda: 1 // 0)
+    thread.post(lambda: did.append("anything"))
+
+    with pytest.raises(StageError, match=r"^machine bob \(layers 2 to 4\): .*ZeroDivisionError: "):
+        await asyncio.wait_for(watching, scaled(10))
+    assert did == []
+
+
+async def test_work_that_does_not_end_is_an_error_of_the_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "0.2")
+    thread, release = MLXThread(), threading.Event()
+    watching = asyncio.create_task(watch(thread, "machine bob (layers 2 to 4)"))
+
+    thread.post(release.wait, Work("decode"))
+
+    stuck = r"^machine bob \(layers 2 to 4\) has computed nothing for \d+ s: decode$"
+    with pytest.raises(StageError, match=stuck):
+        await asyncio.wait_for(watching, scaled(20))
+    release.set()
+
+
+async def test_slow_work_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes 20 times as long as before, and less than the floor."""
+    monkeypatch.setenv(VARIABLE, "5")
+    thread = MLXThread()
+    watching = asyncio.create_task(watch(thread, "machine bob (layers 2 to 4)"))
+
+    for seconds in (0.001, 0.02, 0.4):
+        await thread.run(partial(time.sleep, seconds), Work("decode"))
+
+    assert not watching.done()
+    watching.cancel()

@@ -57,6 +57,49 @@ def test_the_fastest_memory_fills_first() -> None:
     assert layers == {"fast": 8, "slow": 8}
 
 
+def layer_counts(found: Plan) -> list[int]:
+    return [stage.end - stage.first for stage in found.stages]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_machines_of_a_kind_get_even_cuts(objective: Objective) -> None:
+    deepseek = a_layout([GB // 3] * 3 + [6 * GB] * 58, head=2 * GB, active=[GB // 3] * 61)
+    two = plan(deepseek, machines(*[280 * GB] * 2), objective)
+    assert sorted(layer_counts(two)) == [28, 33]  # the head is read for each token too
+
+    seven = plan(a_layout([GB] * 61), machines(*[11 * GB] * 7), objective)
+    assert sorted(layer_counts(seven)) == [8, 8, 9, 9, 9, 9, 9]
+
+
+def test_twelve_machines_of_a_kind_get_even_cuts() -> None:
+    found = plan(a_layout([GB] * 60), machines(*[int(8.8 * GB)] * 12))
+
+    assert sorted(layer_counts(found)) == [7, 7, 7, 7, 8, 8, 8, 8]
+
+
+def test_a_measured_reason_makes_cuts_uneven() -> None:
+    layout = a_layout([GB] * 20)
+    alike, slow = machines(14 * GB, 14 * GB)
+    noisy = a_machine("m1", 14 * GB, 100 * GB, slowdown=1.005)
+    much = a_machine("m1", 14 * GB, 100 * GB, slowdown=1.3)
+
+    assert layer_counts(plan(layout, [alike, slow])) == [10, 10]
+    assert layer_counts(plan(layout, [alike, noisy])) == [10, 10]
+    assert ranges(plan(layout, [alike, much]))[0] == ("m0", 0, 13)
+
+
+def test_a_few_per_cent_stay_free_where_that_costs_no_speed() -> None:
+    layout = a_layout([GB] * 20)
+    full = layout.needed(10 * GB)
+
+    # Ten layers fit each machine to the byte, and a third machine of their kind is a hop more.
+    tight = plan(layout, machines(full, full))
+    assert [stage.free_bytes for stage in tight.stages] == [0, 0]
+    # One of the two may be larger: then the smaller one is not filled.
+    roomy = plan(layout, machines(full, full + 2 * GB))
+    assert min(stage.free_bytes / stage.machine.usable for stage in roomy.stages) >= 0.03
+
+
 def test_throughput_uses_every_machine_that_makes_the_slowest_stage_faster() -> None:
     found = plan(a_layout([GB] * 12, users=4), machines(*[20 * GB] * 3), "throughput")
     assert [stage.end - stage.first for stage in found.stages] == [4, 4, 4]
@@ -340,17 +383,17 @@ def test_a_gguf_of_another_model_is_refused_by_what_differs() -> None:
         check_same(replace(layout, hidden_size=0), gguf, names)
 
 
-@pytest.mark.parametrize("objective", ["latency", "throughput"])
-def test_forbidden_counts_are_not_used(objective: Objective) -> None:
-    layout = replace(a_layout([GB] * 12), forbidden_counts=(4, 5, 12))
+@pytest.mark.parametrize(("objective", "odd"), [("latency", {6}), ("throughput", {4, 5})])
+def test_forbidden_counts_are_not_used(objective: Objective, odd: set[int]) -> None:
+    layout = replace(a_layout([GB] * 12), forbidden_counts=(*odd, 12))
     free = plan(replace(layout, forbidden_counts=()), machines(*[9 * GB] * 3), objective)
 
     found = plan(layout, machines(*[9 * GB] * 3), objective)
 
     counts = [stage.end - stage.first for stage in found.stages]
     assert sum(counts) == 12
-    assert not set(counts) & {4, 5}
-    assert {stage.end - stage.first for stage in free.stages} & {4, 5}
+    assert not set(counts) & odd
+    assert {stage.end - stage.first for stage in free.stages} & odd
     assert len(plan(layout, machines(20 * GB)).stages) == 1  # all of them are no stage of so many
 
 

@@ -103,12 +103,17 @@ Global___Rotated: _TypeAlias = Rotated  # noqa: Y015
 class DescribeNodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    UNLESS_DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    unless_deployment: _builtins.str
+    """Answered once no stage of that deployment runs there any more, or after some seconds."""
     def __init__(
         self,
+        *,
+        unless_deployment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unless_deployment", b"unless_deployment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,6 +554,10 @@ class StageSpec(_message.Message):
     DRAFT_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    RING_DECODE_S_FIELD_NUMBER: _builtins.int
+    RING_PREFILL_S_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -575,6 +584,15 @@ class StageSpec(_message.Message):
     """the head guesses ahead from the text so far"""
     draft_tokens: _builtins.int
     """guessed ahead at a time, at most; 0: as the head thinks fit"""
+    decode_s: _builtins.float
+    """As planned, from which the first deadlines of its work follow; 0: not known.
+    seconds a token of an answer
+    """
+    prefill_s: _builtins.float
+    """seconds a token of a prompt"""
+    ring_decode_s: _builtins.float
+    """both of all stages and hops together"""
+    ring_prefill_s: _builtins.float
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -616,10 +634,14 @@ class StageSpec(_message.Message):
         draft: Global___Draft | None = ...,
         draft_tokens: _builtins.int = ...,
         devices: _abc.Iterable[Global___DeviceShare] | None = ...,
+        decode_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        ring_decode_s: _builtins.float = ...,
+        ring_prefill_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "quant", b"quant", "revision", b"revision", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -778,15 +778,23 @@ class ClockReading(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NOW_S_FIELD_NUMBER: _builtins.int
+    RUNNING_S_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     now_s: _builtins.float
+    running_s: _builtins.float
+    """for so long its compute thread is at the same work; 0: idle"""
+    work: _builtins.str
+    """which: decode, prefill of 512 tokens"""
     def __init__(
         self,
         *,
         now_s: _builtins.float = ...,
+        running_s: _builtins.float = ...,
+        work: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s", "running_s", b"running_s", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

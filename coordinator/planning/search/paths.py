@@ -39,8 +39,14 @@ class Grower:
     """Grows paths stage by stage, and keeps the best that is complete."""
 
     def __init__(
-        self, problem: Problem, reach: Reach, prices: Prices, best: Placement | None
+        self,
+        problem: Problem,
+        reach: Reach,
+        prices: Prices,
+        best: Placement | None,
+        enough: float | None = None,
     ) -> None:
+        """`best`: the best placement known. `enough`: any that costs less will do."""
         self._problem = problem
         self._prices = prices
         self._worth = 1 - problem.tolerance
@@ -52,6 +58,9 @@ class Grower:
         self._pruned = reach.exact
         self._best = best
         self._limit = best.cost if best is not None else np.inf
+        self._any = enough is not None
+        if enough is not None:
+            self._limit = min(self._limit, enough)
         self._dropped = np.inf
         self._history: list[_Labels] = []
         # Kinds that are alike in their hops are equal in the history of a path.
@@ -63,7 +72,9 @@ class Grower:
 
     def run(self) -> Placement | None:
         labels = self._heads()
-        while len(labels):
+        while len(labels) and len(self._history) + 1 < self._problem.most:
+            if self._any and self._best is not None:
+                break
             labels = labels.take(np.argsort(labels.bound, kind="stable"))
             if len(labels) > self._most:
                 self._dropped = min(self._dropped, float(labels.bound[self._most]))

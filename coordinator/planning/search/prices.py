@@ -12,6 +12,8 @@ import numpy as np
 from coordinator.planning.search.problem import EQUAL, Matrix, Piece, Placement, Problem
 
 PRICE_ROUNDS = 60
+# Where any placement that is cheap enough will do, growing paths soon takes less time.
+ENOUGH_ROUNDS = 16
 
 
 class Prices:
@@ -55,23 +57,30 @@ class Prices:
 
 
 def raise_prices(
-    problem: Problem, prices: Prices, best: Placement | None
+    problem: Problem, prices: Prices, best: Placement | None, enough: float = -np.inf
 ) -> tuple[Prices, Placement | None]:
-    """Subgradient steps towards the prices of the highest bound."""
+    """Subgradient steps towards the prices of the highest bound.
+
+    They end when a placement costs no more than `enough`, or the bound proves that none does.
+    """
     counts = np.asarray(problem.counts)
     top, scale, stale = prices, 1.0, 0
-    for _ in range(PRICE_ROUNDS):
+    for _ in range(ENOUGH_ROUNDS if np.isfinite(enough) else PRICE_ROUNDS):
+        if top.bound > enough > -np.inf:
+            break
         pieces = tuple(prices.path())
         excess = np.bincount([p.kind for p in pieces], minlength=len(counts)) - counts
-        if (excess <= 0).all():
+        if (excess <= 0).all() and len(pieces) <= problem.most:
             cost = problem.cost(pieces)
             if best is None or cost < best.cost:
                 best = Placement(pieces, cost, 0.0)
-        target = best.cost if best is not None else 1.1 * abs(top.bound)
+        hoped = 1.001 * enough if np.isfinite(enough) else 1.1 * abs(top.bound)
+        target = best.cost if best is not None else hoped
         gap = target - prices.bound
         moves = np.where((excess < 0) & (prices.prices == 0), 0, excess)
         near = target - top.bound <= problem.tolerance * target and best is not None
-        if near or not moves.any():
+        cheap = best is not None and best.cost <= enough
+        if near or cheap or not moves.any():
             break
         step = scale * max(gap, EQUAL * abs(target)) / float(moves @ moves)
         prices = Prices(problem, np.maximum(0.0, prices.prices + step * moves))

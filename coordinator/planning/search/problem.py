@@ -14,6 +14,7 @@ Matrix = NDArray[np.float64]
 EXACT = 8
 TOLERANCE = 0.004
 EQUAL = 1e-9
+MACHINES = 1_000_000  # more than anybody has
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Problem:
     counts: machines of each kind. first[i, k]: layers [0, k) on a head of kind i.
     step[i, j, k]: layers [j, k) on a later stage. hops[i, l]: from a stage of kind i to one of
     kind l. back[i, l]: from the last stage to the head. A ring of one stage has neither.
+    most: stages that a placement may have.
     """
 
     counts: tuple[int, ...]
@@ -30,6 +32,7 @@ class Problem:
     step: Matrix
     hops: Matrix
     back: Matrix
+    most: int = MACHINES
 
     @property
     def layers(self) -> int:

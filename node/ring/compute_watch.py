@@ -1,0 +1,22 @@
+"""The watch over the compute thread: ends a worker whose work is stuck, or has failed."""
+
+import asyncio
+
+from node.ring.compute_thread import MLXThread
+from unicluster.errors import StageError, in_one_line
+from unicluster.stall import Stall, look_seconds, stuck_reason
+
+
+async def watch(thread: MLXThread, who: str) -> None:
+    """Returns never; raises StageError naming `who` once the thread's work is stuck or failed."""
+    stall = Stall()
+    while True:
+        if (failure := thread.failure) is not None:
+            kind = type(failure).__name__
+            reason = f"{who}: the compute thread failed: {kind}: {in_one_line(failure)}"
+            raise StageError(reason) from failure
+        lap = thread.running
+        stuck_s = stall.look(lap)
+        if lap is not None and stuck_s > thread.deadlines.limit(lap[1]):
+            raise StageError(stuck_reason(who, stuck_s, lap[1]))
+        await asyncio.sleep(look_seconds())

@@ -1,0 +1,85 @@
+"""Failpoints: what their variable may say, and what happens where they are reached."""
+
+import asyncio
+import subprocess
+import sys
+import time
+
+import pytest
+
+from unicluster import failpoints
+from unicluster.failpoints import FailpointError
+
+
+@pytest.fixture
+def arm(monkeypatch: pytest.MonkeyPatch) -> object:
+    return lambda text: monkeypatch.setattr(failpoints, "_points", failpoints.parse(text))
+
+
+def errors(times: int, name: str = "a.b") -> list[int]:
+    """The hits, from 1, at which reaching the place raised."""
+    raised = []
+    for hit in range(1, times + 1):
+        try:
+            failpoints.reach(name)
+        except FailpointError:
+            raised.append(hit)
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("a.b=error", [1, 2, 3, 4]),
+        ("a.b=error@2", [2]),
+        ("a.b=error@3+", [3, 4]),
+        ("c.d=error", []),
+        ("c.d=error; a.b=error(no room)@4", [4]),
+        ("", []),
+    ],
+)
+def test_it_acts_at_the_hits_that_were_asked_for(arm, text: str, at: list[int]) -> None:  # type: ignore[no-untyped-def]
+    arm(text)
+
+    assert errors(4) == at
+
+
+@pytest.mark.parametrize(
+    "text", ["a.b", "a.b=", "a.b=explode", "a.b=delay", "a.b=delay(x)", "a.b=hang@0", "A=hang"]
+)
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no failpoint"):
+        failpoints.parse(text)
+
+
+def test_a_delay_is_over_in_time(arm) -> None:  # type: ignore[no-untyped-def]
+    arm("a.b=delay(50)")
+    began = time.monotonic()
+
+    failpoints.reach("a.b")
+
+    assert time.monotonic() - began >= 0.05
+
+
+async def test_an_event_loop_goes_on_while_one_place_hangs(arm) -> None:  # type: ignore[no-untyped-def]
+    arm("a.b=hang")
+    hanging = asyncio.create_task(failpoints.reach_async("a.b"))
+
+    await failpoints.reach_async("another.place")
+    await asyncio.sleep(0)
+
+    assert not hanging.done()
+    hanging.cancel()
+
+
+def test_a_panic_ends_the_process_at_once() -> None:
+    program = "from unicluster import failpoints\ntry: failpoints.reach('a.b')\nfinally: print('x')"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": ":".join(sys.path), failpoints.VARIABLE: "a.b=panic"},
+        capture_output=True,
+    )
+
+    assert ended.returncode == failpoints.PANIC_CODE
+    assert ended.stdout == b""

@@ -1,0 +1,180 @@
+"""A ring whose other side answers pings and does nothing: every wait ends, with a typed error.
+
+The other side is a stage in this process, behind real gRPC, that freezes at a point.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from node.ring import ring as rings
+from node.ring.ring import Reply, Ring, open_seconds
+from tests.support.deadlines import scaled
+from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.sizes import FRAME_BYTES
+from unicluster.deadlines import VARIABLE
+from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.trust.cluster import Cluster
+from unicluster.v1.stage_pb2 import (
+    ClockReading,
+    Frame,
+    HopMessage,
+    Open,
+    Opened,
+    RouteStop,
+    StageInfo,
+)
+from unicluster.v1.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
+from unicluster.v1.tensor_pb2 import Leaf, Tensor
+
+HOST = "127.0.0.1"
+IDENTITY = Cluster.new().issue("ann")
+# Seconds that any work may take here.
+FLOOR = 0.5
+
+
+class FakeStage(StageServicer):
+    """The only remote stage of a ring. Frames come back after `pace` seconds each.
+
+    freezes: at the opening ("open"), at frame number `at` ("frame"), or there and at questions
+    about what it does ("all"). busy: seconds for which it says that it has been at its work.
+    """
+
+    def __init__(self, freezes: str = "", at: int = 0, pace: float = 0.0, busy: float = 0.0):
+        self.freezes, self.at, self.pace, self.busy = freezes, at, pace, busy
+        self.frozen = asyncio.Event()
+        self._back: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def Hop(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        opening: Open = (await context.read()).open
+        if self.freezes == "open":
+            self.frozen.set()
+            await asyncio.Future()
+        info = StageInfo(node="bob", first_layer=10, end_layer=20)
+        await context.write(HopMessage(opened=Opened(stages=[info])))
+        while opening.returns:
+            await context.write(await self._back.get())
+        while isinstance(message := await context.read(), HopMessage):
+            if message.frame.id == self.at:
+                self.frozen.set()
+                await asyncio.Future()
+            await asyncio.sleep(self.pace)
+            self._back.put_nowait(message)
+
+    async def Clock(self, request: Any, context: Any) -> ClockReading:  # noqa: N802
+        if self.freezes == "all" and self.frozen.is_set():
+            await asyncio.Future()
+        return ClockReading(now_s=time.perf_counter(), running_s=self.busy, work="decode")
+
+
+@asynccontextmanager
+async def served(stage: FakeStage) -> AsyncIterator[list[RouteStop]]:
+    server = make_server(most_bytes=FRAME_BYTES)
+    add_StageServicer_to_server(stage, server)
+    port = bind(server, HOST, 0, IDENTITY)
+    await server.start()
+    try:
+        yield [RouteStop(node="bob", address=f"{HOST}:{port}")]
+    finally:
+        await server.stop(grace=None)
+
+
+@pytest.fixture(autouse=True)
+def floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(FLOOR))
+    monkeypatch.setattr(rings, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(rings, "OPEN_SECONDS_A_STAGE", 0.5)
+
+
+def frame(tokens: int) -> HopMessage:
+    """A frame of prefill, or with one token of decode."""
+    hidden = Leaf(tensor=Tensor(dtype="float32", shape=[1, tokens, 4], data=bytes(16 * tokens)))
+    return HopMessage(frame=Frame(hidden=[hidden], hold=tokens > 1))
+
+
+async def result(reply: Reply) -> Frame:
+    async with asyncio.timeout(scaled(60)):
+        return await asyncio.to_thread(reply.wait)
+
+
+async def test_a_stage_that_does_not_open_is_named_in_time() -> None:
+    async with served(FakeStage("open")) as route:
+        began = time.monotonic()
+
+        with pytest.raises(UnavailableError, match=r"^machine bob \(.*\) did not open the ring"):
+            await Ring.open(route, IDENTITY)
+
+        assert time.monotonic() - began < open_seconds(1) + scaled(5)
+
+
+@pytest.mark.parametrize(("tokens", "work"), [(1, "decode"), (64, "prefill of 64 tokens")])
+@pytest.mark.parametrize("at", [1, 5], ids=["the first frame", "a later frame"])
+async def test_a_stage_that_computes_nothing_is_named_with_its_work(
+    at: int, tokens: int, work: str
+) -> None:
+    failures: list[UniclusterError] = []
+    async with served(FakeStage("frame", at)) as route:
+        ring = await Ring.open(route, IDENTITY, failures.append)
+        for _ in range(at - 1):
+            await result(ring.send(frame(tokens)))
+
+        with pytest.raises(StageError) as error:
+            await result(ring.send(frame(tokens)))
+
+        assert re.match(
+            rf"machine bob \(layers 10 to 19\) has computed nothing for \d+ s: {work}",
+            str(error.value),
+        )
+        assert failures == [error.value]
+        with pytest.raises(StageError):  # and from now on at once
+            await result(ring.send(frame(tokens)))
+        await ring.close()
+
+
+@pytest.mark.parametrize(
+    ("freezes", "busy", "detail"),
+    [
+        ("all", 0.0, "decode; it answers nothing"),
+        ("frame", 99.0, "decode"),
+        ("frame", 0.0, "decode; a frame was lost between them"),
+    ],
+)
+async def test_the_reason_says_what_is_known(freezes: str, busy: float, detail: str) -> None:
+    async with served(FakeStage(freezes, 2, busy=busy)) as route:
+        ring = await Ring.open(route, IDENTITY)
+        await result(ring.send(frame(1)))
+
+        with pytest.raises(StageError) as error:
+            await result(ring.send(frame(1)))
+
+        assert str(error.value).endswith(f" s: {detail}")
+        await ring.close()
+
+
+async def test_a_slow_stage_is_not_a_dead_one() -> None:
+    """Many frames are on their way, which together take far longer than one may."""
+    async with served(FakeStage(pace=FLOOR / 4)) as route:
+        ring = await Ring.open(route, IDENTITY)
+
+        replies = [ring.send(frame(1)) for _ in range(20)]
+
+        for reply in replies:
+            await result(reply)
+        assert ring.failure is None
+        await ring.close()
+
+
+async def test_a_ring_that_has_nothing_to_do_lasts() -> None:
+    async with served(FakeStage()) as route:
+        ring = await Ring.open(route, IDENTITY)
+        await result(ring.send(frame(1)))
+
+        await asyncio.sleep(3 * FLOOR)  # time itself is what this test is about
+
+        await result(ring.send(frame(1)))
+        await ring.close()

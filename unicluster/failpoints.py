@@ -1,0 +1,94 @@
+"""Failpoints: named places of the code where a test makes something go wrong.
+
+UNICLUSTER_FAILPOINTS="stage.compute=hang@3;worker.load=delay(500)" makes the third frame of a
+stage hang, and each load half a second longer. Actions: `panic` ends the process at once,
+`error(text)` raises FailpointError, `delay(ms)` and `hang` wait. `@n`: at the nth time that the
+place is reached, and no other; `@n+`: from then on. Nothing happens without the variable.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "UNICLUSTER_FAILPOINTS"
+# Seconds of `hang`: years.
+FOR_EVER = 1e8
+# What a process that panics exits with.
+PANIC_CODE = 86
+
+_ENTRY = re.compile(
+    r"(?P<name>[a-z_.]+)=(?P<action>panic|hang|delay\((?P<ms>\d+)\)|error(\((?P<text>[^)]*)\))?)"
+    r"(@(?P<nth>[1-9]\d*)(?P<on>\+)?)?"
+)
+
+
+class FailpointError(Exception):
+    """Raised at a failpoint whose action is `error`; no error of the product's own."""
+
+
+@dataclass
+class _Failpoint:
+    """seconds: of a delay, without end for `hang`. nth: 0 for every time."""
+
+    name: str
+    action: str
+    seconds: float
+    text: str
+    nth: int
+    from_then_on: bool
+    _hits: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_due(self) -> bool:
+        with self._lock:
+            self._hits += 1
+            return self._hits == self.nth or (self._hits > self.nth and self.from_then_on)
+
+    def act(self) -> float:
+        """Ends the process, raises, or returns the seconds to wait."""
+        log.warning("failpoint %s: %s", self.name, self.action)
+        if self.action == "panic":
+            os._exit(PANIC_CODE)
+        if self.action.startswith("error"):
+            raise FailpointError(self.text or self.name)
+        return self.seconds
+
+
+def parse(text: str) -> dict[str, _Failpoint]:
+    """Failpoints by name. Raises ValueError for text of another form."""
+    made = {}
+    for entry in filter(None, (part.strip() for part in text.split(";"))):
+        match = _ENTRY.fullmatch(entry)
+        if match is None:
+            raise ValueError(f"{VARIABLE}: {entry!r} is no failpoint")
+        ms = match["ms"]
+        made[match["name"]] = _Failpoint(
+            name=match["name"],
+            action=match["action"],
+            seconds=int(ms) / 1000 if ms is not None else FOR_EVER,
+            text=match["text"] or "",
+            nth=int(match["nth"] or 0),
+            from_then_on=match["nth"] is None or match["on"] is not None,
+        )
+    return made
+
+
+_points = parse(os.environ.get(VARIABLE, ""))
+
+
+def reach(name: str) -> None:
+    """The place `name` of a thread is reached: acts if a test wants it."""
+    if _points and (point := _points.get(name)) is not None and point.is_due():
+        time.sleep(point.act())
+
+
+async def reach_async(name: str) -> None:
+    """The place `name` of an event loop is reached, which goes on while this waits."""
+    if _points and (point := _points.get(name)) is not None and point.is_due():
+        await asyncio.sleep(point.act())
