@@ -13,6 +13,7 @@ from unicluster.command_line import Command, Option
 from unicluster.errors import UnavailableError
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store
+from unicluster.waiting import doing
 
 REFRESH_SECONDS = 2.0
 
@@ -25,8 +26,9 @@ async def _nodes(peers: Sequence[str], *, watch: bool) -> int:
     cluster = Store().require()
     console = Console()
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
-        await members.search()
-        nodes = await members.nodes()
+        with doing("Looking for machines"):
+            await members.find()
+            nodes = await members.nodes()
         if watch:
             with Live(nodes_table(nodes), console=console, auto_refresh=False) as live:
                 while True:

@@ -32,6 +32,7 @@ from unicluster.errors import InputError
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
+from unicluster.waiting import doing
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def run(**options: Any) -> int:
     if args.fleet is not None:
         stated = fleet.parse(args.fleet)
         requested = replace(requested, hypothetical_gguf=requested.gguf is None)
-        variants = variants_of(requested, _inspect_here(requested.requests))
+        with doing(f"Inspecting {requested.display}"):
+            variants = variants_of(requested, _inspect_here(requested.requests))
         question = Question(requested, variants, stated, alternatives(requested, _inspect_here))
     else:
         question = asyncio.run(_question_to_cluster(requested, args.peer))
@@ -87,15 +89,16 @@ def run(**options: Any) -> int:
     question = replace(question, fleet=machines)
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     try:
-        best = plan(
-            question.variants,
-            machines.machines,
-            args.objective,
-            model=requested.display,
-            nodes=nodes,
-            network=machines.network,
-            alternatives=question.alternatives,
-        )
+        with doing("Planning"):
+            best = plan(
+                question.variants,
+                machines.machines,
+                args.objective,
+                model=requested.display,
+                nodes=nodes,
+                network=machines.network,
+                alternatives=question.alternatives,
+            )
     except NoPlanError as error:
         if not args.json:
             raise
@@ -181,7 +184,8 @@ def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     allowed = [m for m in machines if nodes is None or m.name in nodes]
     console.print(fleet_table(machines))
     console.print(plan_table(best, question.variants, question.requested.display))
-    others = rivals(question.variants, allowed, best, question.fleet.network)
+    with doing("Planning without this and that machine"):
+        others = rivals(question.variants, allowed, best, question.fleet.network)
     if others:
         console.print()
         console.print(rivals_table(others))
@@ -200,8 +204,9 @@ async def _question_to_cluster(requested: RequestedModel, peers: Sequence[str]) 
     """The machines that are there, with what was measured on them."""
     cluster = Store().require()
     async with Members(cluster, cluster.issue(default_name()), peers) as members:
-        await members.search()
-        machines = await members.machines()
+        with doing("Looking for machines"):
+            await members.find()
+            machines = await members.machines()
         options: Alternatives
         if (
             requested.request.config_json
@@ -211,10 +216,11 @@ async def _question_to_cluster(requested: RequestedModel, peers: Sequence[str]) 
             variants = variants_of(requested, _inspect_here(requested.requests))
             options = alternatives(requested, _inspect_here)
         else:
-            answers = [await members.inspect(requested.request)]
-            if requested.gguf is not None:
-                requested.gguf.context = answers[0].context
-                answers.append(await members.inspect(requested.gguf))
+            with doing(f"Inspecting {requested.display}"):
+                answers = [await members.inspect(requested.request)]
+                if requested.gguf is not None:
+                    requested.gguf.context = answers[0].context
+                    answers.append(await members.inspect(requested.gguf))
             variants = variants_of(requested, answers)
             options = scaled(quants=bool(requested.quant) or not variants.layout.quantized)
     known = Measurements.load().fleet(machines, requested.display, variants)

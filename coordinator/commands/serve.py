@@ -40,7 +40,8 @@ from coordinator.serving.telemetry import publish_telemetry, root_of
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
-from unicluster.cluster.discovery import Advertisement, Advertisements
+from unicluster.cluster.discovery import Advertisement, Advertisements, one_address
+from unicluster.cluster.here import noted
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.sizes import CHAT_BYTES
@@ -217,7 +218,9 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
                     model=options.source.display,
                 ),
             )
+            where = one_address(options.host)
             async with advertisements:
+                stack.enter_context(noted(Kind.CHAT, where, port))
                 address = join_address(options.host or "127.0.0.1", port)
                 yield Running(service, address, metrics, http, task)
         finally:

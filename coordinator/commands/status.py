@@ -11,20 +11,23 @@ from rich.live import Live
 from rich.text import Text
 
 from coordinator.terminal.status import status_table
+from unicluster.chat.command import NOTHING
 from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
 from unicluster.cluster.discovery import Browser
+from unicluster.cluster.idle import idle
 from unicluster.cluster.records import Kind
 from unicluster.command_line import Command, Option, server_option
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.cluster import ClientAccess
 from unicluster.trust.store import Store
+from unicluster.waiting import doing
 
 # Rates are of the time between two readings.
 REFRESH_SECONDS = 1.0
+FIRST_SECONDS = 0.5
 SEARCH_SECONDS = 6.0
 ANSWER_SECONDS = 5.0
-NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a server by --server"
 
 # By address of who serves.
 Readings = dict[str, Metrics | UniclusterError]
@@ -38,12 +41,14 @@ async def _status(server: str, watch: bool, as_json: bool) -> int:
     access = Store().require_access()
     console = Console()
     async with contextlib.AsyncExitStack() as stack:
-        addresses = await _search(access, server, stack)
-        servers = _Servers(access, addresses)
-        stack.push_async_callback(servers.close)
-        await servers.read()
-        await asyncio.sleep(REFRESH_SECONDS)
-        readings = await servers.read()
+        with doing("Looking for what is served"):
+            addresses = await _search(access, server, stack)
+        with doing("Measuring"):
+            servers = _Servers(access, addresses)
+            stack.push_async_callback(servers.close)
+            await servers.read()
+            await asyncio.sleep(FIRST_SECONDS)
+            readings = await servers.read()
         if not watch:
             _raise_if_none(readings)
             _print_json(readings) if as_json else console.print(_render(readings))
@@ -63,9 +68,18 @@ async def _search(
     if server:
         return lambda: [server]
     browser = await stack.enter_async_context(Browser(Kind.CHAT, access.fingerprint))
-    if not await browser.wait_for(bool, SEARCH_SECONDS):
+    async with AsyncClient(cluster=access) as client:
+        local = await client.find_here()
+    if not local and await idle(Store().load()):
         raise UnavailableError(NOTHING)
-    return lambda: sorted(machine.address for machine in browser.found.values())
+    if not local and not await browser.wait_for(bool, SEARCH_SECONDS):
+        raise UnavailableError(NOTHING)
+
+    def addresses() -> Sequence[str]:
+        others = [m.address for m in browser.found.values() if local not in m.addresses]
+        return sorted([*([local] if local else []), *others])
+
+    return addresses
 
 
 class _Servers:

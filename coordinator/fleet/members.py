@@ -12,6 +12,7 @@ import grpc
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
+from unicluster.cluster import here
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
@@ -27,6 +28,8 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
+# An agent on this machine answers in milliseconds, unless the machine is very busy.
+HERE_SECONDS = 1.0
 # Machines also name each other, so the first one found is nearly enough.
 QUIET_SECONDS = 1.0
 SEARCH_SECONDS = 6.0
@@ -55,6 +58,7 @@ class Members:
         self._peers = tuple(peers)
         self._browser = Browser(Kind.NODE, fingerprints, host=host)
         self._remembered: dict[str, str] = {}
+        self._here: set[str] = set()  # addresses of agents of this machine that answered
         self._mismatched: dict[str, str] = {}  # why a machine is left out, by address
 
     async def __aenter__(self) -> "Members":
@@ -73,6 +77,11 @@ class Members:
     def names(self) -> set[str]:
         """Names of the machines that were found by multicast."""
         return set(self._browser.found)
+
+    async def find(self) -> None:
+        """Learns of all machines from an agent on this one, or searches for them without one."""
+        if not await self.ask_here():
+            await self.search()
 
     async def search(self, names: Sequence[str] | None = None) -> None:
         """Waits until all of `names` are found, or, without names, until no more turn up.
@@ -107,7 +116,7 @@ class Members:
         Machines that only other machines know of are asked too.
         """
         names = {m.address: name for name, m in self._browser.found.items()}
-        waiting = {*names, *self._peers}
+        waiting = {*names, *self._peers, *self._here}
         asked: set[str] = set()
         answered: dict[str, tuple[NodeInfo, str]] = {}
         while waiting:
@@ -117,7 +126,10 @@ class Members:
             calls = [self._describe(names.get(a, a), a, level) for a in sorted(waiting)]
             answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
             for info, address in answers:
-                answered.setdefault(info.name, (info, address))
+                # Others know an address of this machine that can be reached from there.
+                before = answered.get(info.name)
+                if before is None or (before[1] in self._here and address not in self._here):
+                    answered[info.name] = info, address
             waiting = {peer for info, _ in answers for peer in info.peers} - asked
         known = {name: address for name, (_, address) in answered.items()}
         if known and known != self._remembered:
@@ -156,24 +168,34 @@ class Members:
         before = set(self._browser.found)
         await self._browser.wait_for(lambda machines: set(machines) != before, timeout)
 
+    async def ask_here(self) -> bool:
+        """Whether an agent of this machine answered that has had time to find the others."""
+        services = here.services(Kind.NODE)
+        calls = [self._describe("here", s.address, logging.INFO, HERE_SECONDS) for s in services]
+        answers = await asyncio.gather(*calls)
+        there = [s for s, answer in zip(services, answers, strict=True) if answer is not None]
+        self._here = {service.address for service in there}
+        return any(service.settled for service in there)
+
     async def _grew(self) -> bool:
         """Waits for a machine more than are known now; False when none came for a while."""
         count = len(self._browser.found)
         return await self._browser.wait_for(lambda machines: len(machines) > count, QUIET_SECONDS)
 
-    async def _describe(self, name: str, address: str, level: int) -> tuple[NodeInfo, str] | None:
+    async def _describe(
+        self, name: str, address: str, level: int, timeout: float = ANSWER_SECONDS
+    ) -> tuple[NodeInfo, str] | None:
         """None for a machine that does not answer, which is logged at `level`."""
         async with connect(address, self._identity) as channel:
             try:
-                info = await NodeStub(channel).Describe(
-                    DescribeNodeRequest(), timeout=ANSWER_SECONDS
-                )
+                info = await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=timeout)
             except grpc.aio.AioRpcError as error:
                 log.log(level, "%s", as_error(error, f"machine {name} ({address})"))
                 return None
         wrong = mismatch(f"machine {info.name}", info.version, info.protocol, info.oldest_protocol)
         if wrong:
-            log.warning("%s", wrong)
+            if self._mismatched.get(address) != wrong:
+                log.warning("%s", wrong)
             self._mismatched[address] = wrong
             return None
         self._mismatched.pop(address, None)

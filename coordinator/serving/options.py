@@ -8,11 +8,13 @@ import click
 
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Objective
+from unicluster.cluster.here import DEFAULT_PORTS
+from unicluster.cluster.records import Kind
 from unicluster.command_line import Option
 from unicluster.telemetry.broker_url import BrokerUrl
 from unicluster.v1.node_pb2 import StageSpec
 
-DEFAULT_PORT = 47700
+DEFAULT_PORT = DEFAULT_PORTS[Kind.CHAT]
 DEFAULT_HTTP_PORT = 8080
 
 

@@ -22,6 +22,7 @@ from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, check_free, make_server
 from unicluster.cluster.descriptors import raise_file_limit
 from unicluster.cluster.discovery import Advertisement, Advertisements, Browser, one_address
+from unicluster.cluster.here import DEFAULT_PORTS, noted
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
@@ -42,7 +43,7 @@ from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 47600
+DEFAULT_PORT = DEFAULT_PORTS[Kind.NODE]
 ADVERTISE_SECONDS = 5.0
 # A change of free memory smaller than this part of it is not worth a multicast.
 NOTICEABLE = 0.02
@@ -149,6 +150,7 @@ async def _join(
             advertised as advertisement,
             contextlib.AsyncExitStack() as stack,
         ):
+            stack.enter_context(noted(Kind.NODE, one_address(args.host), port))
             audit.info("joined cluster %s as %s, port %d", cluster.fingerprint, args.name, port)
             _print_greeting(args.name, hardware, usable, port, cluster, created)
             if broker is not None:

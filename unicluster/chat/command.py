@@ -11,10 +11,13 @@ import click
 from unicluster.chat.screen import Screen
 from unicluster.client.answers import Delta, Options
 from unicluster.client.client import AsyncClient
+from unicluster.cluster.idle import idle
 from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UnavailableError
 from unicluster.trust.store import Store
+from unicluster.waiting import doing
 
+NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a server by --server"
 _SAMPLING = {
     "temperature": (float, "0: always the most likely token"),
     "top_p": (float, "sample from the most likely tokens that add up to this probability"),
@@ -79,6 +82,10 @@ async def chat(
     """Answers `prompt`, or holds a conversation, within a running event loop."""
     options = options or Options()
     async with AsyncClient(server) as client:
+        with doing("Looking for what is served"):
+            if not server and not await client.find_here() and await idle(Store().load()):
+                raise UnavailableError(NOTHING)
+            await client.find()
         if prompt is not None:
             await _answer(client, prompt, system, options, trace)
             return

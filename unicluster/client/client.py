@@ -9,6 +9,7 @@ with Client() as client:
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -162,6 +163,14 @@ class AsyncClient:
         """
         return self._events(request_to_wire(messages, options), deadline_of(options))
 
+    async def find(self) -> str:
+        """The address of the server, which is looked for if it was not named."""
+        return await self._target.find()
+
+    async def find_here(self) -> str:
+        """The address of a server on this machine; "" if none answers."""
+        return await self._target.find_here()
+
     async def describe(self) -> ChatInfo:
         """The deployment and its state."""
         try:
@@ -219,7 +228,12 @@ class AsyncClient:
         _check_finished(event, self._target.address)
 
 
+log = logging.getLogger(__name__)
+
 C = TypeVar("C")
+
+# A gateway on this machine answers in milliseconds, unless the machine is very busy.
+HERE_SECONDS = 1.0
 
 
 class _Channels(Generic[C]):
@@ -276,6 +290,8 @@ class _Target:
     async def find(self) -> str:
         """The server's address: `server`, else that of the first gateway found by mDNS."""
         if not self.address:
+            self.address = await self.find_here()
+        if not self.address:
             # Here, because zeroconf is slow to import and an address makes it needless.
             from unicluster.cluster.discovery import Browser
             from unicluster.cluster.records import Kind
@@ -292,6 +308,28 @@ class _Target:
                     raise UnavailableError(wrong)
                 self.address = server.address
         return self.address
+
+    async def find_here(self) -> str:
+        """The server's address if it is known, else that of a gateway here; "" if none answers."""
+        if self.address:
+            return self.address
+        from unicluster.cluster import here
+        from unicluster.cluster.records import Kind
+
+        for service in here.services(Kind.CHAT):
+            async with connect(service.address, self.keyring.current) as channel:
+                try:
+                    await ChatStub(channel).Describe(
+                        wire.DescribeChatRequest(), timeout=min(HERE_SECONDS, self.timeout)
+                    )
+                except grpc.aio.AioRpcError as error:
+                    log.info("nothing is served at %s: %s", service.address, error.details())
+                    continue
+            versions = service.version, service.protocol, service.oldest
+            if wrong := mismatch(f"the server at {service.address}", *versions):
+                raise UnavailableError(wrong)
+            return service.address
+        return ""
 
     def find_sync(self) -> str:
         if not self.address:
