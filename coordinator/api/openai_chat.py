@@ -8,13 +8,14 @@ from coordinator.api.errors import Failure, openai_error
 from coordinator.api.fields import Fields
 from coordinator.api.openai_fields import (
     MOST_CHOICES,
+    read_format,
     read_limit,
-    read_messages,
     read_sampling,
     read_service,
     read_streaming,
     usage_json,
 )
+from coordinator.api.openai_messages import read_messages
 from unicluster.chat_limits import MOST_LOGPROBS
 from unicluster.client.answers import Answer, TokenLogprob, Usage
 from unicluster.errors import InputError
@@ -27,11 +28,10 @@ DONE = b"data: [DONE]\n\n"
 NOT_YET = {
     "tools": "answers have no tool calls",
     "functions": "answers have no tool calls",
-    "response_format": "answers are plain text",
     "audio": "answers are text",
     "prediction": "leave it out",
     "web_search_options": "nothing is looked up",
-    "reasoning_effort": "leave it out",
+    "reasoning_effort": "set the variable of the model's template in chat_template_kwargs",
     "verbosity": "leave it out",
     "moderation": "nothing is moderated",
 }
@@ -51,6 +51,9 @@ def read_chat(body: Any, model: str) -> Asked:
     stream, include_usage = read_streaming(fields)
     count = fields.whole("n", 1, MOST_CHOICES) or 1
     read_service(fields)
+    read_format(fields, request)
+    if (variables := fields.object("chat_template_kwargs")) is not None:
+        request.template_arguments = variables.as_json()
     _read_plain_text(fields)
     fields.done()
     return Asked(request, ChatReply(stamp("chatcmpl-", model), count, include_usage), stream, count)
@@ -71,8 +74,6 @@ def _read_plain_text(fields: Fields) -> None:
     fields.choice("tool_choice", ("none", "auto"))
     fields.choice("function_call", ("none", "auto"))
     fields.choice("parallel_tool_calls", (True, False))
-    if fields.take("response_format") not in (None, {"type": "text"}):
-        raise InputError("response_format: not supported here: answers are plain text")
     fields.refuse(NOT_YET)
 
 

@@ -8,7 +8,7 @@ from coordinator.api.fields import Fields, brief, clean, number, whole
 from unicluster.chat_limits import MOST_BIASES
 from unicluster.client.answers import Usage
 from unicluster.errors import InputError
-from unicluster.v1.chat_pb2 import GenerateRequest, Message
+from unicluster.v1.chat_pb2 import GenerateRequest
 from unicluster.v1.chat_pb2 import Usage as WireUsage
 
 MOST_TOKENS = (1 << 31) - 1
@@ -19,8 +19,6 @@ MOST_CHOICES = 16
 NO_EFFECT = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
 )
-ROLES = {role: role for role in ("system", "user", "assistant")} | {"developer": "system"}
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_sampling(fields: Fields, request: GenerateRequest) -> None:
@@ -84,47 +82,38 @@ def read_streaming(fields: Fields) -> tuple[bool, bool]:
     return stream, include_usage
 
 
-def read_messages(items: Sequence[Any], path: str = "messages") -> list[Message]:
-    """Messages of a conversation. Raises InputError that begins with a message's path."""
-    if not items:
-        raise InputError(f"{path}: must not be empty")
-    return [_message(Fields(item, f"{path}[{at}]")) for at, item in enumerate(items)]
+def read_format(fields: Fields, request: GenerateRequest) -> None:
+    """Puts the form that an answer must have, a `response_format`, into the request.
+
+    Beyond OpenAI's, {"type": "regex", "regex": ...} and {"type": "grammar", "grammar": ...}.
+    """
+    form = fields.object("response_format")
+    if form is None:
+        return
+    kind = form.choice("type", ("text", "json_object", "json_schema", "regex", "grammar"))
+    if kind is None:
+        raise InputError(f"{form.path('type')}: missing")
+    if kind == "json_object":
+        request.constraint.json_object = True
+    elif kind == "json_schema":
+        named = form.object("json_schema")
+        if named is None:
+            raise InputError(f"{form.path('json_schema')}: missing")
+        read_schema(named, request)
+    elif kind != "text":
+        setattr(request.constraint, kind, form.needed_text(kind))
+    form.done()
 
 
-def _message(fields: Fields) -> Message:
-    fields.choice("type", ("message",))
-    role = fields.choice("role", ROLES)
-    if role is None:
-        raise InputError(f"{fields.path('role')}: missing")
-    fields.refuse({"audio": "the model reads text", "function_call": "use tool_calls"})
-    fields.accept("refusal", "annotations", "id", "status")
-    content = content_text(fields.take("content"), fields.path("content"))
-    fields.done()
-    return Message(role=ROLES[role], content=content)
-
-
-def content_text(content: Any, path: str) -> str:
-    """A content, which is a text or a list of text parts, as one text."""
-    if isinstance(content, str):
-        return clean(content, path)
-    if content is None:
-        raise InputError(f"{path}: missing")
-    if not isinstance(content, list):
-        raise InputError(f"{path}: must be a text or a list of parts, got {brief(content)}")
-    parts = [Fields(part, f"{path}[{at}]") for at, part in enumerate(content)]
-    return "\n".join(_part_text(part) for part in parts)
-
-
-def _part_text(part: Fields) -> str:
-    kind = part.text("type")
-    if kind not in TEXT_PARTS:
-        raise InputError(
-            f"{part.path('type')}: {brief(kind)} is not supported here: the model reads text"
-        )
-    text = part.needed_text("text")
-    part.accept("annotations", "cache_control", "logprobs")
-    part.done()
-    return text
+def read_schema(named: Fields, request: GenerateRequest) -> None:
+    """Puts a JSON schema into the request: strict or not, the answer will match it."""
+    named.accept("name", "description")
+    named.flag("strict")
+    schema = named.object("schema")
+    if schema is None:
+        raise InputError(f"{named.path('schema')}: missing")
+    request.constraint.json_schema = schema.as_json()
+    named.done()
 
 
 def usage_json(usages: Sequence[Usage | WireUsage]) -> Json:

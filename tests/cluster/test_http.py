@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.support.cluster import LocalCluster, ServeProgram
@@ -98,6 +99,18 @@ def test_seeds_choices_and_biases_work(ask: openai.OpenAI) -> None:
     assert logprobs is not None
     assert logprobs.tokens is not None
     assert len(set(logprobs.tokens)) == 1
+
+
+def test_an_answer_has_the_form_of_a_schema(ask: openai.OpenAI) -> None:
+    class Sum(pydantic.BaseModel):
+        first: Literal[2, 3]
+        second: Literal[2, 3]
+        holds: bool
+
+    answer = ask.chat.completions.parse(
+        model="demo", messages=said(SUM), response_format=Sum, temperature=0
+    )
+    assert isinstance(answer.choices[0].message.parsed, Sum)
 
 
 def test_logprobs_are_of_the_tokens_of_the_text(ask: openai.OpenAI) -> None:

@@ -22,6 +22,7 @@ from unicluster.v1.chat_pb2 import (
     Message,
     Sampling,
     TokenLogprob,
+    ToolCall,
     Usage,
 )
 
@@ -103,7 +104,12 @@ def test_fields_without_effect_are_accepted() -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "tools": {"tools": [{"type": "function"}]},
     "tool_choice": {"tool_choice": "required"},
-    "response_format": {"response_format": {"type": "json_object"}},
+    "response_format.type": {"response_format": {"type": "xml"}},
+    "response_format.json_schema": {"response_format": {"type": "json_schema"}},
+    "response_format.regex": {"response_format": {"type": "regex"}},
+    "messages[0].tool_calls[0].function": {
+        "messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]
+    },
     "modalities": {"modalities": ["text", "audio"]},
     "reasoning_effort": {"reasoning_effort": "high"},
     "store": {"store": True},
@@ -141,6 +147,41 @@ def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
         chat(**REFUSED[name])
     assert str(caught.value).startswith(f"{name.strip()}: ")
     assert failure_of(caught.value).param == name.strip()
+
+
+def test_calls_and_their_results_reach_the_request() -> None:
+    called = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    asked = chat(
+        messages=[
+            {"role": "user", "content": "2 + 3?", "name": "ann"},
+            {"role": "assistant", "content": None, "tool_calls": [called], "reasoning": "Hm."},
+            {"role": "tool", "tool_call_id": "1", "content": "5"},
+        ]
+    )
+
+    call = ToolCall(id="1", name="add", arguments="{}")
+    assert list(asked.request.messages) == [
+        Message(role="user", content="2 + 3?", name="ann"),
+        Message(role="assistant", tool_calls=[call], reasoning_content="Hm."),
+        Message(role="tool", tool_call_id="1", content="5"),
+    ]
+
+
+def test_the_form_of_an_answer_reaches_the_request() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "default": None}
+    forms: dict[str, Any] = {
+        "json_object": {},
+        "json_schema": {"json_schema": {"name": "n", "strict": True, "schema": schema}},
+        "regex": {"regex": "[ab]+"},
+        "grammar": {"grammar": 'start: "a"'},
+    }
+    for kind, fields in forms.items():
+        request = chat(response_format={"type": kind} | fields).request
+        assert request.constraint.WhichOneof("kind") == kind
+        if kind == "json_schema":
+            assert json.loads(request.constraint.json_schema) == schema
+    variables = chat(chat_template_kwargs={"enable_thinking": False}).request.template_arguments
+    assert json.loads(variables) == {"enable_thinking": False}
 
 
 def test_a_completion_takes_text_or_token_ids() -> None:
