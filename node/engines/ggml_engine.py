@@ -14,6 +14,7 @@ from node.weights.fetch import is_whole
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.gguf import Header, read_header
 from unicluster.checkpoints.ranges import Ranges, merged
+from unicluster.checkpoints.small_files import check_small_files
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
@@ -33,6 +34,7 @@ class GgmlEngine:
             raise InputError("--kv-bits: not for a GGUF; its caches are float16")
         if request.quant:
             raise InputError(f"--quant {request.quant}: the weights of a GGUF stay as they are")
+        check_small_files(checkpoint.root, checkpoint.manifest.small)
         return inspect(checkpoint, request.context, request.users or 1)
 
     def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:

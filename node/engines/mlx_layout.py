@@ -16,6 +16,7 @@ from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
 from node.mlx.lazy import nbytes
 from node.mlx.survey import Survey, survey
 from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.context import longest_context
 from unicluster.checkpoints.safetensors import read_header
 from unicluster.errors import InputError, in_one_line
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
@@ -108,7 +109,10 @@ def context_limit(config: dict[str, Any]) -> int:
     """Maximum context of the model, in tokens; 0 when its configuration doesn't say."""
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or config.get("max_position_embeddings")
-    return int(limit or 0)
+    # gemma-3 states the scaled context, and not what it was.
+    scaled = not str(text.get("model_type", "")).startswith("gemma3")
+    scaling = text.get("rope_scaling") or text.get("rope_parameters")
+    return longest_context(int(limit or 0), scaling if scaled else None)
 
 
 def _finish_bytes(model: nn.Module, found: Dataflow) -> int:

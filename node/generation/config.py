@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from node.generation.drafting import Speculation
+from node.generation.sampling import Sampling
+from unicluster.checkpoints.small_files import GENERATION_CONFIG, check_small_files
 from unicluster.v1.node_pb2 import StageSpec
 
 # A prefill chunk: long enough to keep a stage busy, short enough for a frame of this size.
@@ -39,7 +41,7 @@ class GenerationConfig:
     ) -> "GenerationConfig":
         """The settings for a model in `path`, one token of which has `hidden_bytes` in a frame.
 
-        Raises ValueError where its generation_config.json is no JSON.
+        Raises InputError where its generation_config.json is damaged.
         """
         return cls(
             spec,
@@ -61,9 +63,15 @@ def chunk_tokens(hidden_bytes: int) -> int:
     return max(1, min(PREFILL_TOKENS, PREFILL_BYTES // hidden_bytes))
 
 
+def check_defaults(path: Path) -> None:
+    """Raises InputError where the generation_config.json in `path` is damaged or out of range."""
+    Sampling.of_model(_defaults(path))
+
+
 def _defaults(path: Path) -> dict[str, Any]:
+    check_small_files(path, [GENERATION_CONFIG])
     try:
-        loaded = json.loads((path / "generation_config.json").read_text())
+        loaded: dict[str, Any] = json.loads((path / GENERATION_CONFIG).read_bytes())
     except FileNotFoundError:
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+    return loaded

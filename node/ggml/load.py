@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -14,6 +13,7 @@ from node.ggml.front import GgmlFront
 from node.ggml.layers import Layers, Sizes
 from node.ggml.stage import GgmlStage
 from unicluster.checkpoints.checkpoint import Checkpoint
+from unicluster.checkpoints.context import longest_context
 from unicluster.checkpoints.gguf import read_header
 
 # Where nobody says how much context there is to be.
@@ -104,5 +104,10 @@ def cores() -> int:
 
 def context_limit(gguf: Gguf) -> int:
     """The most tokens the model is made for; 0 when it doesn't say."""
-    limit: Any = gguf.header.arch("context_length", 0)
-    return int(limit)
+    arch = gguf.header.arch
+    scaling = {
+        "type": arch("rope.scaling.type", "none"),
+        "factor": arch("rope.scaling.factor", 0),
+        "original_max_position_embeddings": arch("rope.scaling.original_context_length", 0),
+    }
+    return longest_context(int(arch("context_length", 0)), scaling)

@@ -17,6 +17,7 @@ from pathlib import Path
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 
 from node.engines.choose import choose
+from node.generation.config import check_defaults
 from node.inspect.draft_vocabulary import check_draft
 from node.inspect.from_config import inspect_config
 from node.weights import store
@@ -48,6 +49,7 @@ def answer(request: InspectRequest, *, configs: bool = False) -> ModelLayout:
     if checkpoint is None:
         raise InputError(f"{request.model}: no longer on this machine")
     layout = choose(checkpoint).inspect(checkpoint, request)
+    check_defaults(checkpoint.root)
     if request.drafts_for:
         check_draft(request, checkpoint)
     return layout

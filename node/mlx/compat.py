@@ -5,10 +5,12 @@ new version changes it; pyproject.toml has the versions that passed. Caches: com
 """
 
 import functools
+import glob
 import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -32,6 +34,30 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """
     model_class, arguments_class = _get_classes(config)
     return model_class, arguments_class
+
+
+class _LiteralPath(type(Path())):  # type: ignore[misc]  # the platform's kind of Path
+    """A path that `open` takes as it is, and whose text `glob` takes as it is."""
+
+    def __str__(self) -> str:
+        return str(Path(glob.escape(str(Path(super().__str__()).parent))) / self.name)
+
+    def __fspath__(self) -> str:
+        return str(Path(super().__str__()))
+
+
+def literal_path(path: Path) -> Path:
+    """`path` for mlx-lm's `load_model`, which has `glob` look for weights by the path's text: so
+    that `[`, `*` and `?` in it stand for themselves.
+    """
+    literal: Path = _LiteralPath(path)
+    return literal
+
+
+def packed_floats(model: nn.Module) -> bool:
+    """Whether a layer that isn't quantized has bytes for weights: as MLX loads floats of 8 bits."""
+    plain = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding))
+    return any(module.weight.dtype == mx.uint8 for module in plain)
 
 
 def direct_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:

@@ -12,10 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config, load_model, quantize_model
 
-from node.mlx.compat import marked, model_classes
+from node.mlx.compat import literal_path, marked, model_classes, packed_floats
 from node.mlx.graph import dependencies
 from unicluster.checkpoints.checkpoint import WEIGHTS
-from unicluster.checkpoints.safetensors import read_header
+from unicluster.checkpoints.safetensors import has_float8, read_header
+from unicluster.checkpoints.small_files import INDEX, check_all_small_files
 from unicluster.errors import InputError, UniclusterError, in_one_line
 
 # For each weight by its name in the model, the tensors of the checkpoint that it is made of.
@@ -48,11 +49,15 @@ def load_lazy(path: Path, quant: str = "", origins: Origins | None = None) -> La
     check_files(path)
     classes = model_classes if origins is None else _noting(origins)
     try:
-        model, config = load_model(path, lazy=True, get_model_classes=classes)
+        model, config = load_model(literal_path(path), lazy=True, get_model_classes=classes)
     except UniclusterError:
         raise
     except Exception as error:
+        if unreadable := _unreadable(path):
+            raise InputError(f"{path}: {unreadable}") from error
         raise InputError(f"{path}: {in_one_line(error)}") from error
+    if packed_floats(model) and (unreadable := _unreadable(path)):
+        raise InputError(f"{path}: {unreadable}")
     stored = stored_quant(config, model)
     if quant in ("", "none", stored):
         return LazyModel(model, config, path, stored)
@@ -68,12 +73,31 @@ def load_lazy(path: Path, quant: str = "", origins: Origins | None = None) -> La
     return LazyModel(model, config, path, quant)
 
 
+def _unreadable(path: Path) -> str:
+    """Says that mlx-lm can't read the weights' format, if it is one of those that it may not."""
+    config = load_config(path)
+    text = config.get("text_config") or {}
+    stored = config.get("quantization_config") or text.get("quantization_config") or {}
+    method = str(stored.get("quant_method", "") if isinstance(stored, dict) else "")
+    if not method and (path / "hf_quant_config.json").is_file():
+        method = "modelopt"
+    if not method and any(has_float8(file) for file in path.glob(WEIGHTS)):
+        method = "fp8"
+    if not method:
+        return ""
+    return (
+        f"its weights are quantized as {method}, which mlx-lm can't read for "
+        f"{config['model_type']}: use its bfloat16 weights, or a conversion for MLX"
+    )
+
+
 def check_files(path: Path) -> None:
     """Raises InputError naming the first file of a model that is missing or damaged."""
     if not path.is_dir():
         raise InputError(f"{path}: no such directory on this machine")
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json in it, so this is no model directory")
+    check_all_small_files(path)
     try:
         config = load_config(path)
     except (OSError, ValueError) as error:
@@ -113,13 +137,10 @@ def nbytes(module: nn.Module) -> int:
 
 
 def _check_index(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if not index.is_file():
         return
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: damaged: {in_one_line(error)}") from error
+    names = set(json.loads(index.read_text())["weight_map"].values())
     for name in sorted(names):
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing, though the index names it")

@@ -21,8 +21,8 @@ import sys
 from typing import Any, BinaryIO
 
 from jinja2 import Template, meta, nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from node.prompts.compat import compiled
 from node.prompts.reads import (
     name_of,
     recorded_message,
@@ -67,7 +67,7 @@ def read(stream: BinaryIO, most: int = 1 << 31) -> dict[str, Any] | None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The text of a rendered template and what it did not use, or why there is none."""
     try:
-        template: Template = _compile_jinja_template(request["template"])
+        template = compiled(request["template"])
         answered = _rendered(template, request)
     except MemoryError:
         return {"error": "it needs too much memory"}

@@ -47,7 +47,7 @@ from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
 from unicluster.deadlines import DECODE, LOAD, PREFILL, Work, WorkDeadlines
-from unicluster.errors import UniclusterError
+from unicluster.errors import InputError, UniclusterError, in_one_line
 from unicluster.trust.identity import Credentials, Identity
 from unicluster.trust.keyring import HandedKeyring
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
@@ -157,14 +157,13 @@ async def fetch_stage(
 
 def generation_engine(
     spec: StageSpec,
-    engine: Engine,
+    tokenizer: Any,
     checkpoint: Checkpoint,
     front: Front,
     draft: Path | None,
     thread: MLXThread,
 ) -> GenerationEngine:
-    """The engine that generates answers, with tokenizer and draft model; on the compute thread."""
-    tokenizer = engine.tokenizer(checkpoint)
+    """The engine that generates answers, with its draft model; on the compute thread."""
     model = load_draft(draft, spec.draft.quant) if draft is not None else None
     speculation = Speculation.of(spec, model, len(tokenizer))
     config = GenerationConfig.of(spec, checkpoint.root, front.hidden_bytes, speculation)
@@ -188,8 +187,11 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
     server = make_server(most_bytes=FRAME_BYTES if spec.first_layer else CHAT_BYTES)
     port = bind(server, config.host, config.port, identity)
     engine, checkpoint, draft = await fetch_stage(config, identity, thread)
+    # Before the weights, which take longer: it may be damaged.
+    work = Work(LOAD, spec.memory)
+    tokenizer = await thread.run(lambda: _tokenizer(engine, checkpoint, spec), work)
     await thread.run(maybe_set_recommended_wired_limit)  # on Metal: else idle weights are paged out
-    report, work = progress_reporter(spec, thread), Work(LOAD, spec.memory)
+    report = progress_reporter(spec, thread)
     loaded = await thread.run(
         lambda: engine.load(checkpoint, spec, report, prebuilt=config.prebuilt), work
     )
@@ -204,7 +206,7 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
     if isinstance(loaded, LoadedHead):
         front = loaded.front
         generation = await thread.run(
-            lambda: generation_engine(spec, engine, checkpoint, front, draft, thread), work
+            lambda: generation_engine(spec, tokenizer, checkpoint, front, draft, thread), work
         )
         meter = generation.meter
         ring = WorkDeadlines({DECODE.kind: spec.ring_decode_s, PREFILL: spec.ring_prefill_s})
@@ -258,6 +260,19 @@ async def _unless(watching: "asyncio.Task[None]", work: Coroutine[Any, Any, T]) 
         working.cancel()
         watching.result()
     return await working
+
+
+def _tokenizer(engine: Engine, checkpoint: Checkpoint, spec: StageSpec) -> Any:
+    """The head's tokenizer; None of other stages. Raises InputError where it can't be used."""
+    if spec.first_layer:
+        return None
+    try:
+        return engine.tokenizer(checkpoint)
+    except UniclusterError:
+        raise
+    except Exception as error:  # transformers' and its tokenizers' are of many kinds
+        reason = in_one_line(error)
+        raise InputError(f"{checkpoint.root}: its tokenizer can't be loaded: {reason}") from error
 
 
 def _follow_parent(keyring: HandedKeyring) -> None:

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
+from node.mlx.compat import literal_path
 from node.weights import store
 
 
@@ -25,7 +26,7 @@ def load(name: str, group: Any) -> Any:
     checkpoint = store.find(name, "")
     if checkpoint is None:
         raise ValueError(f"{name} is not on this machine")
-    model: Any = load_model(checkpoint.root, lazy=True)[0]
+    model: Any = load_model(literal_path(checkpoint.root), lazy=True)[0]
     if group is not None:
         if not hasattr(getattr(model, "model", None), "pipeline"):
             raise ValueError(f"mlx-lm has no pipeline for {model.model_type}")

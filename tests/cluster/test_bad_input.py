@@ -236,6 +236,18 @@ def break_config(file: Path) -> None:
     file.with_name("config.json").write_text("{")
 
 
+def empty_tokenizer(file: Path) -> None:
+    file.with_name("tokenizer.json").write_text("")
+
+
+def warm_defaults(file: Path) -> None:
+    file.with_name("generation_config.json").write_text('{"temperature": "warm"}')
+
+
+def hot_defaults(file: Path) -> None:
+    file.with_name("generation_config.json").write_text('{"temperature": 1000}')
+
+
 def shorten(file: Path) -> None:
     config = file.with_name("config.json")
     changed = json.loads(config.read_text()) | {"max_position_embeddings": 64}
@@ -248,6 +260,9 @@ DAMAGE = [
     (remove, "{}: no model*.safetensors in it"),
     (rename_architecture, "{}: Model type perceptron not supported."),
     (break_config, "{}/config.json: "),
+    (empty_tokenizer, "{}/tokenizer.json: damaged: it is empty"),
+    (warm_defaults, "{}/generation_config.json: damaged: temperature is 'warm', and no number"),
+    (hot_defaults, "generation_config.json: temperature: must be between 0 and 2, got 1000"),
     (shorten, "context: 128 tokens, and {} is made for at most 64"),
 ]
 

@@ -6,6 +6,7 @@ bounds in pyproject.toml. Others: test_ggml_compat.py, test_hub_compat.py.
 
 import ast
 import copy
+import glob
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -498,6 +499,7 @@ COMPAT = {
     "node/mlx/saved/state.py",
     "node/weights/hub_compat.py",
     "node/ggml/library.py",
+    "node/prompts/compat.py",
 }
 LIBRARIES = ("mlx", "mlx_lm", "huggingface_hub", "llama_cpp", "transformers", "tokenizers", "grpc")
 CACHE_CALLS = {"make_prompt_cache", "can_trim_prompt_cache", "trim_prompt_cache"}
@@ -513,6 +515,19 @@ def private_imports(file: Path) -> Iterator[str]:
                 is_cache = module == "mlx_lm.models.cache" and name not in CACHE_CALLS
                 if is_private or is_cache:
                     yield f"{file.relative_to(ROOT)}: {module}.{name}"
+
+
+def test_a_path_of_any_name_is_literal_for_globs_and_for_opening(tmp_path: Path) -> None:
+    odd = tmp_path / "a[b]*?"
+    odd.mkdir()
+    (odd / "c").write_text("d")
+
+    path = compat.literal_path(odd)
+
+    assert glob.glob(str(path / "*")) == [str(odd / "c")]
+    assert (path / "c").exists()
+    with open(path / "c") as stream:
+        assert stream.read() == "d"
 
 
 def test_private_parts_are_imported_in_one_place_each() -> None:

@@ -78,6 +78,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown model type": (change_config(model_type="nosuch"), "nosuch"),
     "other sizes": (change_config(hidden_size=128), "shape"),
     "a size that is no number": (change_config(hidden_size="wide"), "."),
+    "a type that is no text": (
+        change_config(model_type=3),
+        "damaged: model_type is 3, and no text",
+    ),
+    "config empty": (rewrite(CONFIG, lambda old: b""), "config.json: damaged: it is empty"),
+    "config of zeros": (
+        rewrite(CONFIG, lambda old: bytes(len(old))),
+        "damaged: it has nothing",
+    ),
+    "config deep": (rewrite(CONFIG, lambda old: b"[" * 10**6), "damaged: it is nested too deeply"),
     "a size of nothing": (change_config(num_attention_heads=0, head_dim=None), "."),
 }
 
@@ -102,13 +112,122 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         load_lazy(sharded)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
 def test_a_damaged_index_is_named(sharded: Path, content: str) -> None:
     index = sharded / "model.safetensors.index.json"
     index.write_text(content)
 
     with pytest.raises(InputError, match=f"{index}: damaged"):
         load_lazy(sharded)
+
+
+SMALL = {
+    "tokenizer.json": ["", "{", "[]", "{}", '{"model": 3}', "\0" * 100],
+    "tokenizer_config.json": ["", "null", '{"chat_template": 3}'],
+    "generation_config.json": [
+        "",
+        "[]",
+        '{"temperature": "warm"}',
+        '{"top_k": [1]}',
+        '{"top_p": true}',
+        '{"do_sample": "yes"}',
+        '{"eos_token_id": "</s>"}',
+        '{"eos_token_id": [1, null]}',
+    ],
+    "special_tokens_map.json": ["[", "3"],
+    "tokenizer.model": ["", "\0" * 5000],
+    "vocab.tiktoken": [""],
+    "chat_template.jinja": [""],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(n, c) for n in SMALL for c in SMALL[n]])
+def test_a_damaged_small_file_is_named(path: Path, name: str, content: str) -> None:
+    (path / name).write_text(content)
+
+    with pytest.raises(InputError, match=f"{path / name}: damaged: .*; copy it again$") as caught:
+        load_lazy(path)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_small_files_that_are_right_are_taken(path: Path) -> None:
+    (path / "generation_config.json").write_text(
+        '{"temperature": null, "top_k": 3, "do_sample": false, "eos_token_id": [1, 2], "x": {}}'
+    )
+    (path / "other.json").write_text("{")  # nobody reads it
+
+    assert load_lazy(path).model_type == "llama"
+
+
+ODD = (
+    "a[b]",
+    "*",
+    "what?",
+    "it's a dir",
+    '"quoted" $HOME',
+    "模型 ü",
+    "[!x]",
+    "{a,b}",
+    "%s {}",
+    "#-~",
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("parent", [False, True])
+def test_any_name_of_a_directory(tmp_path: Path, name: str, parent: bool) -> None:
+    odd = tmp_path / name / ("model" if parent else "")
+    odd.mkdir(parents=True)
+    write_model(odd, tiny_config("llama"))
+
+    lazy = load_lazy(odd)
+
+    assert (lazy.model_type, lazy.path) == ("llama", odd)
+    (odd / CONFIG).write_text("{")
+    with pytest.raises(InputError) as caught:
+        load_lazy(odd)
+    assert str(caught.value).startswith(f"{odd}/config.json: ")
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def in_float8(weights: dict[str, mx.array]) -> None:
+    """The weights of linear layers as bytes, with a scale for each block beside them."""
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        weights[name] = mx.zeros(weights[name].shape, mx.uint8)
+        weights[f"{name}_scale_inv"] = mx.ones((1, 1))
+
+
+def without_scales(weights: dict[str, mx.array]) -> None:
+    in_float8(weights)
+    for name in [name for name in weights if name.endswith("_scale_inv")]:
+        del weights[name]
+
+
+@pytest.mark.parametrize("change", [in_float8, without_scales])
+def test_weights_in_float8_that_can_t_be_read_are_called_so(path: Path, change: Any) -> None:
+    change_weights(change)(path)
+    change_config(quantization_config=FP8)(path)
+
+    with pytest.raises(InputError) as caught:
+        load_lazy(path)
+
+    assert str(caught.value) == (
+        f"{path}: its weights are quantized as fp8, which mlx-lm can't read for llama: use its "
+        "bfloat16 weights, or a conversion for MLX"
+    )
+
+
+def test_other_formats_that_can_t_be_read_are_called_so(path: Path) -> None:
+    change_weights(in_float8)(path)
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+    with pytest.raises(InputError, match="its weights are quantized as modelopt, which mlx-lm"):
+        load_lazy(path)
 
 
 def test_a_file_in_place_of_a_directory(path: Path) -> None:

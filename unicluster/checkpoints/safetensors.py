@@ -51,6 +51,14 @@ def read_header(file: Path) -> SafetensorsHeader:
     return header
 
 
+def has_float8(file: Path) -> bool:
+    """Whether a file that `read_header` takes has tensors of floats of 8 bits."""
+    with file.open("rb") as stream:
+        end = header_length(stream.read(LENGTH_BYTES))
+        entries = _header(stream.read(end - LENGTH_BYTES))
+    return any(str(entry.get("dtype", "")).startswith("F8_") for entry in entries.values())
+
+
 def _header(text: bytes) -> dict[str, Any]:
     """Tensors by name. Raises ValueError for what is no such JSON."""
     try:
