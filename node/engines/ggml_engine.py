@@ -1,8 +1,10 @@
 """ggml: stages of llama.cpp's graphs, from a GGUF."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from gguf import TokenType
 from mlx_lm.utils import load_config, load_tokenizer
 
 from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
@@ -18,8 +20,13 @@ from unicluster.checkpoints.small_files import check_small_files
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
+log = logging.getLogger(__name__)
+
 # transformers needs both to load a tokenizer.
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+NORMAL = int(TokenType.NORMAL)
+# Of a vocabulary: some tokens are written otherwise when a model is converted.
+MOST_OTHERS = 1 / 100
 
 
 class GgmlEngine:
@@ -79,11 +86,29 @@ class GgmlEngine:
             return tokenizer_of(file, header)
         ends = _end_tokens(checkpoint, header)
         tokenizer = load_tokenizer(checkpoint.root, eos_token_ids=ends)
+        if not _is_same_vocabulary(tokenizer, header):
+            log.warning(
+                "%s: the tokenizer beside it is of another vocabulary, so its own is used", file
+            )
+            return tokenizer_of(file, header)
         template = header.get(TEMPLATE)
         if tokenizer.has_chat_template or template is None:
             return tokenizer
         # At once, because the template says how tools and reasoning are marked.
         return load_tokenizer(checkpoint.root, {"chat_template": template}, eos_token_ids=ends)
+
+
+def _is_same_vocabulary(tokenizer: Any, header: Header) -> bool:
+    """Whether a tokenizer has the tokens of a GGUF at their numbers, but for special ones, which
+    may be written otherwise, and rows of padding.
+    """
+    tokens = header.get("tokenizer.ggml.tokens", [])
+    types = header.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    normal = [n for n, kind in zip(range(len(tokens)), types, strict=False) if kind == NORMAL]
+    known = tokenizer.convert_ids_to_tokens([n for n in normal if n < len(tokenizer)])
+    pairs = zip(normal, known, strict=False)
+    wrong = sum(tokens[number] != token for number, token in pairs) + len(normal) - len(known)
+    return len(tokenizer) <= len(tokens) and wrong <= len(normal) * MOST_OTHERS
 
 
 def _end_tokens(checkpoint: Checkpoint, header: Header) -> set[int]:

@@ -12,6 +12,7 @@ from node.ggml.library import (
     F16,
     F32,
     MULTIPLE_POSITIONS,
+    Complaint,
     Floats,
     amx_is_broken,
     computes_on_cpu,
@@ -71,9 +72,10 @@ class Layers:
         params.n_gpu_layers = sizes.layers + 1
         params.use_extra_bufts = not amx_is_broken()
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
-        self._model = lib.llama_model_load_from_file(str(file).encode(), params)
+        with Complaint() as complaint:
+            self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise StageError(f"llama.cpp can't load {file}: its log says why")
+            raise StageError(f"llama.cpp can't load {file}{complaint.reason}")
         self.recurrent = bool(
             lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         )
@@ -81,10 +83,13 @@ class Layers:
         self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
         leave = "" if sizes.vocabulary else f"l_out-{sizes.layers - 1}"
         self._tap = Tap(sizes.entry, leave, sizes.hidden) if sizes.entry or leave else None
-        self._context = lib.llama_init_from_model(self._model, self._parameters())
+        with Complaint() as complaint:
+            self._context = lib.llama_init_from_model(self._model, self._parameters())
         if not self._context:
             lib.llama_model_free(self._model)
-            raise StageError(f"llama.cpp has no room for the KV cache of {sizes.cells} tokens")
+            raise StageError(
+                f"llama.cpp has no room for the KV cache of {sizes.cells} tokens{complaint.reason}"
+            )
         self._memory = lib.llama_get_memory(self._context)
         self._positions = np.zeros(BATCH * self._position_copies, np.int32)
         self._sequences = np.zeros(BATCH, np.int32)

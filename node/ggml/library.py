@@ -9,13 +9,14 @@ pyproject.toml pins llama-cpp-python to one version.
 import ctypes
 import functools
 import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from unicluster.errors import UnavailableError
+from unicluster.errors import UnavailableError, in_one_line
 
 log = logging.getLogger("unicluster.llama")
 
@@ -25,6 +26,12 @@ MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
 MULTIPLE_POSITIONS = (8, 40)
 # ggml.h: levels of the log.
 _LEVELS = {2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
+
+_ERROR = 4
+# What llama.cpp says before the reason: a function of its own, and that it is an error.
+_PREFIX = re.compile(r"(?:\w+: )?(?:error loading model(?: \w+)*: )?")
+# Lists that get the errors of the log.
+_listening: list[list[str]] = []
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -59,6 +66,28 @@ class _TypeTraits(ctypes.Structure):
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
     )
+
+
+class Complaint:
+    """What llama.cpp says while something is tried: `reason` begins with ": ", or is empty."""
+
+    def __init__(self) -> None:
+        self._errors: list[str] = []
+
+    def __enter__(self) -> Self:
+        _listening.append(self._errors)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _listening.remove(self._errors)
+
+    @property
+    def reason(self) -> str:
+        """Its first error, without its own names for where."""
+        if not self._errors:
+            return ""
+        text = _PREFIX.sub("", self._errors[0], count=1) or self._errors[0]
+        return f": {in_one_line(Exception(text))}"
 
 
 def tensor_name(address: int) -> bytes:
@@ -115,6 +144,9 @@ def _log_callback() -> Any:
         line = text.decode(errors="replace").strip()
         if line and level in _LEVELS:
             log.log(_LEVELS[level], "%s", line)
+        if line and level == _ERROR:
+            for errors in _listening:
+                errors.append(line)
 
     return ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(note)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from node.ggml.architectures import known
+from node.ggml.architectures import KNOWN, known
+from node.ggml.complete import check_layers, check_parts
 from node.ggml.cut import Gguf, write
 from node.ggml.embedding import Embedding
 from node.ggml.front import GgmlFront
@@ -51,9 +52,17 @@ class Loaded:
 
 
 def open_gguf(checkpoint: Checkpoint) -> Gguf:
-    """Raises InputError for damaged headers; the tensors need not be here."""
-    names = checkpoint.manifest.weights
-    return Gguf({name: read_header(checkpoint.root / name) for name in names})
+    """Raises InputError for damaged headers, and where a part or a tensor is missing from them.
+
+    The bytes of the tensors need not be here.
+    """
+    root = checkpoint.root
+    headers = {name: read_header(root / name) for name in checkpoint.manifest.weights}
+    check_parts(root, headers)
+    gguf = Gguf(headers)
+    if gguf.header.architecture in KNOWN:
+        check_layers(root, headers)
+    return gguf
 
 
 def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizer
 
-from node.ggml.library import llama
+from node.ggml.library import Complaint, llama
 from unicluster.checkpoints.gguf import Header
 from unicluster.errors import InputError
 
@@ -27,9 +27,10 @@ class GgufTokenizer(_Tokenizer):
         self._lib = lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = True
-        self._model = lib.llama_model_load_from_file(str(file).encode(), params)
+        with Complaint() as complaint:
+            self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise InputError(f"{file}: llama.cpp can't read its tokenizer")
+            raise InputError(f"{file}: llama.cpp can't read its tokenizer{complaint.reason}")
         self._vocab = lib.llama_model_get_vocab(self._model)
         self._tokens = [str(token) for token in header.get("tokenizer.ggml.tokens", [])]
         self._numbers = {token: number for number, token in enumerate(self._tokens)}
@@ -119,4 +120,6 @@ class GgufTokenizer(_Tokenizer):
 def tokenizer_of(file: Path, header: Header) -> TokenizerWrapper:
     """mlx-lm's wrapper of a tokenizer, made from a GGUF alone."""
     tokenizer = GgufTokenizer(file, header)
-    return TokenizerWrapper(tokenizer, NaiveStreamingDetokenizer, eos_token_ids=tokenizer.ends)
+    wrapper = TokenizerWrapper(tokenizer, NaiveStreamingDetokenizer, eos_token_ids=tokenizer.ends)
+    wrapper.has_chat_template = tokenizer.chat_template is not None
+    return wrapper

@@ -231,9 +231,14 @@ ARCHITECTURES: dict[str, tuple[Callable[[int], Shapes], dict[str, Any]]] = {
 
 
 def write_gguf(
-    file: Path, architecture: str = "llama", layers: int = LAYERS, seed: int = 0, parts: int = 1
+    file: Path,
+    architecture: str = "llama",
+    layers: int = LAYERS,
+    seed: int = 0,
+    parts: int = 1,
+    metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """A GGUF of hidden size 64, in float32, with a tokenizer.
+    """A GGUF of hidden size 64, in float32, with a tokenizer; `metadata` is of the architecture.
 
     With more `parts` it is split; the path is that of the first, in which there are no tensors.
     """
@@ -249,7 +254,8 @@ def write_gguf(
     }
     rng = np.random.default_rng(seed)
     weights = {name: _random(name, shape, rng) for name, shape in named.items()}
-    return save(file, architecture, own | {"block_count": layers}, weights, parts)
+    own = own | {"block_count": layers} | (metadata or {})
+    return save(file, architecture, own, weights, parts)
 
 
 def save(
@@ -342,6 +348,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
     else:
         writer.add_array(key, value)
 

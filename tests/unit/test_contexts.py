@@ -40,6 +40,7 @@ CASES: dict[str, tuple[int, Any, int]] = {
     "a factor that is none": (4096, {"type": "linear", "factor": "4"}, 4096),
     "an endless factor": (4096, {"type": "linear", "factor": float("inf")}, 4096),
     "a factor that shrinks": (4096, {"type": "linear", "factor": 0.5}, 4096),
+    "a type that is none": (4096, {"type": ["yarn"], "factor": 4.0}, 4096),
     "nonsense": (4096, "yarn", 4096),
 }
 

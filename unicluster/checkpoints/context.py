@@ -22,7 +22,7 @@ def longest_context(stated: int, scaling: Any) -> int:
     longest = max((longest_context(stated, each) for each in scaling.values()), default=stated)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if kind in STATED or not _is_factor(factor):
+    if not isinstance(kind, str) or kind in STATED or not _is_factor(factor):
         return longest
     base = original if isinstance(original, int) and original > 0 else stated
     return max(longest, int(base * factor))
