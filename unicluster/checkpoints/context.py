@@ -4,6 +4,8 @@ from typing import Any
 
 # Of these the stated context is the long one already, or positions are not stretched at all.
 STATED = {"default", "none", "llama3", "longrope", "su", "mrope", "proportional"}
+# No model's is stretched by as much.
+MOST = 1 << 20
 
 
 def longest_context(stated: int, scaling: Any) -> int:
@@ -22,11 +24,7 @@ def longest_context(stated: int, scaling: Any) -> int:
     longest = max((longest_context(stated, each) for each in scaling.values()), default=stated)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if not isinstance(kind, str) or kind in STATED or not _is_factor(factor):
+    if not isinstance(kind, str) or kind in STATED or not isinstance(factor, int | float):
         return longest
     base = original if isinstance(original, int) and original > 0 else stated
-    return max(longest, int(base * factor))
-
-
-def _is_factor(factor: Any) -> bool:
-    return isinstance(factor, int | float) and not isinstance(factor, bool) and 1 < factor < 2**20
+    return max(longest, int(base * factor)) if factor < MOST else longest
