@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from unicluster.v1.node_pb2 import LoadProgress
+
 VARIABLE = "UNICLUSTER_STUCK_SECONDS"
 # Work may always take so long, whatever was measured: a machine swaps, or compiles kernels.
 FLOOR_SECONDS = 30.0
@@ -24,6 +26,12 @@ FIRST_FLOORS = 4.0
 REMEMBERED = 64
 # Bytes a second that a disk or a network file system gives at the very least.
 SLOWEST_DISK = 10e6
+# To connect to a stage of a ring, and for each one behind it: the nearest to the trouble says so
+# first.
+OPEN_SECONDS = 5.0
+OPEN_SECONDS_A_STAGE = 2.0
+# The bytes of the largest layer over those of the mean.
+UNEVEN_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,23 @@ def floor_seconds() -> float:
         return max(float(os.environ.get(VARIABLE, "")), 0.1)
     except ValueError:
         return FLOOR_SECONDS
+
+
+def open_seconds(stages: int) -> float:
+    """Seconds in which a stream through so many stages is opened."""
+    return OPEN_SECONDS + OPEN_SECONDS_A_STAGE * stages
+
+
+def next_bytes(progress: LoadProgress, memory: int) -> int:
+    """The most bytes that come before the next report of progress; of a stage of `memory`."""
+    if progress.to_fetch and progress.fetched < progress.to_fetch:
+        return progress.to_fetch  # a file of that size may be compared with its checksum
+    if not progress.bytes_total or not progress.layers_total:
+        return memory
+    left = max(progress.bytes_total - progress.bytes_done, 0)
+    if progress.layers_done >= progress.layers_total:  # what is outside the layers
+        return left
+    return min(left, UNEVEN_LAYERS * progress.bytes_total // progress.layers_total)
 
 
 class WorkDeadlines:

@@ -20,6 +20,16 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:80]}…")
 
 
+def printable(text: str) -> str:
+    """`text` with all that could steer a terminal, and lone surrogates, written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 class UniclusterError(Exception):
     """Base of all errors of this project. `exit_code` is what the command exits with."""
 

@@ -1,8 +1,13 @@
 """Seconds in which nothing moved, as whoever looks for stuck work counts them."""
 
+import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from unicluster.deadlines import Work, floor_seconds
+
+T = TypeVar("T")
 
 # Between two looks for stuck work.
 LOOK_SECONDS = 1.0
@@ -42,3 +47,20 @@ class Stall:
 def stuck_reason(who: str, seconds: float, work: Work | str) -> str:
     """The message of the error for stuck work; `who` names the machine and its layers."""
     return f"{who} has computed nothing for {seconds:.0f} s: {work}"
+
+
+async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises TimeoutError after so many seconds of a Stall.
+
+    Unlike asyncio.timeout it is not too late when this process itself was stopped in between.
+    """
+    working = asyncio.ensure_future(work)
+    stall, look_s = Stall(min(look_seconds(), seconds / 4)), min(look_seconds(), seconds / 4)
+    try:
+        while not working.done():
+            if stall.look(working) > seconds:
+                raise TimeoutError
+            await asyncio.wait([working], timeout=look_s)
+        return working.result()
+    finally:
+        working.cancel()

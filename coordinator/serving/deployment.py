@@ -4,55 +4,43 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 
+from coordinator.fleet.head_watch import HeadWatch
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Layout, Plan, Stage
-from coordinator.serving.events import (
-    Events,
-    Progress,
-    Ready,
-    Recovered,
-    Recovering,
-    StageFailed,
-    StageReady,
-    moves,
-)
+from coordinator.serving.events import Events, Ready, Recovered, Recovering, moves
+from coordinator.serving.lease import Lease
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, connect
-from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.deadlines import floor_seconds, open_seconds
+from unicluster.errors import StageError, UnavailableError
 from unicluster.retry import attempts, succeeded
+from unicluster.stall import within
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
-from unicluster.v1.node_pb2 import (
-    DescribeNodeRequest,
-    DeviceShare,
-    Draft,
-    StageEvent,
-    StageExit,
-    StageSpec,
-)
-from unicluster.v1.node_pb2_grpc import NodeStub
+from unicluster.v1.node_pb2 import DeviceShare, Draft, StageSpec
 from unicluster.v1.stage_pb2 import Opened, RouteStop, StageInfo
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
 
+    RingCall = grpc.aio.UnaryStreamCall[HoldRingRequest, Opened]
+
 log = logging.getLogger(__name__)
 
-# Pauses before a ring is opened again, and between looks at machines that unload.
+# Pauses before a ring is opened again.
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 1.0
-LOOK_SECONDS = 0.05
 # If it takes longer to open a ring over stages that are ready, something is wrong with them.
 OPEN_SECONDS = 15.0
-# A worker is given 5 s to end before it is killed.
-UNLOAD_SECONDS = 7.0
+# For the head's model to be set before it says that the ring is open.
+SET_FLOORS = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,70 +62,12 @@ class _RingClosed(Exception):  # noqa: N818 - no error yet: it is opened again
     """The ring ended while all its stages stand."""
 
 
-class _Lease:
-    """One stage on one machine: the stream that keeps it there."""
-
-    def __init__(self, stage: Stage, spec: StageSpec, channel: grpc.aio.Channel) -> None:
-        self.stage = stage
-        self.address: str | None = None
-        self.lost: UniclusterError | None = None
-        self.draining = False
-        self._spec = spec
-        self._node = NodeStub(channel)
-
-    @property
-    def name(self) -> str:
-        return self.stage.machine.name
-
-    async def hold(self, events: Events, changed: Callable[[], None]) -> None:
-        """Follows the stage until it is lost."""
-        try:
-            async for event in self._node.RunStage(self._spec):
-                self._note(event, events)
-                changed()
-            self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
-        except grpc.aio.AioRpcError as error:
-            self.lost = as_error(error, f"machine {self.name} ({self.stage.machine.address})")
-        self.address = None
-        events.publish(StageFailed(self.name, str(self.lost)))
-        changed()
-
-    async def until_unloaded(self) -> None:
-        """Returns when the machine, if it is still there, has its memory back."""
-        if self.lost is not None:
-            return
-        with contextlib.suppress(grpc.aio.AioRpcError):  # it has gone, and the stage with it
-            while True:
-                info = await self._node.Describe(DescribeNodeRequest(), timeout=UNLOAD_SECONDS)
-                if self._spec not in info.stages:
-                    return
-                await asyncio.sleep(LOOK_SECONDS)
-
-    def _note(self, event: StageEvent, events: Events) -> None:
-        if event.HasField("progress"):
-            events.publish(Progress(self.name, event.progress))
-        elif event.HasField("ready"):
-            host = self.stage.machine.address.rpartition(":")[0]
-            self.address = f"{host}:{event.ready.port}"
-            events.publish(StageReady(self.name))
-        elif event.HasField("draining"):
-            self.draining = True
-        else:
-            self._ended(event.exit)
-
-    def _ended(self, ended: StageExit) -> None:
-        self.address = None
-        log.warning("machine %s: worker ended: %s", self.name, ended.reason)
-        if not ended.restarting:
-            memory = ", out of memory" if ended.out_of_memory else ""
-            self.lost = StageError(f"machine {self.name}{memory}: {ended.reason}")
-
-
 def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> list[StageSpec]:
     """The spec of each stage: the template with the fields of that stage."""
     deployment = secrets.token_hex(8)
+    prefill = [_prefill_seconds(stage, plan) for stage in plan.stages]
     specs = []
-    for stage, hub_files in zip(plan.stages, files.from_hub, strict=True):
+    for stage, hub_files, prefill_s in zip(plan.stages, files.from_hub, prefill, strict=True):
         spec = StageSpec()
         spec.CopyFrom(generation)
         spec.MergeFrom(
@@ -160,6 +90,10 @@ def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> l
                     DeviceShare(name=share.device, layers=share.layers, memory=share.bytes)
                     for share in stage.shares
                 ],
+                decode_s=stage.seconds_per_token,
+                prefill_s=prefill_s,
+                ring_decode_s=plan.seconds_per_token,
+                ring_prefill_s=sum(prefill) + plan.hops_s,
             )
         )
         spec.ClearField("draft")  # loaded beside the head's layers only
@@ -167,6 +101,13 @@ def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> l
             spec.draft.CopyFrom(files.draft)
         specs.append(spec)
     return specs
+
+
+def _prefill_seconds(stage: Stage, plan: Plan) -> float:
+    """Seconds for one token of a prompt; at most that of an answer, where compute is unknown."""
+    if stage.chunk_seconds is None or not plan.chunk_tokens:
+        return stage.seconds_per_token
+    return stage.chunk_seconds / plan.chunk_tokens
 
 
 class Deployment:
@@ -204,7 +145,8 @@ class Deployment:
         self._stirred = asyncio.Event()
         self._answers = 0
         self._specs = _specs(layout, plan, files, generation)
-        self._leases: list[_Lease] = []
+        self.watch = HeadWatch(self._specs[0].ring_prefill_s, plan.chunk_tokens)
+        self._leases: list[Lease] = []
 
     @property
     def ending(self) -> str:
@@ -259,7 +201,7 @@ class Deployment:
     async def _supervise(self) -> None:
         for stage, spec in zip(self.plan.stages, self._specs, strict=True):
             channel = await self._connect(stage.machine.address)
-            lease = _Lease(stage, spec, channel)
+            lease = Lease(stage, spec, channel)
             self._leases.append(lease)
             hold = lease.hold(self._events, self._stir)
             self._tasks.append(asyncio.create_task(hold))
@@ -294,9 +236,12 @@ class Deployment:
 
     async def _unload(self) -> None:
         """Waits, for a while, until what comes next finds the memory and the ports free."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(UNLOAD_SECONDS):
-                await asyncio.gather(*(lease.until_unloaded() for lease in self._leases))
+        unloading = (lease.until_unloaded() for lease in self._leases)
+        for error in await asyncio.gather(*unloading, return_exceptions=True):
+            if isinstance(error, UnavailableError):
+                log.warning("%s; going on", error)
+            elif error is not None:
+                raise error
 
     async def _all_ready(self) -> list[str]:
         while True:
@@ -322,17 +267,35 @@ class Deployment:
         was_open = False
         async with connect(addresses[0], self._identity) as channel:
             ring = HeadStub(channel).HoldRing(HoldRingRequest(route=route))
+            chat = ChatStub(channel)
+            stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
             try:
-                async for opened in ring:
-                    self._open(opened, ChatStub(channel))
+                opened = await self._opened(ring)
+                while isinstance(opened, Opened):
+                    self._open(opened, chat)
                     was_open = True
+                    opened = await _unless_stuck(stuck, ring)
                 reason = f"machine {self.head_name} closed the ring"
             except grpc.aio.AioRpcError as error:
                 reason = str(as_error(error, f"machine {self.head_name} (head)"))
+            except StageError as error:  # only a new worker can be of help
+                self._lose(str(error))
+                raise
+            finally:
+                stuck.cancel()
             # Before the channel is closed, and with it the answers that run.
             self._lose(reason)
             log.warning("%s", reason)
         return was_open
+
+    async def _opened(self, ring: "RingCall") -> object:
+        """The first message of the stream that holds the ring; StageError if it is late."""
+        seconds = open_seconds(len(self._leases)) + SET_FLOORS * floor_seconds()
+        try:
+            return await within(seconds, _read(ring))
+        except TimeoutError:
+            who = self._leases[0].long_name
+            raise StageError(f"{who} did not open the ring within {seconds:.0f} s") from None
 
     def _lose(self, reason: str) -> None:
         if self.state == "ready":
@@ -355,3 +318,17 @@ class Deployment:
 
     async def _connect(self, address: str) -> grpc.aio.Channel:
         return await self._channels.enter_async_context(connect(address, self._identity))
+
+
+async def _read(ring: "RingCall") -> object:
+    return await ring.read()
+
+
+async def _unless_stuck(stuck: "asyncio.Task[str]", ring: "RingCall") -> object:
+    """The ring's next message. Raises StageError once its head is stuck."""
+    reading = asyncio.create_task(_read(ring))
+    await asyncio.wait([reading, stuck], return_when=asyncio.FIRST_COMPLETED)
+    if not reading.done():
+        reading.cancel()
+        raise StageError(stuck.result())
+    return reading.result()

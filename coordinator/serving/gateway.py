@@ -63,7 +63,11 @@ class Gateway:
         self.running += 1
         try:
             with deployment.answering(), deployment.timing.answer() as finished:
-                async for event in call:
+                while True:
+                    with deployment.watch.answer():
+                        event = await call.read()
+                    if not isinstance(event, GenerateEvent):
+                        break
                     self.tokens += len(event.delta.token_ids)
                     if event.HasField("finish"):
                         finished(event.finish)

@@ -65,6 +65,8 @@ RESTART_WINDOW = 60.0
 FIRST_PAUSE_SECONDS = 0.25
 LAST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 600.0
+# A question that waits for the end of a stage is answered within this: a worker gets 5 s to end.
+ENDED_SECONDS = 6.0
 
 
 class Agent(NodeServicer):
@@ -126,6 +128,8 @@ class Agent(NodeServicer):
     async def Describe(  # noqa: N802
         self, request: DescribeNodeRequest, context: Context
     ) -> NodeInfo:
+        if request.unless_deployment:
+            await self._until_ended(request.unless_deployment)
         hardware = self.hardware
         usable = await asyncio.to_thread(self.usable_memory)
         return NodeInfo(
@@ -148,6 +152,13 @@ class Agent(NodeServicer):
             ggml_backend=hardware.ggml_backend,
             ggml_bandwidth=hardware.ggml_bandwidth,
         )
+
+    async def _until_ended(self, deployment: str) -> None:
+        """Returns when no stage of a deployment runs here any more, or after ENDED_SECONDS."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + ENDED_SECONDS
+        while clock() < until and any(s.deployment == deployment for s in self.stages):
+            await self.changed(until - clock())
 
     async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
         if request.off:

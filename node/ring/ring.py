@@ -16,7 +16,15 @@ from node.ring.compute_thread import Signal
 from node.ring.stuck import find_stuck
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
 from unicluster.cluster.sizes import RESULT_BYTES
-from unicluster.deadlines import DECODE, OTHER, PREFILL, Work, WorkDeadlines, floor_seconds
+from unicluster.deadlines import (
+    DECODE,
+    OTHER,
+    PREFILL,
+    Work,
+    WorkDeadlines,
+    floor_seconds,
+    open_seconds,
+)
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
@@ -25,9 +33,6 @@ from unicluster.v1.stage_pb2_grpc import StageStub
 
 Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
 
-# To connect to a stage, and for each one behind it: the nearest to the trouble says so first.
-OPEN_SECONDS = 5.0
-OPEN_SECONDS_A_STAGE = 2.0
 # A machine whose work is stuck finds out by itself a little sooner, and knows more about it.
 PATIENCE_FLOORS = 0.5
 
@@ -239,7 +244,7 @@ class Ring:
         )
         back = self._dial(last, identity)
         opening = Open(session=session, stage=len(self.route), returns=True)
-        await open_hop(back, last, opening, OPEN_SECONDS)
+        await open_hop(back, last, opening)
         self._tasks = [
             asyncio.create_task(self._write(forward)),
             asyncio.create_task(self._watch(forward, first)),
@@ -355,17 +360,12 @@ def work_of(frame: Frame) -> Work:
     return Work(PREFILL, max(shape[0] * shape[1], 1)) if frame.hold and len(shape) > 1 else DECODE
 
 
-def open_seconds(stages: int) -> float:
-    """Seconds in which a stream through so many stages is opened."""
-    return OPEN_SECONDS + OPEN_SECONDS_A_STAGE * stages
-
-
-async def open_hop(hop: Hop, stop: RouteStop, opening: Open, seconds: float = 0.0) -> Opened:
+async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
     """Sends the first message of a hop and waits until everything behind it is connected.
 
-    Raises UnavailableError naming the machine after `seconds`, or what the route should take.
+    Raises UnavailableError naming the machine when that takes longer than it should.
     """
-    seconds = seconds or open_seconds(1 + len(opening.route))
+    seconds = open_seconds(1 + len(opening.route))
     try:
         async with asyncio.timeout(seconds):
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):

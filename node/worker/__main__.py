@@ -46,7 +46,7 @@ from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
-from unicluster.deadlines import DECODE, LOAD, PREFILL, Work, WorkDeadlines
+from unicluster.deadlines import DECODE, LOAD, PREFILL, Work, WorkDeadlines, next_bytes
 from unicluster.errors import InputError, UniclusterError, in_one_line
 from unicluster.trust.identity import Credentials, Identity
 from unicluster.trust.keyring import HandedKeyring
@@ -68,8 +68,6 @@ REPORT_SECONDS = 0.2
 TOKENS_SECONDS = 2.0
 # Between two signs of life.
 ALIVE_SECONDS = 1.0
-# The bytes of the largest layer over those of the mean.
-UNEVEN_LAYERS = 4
 # For the last messages of a worker that ends: the reason, to all who wait.
 GOODBYE_SECONDS = 0.5
 
@@ -123,16 +121,6 @@ def progress_reporter(spec: StageSpec, thread: MLXThread) -> Callable[[LoadProgr
         failpoints.reach("worker.load")
 
     return report
-
-
-def next_bytes(progress: LoadProgress, memory: int) -> int:
-    """The most bytes that come before the next report of progress; of a stage of `memory`."""
-    if not progress.bytes_total:
-        return memory
-    left = progress.bytes_total - progress.bytes_done
-    if progress.layers_done >= progress.layers_total:  # what is outside the layers
-        return left
-    return min(left, UNEVEN_LAYERS * progress.bytes_total // progress.layers_total)
 
 
 async def fetch_stage(

@@ -63,13 +63,3 @@ class Tail:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._lines)
-
-
-def printable(text: str) -> str:
-    """`text` with all that could steer a terminal, and lone surrogates, written as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode()
-        for char in text
-    )

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from node.worker.events import is_known, parse_event
-from node.worker.lines import LineReader, Tail, printable
+from node.worker.lines import LineReader, Tail
+from unicluster.errors import printable
 
 log = logging.getLogger("unicluster.worker")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from node.ring import ring as rings
-from node.ring.ring import Reply, Ring, open_seconds
+from node.ring.ring import Reply, Ring
 from tests.support.deadlines import scaled
+from unicluster import deadlines
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.sizes import FRAME_BYTES
-from unicluster.deadlines import VARIABLE
+from unicluster.deadlines import VARIABLE, open_seconds
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust.cluster import Cluster
 from unicluster.v1.stage_pb2 import (
@@ -87,8 +87,8 @@ async def served(stage: FakeStage) -> AsyncIterator[list[RouteStop]]:
 @pytest.fixture(autouse=True)
 def floor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(FLOOR))
-    monkeypatch.setattr(rings, "OPEN_SECONDS", 1.0)
-    monkeypatch.setattr(rings, "OPEN_SECONDS_A_STAGE", 0.5)
+    monkeypatch.setattr(deadlines, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(deadlines, "OPEN_SECONDS_A_STAGE", 0.5)
 
 
 def frame(tokens: int) -> HopMessage:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.worker.channel import Channel
-from node.worker.lines import LineReader, Tail, printable
+from node.worker.lines import LineReader, Tail
+from unicluster.errors import printable
 
 LIMIT = 8
 

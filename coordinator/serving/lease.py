@@ -1,0 +1,150 @@
+"""A lease: one stage on one machine, for as long as its stream lives."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from coordinator.planning.placement import Stage
+from coordinator.serving.events import Events, Progress, StageFailed, StageReady
+from unicluster.cluster.channels import as_error
+from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds, next_bytes
+from unicluster.errors import (
+    StageError,
+    UnavailableError,
+    UniclusterError,
+    printable,
+    shortened,
+)
+from unicluster.stall import within
+from unicluster.v1.node_pb2 import (
+    DescribeNodeRequest,
+    LoadProgress,
+    StageEvent,
+    StageExit,
+    StageSpec,
+)
+from unicluster.v1.node_pb2_grpc import NodeStub
+
+log = logging.getLogger(__name__)
+
+# A worker is given 5 s to end before it is killed.
+UNLOAD_SECONDS = 7.0
+# Between two questions to a machine that answers before its stage has ended.
+LOOK_SECONDS = 0.5
+# The agent watches its worker, and starts it again, sooner than the coordinator gives it up.
+PATIENCE_FLOORS = 2.0
+REASON_CHARS = 500
+
+
+class Lease:
+    """One stage on one machine.
+
+    address: of its worker, None unless that is ready. lost: the error that ended the lease.
+    """
+
+    def __init__(self, stage: Stage, spec: StageSpec, channel: grpc.aio.Channel) -> None:
+        self.stage = stage
+        self.address: str | None = None
+        self.lost: UniclusterError | None = None
+        self.draining = False
+        self._spec = spec
+        self._node = NodeStub(channel)
+        self._progress = LoadProgress()
+        self._deadlines = WorkDeadlines()
+
+    @property
+    def name(self) -> str:
+        return self.stage.machine.name
+
+    @property
+    def long_name(self) -> str:
+        """ "machine bob (layers 10 to 19)"."""
+        return f"machine {self.name} (layers {self.stage.first} to {self.stage.end - 1})"
+
+    async def hold(self, events: Events, changed: Callable[[], None]) -> None:
+        """Follows the stage until it is lost."""
+        call = self._node.RunStage(self._spec)
+        try:
+            while isinstance(event := await self._next(call), StageEvent):
+                self._note(event, events)
+                changed()
+            self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
+        except grpc.aio.AioRpcError as error:
+            self.lost = as_error(error, f"machine {self.name} ({self.stage.machine.address})")
+        except StageError as error:
+            self.lost = error
+        finally:
+            call.cancel()
+        self.address = None
+        events.publish(StageFailed(self.name, str(self.lost)))
+        changed()
+
+    async def until_unloaded(self) -> None:
+        """Returns when the machine, if it is still there, has its memory back.
+
+        Raises UnavailableError naming it when that takes too long.
+        """
+        request = DescribeNodeRequest(unless_deployment=self._spec.deployment)
+        try:
+            async with asyncio.timeout(UNLOAD_SECONDS):
+                while self.lost is None:
+                    info = await self._node.Describe(request, timeout=UNLOAD_SECONDS)
+                    if self._spec not in info.stages:
+                        return
+                    await asyncio.sleep(LOOK_SECONDS)
+        except (TimeoutError, grpc.aio.AioRpcError) as error:
+            if isinstance(error, TimeoutError) or _is_late(error):
+                raise UnavailableError(
+                    f"{self.long_name} has not unloaded its stage within {UNLOAD_SECONDS:.0f} s"
+                ) from None
+            # Else it has gone, and the stage with it.
+
+    async def _next(self, call: grpc.aio.UnaryStreamCall[StageSpec, StageEvent]) -> object:
+        """The stage's next event; while it loads, StageError when none comes for too long."""
+        if self.address is not None or self.lost is not None:
+            return await call.read()
+        work = Work(LOAD, next_bytes(self._progress, self._spec.memory))
+        seconds = self._deadlines.limit(work) + PATIENCE_FLOORS * floor_seconds()
+        try:
+            return await within(seconds, _read(call))
+        except TimeoutError:
+            progress = self._progress
+            did = "fetched" if progress.fetched < progress.to_fetch else "loaded"
+            reason = f"{self.long_name} has {did} nothing for {seconds:.0f} s"
+            raise StageError(reason) from None
+
+    def _note(self, event: StageEvent, events: Events) -> None:
+        if event.HasField("progress"):
+            self._progress = event.progress
+            events.publish(Progress(self.name, event.progress))
+        elif event.HasField("ready"):
+            host = self.stage.machine.address.rpartition(":")[0]
+            self.address = f"{host}:{event.ready.port}"
+            events.publish(StageReady(self.name))
+        elif event.HasField("draining"):
+            self.draining = True
+        else:
+            self._ended(event.exit)
+
+    def _ended(self, ended: StageExit) -> None:
+        self.address, self._progress = None, LoadProgress()
+        reason = shortened(printable(ended.reason), REASON_CHARS)
+        log.warning("machine %s: worker ended: %s", self.name, reason)
+        for line in ended.stderr_tail:
+            log.info("machine %s: its last lines: %s", self.name, shortened(printable(line)))
+        if not ended.restarting:
+            memory = ", out of memory" if ended.out_of_memory else ""
+            # A worker that ends itself says which machine it is on.
+            named = reason.startswith(f"machine {self.name} ")
+            prefix = "" if named else f"machine {self.name}{memory}: "
+            self.lost = StageError(f"{prefix}{reason}")
+
+
+async def _read(call: grpc.aio.UnaryStreamCall[StageSpec, StageEvent]) -> object:
+    return await call.read()
+
+
+def _is_late(error: grpc.aio.AioRpcError) -> bool:
+    return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
