@@ -65,13 +65,14 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     from coordinator.planning.machine import Machine
     from coordinator.planning.placement import Layout
     from coordinator.serving.sourcing import hub_files
+    from node.agent.ledger import Ledger, as_proto
     from node.agent.probe import probe
     from node.engines.choose import choose
     from node.inprocess.loader import describe_here, load_on_nodes
     from unicluster.trust.identity import default_name
     from unicluster.trust.keyring import Keyring, Membership
     from unicluster.trust.store import Store
-    from unicluster.v1.node_pb2 import InspectRequest
+    from unicluster.v1.node_pb2 import InspectRequest, NodeInfo
     from unicluster.v1.stage_pb2 import RouteStop
 
     if not nodes:
@@ -83,7 +84,11 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
     checkpoint = describe_here(model, identity, addresses)
     inspected = choose(checkpoint).inspect(checkpoint, InspectRequest(quant=quant))
     hardware = probe()
-    here = Machine.uniform("this machine", hardware.usable_memory, hardware.bandwidth)
+    offers = Ledger(hardware, None).usable([])
+    described = NodeInfo(
+        name="this machine", devices=[as_proto(device, usable) for device, usable in offers]
+    )
+    here = Machine.from_proto(described, "")
     cuts = cut_in_order(Layout.from_proto(inspected), [here, *machines])
     manifest = checkpoint.manifest
     available = [name for name in manifest.weights if checkpoint.is_whole(name)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from unicluster.checkpoints.names import FileName, ModelName, Revision
 from unicluster.cluster.channels import split_address
 from unicluster.errors import BusyError, DoesNotFitError, InputError, shown
-from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import InspectRequest, StageSpec, TryHubRequest
 
 MOST_STAGES = 64
@@ -16,6 +15,7 @@ MOST_SOURCES = 1024
 MOST_LAYERS = 4096
 MOST_USERS = 4096
 MOST_CONTEXT = 1 << 30
+MOST_DEVICES = 64
 CONFIG_BYTES = 4 << 20
 WORD_CHARACTERS = 256
 # A child that inspects takes a core for seconds, and some hundred megabytes.
@@ -68,10 +68,10 @@ def check_try_hub(request: TryHubRequest) -> None:
         raise InputError(f"{shown(request.model)}: a directory, and not a repository of the hub")
 
 
-def check_stage(spec: StageSpec, running: int, available: int) -> None:
-    """Raises InputError for an invalid stage, DoesNotFitError where it does not fit here.
+def check_stage(spec: StageSpec, running: int) -> None:
+    """Raises InputError for an invalid stage, DoesNotFitError where too many run here.
 
-    running: stages that this agent runs. available: bytes not reserved for stages.
+    running: stages that this agent runs. Whether there is memory for it is `Ledger.check`.
     """
     check_model(spec.model, spec.revision)
     for field in ("deployment", "quant", "engine"):
@@ -82,6 +82,9 @@ def check_stage(spec: StageSpec, running: int, available: int) -> None:
     _check_at_most("end_layer", spec.end_layer, MOST_LAYERS)
     if spec.first_layer > spec.end_layer:
         raise InputError(f"layers {spec.first_layer} to {spec.end_layer}: invalid range")
+    _check_at_most("devices", len(spec.devices), MOST_DEVICES)
+    for share in spec.devices:
+        _check_word("devices", share.name)
     _check_sources(spec.sources)
     for name in (*spec.hub_files, *spec.draft.hub_files):
         FileName(name)
@@ -90,11 +93,6 @@ def check_stage(spec: StageSpec, running: int, available: int) -> None:
         _check_word("draft.quant", spec.draft.quant)
     if running >= MOST_STAGES:
         raise DoesNotFitError(f"{running} stages run on this machine already, and no more may")
-    if spec.memory > available:
-        raise DoesNotFitError(
-            f"a stage of {format_bytes(spec.memory)} does not fit: this machine can give "
-            f"{format_bytes(available)} more"
-        )
 
 
 def check_model(model: str, revision: str) -> None:

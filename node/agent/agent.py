@@ -5,7 +5,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 
 from node.agent.admission import Inspections, check_inspect, check_stage, check_try_hub
+from node.agent.devices import Device
+from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.weights import hub
@@ -87,7 +89,7 @@ class Agent(NodeServicer):
         self._identity = identity
         self._host = host
         self._stage_port = stage_port
-        self._cap = memory_cap
+        self._ledger = Ledger(hardware, memory_cap)
         self._stages: dict[int, StageSpec] = {}
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._inspections = Inspections()
@@ -111,19 +113,17 @@ class Agent(NodeServicer):
             await asyncio.wait_for(self._changed.wait(), max(0.0, timeout))
 
     def usable_memory(self) -> int:
-        """Bytes that a new stage may take now, within the cap. May run a command to find out."""
-        if self._drain.is_set():
-            return 0
-        available = self.hardware.available()
-        if self._cap is None:
-            return available
-        reserved = sum(spec.memory for spec in self._stages.values())
-        return max(0, min(available, self._cap - reserved))
+        """Bytes that a new stage may take now, of the engine that reaches most.
 
-    def _unreserved_memory(self) -> int:
-        """Bytes not reserved for any stage, whatever else the host's memory is used for."""
-        whole = self.hardware.total_memory if self._cap is None else self._cap
-        return max(0, whole - sum(spec.memory for spec in self._stages.values()))
+        May run a command to find out.
+        """
+        return max(_by_engine(self.offers()).values(), default=0)
+
+    def offers(self) -> list[tuple[Device, int]]:
+        """Bytes that new stages may take now of each device; may run a command to find out."""
+        if self._drain.is_set():
+            return [(device, 0) for device in self.hardware.devices]
+        return self._ledger.usable(self.stages)
 
     async def Describe(  # noqa: N802
         self, request: DescribeNodeRequest, context: Context
@@ -131,7 +131,7 @@ class Agent(NodeServicer):
         if request.unless_deployment:
             await self._until_ended(request.unless_deployment)
         hardware = self.hardware
-        usable = await asyncio.to_thread(self.usable_memory)
+        offers = await asyncio.to_thread(self.offers)
         return NodeInfo(
             name=self._identity.name,
             chip=hardware.chip,
@@ -139,7 +139,8 @@ class Agent(NodeServicer):
             version=__version__,
             protocol=PROTOCOL,
             total_memory=hardware.total_memory,
-            usable_memory=usable,
+            # Older coordinators take it for every engine's.
+            usable_memory=min(_by_engine(offers).values(), default=0),
             bandwidth=hardware.bandwidth,
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
@@ -151,6 +152,7 @@ class Agent(NodeServicer):
             engines=hardware.engines,
             ggml_backend=hardware.ggml_backend,
             ggml_bandwidth=hardware.ggml_bandwidth,
+            devices=[as_proto(device, usable) for device, usable in offers],
         )
 
     async def _until_ended(self, deployment: str) -> None:
@@ -239,7 +241,8 @@ class Agent(NodeServicer):
     # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
     async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         try:
-            check_stage(request, len(self._stages), self._unreserved_memory())
+            check_stage(request, len(self._stages))
+            self._ledger.check(request, self.stages)
         except UniclusterError as error:
             audit.warning("refused a stage to %s: %s", peer_name(context), error)
             await abort(context, error)
@@ -291,7 +294,7 @@ class Agent(NodeServicer):
         while True:
             ready, began = False, time.monotonic()
             fresh = replace(config, identity=self._identity.current.to_dict())
-            worker = await WorkerProcess.start(fresh)
+            worker = await WorkerProcess.start(fresh, extra=self._visible(spec))
             renewing = asyncio.create_task(self._renew(worker))
             try:
                 async for event in worker.events():
@@ -331,6 +334,12 @@ class Agent(NodeServicer):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
+    def _visible(self, spec: StageSpec) -> dict[str, str]:
+        """Variables with which a stage of MLX sees the card that it is on, and no other."""
+        device = self._ledger.parts(spec)[0].device
+        alone = device.engine == "mlx" and device.backend == "cuda" and device.uuid
+        return {"CUDA_VISIBLE_DEVICES": device.uuid} if alone else {}
+
     async def _renew(self, worker: WorkerProcess) -> None:
         """Hands a worker new certificates before its old ones expire."""
         async for identity in self._identity.renewals():
@@ -341,6 +350,14 @@ class Agent(NodeServicer):
         fetching = [part for spec in self._stages.values() for part in (spec, spec.draft)]
         matching = [part for part in fetching if (part.model, part.revision) == (model, revision)]
         return {name for part in matching for name in part.hub_files}
+
+
+def _by_engine(offers: Iterable[tuple[Device, int]]) -> Counter[str]:
+    """Bytes by engine."""
+    sizes: Counter[str] = Counter()
+    for device, usable in offers:
+        sizes[device.engine] += usable
+    return sizes
 
 
 def how_to_get_mlx() -> str:

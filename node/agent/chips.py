@@ -29,6 +29,18 @@ _APPLE: dict[str, dict[int, float]] = {
 _OTHERS: dict[str, float] = {
     # AMD's product pages: all of Strix Halo has 256 bits of LPDDR5X-8000.
     r"(AMD )?Ryzen AI Max\+? .*": 256,
+    # The GPU of Strix Halo, as its drivers call it.
+    r"(AMD )?Radeon 80[56]0S( Graphics)?": 256,
+    # AMD's product pages of desktop cards.
+    r"(AMD )?Radeon RX 6800( XT)?": 512,
+    r"(AMD )?Radeon RX 6900 XT": 512,
+    r"(AMD )?Radeon RX 7900 XT": 800,
+    r"(AMD )?Radeon RX 7900 XTX": 960,
+    r"(AMD )?Radeon RX 9070( XT)?": 640,
+    r"(AMD )?Radeon PRO W7900": 864,
+    # Intel's product pages.
+    r"(Intel )?Arc A770( Graphics)?": 560,
+    r"(Intel )?Arc B580( Graphics)?": 456,
     # NVIDIA's user guides of DGX Spark and of the Jetson modules.
     r"(NVIDIA )?GB10": 273,
     r"(NVIDIA )?(Jetson AGX )?Thor": 273,
@@ -58,7 +70,10 @@ def known_bandwidth(chip: str, gpu_cores: int = 0) -> float | None:
     """
     if variants := _APPLE.get(chip.removeprefix("Apple ")):
         return variants.get(gpu_cores, min(variants.values())) * GB
+    # Drivers add marks, and in brackets their name and that of the architecture.
+    plain = re.sub(r"\((R|TM)\)", "", chip, flags=re.IGNORECASE)
+    plain = re.sub(r"\s*\([^()]*\)$", "", plain).strip()
     for pattern, bandwidth in _OTHERS.items():
-        if re.fullmatch(pattern, chip, re.IGNORECASE):
+        if re.fullmatch(pattern, plain, re.IGNORECASE):
             return bandwidth * GB
     return None

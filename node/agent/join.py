@@ -5,12 +5,14 @@ import contextlib
 import importlib.util
 import logging
 import signal
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from node.agent.agent import Agent, how_to_get_mlx
+from node.agent.devices import Device
 from node.agent.peers import Peers
 from node.agent.probe import Hardware, probe
 from node.agent.telemetry import publish
@@ -60,6 +62,7 @@ class JoinOptions:
     port: int
     peer: tuple[str, ...]
     engine: str
+    device: tuple[str, ...]
     token: str | None
     token_file: str | None
     replace: bool
@@ -101,7 +104,7 @@ async def _join(
 ) -> int:
     membership = Membership(cluster, Store())
     identity = Keyring.of_member(membership, args.name)
-    hardware = _offering(await asyncio.to_thread(probe, cap), args.engine)
+    hardware = _offering(await asyncio.to_thread(probe, cap), args.engine, args.device)
     raise_file_limit()
     server = make_server()
     port = bind(server, args.host, args.port, identity)
@@ -152,7 +155,7 @@ async def _join(
         ):
             stack.enter_context(noted(Kind.NODE, one_address(args.host), port))
             audit.info("joined cluster %s as %s, port %d", cluster.fingerprint, args.name, port)
-            _print_greeting(args.name, hardware, usable, port, cluster, created)
+            _print_greeting(args, agent, usable, port, cluster, created)
             if broker is not None:
                 publisher = Publisher(broker, cluster, f"node/{args.name}")
                 await stack.enter_async_context(publisher.running())
@@ -166,13 +169,11 @@ async def _join(
     return 0
 
 
-def _offering(hardware: Hardware, engine: str) -> Hardware:
-    """The machine with one of its engines, or with all: `auto`."""
-    if engine == "auto":
-        return hardware
-    if engine not in hardware.engines:
+def _offering(hardware: Hardware, engine: str, devices: Sequence[str]) -> Hardware:
+    """The machine with one of its engines, or with all (auto), on some of its devices, or all."""
+    if engine != "auto" and engine not in hardware.engines:
         raise _not_installed(engine)
-    return replace(hardware, only=engine)
+    return hardware.offering(engine, devices)
 
 
 def _not_installed(engine: str) -> InputError:
@@ -211,18 +212,21 @@ async def _keep_current(
 
 
 def _print_greeting(
-    name: str, hardware: Hardware, usable: int, port: int, cluster: Cluster, created: bool
+    args: JoinOptions, agent: Agent, usable: int, port: int, cluster: Cluster, created: bool
 ) -> None:
+    hardware = agent.hardware
     kind = "measured" if hardware.bandwidth_measured else "known"
     print(
-        f"{name} is in cluster {cluster.fingerprint}: {hardware.chip}, {hardware.backend}, "
+        f"{args.name} is in cluster {cluster.fingerprint}: {hardware.chip}, {hardware.backend}, "
         f"{format_bytes(usable)} of {format_bytes(hardware.total_memory)} to offer, "
         f"{format_rate(hardware.bandwidth)} ({kind}), port {port}."
     )
-    if hardware.only:
-        print(f"It offers {hardware.only} only.")
-    elif hardware.ggml_backend:
+    if args.engine != "auto":
+        print(f"It offers {args.engine} only.")
+    elif "ggml" in hardware.engines:
         print(f"It also has ggml (llama.cpp, {hardware.ggml_backend}), for GGUFs.")
+    for line in device_lines(agent.offers()):
+        print(line)
     if hardware.backend == "none":
         print(f"MLX is not installed, so this machine can't compute stages: {how_to_get_mlx()}.")
     if created:
@@ -230,6 +234,17 @@ def _print_greeting(
         print(f"  {JOIN_VARIABLE}={cluster.token} unicluster join\n")
         print("Whoever has this token is a member. `unicluster token show` prints it again.")
     print("Ctrl-C leaves the cluster.", flush=True)
+
+
+def device_lines(offers: Sequence[tuple[Device, int]]) -> list[str]:
+    """A line for each device; none where all engines have the host's memory alike."""
+    if all(device.kind == "cpu" for device, _ in offers):
+        return []
+    return [
+        f"  {device.engine} on {device.name} ({device.description}): {format_bytes(usable)} of "
+        f"{format_bytes(device.total)}, {format_rate(device.bandwidth)}"
+        for device, usable in offers
+    ]
 
 
 command = Command(
@@ -252,6 +267,13 @@ command = Command(
                 type=click.Choice(("auto", *_PACKAGES)),
                 default="auto",
             ),
+            Option(
+                "--device",
+                "compute on this device only, such as CUDA0 or Vulkan1; several: on all of them "
+                "(default: all GPUs, or the CPU)",
+                multiple=True,
+                metavar="NAME",
+            ),
         ],
         "Network": [
             Option("--host", "address to listen at (default: all)", default=""),
@@ -272,6 +294,7 @@ command = Command(
     examples=[
         "unicluster join",
         "unicluster join --token-file uc1.txt --memory 400GB",
+        "unicluster join --engine ggml --device CUDA0 --device CUDA1",
         "unicluster join --peer studio.local:47600",
     ],
     environment="UNICLUSTER_JOIN",

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.agent.probe import Runner, run_command
+from node.agent.commands import Runner, run_command
 
 # Sensors of the processor or the GPU, not of a disk or a network card.
 _CHIPS = ("coretemp", "k10temp", "zenpower", "amdgpu", "cpu_thermal", "soc_thermal", "acpitz")

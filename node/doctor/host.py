@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from node.agent.probe import GIB, Runner, run_command
+from node.agent.commands import Runner, run_command
+from node.agent.host_memory import GIB
 from node.doctor.finding import Finding, Level
 from unicluster.program import code_command
 from unicluster.units import format_bytes

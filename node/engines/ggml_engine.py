@@ -60,7 +60,8 @@ class GgmlEngine:
         first, end = spec.first_layer, spec.end_layer
         on_progress(LoadProgress(layers_total=end - first))
         gguf = open_gguf(checkpoint)
-        part = Part(first, end, spec.finishes, spec.context, spec.users)
+        devices = tuple((share.name, share.layers) for share in spec.devices)
+        part = Part(first, end, spec.finishes, spec.context, spec.users, devices)
         if first == 0 and end == gguf.layers and is_whole(checkpoint):
             gguf.check_cut(first, end)
             file = checkpoint.root / checkpoint.manifest.weights[0]

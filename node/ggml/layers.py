@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from node.ggml.devices import OnDevices
 from node.ggml.library import (
     F16,
     F32,
@@ -43,6 +44,8 @@ class Sizes:
     vocabulary: 0 for a stage that outputs hidden states. sequences: how many there may be at
     once. states: as many, for a model with recurrent layers, each of which takes memory. entry:
     see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
+    devices: names of llama.cpp's, each with the number of layers on it, in order; empty: those
+    that llama.cpp takes by itself.
     """
 
     layers: int
@@ -55,6 +58,7 @@ class Sizes:
     entry: str = ""
     exact: bool = False
     heads: int = 0
+    devices: tuple[tuple[str, int], ...] = ()
 
     @property
     def score_bytes(self) -> int:
@@ -63,7 +67,10 @@ class Sizes:
 
 
 class Layers:
-    """A cut file loaded. For one thread. Raises StageError when llama.cpp can't load it."""
+    """A cut file loaded. For one thread.
+
+    Raises StageError when llama.cpp can't load it, or has no such device.
+    """
 
     def __init__(self, file: Path, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -72,6 +79,8 @@ class Layers:
         params.n_gpu_layers = sizes.layers + 1
         params.use_extra_bufts = not amx_is_broken()
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
+        self._devices = OnDevices(sizes.devices, sizes.layers)  # alive as long as `params`
+        self._devices.apply(params)
         with Complaint() as complaint:
             self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
@@ -217,7 +226,7 @@ class Layers:
         params = lib.llama_context_default_params()
         params.n_ctx = sizes.cells
         params.n_batch = params.n_ubatch = BATCH
-        on_cpu = computes_on_cpu()
+        on_cpu = computes_on_cpu([name for name, _ in sizes.devices])
         if on_cpu:
             params.n_ubatch = CPU_STEP
         params.n_seq_max = self.sequences

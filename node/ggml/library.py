@@ -10,13 +10,15 @@ import ctypes
 import functools
 import logging
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from unicluster.errors import UnavailableError, in_one_line
+from unicluster.errors import StageError, UnavailableError, in_one_line
 
 log = logging.getLogger("unicluster.llama")
 
@@ -88,6 +90,21 @@ class Complaint:
             return ""
         text = _PREFIX.sub("", self._errors[0], count=1) or self._errors[0]
         return f": {in_one_line(Exception(text))}"
+
+
+class _DeviceProperties(ctypes.Structure):
+    """struct ggml_backend_dev_props of ggml-backend.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("kind", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", ctypes.c_bool * 4),
+        ("later", ctypes.c_uint8 * 64),  # room for what newer versions may add
+    )
 
 
 def tensor_name(address: int) -> bytes:
@@ -164,7 +181,14 @@ def _ggml() -> Any:
         copy.restype = None
         copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     library.ggml_backend_dev_name.restype = ctypes.c_char_p
-    library.ggml_backend_dev_description.restype = ctypes.c_char_p
+    library.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_dev_type.restype = ctypes.c_int
+    library.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_dev_get_props.restype = None
+    library.ggml_backend_dev_get_props.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(_DeviceProperties),
+    ]
     return library
 
 
@@ -172,11 +196,9 @@ def _ggml() -> Any:
 def _registry() -> Any:
     """libggml, which knows the backends."""
     library = shared_library("ggml")
-    for name, result in (
-        ("ggml_backend_dev_count", ctypes.c_size_t),
-        ("ggml_backend_dev_get", ctypes.c_void_p),
-    ):
-        getattr(library, name).restype = result
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype = ctypes.c_void_p
+    library.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
     return library
 
 
@@ -201,12 +223,6 @@ def write_tensor(address: int, source: int, nbytes: int) -> None:
 
 
 @functools.cache
-def computes_on_cpu() -> bool:
-    """Whether the CPU is the only device here."""
-    return len(devices()) == 1
-
-
-@functools.cache
 def amx_is_broken() -> bool:
     """Whether llama.cpp's AMX instructions for Intel Xeons may crash.
 
@@ -216,14 +232,75 @@ def amx_is_broken() -> bool:
     return b"AMX_INT8 = 1" in llama().llama_print_system_info()
 
 
-def devices() -> list[tuple[str, str]]:
-    """Devices of llama.cpp: name and description, GPUs first, the CPU last."""
+@dataclass(frozen=True)
+class Listed:
+    """A device as llama.cpp lists it.
+
+    kind: gpu (with memory of its own), igpu (in the host's), cpu, or other. pci: its address in
+    lower case, "" where it has none. free, total: bytes, as the backend sees them.
+    """
+
+    name: str
+    description: str
+    kind: str
+    pci: str
+    free: int
+    total: int
+
+
+# ggml-backend.h: enum ggml_backend_dev_type.
+_CPU = 0
+_KINDS = {_CPU: "cpu", 1: "gpu", 2: "igpu"}
+
+
+def devices() -> list[Listed]:
+    """Devices of llama.cpp: GPUs first, the CPU last."""
+    listed = [_listed(device) for device in _handles()]
+    return sorted(listed, key=lambda device: device.kind == "cpu")
+
+
+def _handles() -> list[int]:
+    """Addresses of llama.cpp's devices."""
     llama()
-    registry, library = _registry(), _ggml()
-    listed = []
-    for index in range(registry.ggml_backend_dev_count()):
-        device = ctypes.c_void_p(registry.ggml_backend_dev_get(index))
-        kind = int(library.ggml_backend_dev_type(device))
-        name = library.ggml_backend_dev_name(device).decode()
-        listed.append((kind == 0, name, library.ggml_backend_dev_description(device).decode()))
-    return [(name, text) for _, name, text in sorted(listed, key=lambda each: each[0])]
+    registry = _registry()
+    return [
+        int(registry.ggml_backend_dev_get(index))
+        for index in range(registry.ggml_backend_dev_count())
+    ]
+
+
+def _listed(device: int) -> Listed:
+    properties = _DeviceProperties()
+    _ggml().ggml_backend_dev_get_props(device, ctypes.byref(properties))
+    return Listed(
+        name=properties.name.decode(errors="replace"),
+        description=properties.description.decode(errors="replace"),
+        kind=_KINDS.get(properties.kind, "other"),
+        pci=(properties.device_id or b"").decode(errors="replace").lower(),
+        free=int(properties.memory_free),
+        total=int(properties.memory_total),
+    )
+
+
+def gpu_handles(names: Sequence[str]) -> list[int]:
+    """Addresses of the devices of these names, without that of the CPU.
+
+    Raises StageError for a name that no device has.
+    """
+    # By name and kind alone: asked for its memory, a backend may begin to use a card.
+    library = _ggml()
+    named = {library.ggml_backend_dev_name(device).decode(): device for device in _handles()}
+    if missing := [name for name in names if name not in named]:
+        there = ", ".join(named)
+        raise StageError(f"llama.cpp has no device {missing[0]} here any more: it has {there}")
+    handles = [named[name] for name in names]
+    return [device for device in handles if library.ggml_backend_dev_type(device) != _CPU]
+
+
+def computes_on_cpu(names: Sequence[str] = ()) -> bool:
+    """Whether a stage on the devices of these names, or llama.cpp's own choice, is on the CPU."""
+    if names:
+        return not gpu_handles(names)
+    library = _ggml()
+    kinds = {_KINDS.get(library.ggml_backend_dev_type(device)) for device in _handles()}
+    return not kinds & {"gpu", "igpu"}

@@ -33,13 +33,17 @@ THREADS_ENV = "UNICLUSTER_GGML_THREADS"
 
 @dataclass(frozen=True)
 class Part:
-    """The layers [first, end) of a GGUF; `has_lm_head`: with final norm and lm_head."""
+    """The layers [first, end) of a GGUF; `has_lm_head`: with final norm and lm_head.
+
+    devices: see Sizes.
+    """
 
     first: int
     end: int
     has_lm_head: bool
     context: int = 0
     users: int = 1
+    devices: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
         entry=known(gguf.header).entry,
         exact=gguf.is_exact,
         heads=gguf.heads,
+        devices=part.devices,
     )
     layers = Layers(file, sizes)
     embedding = Embedding(gguf, folder) if part.first == 0 else None

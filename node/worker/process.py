@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from node.worker.config import WorkerConfig
@@ -74,8 +75,16 @@ class WorkerProcess:
         self._ending = asyncio.create_task(self._end())
 
     @classmethod
-    async def start(cls, config: WorkerConfig, command: Sequence[str] = COMMAND) -> "WorkerProcess":
-        """Starts a worker. Its certificate goes through a socket, never the command line."""
+    async def start(
+        cls,
+        config: WorkerConfig,
+        command: Sequence[str] = COMMAND,
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> "WorkerProcess":
+        """Starts a worker, with `extra` variables in its environment.
+
+        Its certificate goes through a socket, never the command line.
+        """
         spec = config.spec
         report = WorkerReport(f"{config.node}, layers {spec.first_layer}-{spec.end_layer - 1}")
         loop = asyncio.get_running_loop()
@@ -100,7 +109,7 @@ class WorkerProcess:
                 stderr=output,
                 pass_fds=(channel,),
                 start_new_session=True,  # Ctrl-C in the terminal is for the agent, which stops us
-                env=_environment(),
+                env=_environment(extra),
                 cwd=folder.name,
             )
             worker = cls(process, report, (to_stdin, events, printed), folder)
@@ -214,10 +223,10 @@ async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
     return sink, transport
 
 
-def _environment() -> dict[str, str]:
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The worker's environment, without secrets; gRPC prints refused clients only for debugging."""
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
-    ours = {name: value for name, value in child_environment().items() if name not in SECRETS}
+    ours = {name: value for name, value in child_environment(extra).items() if name not in SECRETS}
     return {**quiet, **ours}
 
 

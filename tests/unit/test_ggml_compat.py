@@ -2,6 +2,7 @@
 
 import ctypes
 
+import psutil
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -55,3 +56,13 @@ def test_llama_cpp_and_the_gguf_package_agree_on_a_type(kind: GGMLQuantizationTy
     base.ggml_blck_size.restype = ctypes.c_int64
     _, block, block_bytes = TYPES[int(kind)]
     assert (base.ggml_blck_size(int(kind)), base.ggml_type_size(int(kind))) == (block, block_bytes)
+
+
+def test_the_layout_of_a_device() -> None:
+    piece = "struct ggml_backend_dev_props is laid out otherwise than library._DeviceProperties"
+    (cpu,) = [device for device in library.devices() if device.kind == "cpu"]
+
+    assert (cpu.name, cpu.pci) == ("CPU", ""), piece
+    assert cpu.description, piece
+    assert 0 < cpu.free <= cpu.total, piece
+    assert abs(cpu.total - psutil.virtual_memory().total) < 0.1 * cpu.total, piece

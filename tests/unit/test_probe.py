@@ -1,53 +1,13 @@
-"""Machines that are not at hand, as trees of files and answers of commands."""
+"""Probes of machines that are not at hand: their chips, memory and bandwidth."""
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from node.agent.chips import known_bandwidth
-from node.agent.probe import GIB, MIB, Hardware, Runner, measure_bandwidth, probe
-
-STRIX = "AMD RYZEN AI MAX+ 395 w/ Radeon 8060S"
-NVIDIA_SMI = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits"
-
-
-def linux(
-    root: Path, chip: str = "Some CPU", total: int = 128 * GIB, available: int = 120 * GIB
-) -> Path:
-    write(root, "proc/cpuinfo", f"processor\t: 0\nmodel name\t: {chip}\n")
-    write(
-        root, "proc/meminfo", f"MemTotal: {total // 1024} kB\nMemAvailable: {available // 1024} kB"
-    )
-    return root
-
-
-def write(root: Path, path: str, text: str | int) -> None:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text(f"{text}\n")
-
-
-def commands(
-    mlx: str | None, working_set: int | None = None, ggml: str | None = None, **answers: str
-) -> Runner:
-    """Answers commands by their first word; child processes say backend `mlx`, device `ggml`."""
-    device = {"max_recommended_working_set_size": working_set} if working_set else {}
-    of_mlx = None if mlx is None else json.dumps({"backend": mlx, "device": device})
-    of_ggml = None if ggml is None else json.dumps([[ggml, "what it is"], ["CPU", "what it is"]])
-
-    def run(command: Sequence[str]) -> str | None:
-        if command[0] == sys.executable:
-            return of_ggml if "ggml" in command[-1] else of_mlx
-        return answers.get(" ".join(command), answers.get(command[0]))
-
-    return run
-
-
-def look(root: Path, run: Runner, cap: int | None = None) -> Hardware:
-    return probe(cap, root=root, run=run, system="linux")
+from node.agent.host_memory import GIB, MIB
+from node.agent.probe import Hardware, measure_bandwidth, probe
+from tests.support.hosts import NVIDIA_SMI, RADV, commands, linux, look, strix_halo, write
 
 
 def test_a_plain_computer_keeps_a_reserve(tmp_path: Path) -> None:
@@ -107,20 +67,6 @@ def test_a_container_limits_memory(tmp_path: Path) -> None:
     assert look(tmp_path, commands("cpu")).total_memory == 8 * GIB
 
 
-def strix_halo(root: Path) -> Path:
-    """128 GiB, of which the firmware gave 32 to the GPU; GTT maps up to 80 of the rest."""
-    linux(root, STRIX, total=96 * GIB, available=90 * GIB)
-    for name, count in {
-        "vram_total": 32 * GIB,
-        "vram_used": 1 * GIB,
-        "gtt_total": 80 * GIB,
-        "gtt_used": 2 * GIB,
-    }.items():
-        write(root, f"sys/class/drm/card1/device/mem_info_{name}", count)
-    write(root, "sys/class/drm/card1-DP-1/status", "connected")
-    return root
-
-
 def test_strix_halo_with_a_gpu_build_reaches_gtt_and_vram(tmp_path: Path) -> None:
     hardware = look(strix_halo(tmp_path), commands("rocm"))
 
@@ -142,18 +88,21 @@ def test_strix_halo_on_the_cpu_has_the_hosts_memory_and_what_the_cores_reach(
 
 
 def test_llama_cpp_reaches_the_gpu_of_strix_halo(tmp_path: Path) -> None:
-    hardware = look(strix_halo(tmp_path), commands("cpu", ggml="Vulkan0"))
+    hardware = look(strix_halo(tmp_path), commands("cpu", ggml=[RADV]))
 
     assert hardware.engines == ["mlx", "ggml"]
     assert (hardware.backend, hardware.ggml_backend) == ("cpu", "vulkan")
     assert hardware.ggml_bandwidth == 256e9
-    assert replace(hardware, only="ggml").engines == ["ggml"]
+    assert hardware.offering("ggml").engines == ["ggml"]
 
 
 def test_gb10_shares_the_hosts_memory(tmp_path: Path) -> None:
     linux(tmp_path, total=120 * GIB, available=110 * GIB)
 
-    hardware = look(tmp_path, commands("cuda", **{NVIDIA_SMI: "NVIDIA GB10, [N/A], [N/A]\n"}))
+    hardware = look(
+        tmp_path,
+        commands("cuda", **{NVIDIA_SMI: "NVIDIA GB10, [N/A], [N/A], 0000000F:01:00.0, GPU-1\n"}),
+    )
 
     assert (hardware.chip, hardware.backend) == ("NVIDIA GB10", "cuda")
     assert hardware.total_memory == 120 * GIB
@@ -163,7 +112,10 @@ def test_gb10_shares_the_hosts_memory(tmp_path: Path) -> None:
 
 def test_an_nvidia_card_offers_its_own_memory(tmp_path: Path) -> None:
     linux(tmp_path)
-    answer = "NVIDIA GeForce RTX 4090, 24564, 24000\nNVIDIA GeForce RTX 3090, 24576, 24000\n"
+    answer = (
+        "NVIDIA GeForce RTX 4090, 24564, 24000, 00000000:01:00.0, GPU-1\n"
+        "NVIDIA GeForce RTX 3090, 24576, 24000, 00000000:02:00.0, GPU-2\n"
+    )
 
     hardware = look(tmp_path, commands("cuda", **{NVIDIA_SMI: answer}))
 
@@ -175,7 +127,7 @@ def test_an_nvidia_card_offers_its_own_memory(tmp_path: Path) -> None:
 
 def test_an_nvidia_card_that_mlx_cant_use_is_left_alone(tmp_path: Path) -> None:
     linux(tmp_path)
-    run = commands("cpu", **{NVIDIA_SMI: "NVIDIA GeForce RTX 4090, 24564, 24000"})
+    run = commands("cpu", **{NVIDIA_SMI: "NVIDIA GeForce RTX 4090, 24564, 24000, 0:1:0.0, GPU-1"})
 
     assert look(tmp_path, run).total_memory == 128 * GIB
 
@@ -212,7 +164,7 @@ def mac(
 ) -> Hardware:
     run = commands(
         "metal",
-        working_set,
+        [{"max_recommended_working_set_size": working_set}] if working_set else [],
         **{
             "sysctl -n machdep.cpu.brand_string": f"{chip}\n",
             "sysctl -n hw.memsize": f"{memory}\n",
