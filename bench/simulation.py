@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import TextStateMachine
 from mlx_lm.utils import load_tokenizer
 
 from coordinator.planning.links import Link
@@ -303,7 +304,8 @@ class Cluster:
     def ask(self, prompt: int, tokens: int) -> Asked:
         """A request, now, with so many tokens of prompt and so many of answer."""
         ids = [1] * prompt
-        asked = Asked(self.world, Job(ids, tokens, Sampling(), (), None, "normal", ignore_eos=True))
+        marks = TextStateMachine().make_state("normal")
+        asked = Asked(self.world, Job(ids, tokens, Sampling(), (), None, marks, ignore_eos=True))
         self.world.thread.post(lambda: self.scheduler.add(asked))
         return asked
 

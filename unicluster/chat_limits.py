@@ -3,7 +3,7 @@
 The gateway and the head both check them before they do anything with the request.
 """
 
-from unicluster.errors import InputError
+from unicluster.errors import InputError, shown
 from unicluster.v1.chat_pb2 import GenerateRequest, Message
 
 MOST_MESSAGES = 4096
@@ -125,6 +125,15 @@ def _check_tools(request: GenerateRequest) -> None:
         if tool.name in names:
             raise InputError(f"tools: two of them have the name {tool.name[:40]!r}")
         names.add(tool.name)
+    choice = request.tool_choice.WhichOneof("kind")
+    if choice is not None and not getattr(request.tool_choice, choice):
+        raise InputError(f"tool_choice.{choice}: says nothing")
+    if choice in ("required", "name") and not request.tools:
+        raise InputError("tool_choice: there are no tools to call")
+    if choice == "name" and request.tool_choice.name not in names:
+        raise InputError(f"tool_choice: there is no tool {shown(request.tool_choice.name)}")
+    if request.single_tool_call and not request.tools:
+        raise InputError("single_tool_call: there are no tools to call")
     for prompt in ("token_ids", "prompt"):
         for field in ("tools", "template_arguments"):
             if getattr(request, prompt) and getattr(request, field):

@@ -2,28 +2,34 @@
 
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import TextStateMachine
 
 # mlx-lm states no types.
 _Machine: Any = TextStateMachine
-_marks_of: Any = make_text_state_machine
+
+TEXT, REASONING, TOOL = "normal", "reasoning", "tool"
 
 
 class Phase:
     """Follows an answer token by token by the model's own marks, as its text is sorted.
 
-    `state` is where it begins: "normal", "reasoning", or what the model's response format says.
+    `marks` is a state of mlx-lm's TextStateMachine, in which the answer begins.
     """
 
-    def __init__(self, tokenizer: Any, state: str) -> None:
+    def __init__(self, tokenizer: Any, marks: Any) -> None:
         self._detokenizer = tokenizer.detokenizer
-        self._marks = _marks_of(tokenizer).make_state(state)
+        self._marks = marks
         self._settled = False
+
+    @property
+    def state(self) -> str:
+        """Where the next token belongs: "normal", "reasoning", "tool", or a format's other."""
+        return TEXT if self._settled else str(self._marks[0])
 
     @property
     def is_text(self) -> bool:
         """Whether the next token belongs to the text, reasoning, calls and headers apart."""
-        return self._settled or bool(self._marks[0] == "normal")
+        return self.state == TEXT
 
     def settle(self) -> None:
         """The text has begun, and no mark in it ends it: a schema's string may contain one."""
@@ -35,16 +41,3 @@ class Phase:
             return
         self._detokenizer.add_token(token)
         self._marks, _ = _Machine.split(self._marks, self._detokenizer.last_segment)
-
-
-def openings(tokenizer: Any) -> list[list[int]]:
-    """Token ids of the marks by which an answer may go over into its reasoning."""
-    if not tokenizer.has_thinking:
-        return []
-    return [list(tokenizer.think_start_tokens)]
-
-
-def exits(tokenizer: Any) -> set[int]:
-    """Tokens that would end an answer, or go over into a tool call, from within its reasoning."""
-    calls = (tokenizer.tool_call_start_tokens or ()) if tokenizer.has_tool_calling else ()
-    return {*tokenizer.eos_token_ids, *(calls if len(calls) == 1 else ())}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
+from node.tools.formats import Dialect
 from unicluster.errors import InputError
 
 
@@ -33,6 +34,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer`: mlx-lm's wrapper of one."""
         self.tokenizer = tokenizer
+        self.dialect = Dialect(tokenizer)
         self._lock = threading.Lock()
         self._made: LLTokenizer | None = None
 
@@ -42,6 +44,20 @@ class Vocabulary:
             if self._made is None:
                 self._made = self._make()
             return self._made
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Token ids of one of the model's marks; none for no text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def special(self) -> dict[str, int]:
+        """Tokens that no text can become, by name, longest names first."""
+        known = self.get()
+        names = (
+            (name, number)
+            for name, number in self.tokenizer.get_vocab().items()
+            if number < known.vocab_size and known.is_special_token(number)
+        )
+        return dict(sorted(names, key=lambda pair: -len(pair[0])))
 
     def _make(self) -> LLTokenizer:
         ends = sorted(self.tokenizer.eos_token_ids)

@@ -28,7 +28,7 @@ class Answer:
         self._drafted = self._accepted = 0
         self._job = job
         self._text = TextStream(
-            tokenizer, job.stop, job.state, constrained=job.constraint is not None
+            tokenizer, job.stop, job.marks, constrained=job.constraint is not None
         )
         self._bytes = TokenBytes(tokenizer) if job.logprobs is not None else None
         self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
@@ -63,7 +63,8 @@ class Answer:
         self._count += 1
         self._meter.generated_tokens += 1
         segments = self._text.add(token)
-        self.finished = self._text.stopped or self._count == self._job.max_tokens
+        called = self._job.single_tool_call and any(each.kind == "tool" for each in segments)
+        self.finished = self._text.stopped or called or self._count == self._job.max_tokens
         if self.finished:
             segments += self._text.finish()
         # The token goes into the last event of its text, so that neither is seen without the other.
@@ -75,7 +76,7 @@ class Answer:
             chosen.top.extend(top)
             events[-1].delta.logprobs.append(chosen)
         if self.finished:
-            events.append(self._finish("stop" if self._text.stopped else "length"))
+            events.append(self._finish("stop" if self._text.stopped or called else "length"))
         return events
 
     def _finish(self, reason: str) -> GenerateEvent:

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from node.constraints.constraint import Constraint, constraint_of
+from node.constraints.build import constraint_of
+from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
 from node.generation.sampling import LogitsProcessor, Sampling
 from node.prompts.cancellation import AbandonedError, Cancellation
-from node.prompts.conversation import conversation_of
+from node.prompts.conversation import conversation_of, offers_tools
 from node.prompts.templates import TEMPLATES, template_of, variables_of
 from node.prompts.tokenizing import Tokenizing
 from node.prompts.written import written_prompt
+from node.tools.formats import Dialect
+from node.tools.reader import CallReader
 from unicluster.chat_limits import check_limits, content_bytes
 from unicluster.errors import InputError, in_one_line
 from unicluster.v1 import chat_pb2
@@ -19,18 +22,20 @@ from unicluster.v1 import chat_pb2
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request. `state` is where its text begins: "normal", "reasoning", ..."""
+    """A checked request. `marks` is the state of mlx-lm's TextStateMachine that it begins in."""
 
     tokens: list[int]
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
     logprobs: int | None
-    state: str
+    marks: Any
     ignore_eos: bool = False
     no_reuse: bool = False
     trace: bool = False
-    constraint: Constraint | None = None
+    constraint: Mask | None = None
+    calls: CallReader | None = None
+    single_tool_call: bool = False
 
     def processors(self) -> list[LogitsProcessor]:
         """Logits processors of the answer; the constraint's mask comes last."""
@@ -56,18 +61,21 @@ def check_request(
     sampling = defaults.updated(request.sampling)
     _check_biases(sampling, len(tokenizer))
     tokens = _prompt_tokens(request, tokenizer, context, tokenizing, cancellation)
-    state = _initial_state(tokens, tokenizer)
+    state = _initial_state(tokens, tokenizer, vocabulary.dialect)
+    with_tools = offers_tools(request)
     return Job(
         tokens=tokens,
         max_tokens=_max_tokens(request, room=context - len(tokens)),
         sampling=sampling,
         stop=tuple(request.stop),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
-        state=state,
+        marks=vocabulary.dialect.marks(state, with_tools=with_tools),
         ignore_eos=request.ignore_eos,
         no_reuse=request.no_reuse,
         trace=request.trace,
         constraint=constraint_of(request, vocabulary, state, len(tokens)),
+        calls=_call_reader(request, vocabulary.dialect) if with_tools else None,
+        single_tool_call=request.single_tool_call,
     )
 
 
@@ -133,7 +141,7 @@ def _render(
         raise InputError("messages: the prompt is empty")
     if not tokenizer.has_chat_template:
         raise InputError("messages: this model has no chat template: send token_ids instead")
-    template = template_of(tokenizer, with_tools=bool(request.tools))
+    template = template_of(tokenizer, with_tools=offers_tools(request))
     try:
         if template is None:  # a format in Python, which is mlx-lm's or transformers' own
             tokens = written_prompt(tokenizer, request)
@@ -164,10 +172,16 @@ def _max_tokens(request: chat_pb2.GenerateRequest, room: int) -> int:
     return request.max_tokens
 
 
-def _initial_state(tokens: list[int], tokenizer: Any) -> str:
+def _call_reader(request: chat_pb2.GenerateRequest, dialect: Dialect) -> CallReader:
+    if dialect.calls is None:
+        raise InputError("tools: the form in which this model writes calls is not known")
+    return CallReader(dialect.calls, request.tools, single=request.single_tool_call)
+
+
+def _initial_state(tokens: list[int], tokenizer: Any, dialect: Dialect) -> str:
     """Some templates open the reasoning themselves: then the answer begins inside it."""
-    if tokenizer.response_initial_state:
-        return str(tokenizer.response_initial_state)
+    if dialect.initial_state:
+        return dialect.initial_state
     if tokenizer.has_thinking:
         begun = tokenizer.rfind_think_start(tokens)
         if begun > tokenizer.rfind_think_end(tokens):

@@ -4,11 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import TextStateMachine
 
 # mlx-lm states no types.
 _Machine: Any = TextStateMachine
-_marks_of: Any = make_text_state_machine
 
 
 class Segment(NamedTuple):
@@ -84,12 +83,13 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str], state: str, *, constrained: bool = False
+        self, tokenizer: Any, stop: Sequence[str], marks: Any, *, constrained: bool = False
     ) -> None:
+        """`marks`: a state of mlx-lm's TextStateMachine, in which the answer begins."""
         self._detokenizer = tokenizer.detokenizer
         # Stop strings come first and see the raw text, marks included.
         self._stop = StopSearch(stop)
-        self._marks = _marks_of(tokenizer).make_state(state)
+        self._marks = marks
         self._tool = ""
         self._constrained = constrained
         self._settled = False

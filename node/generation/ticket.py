@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from node.generation.request import Job
+from node.tools.reader import CallReader
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2 import GenerateEvent
 
@@ -30,11 +31,20 @@ class Ticket:
     async def __anext__(self) -> GenerateEvent:
         item = await self._items.get()
         if isinstance(item, GenerateEvent):
+            if self.job.calls is not None:
+                await self._read_calls(self.job.calls, item)
             return item
         self._items.put_nowait(item)  # who looks again finds the same end
         if item is None:
             raise StopAsyncIteration
         raise item
+
+    async def _read_calls(self, calls: CallReader, event: GenerateEvent) -> None:
+        """On another thread where there is much to read: the event loop serves others too."""
+        if event.delta.tool_call:
+            await asyncio.to_thread(calls.read, event)
+        else:
+            calls.read(event)
 
     def cancel(self) -> None:
         """Ends the answer and frees its caches, at any moment and from any thread."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.tokenizer_utils import _infer_tool_parser
 from mlx_lm.utils import _get_classes
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,14 @@ def bound_gathers(model: nn.Module) -> None:
 
     bounded.is_bounded = True  # type: ignore[attr-defined]  # a mark on a function
     module._gather_rows = bounded
+
+
+# --- tokenizers
+
+
+def inferred_tool_parser(tokenizer: Any) -> str:
+    """The module of mlx_lm.tool_parsers that fits a tokenizer's template; empty if none does."""
+    return str(_infer_tool_parser(tokenizer) or "")
 
 
 # --- batches

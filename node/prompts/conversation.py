@@ -70,10 +70,15 @@ def conversation_of(request: GenerateRequest, *, arguments_as_text: bool = False
     for number, message in _in_order(request.messages, conversation.implied):
         conversation.numbers.append(number)
         conversation.messages.append(_plain(number, message, arguments_as_text))
-    if request.tools:
+    if offers_tools(request):
         conversation.tools = [_plain_tool(tool) for tool in request.tools]
     conversation.arguments = parse_object("template_arguments: they", request.template_arguments)
     return conversation
+
+
+def offers_tools(request: GenerateRequest) -> bool:
+    """Whether the model may call tools, and so learns of them."""
+    return bool(request.tools) and not request.tool_choice.none
 
 
 def _unused(number: int, name: str) -> str:

@@ -34,6 +34,7 @@ FLOORS = {
         *("doctor", "agent", "inprocess", "inspect", "worker", "generation"),
         *(
             "constraints",
+            "tools",
             "prompts",
             "engines",
             "ggml",

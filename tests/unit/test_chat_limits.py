@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import TextStateMachine
 
 from node.constraints.vocabulary import Vocabulary
 from node.generation.request import Job, check_request
@@ -41,6 +42,10 @@ class Bytes:
     response_initial_state = None
     has_thinking = False
     has_chat_template = True
+    has_tool_calling = False
+    structural_markers = ()
+    response_transitions: ClassVar[dict[str, Any]] = {}
+    chat_template = None
     _chat_template = "written in Python"
 
     def __init__(self) -> None:
@@ -194,11 +199,6 @@ class Detokenizer:
 class Plain:
     """The part of a tokenizer that TextStream uses."""
 
-    has_thinking = False
-    has_tool_calling = False
-    structural_markers = ()
-    response_transitions: ClassVar[dict[str, Any]] = {}
-
     def __init__(self) -> None:
         self.detokenizer = Detokenizer()
 
@@ -220,6 +220,7 @@ def test_the_first_stop_string_to_end_cuts_the_text(stops: list[str], text: str)
 
 
 def test_no_more_than_a_stop_string_is_held_back() -> None:
-    stream = TextStream(Plain(), ["a" * (MOST_STOP_CHARACTERS - 1) + "b"], "normal")
+    stop = ["a" * (MOST_STOP_CHARACTERS - 1) + "b"]
+    stream = TextStream(Plain(), stop, TextStateMachine().make_state("normal"))
     text = "".join(part.text for _ in range(5000) for part in stream.add(ord("a")))
     assert 5000 - len(text) <= MOST_STOP_CHARACTERS

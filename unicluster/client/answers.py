@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
-from unicluster.client.prompts import Messages, object_to_json, prompt_to_wire, tools_to_wire
+from unicluster.client.prompts import (
+    Messages,
+    object_to_json,
+    prompt_to_wire,
+    tool_choice_to_wire,
+    tools_to_wire,
+)
 from unicluster.client.trace import Trace, from_wire
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1 import chat_pb2 as wire
@@ -37,6 +43,8 @@ class Options(TypedDict, total=False):
     deadline: float | None  # seconds until the whole answer must be there
     trace: bool | None  # whether the Finish says where the time went
     tools: Iterable[Mapping[str, Any]] | None  # functions that the model may call
+    tool_choice: str | None  # auto, none, required, or the name of a tool that must be called
+    single_tool_call: bool | None  # the answer ends after its first call
     template_arguments: Mapping[str, Any] | None  # more variables of the model's chat template
 
 
@@ -73,19 +81,32 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool; `arguments` is JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. `tool_call` is the raw text of one call, between the model's marks."""
+    """A piece of an answer. `tool_call` is the raw text of calls, between the model's marks.
+
+    `calls` are what it says, where the request has tools and it is no nonsense.
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_call: str = ""
+    calls: tuple["ToolCall", ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every answer that came through. `reason` is "stop" or "length".
+    """The last event of every answer that came through. `reason` is stop, length or tool_calls.
 
     `trace` is there if it was asked for.
     """
@@ -103,13 +124,14 @@ Event = Delta | Finish
 class Answer:
     text: str
     reasoning: str
-    tool_calls: tuple[str, ...]
+    tool_calls: tuple[str, ...]  # raw texts
     finish_reason: str
     usage: Usage
     timings: Timings
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     trace: Trace | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +172,10 @@ class ChatInfo:
     ring_s: float = 0.0
 
 
+# Options whose field on the wire is not set to their value.
+_APART = ("deadline", "tools", "template_arguments", "tool_choice")
+
+
 def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
     """Raises InputError, naming the field, for what can't be asked."""
     if unknown := options.keys() - Options.__annotations__.keys():
@@ -158,8 +184,10 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
     request.tools.extend(tools_to_wire(options.get("tools") or ()))
     if (arguments := options.get("template_arguments")) is not None:
         request.template_arguments = object_to_json("template_arguments", arguments)
+    if (choice := options.get("tool_choice")) is not None:
+        request.tool_choice.CopyFrom(tool_choice_to_wire(choice))
     for name, value in options.items():
-        if value is None or name in ("deadline", "tools", "template_arguments"):
+        if value is None or name in _APART:
             continue
         target = _target(request, name)
         try:
@@ -199,6 +227,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
             text=delta.text,
             reasoning=delta.reasoning,
             tool_call=delta.tool_call,
+            calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in delta.calls),
             token_ids=tuple(delta.token_ids),
             logprobs=_logprobs_from_wire(delta.logprobs),
         )
@@ -280,4 +309,5 @@ def collect(events: Iterable[Event]) -> Answer:
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
         trace=finish.trace,
+        calls=tuple(call for piece in pieces for call in piece.calls),
     )

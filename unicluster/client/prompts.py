@@ -40,7 +40,8 @@ def prompt_to_wire(messages: Messages) -> wire.GenerateRequest:
 
 def tools_to_wire(tools: Iterable[Mapping[str, Any]]) -> list[wire.Tool]:
     """Functions that a model may call: {"name": ..., "description": ..., "parameters": ...}, the
-    last a JSON schema, or the same as in OpenAI's API. Raises InputError, naming the field.
+    last a JSON schema, which calls always match where "strict" is true; or as in OpenAI's API.
+    Raises InputError, naming the field.
     """
     return [_tool_to_wire(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
 
@@ -82,10 +83,25 @@ def _call_to_wire(where: str, call: Any) -> wire.ToolCall:
 
 
 def _tool_to_wire(where: str, tool: Any) -> wire.Tool:
-    fields = _flat(where, tool, ("name", "description", "parameters"))
+    fields = _flat(where, tool, ("name", "description", "parameters", "strict"))
     parameters = object_to_json(f"{where}.parameters", fields.pop("parameters", ""))
+    strict = fields.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise InputError(f"{where}.strict must be true or false: got {strict!r}")
     _all_text(where, fields)
-    return wire.Tool(**fields, parameters=parameters)
+    return wire.Tool(**fields, parameters=parameters, strict=strict)
+
+
+def tool_choice_to_wire(choice: str) -> wire.ToolChoice:
+    """From "auto", "none", "required" or the name of a tool that must be called."""
+    match choice:
+        case "auto":
+            return wire.ToolChoice()
+        case "none":
+            return wire.ToolChoice(none=True)
+        case "required":
+            return wire.ToolChoice(required=True)
+    return wire.ToolChoice(name=choice)
 
 
 def _flat(where: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from unicluster.v1 import meters_pb2 as unicluster_dot_v1_dot_meters__pb2
 from unicluster.v1 import stage_pb2 as unicluster_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/chat.proto\x12\runicluster.v1\x1a\x1aunicluster/v1/meters.proto\x1a\x19unicluster/v1/stage.proto\":\n\x0fHoldRingRequest\x12\'\n\x05route\x18\x01 \x03(\x0b\x32\x18.unicluster.v1.RouteStop\"\x94\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12+\n\ntool_calls\x18\x03 \x03(\x0b\x32\x17.unicluster.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xba\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12:\n\nlogit_bias\x18< \x03(\x0b\x32&.unicluster.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"f\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\xa6\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.unicluster.v1.Message\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x06prompt\x18< \x01(\tH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.unicluster.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\"\n\x05tools\x18\x08 \x03(\x0b\x32\x13.unicluster.v1.Tool\x12\x1a\n\x12template_arguments\x18\t \x01(\t\x12-\n\nconstraint\x18\x1e \x01(\x0b\x32\x19.unicluster.v1.Constraint\x12\x12\n\nignore_eos\x18( \x01(\x08\x12\x10\n\x08no_reuse\x18) \x01(\x08\x12\r\n\x05trace\x18\x14 \x01(\x08\x42\t\n\x07_promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"h\n\rGenerateEvent\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.unicluster.v1.DeltaH\x00\x12\'\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.FinishH\x00\x42\x07\n\x05\x65vent\"}\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x11\n\ttool_call\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"i\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\x12\x0c\n\x04text\x18\x04 \x01(\x0c\"\x8b\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.unicluster.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.unicluster.v1.Timings\x12#\n\x05trace\x18\x14 \x01(\x0b\x32\x14.unicluster.v1.Trace\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"a\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"#\n\nTokenCount\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"\x15\n\x13\x44\x65scribeChatRequest\"\xee\x01\n\x08\x43hatInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12(\n\x06stages\x18\x07 \x03(\x0b\x32\x18.unicluster.v1.StageInfo\x12\x13\n\x0blive_caches\x18\x08 \x01(\x04\x12\r\n\x05lanes\x18\t \x01(\r\x12\x13\n\x0bkept_caches\x18\n \x01(\r\x12\x12\n\nkept_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06ring_s\x18( \x01(\x01\"\x10\n\x0eMeasureRequest\"X\n\x08Measured\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.unicluster.v1.ChatInfo\x12%\n\x06meters\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.Meters2\xa8\x02\n\x04\x43hat\x12J\n\x08Generate\x12\x1e.unicluster.v1.GenerateRequest\x1a\x1c.unicluster.v1.GenerateEvent0\x01\x12H\n\x0b\x43ountTokens\x12\x1e.unicluster.v1.GenerateRequest\x1a\x19.unicluster.v1.TokenCount\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeChatRequest\x1a\x17.unicluster.v1.ChatInfo\x12\x41\n\x07Measure\x12\x1d.unicluster.v1.MeasureRequest\x1a\x17.unicluster.v1.Measured2K\n\x04Head\x12\x43\n\x08HoldRing\x12\x1e.unicluster.v1.HoldRingRequest\x1a\x15.unicluster.v1.Opened0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18unicluster/v1/chat.proto\x12\runicluster.v1\x1a\x1aunicluster/v1/meters.proto\x1a\x19unicluster/v1/stage.proto\":\n\x0fHoldRingRequest\x12\'\n\x05route\x18\x01 \x03(\x0b\x32\x18.unicluster.v1.RouteStop\"\x94\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12+\n\ntool_calls\x18\x03 \x03(\x0b\x32\x17.unicluster.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"H\n\nToolChoice\x12\x0e\n\x04none\x18\x01 \x01(\x08H\x00\x12\x12\n\x08required\x18\x02 \x01(\x08H\x00\x12\x0e\n\x04name\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"\xba\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12:\n\nlogit_bias\x18< \x03(\x0b\x32&.unicluster.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"f\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\xf0\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.unicluster.v1.Message\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x06prompt\x18< \x01(\tH\x00\x88\x01\x01\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.unicluster.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\"\n\x05tools\x18\x08 \x03(\x0b\x32\x13.unicluster.v1.Tool\x12.\n\x0btool_choice\x18\n \x01(\x0b\x32\x19.unicluster.v1.ToolChoice\x12\x18\n\x10single_tool_call\x18\x0b \x01(\x08\x12\x1a\n\x12template_arguments\x18\t \x01(\t\x12-\n\nconstraint\x18\x1e \x01(\x0b\x32\x19.unicluster.v1.Constraint\x12\x12\n\nignore_eos\x18( \x01(\x08\x12\x10\n\x08no_reuse\x18) \x01(\x08\x12\r\n\x05trace\x18\x14 \x01(\x08\x42\t\n\x07_promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"h\n\rGenerateEvent\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.unicluster.v1.DeltaH\x00\x12\'\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xa5\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\treasoning\x18\x02 \x01(\t\x12\x11\n\ttool_call\x18\x03 \x01(\t\x12&\n\x05\x63\x61lls\x18\x06 \x03(\x0b\x32\x17.unicluster.v1.ToolCall\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\"i\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.unicluster.v1.TokenLogprob\x12\x0c\n\x04text\x18\x04 \x01(\x0c\"\x8b\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.unicluster.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.unicluster.v1.Timings\x12#\n\x05trace\x18\x14 \x01(\x0b\x32\x14.unicluster.v1.Trace\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"a\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"#\n\nTokenCount\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"\x15\n\x13\x44\x65scribeChatRequest\"\xee\x01\n\x08\x43hatInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05quant\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x01(\x04\x12\r\n\x05users\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12(\n\x06stages\x18\x07 \x03(\x0b\x32\x18.unicluster.v1.StageInfo\x12\x13\n\x0blive_caches\x18\x08 \x01(\x04\x12\r\n\x05lanes\x18\t \x01(\r\x12\x13\n\x0bkept_caches\x18\n \x01(\r\x12\x12\n\nkept_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06ring_s\x18( \x01(\x01\"\x10\n\x0eMeasureRequest\"X\n\x08Measured\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.unicluster.v1.ChatInfo\x12%\n\x06meters\x18\x02 \x01(\x0b\x32\x15.unicluster.v1.Meters2\xa8\x02\n\x04\x43hat\x12J\n\x08Generate\x12\x1e.unicluster.v1.GenerateRequest\x1a\x1c.unicluster.v1.GenerateEvent0\x01\x12H\n\x0b\x43ountTokens\x12\x1e.unicluster.v1.GenerateRequest\x1a\x19.unicluster.v1.TokenCount\x12G\n\x08\x44\x65scribe\x12\".unicluster.v1.DescribeChatRequest\x1a\x17.unicluster.v1.ChatInfo\x12\x41\n\x07Measure\x12\x1d.unicluster.v1.MeasureRequest\x1a\x17.unicluster.v1.Measured2K\n\x04Head\x12\x43\n\x08HoldRing\x12\x1e.unicluster.v1.HoldRingRequest\x1a\x15.unicluster.v1.Opened0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,39 +42,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=309
   _globals['_TOOLCALL']._serialized_end=364
   _globals['_TOOL']._serialized_start=366
-  _globals['_TOOL']._serialized_end=427
-  _globals['_SAMPLING']._serialized_start=430
-  _globals['_SAMPLING']._serialized_end=872
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=703
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=751
-  _globals['_CONSTRAINT']._serialized_start=874
-  _globals['_CONSTRAINT']._serialized_end=976
-  _globals['_GENERATEREQUEST']._serialized_start=979
-  _globals['_GENERATEREQUEST']._serialized_end=1401
-  _globals['_GENERATEEVENT']._serialized_start=1403
-  _globals['_GENERATEEVENT']._serialized_end=1507
-  _globals['_DELTA']._serialized_start=1509
-  _globals['_DELTA']._serialized_end=1634
-  _globals['_TOKENLOGPROB']._serialized_start=1636
-  _globals['_TOKENLOGPROB']._serialized_end=1741
-  _globals['_FINISH']._serialized_start=1744
-  _globals['_FINISH']._serialized_end=1883
-  _globals['_USAGE']._serialized_start=1886
-  _globals['_USAGE']._serialized_end=2015
-  _globals['_TIMINGS']._serialized_start=2017
-  _globals['_TIMINGS']._serialized_end=2114
-  _globals['_TOKENCOUNT']._serialized_start=2116
-  _globals['_TOKENCOUNT']._serialized_end=2151
-  _globals['_DESCRIBECHATREQUEST']._serialized_start=2153
-  _globals['_DESCRIBECHATREQUEST']._serialized_end=2174
-  _globals['_CHATINFO']._serialized_start=2177
-  _globals['_CHATINFO']._serialized_end=2415
-  _globals['_MEASUREREQUEST']._serialized_start=2417
-  _globals['_MEASUREREQUEST']._serialized_end=2433
-  _globals['_MEASURED']._serialized_start=2435
-  _globals['_MEASURED']._serialized_end=2523
-  _globals['_CHAT']._serialized_start=2526
-  _globals['_CHAT']._serialized_end=2822
-  _globals['_HEAD']._serialized_start=2824
-  _globals['_HEAD']._serialized_end=2899
+  _globals['_TOOL']._serialized_end=443
+  _globals['_TOOLCHOICE']._serialized_start=445
+  _globals['_TOOLCHOICE']._serialized_end=517
+  _globals['_SAMPLING']._serialized_start=520
+  _globals['_SAMPLING']._serialized_end=962
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=793
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=841
+  _globals['_CONSTRAINT']._serialized_start=964
+  _globals['_CONSTRAINT']._serialized_end=1066
+  _globals['_GENERATEREQUEST']._serialized_start=1069
+  _globals['_GENERATEREQUEST']._serialized_end=1565
+  _globals['_GENERATEEVENT']._serialized_start=1567
+  _globals['_GENERATEEVENT']._serialized_end=1671
+  _globals['_DELTA']._serialized_start=1674
+  _globals['_DELTA']._serialized_end=1839
+  _globals['_TOKENLOGPROB']._serialized_start=1841
+  _globals['_TOKENLOGPROB']._serialized_end=1946
+  _globals['_FINISH']._serialized_start=1949
+  _globals['_FINISH']._serialized_end=2088
+  _globals['_USAGE']._serialized_start=2091
+  _globals['_USAGE']._serialized_end=2220
+  _globals['_TIMINGS']._serialized_start=2222
+  _globals['_TIMINGS']._serialized_end=2319
+  _globals['_TOKENCOUNT']._serialized_start=2321
+  _globals['_TOKENCOUNT']._serialized_end=2356
+  _globals['_DESCRIBECHATREQUEST']._serialized_start=2358
+  _globals['_DESCRIBECHATREQUEST']._serialized_end=2379
+  _globals['_CHATINFO']._serialized_start=2382
+  _globals['_CHATINFO']._serialized_end=2620
+  _globals['_MEASUREREQUEST']._serialized_start=2622
+  _globals['_MEASUREREQUEST']._serialized_end=2638
+  _globals['_MEASURED']._serialized_start=2640
+  _globals['_MEASURED']._serialized_end=2728
+  _globals['_CHAT']._serialized_start=2731
+  _globals['_CHAT']._serialized_end=3027
+  _globals['_HEAD']._serialized_start=3029
+  _globals['_HEAD']._serialized_end=3104
 # @@protoc_insertion_point(module_scope)

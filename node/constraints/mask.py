@@ -1,0 +1,82 @@
+"""A logits processor that lets an answer choose only among allowed tokens, one by one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from node.constraints.grammar import shortened
+from unicluster.errors import StageError
+
+Allowed = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Mask(ABC):
+    """Masks the logits of one answer. Used by one thread at a time.
+
+    `error` is set once its grammar can't be followed any longer, within llguidance's limits.
+    """
+
+    def __init__(self, matcher: LLMatcher, prompt_tokens: int, vocabulary: int) -> None:
+        """`vocabulary`: tokens that the matcher knows; logits may be wider."""
+        self.error: StageError | None = None
+        self.taken = prompt_tokens  # tokens of prompt and answer that are taken in
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._bits = allocate_token_bitmask(1, vocabulary)
+        self._mask: Allowed | None = None
+        self._current = False  # whether `_mask` is that of the next token
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Takes in the answer's newest tokens, and makes the next token's mask.
+
+        To be called while logits are being computed elsewhere: the mask takes no time of theirs.
+        """
+        for token in tokens:
+            self._take(token)
+        self.taken += len(tokens)
+        if tokens or not self._current:
+            self._mask, self._current = self._next_mask(), True
+            if self.error is not None:
+                self._mask = None
+
+    @abstractmethod
+    def allowed(self, drafts: Sequence[int]) -> int:
+        """Number of drafted tokens, from the first on, that are let pass."""
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """A logits processor of mlx-lm: tokens of prompt and answer, logits (1, vocabulary)."""
+        fresh: Any = tokens[self.taken :].tolist() if len(tokens) > self.taken else []
+        self.follow(fresh)
+        if self._mask is None:
+            return logits
+        mask = np.zeros(logits.shape[-1], dtype=np.bool_)
+        mask[: len(self._mask)] = self._mask[: len(mask)]
+        return mx.where(mx.array(mask), logits, -mx.inf)
+
+    @abstractmethod
+    def _take(self, token: int) -> None: ...
+
+    @abstractmethod
+    def _next_mask(self) -> Allowed | None:
+        """Booleans (vocabulary,); None where every token may come."""
+
+    def _consume(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _of_grammar(self) -> Allowed:
+        """Tokens that the grammar allows next, end tokens where it may end."""
+        fill_next_token_bitmask(self._matcher, self._bits)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little")
+        return bits[: self._vocabulary].astype(np.bool_)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = shortened(self._matcher.get_error())
+            self.error = StageError(f"the answer's constraint can't be followed: {reason}")
