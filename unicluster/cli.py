@@ -43,6 +43,7 @@ SECTIONS = {
     "Serving": {
         "serve": ("coordinator.commands.serve", "spread a model over the machines and serve it"),
         "chat": ("unicluster.chat.command", "talk to the model that is served"),
+        "key": ("coordinator.commands.key", "make and end keys of the HTTP door"),
         "status": (
             "coordinator.commands.status",
             "say what is served, and how busy the machines are",

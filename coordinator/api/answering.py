@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from coordinator.api.doorman import Meter
 from coordinator.serving.gateway import Gateway
 from unicluster.errors import UnavailableError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
@@ -17,8 +18,9 @@ _Item = tuple[int, GenerateEvent] | Exception
 class Answers:
     """Events of all answers to one request, in the order in which they come."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, meter: Meter) -> None:
         self._open = count
+        self._meter = meter
         self._items: asyncio.Queue[_Item] = asyncio.Queue(WAITING)
 
     async def next(self, timeout: float | None = None) -> tuple[int, GenerateEvent] | None:
@@ -45,6 +47,7 @@ class Answers:
         try:
             async with contextlib.aclosing(gateway.answer(request, caller)) as events:
                 async for event in events:
+                    self._meter.count(index, event)
                     await self._items.put((index, event))
                     if event.HasField("finish"):
                         return
@@ -55,10 +58,10 @@ class Answers:
 
 @contextlib.asynccontextmanager
 async def answering(
-    gateway: Gateway, requests: Sequence[GenerateRequest], caller: str
+    gateway: Gateway, requests: Sequence[GenerateRequest], caller: str, meter: Meter
 ) -> AsyncIterator[Answers]:
     """Answers to all `requests` at once while the block runs; what is left of them ends with it."""
-    answers = Answers(len(requests))
+    answers = Answers(len(requests), meter)
     tasks = [
         asyncio.create_task(answers.fetch(gateway, index, request, caller))
         for index, request in enumerate(requests)

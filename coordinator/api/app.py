@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp
 
 from coordinator.api.asked import Asked
 from coordinator.api.body import Bodies
+from coordinator.api.doorman import Doorman
 from coordinator.api.errors import HttpError, failure_of, openai_error
 from coordinator.api.guard import Guard
 from coordinator.api.models import model_json, model_name, one_model
@@ -24,6 +26,7 @@ from coordinator.api.openai_completions import read_completion
 from coordinator.api.responding import Respond, caller_of
 from coordinator.serving.gateway import Gateway
 from unicluster.errors import UniclusterError
+from unicluster.trust.role import audit
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +34,13 @@ Read = Callable[[Any, str], Asked]
 
 
 def make_app(
-    gateway: Gateway, hosts: Collection[str] = (), origins: Collection[str] = ()
+    gateway: Gateway,
+    doorman: Doorman,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
 ) -> ASGIApp:
     """The application; `hosts` and `origins` as of Guard."""
-    door = _Door(gateway)
+    door = _Door(gateway, doorman)
     return Starlette(
         routes=[
             Route("/healthz", door.healthy),
@@ -62,8 +68,9 @@ def make_app(
 
 
 class _Door:
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, doorman: Doorman) -> None:
         self._gateway = gateway
+        self._doorman = doorman
         self._bodies = Bodies()
         self._since = int(time.time())
 
@@ -79,10 +86,12 @@ class _Door:
         return JSONResponse({"status": self._gateway.info().state, "reason": reason}, 503)
 
     async def models(self, request: Request) -> Response:
+        self._doorman.key_of(request)
         listed = [model_json(self._gateway, self._since)]
         return JSONResponse({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
+        self._doorman.key_of(request)
         name = request.path_params["name"]
         return JSONResponse(one_model(self._gateway, self._since, name))
 
@@ -90,10 +99,21 @@ class _Door:
         """The endpoint of a protocol whose requests `read` understands."""
 
         async def endpoint(request: Request) -> ASGIApp:
+            key = self._doorman.key_of(request)
+            self._doorman.check_model(key, self._names())
             asked = read(await self._bodies.read(request), model_name(self._gateway))
-            return Respond(self._gateway, asked, caller_of(request))
+            caller = caller_of(request)
+            if key is not None:
+                audit.info("key %s (%s): %s from %s", key.id, key.name, request.url.path, caller)
+            admission = partial(self._doorman.admitted, key)
+            return Respond(self._gateway, asked, caller, admission)
 
         return endpoint
+
+    def _names(self) -> set[str]:
+        service = self._gateway.service
+        served = set(service.names) if service is not None else {self._gateway.display}
+        return served | {model_name(self._gateway)}
 
 
 def _no_such_path(request: Request, error: Exception) -> Response:

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -11,10 +12,14 @@ from starlette.types import Receive, Scope, Send
 
 from coordinator.api.answering import Answers, answering
 from coordinator.api.asked import Asked, as_json
+from coordinator.api.doorman import Meter
 from coordinator.api.errors import failure_of
 from coordinator.serving.gateway import Gateway
 from unicluster.client.answers import Event, collect, event_from_wire
 from unicluster.errors import UniclusterError
+from unicluster.v1.chat_pb2 import GenerateRequest
+
+Admission = Callable[[Sequence[GenerateRequest]], AbstractContextManager[Meter]]
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +34,12 @@ SEND_SECONDS = 60.0
 class Respond:
     """Answers one HTTP request, as an ASGI application: computes only while the client stays."""
 
-    def __init__(self, gateway: Gateway, asked: Asked, caller: str) -> None:
+    def __init__(self, gateway: Gateway, asked: Asked, caller: str, admission: Admission) -> None:
+        """`admission` counts the answers and tokens of the caller's key."""
         self._gateway = gateway
         self._asked = asked
         self._caller = caller
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises UniclusterError for what went wrong before anything was sent."""
@@ -49,7 +56,18 @@ class Respond:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         requests = self._asked.requests()
-        async with answering(self._gateway, requests, self._caller) as answers:
+        with self._admission(requests) as meter:
+            await self._admitted(requests, meter, scope, receive, send)
+
+    async def _admitted(
+        self,
+        requests: list[GenerateRequest],
+        meter: Meter,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        async with answering(self._gateway, requests, self._caller, meter) as answers:
             if self._asked.stream:
                 await self._stream(answers, send)
             else:

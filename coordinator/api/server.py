@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -76,9 +78,25 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"can't listen on {host}:{port}: {error.strerror}: {FLAG}") from error
 
 
+def tls_of(file: Path) -> ssl.SSLContext:
+    """TLS with the certificate and the key in a PEM file. Raises InputError where it has none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Else OpenSSL would ask on the terminal for the password of an encrypted key.
+        context.load_cert_chain(file, password=lambda: "")
+    except (OSError, ValueError) as error:
+        reason = "no certificate with its key, unencrypted, in PEM"
+        if not isinstance(error, ssl.SSLError) and isinstance(error, OSError):
+            reason = error.strerror or reason
+        raise InputError(f"--http-cert {file}: {reason}") from None
+    return context
+
+
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
-    """Serves `app` at `listener` while the block runs."""
+async def serving(
+    app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
+    """Serves `app` at `listener` while the block runs; without `tls` in plain text."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -92,6 +110,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
         limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))

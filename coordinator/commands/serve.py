@@ -6,8 +6,10 @@ import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import click
 import grpc
 
 from coordinator.fleet.members import Members
@@ -17,6 +19,7 @@ from coordinator.serving.chat_door import ChatDoor
 from coordinator.serving.engine_options import chosen_models, engine_options
 from coordinator.serving.events import (
     Events,
+    HttpAddress,
     Inspected,
     Inspecting,
     Listening,
@@ -71,6 +74,8 @@ def run(
     grpc_port: int,
     http_port: int,
     no_http: bool,
+    http_cert: Path | None,
+    http_plain: bool,
     http_name: tuple[str, ...],
     http_origin: tuple[str, ...],
     metrics_port: int | None,
@@ -105,7 +110,9 @@ def run(
         port=grpc_port,
         broker=chosen_broker(mqtt),
         metrics_port=metrics_port,
-        http=None if no_http else HttpOptions(http_port, http_name, http_origin),
+        http=None
+        if no_http
+        else HttpOptions(http_port, http_cert, http_plain, http_name, http_origin),
     )
     events = Events()
     with printing(events):
@@ -151,7 +158,7 @@ class Running:
         service: Service,
         address: str,
         metrics: str | None,
-        http: str | None,
+        http: HttpAddress | None,
         task: asyncio.Task[None],
     ) -> None:
         self.service = service
@@ -255,20 +262,32 @@ async def _measured(
 
 
 @contextlib.asynccontextmanager
-async def _http(options: ServeOptions, gateway: Gateway) -> AsyncIterator[str | None]:
+async def _http(options: ServeOptions, gateway: Gateway) -> AsyncIterator[HttpAddress | None]:
     """The HTTP door while the block runs, if asked for: at which address."""
     if options.http is None:
         yield None
         return
     # Here, because not all ask for it.
     from coordinator.api.app import make_app
-    from coordinator.api.server import LOOPBACK, listen, serving
+    from coordinator.api.doorman import Doorman
+    from coordinator.api.server import LOOPBACK, listen, serving, tls_of
+    from coordinator.state.database import Database
+    from coordinator.state.keys import Keys
 
-    listener = listen(LOOPBACK, options.http.port)
-    port = listener.getsockname()[1]
-    app = make_app(gateway, [*options.http.names, socket.gethostname()], options.http.origins)
-    async with serving(app, listener):
-        yield f"http://{join_address(LOOPBACK, port)}"
+    door = options.http
+    tls = tls_of(door.certificate) if door.certificate is not None else None
+    with contextlib.closing(Database()) as database:
+        keys = Keys(database)
+        has_keys = keys.any()
+        is_private = not has_keys or (tls is None and not door.plain)
+        listener = listen(LOOPBACK if is_private else options.host, door.port)
+        port = listener.getsockname()[1]
+        doorman = Doorman(keys, is_open=is_private)
+        app = make_app(gateway, doorman, [*door.names, socket.gethostname()], door.origins)
+        async with serving(app, listener, tls):
+            host = LOOPBACK if is_private else options.host or LOOPBACK
+            url = f"{'http' if tls is None else 'https'}://{join_address(host, port)}"
+            yield HttpAddress(url, with_key=has_keys, is_private=is_private)
 
 
 async def _inspected(
@@ -354,6 +373,18 @@ command = Command(
                 type=int,
                 default=DEFAULT_HTTP_PORT,
                 metavar="PORT",
+            ),
+            Option(
+                "--http-cert",
+                "a PEM file with certificate and key: TLS, for other machines too, with a key "
+                "of `unicluster key`",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+            ),
+            Option(
+                "--http-plain",
+                "other machines may ask without TLS: behind a proxy that has it",
+                is_flag=True,
             ),
             Option("--no-http", "no HTTP at all", is_flag=True),
             Option(

@@ -94,8 +94,17 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class HttpAddress:
+    """Where HTTP clients can ask. with_key: only with a key; is_private: only this machine."""
+
+    url: str
+    with_key: bool
+    is_private: bool
+
+
+@dataclass(frozen=True)
 class Listening:
-    """Clients can reach the model at `address`, and at the URL `http`; Prometheus at `metrics`.
+    """Clients can reach the model at `address`, and at `http`; Prometheus at the URL `metrics`.
 
     None: nowhere.
     """
@@ -103,7 +112,7 @@ class Listening:
     model: str
     address: str
     metrics: str | None
-    http: str | None = None
+    http: HttpAddress | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import get_args
 
 import click
@@ -20,9 +21,15 @@ DEFAULT_HTTP_PORT = 8080
 
 @dataclass(frozen=True)
 class HttpOptions:
-    """The HTTP door. names: of this machine, for the Host header; origins: pages that may ask."""
+    """The HTTP door.
+
+    certificate: a PEM file with key, for TLS. plain: whether other machines may ask without.
+    names: of this machine, for the Host header. origins: pages whose scripts may ask.
+    """
 
     port: int = DEFAULT_HTTP_PORT
+    certificate: Path | None = None
+    plain: bool = False
     names: Sequence[str] = field(default=())
     origins: Sequence[str] = field(default=())
 

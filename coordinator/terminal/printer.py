@@ -14,6 +14,7 @@ from coordinator.serving.events import (
     Event,
     Events,
     Follower,
+    HttpAddress,
     Inspected,
     Inspecting,
     Listening,
@@ -106,10 +107,18 @@ class Printer:
         console.print("  unicluster chat            on any machine of the cluster")
         console.print(f"  gRPC {event.address}    with a certificate of the cluster")
         if event.http is not None:
-            console.print(f"  {event.http}/v1    OpenAI's API, from this machine only")
+            console.print(f"  {event.http.url}/v1    OpenAI's API, {_who_may(event.http)}")
         if event.metrics is not None:
             console.print(f"  {event.metrics}    with one of `unicluster token cert DIR`")
         console.print("[dim]Ctrl-C unloads the model and ends.[/dim]")
+
+
+def _who_may(http: HttpAddress) -> str:
+    if not http.is_private:
+        return "with a key"
+    if http.with_key:
+        return "from this machine only, with a key; --http-cert FILE or --http-plain opens it"
+    return "from this machine only, as there is no key (`unicluster key create`)"
 
 
 def recovered_line(event: Recovered) -> Text:

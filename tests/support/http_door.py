@@ -1,14 +1,20 @@
 """The HTTP door in this event loop, over a gateway whose head does what the prompt says."""
 
 import contextlib
+import ssl
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from coordinator.api.app import make_app
+from coordinator.api.doorman import Doorman
 from coordinator.api.server import LOOPBACK, listen, serving
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.service import Service
+from coordinator.state.database import Database
+from coordinator.state.keys import Keys
 from tests.support.chat_server import ScriptedChat
 from unicluster.cluster.channels import bind, connect, make_server
 from unicluster.cluster.sizes import CHAT_BYTES
@@ -64,11 +70,14 @@ class Door:
     head: ScriptedChat
     service: Parrot
     gateway: Gateway
+    keys: Keys
 
 
 @contextlib.asynccontextmanager
-async def http_door(**options: Any) -> AsyncIterator[Door]:
-    """A door over plain HTTP on a free port; options are those of `make_app`."""
+async def http_door(
+    *, tls: ssl.SSLContext | None = None, is_open: bool = True, **options: Any
+) -> AsyncIterator[Door]:
+    """A door on a free port, with no keys yet; options are those of `make_app`."""
     cluster = Cluster.new()
     server, head = make_server(most_bytes=CHAT_BYTES), ScriptedChat()
     add_ChatServicer_to_server(head, server)
@@ -79,10 +88,16 @@ async def http_door(**options: Any) -> AsyncIterator[Door]:
     service = Parrot(ChatStub(channel))
     gateway.service = cast(Service, service)
     listener = listen(LOOPBACK, 0)
-    url = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
+    url = f"{'http' if tls is None else 'https'}://{LOOPBACK}:{listener.getsockname()[1]}"
     try:
-        async with serving(make_app(gateway, **options), listener):
-            yield Door(url, head, service, gateway)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.closing(Database(Path(folder, "state"))) as database,
+        ):
+            keys = Keys(database)
+            app = make_app(gateway, Doorman(keys, is_open=is_open), **options)
+            async with serving(app, listener, tls):
+                yield Door(url, head, service, gateway, keys)
     finally:
         await channel.close()
         await server.stop(None)

@@ -18,17 +18,8 @@ BELOW = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluste
 # Top floor first: a room may import those below it. "." is the package's own files.
 FLOORS = {
     "coordinator": [
-        *(
-            "commands",
-            "api",
-            "terminal",
-            "serving",
-            "fleet",
-            "models",
-            "planning",
-            "planning.search",
-        ),
-        ".",
+        *("commands", "api", "terminal", "serving", "state", "fleet", "models", "planning"),
+        *("planning.search", "."),
     ],
     "node": [
         *("doctor", "agent", "inprocess", "inspect", "worker", "generation"),

@@ -1,0 +1,98 @@
+"""The state file: a small SQLite database beside the cluster's token, its schema versioned."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from unicluster.errors import InputError
+from unicluster.trust.store import default_folder
+
+NAME = "state.sqlite3"
+# For another process that writes.
+BUSY_SECONDS = 5.0
+
+# Version n of the schema is what the first n of these make. Only ever append.
+MIGRATIONS: Sequence[str] = (
+    """
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        hash BLOB NOT NULL UNIQUE,
+        created_s REAL NOT NULL,
+        expires_s REAL,
+        revoked_s REAL,
+        most_running INTEGER,
+        tokens_per_minute INTEGER,
+        models TEXT
+    ) STRICT;
+    CREATE UNIQUE INDEX key_names ON keys (name) WHERE revoked_s IS NULL;
+    """,
+)
+
+
+class Database:
+    """A connection to the state file at `path`, which is made where it is missing.
+
+    For one thread. Raises InputError, which names the file, for a file that can't be used: one
+    that is damaged, or that a newer version has written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or default_folder() / NAME
+        with self._explained():
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.touch(mode=0o600)
+            self.path.chmod(0o600)
+            self._connection = sqlite3.connect(
+                self.path, timeout=BUSY_SECONDS, isolation_level=None
+            )
+            try:
+                self._connection.row_factory = sqlite3.Row
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._migrate()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def rows(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        """The rows that a query gives."""
+        with self._explained():
+            return list(self._connection.execute(query, values))
+
+    def write(self, statement: str, values: Sequence[object] = ()) -> int:
+        """Changes rows, on disk when it returns; how many. Raises sqlite3.IntegrityError."""
+        with self._explained():
+            return self._connection.execute(statement, values).rowcount
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _migrate(self) -> None:
+        execute = self._connection.execute
+        execute("BEGIN IMMEDIATE")
+        try:
+            (version,) = execute("PRAGMA user_version").fetchone()
+            if version > len(MIGRATIONS):
+                raise InputError(
+                    f"{self.path} was written by a newer unicluster: update this one, or delete "
+                    "the file, and the keys with it"
+                )
+            for migration in MIGRATIONS[version:]:
+                for statement in migration.split(";"):
+                    execute(statement)
+            execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        except BaseException:
+            execute("ROLLBACK")
+            raise
+        execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.IntegrityError:
+            raise
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(f"the state file {self.path} can't be used: {error}") from error
