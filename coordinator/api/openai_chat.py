@@ -1,5 +1,6 @@
 """OpenAI's chat completions, as pure functions between their JSON and the gateway's messages."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from coordinator.api.openai_fields import (
     usage_json,
 )
 from coordinator.api.openai_messages import read_messages
+from coordinator.api.openai_tools import calls_delta, calls_json, read_tools
 from unicluster.chat_limits import MOST_LOGPROBS
 from unicluster.client.answers import Answer, TokenLogprob, Usage
 from unicluster.errors import InputError
@@ -26,12 +28,11 @@ from unicluster.v1.chat_pb2 import Usage as WireUsage
 DONE = b"data: [DONE]\n\n"
 
 NOT_YET = {
-    "tools": "answers have no tool calls",
-    "functions": "answers have no tool calls",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
     "audio": "answers are text",
     "prediction": "leave it out",
     "web_search_options": "nothing is looked up",
-    "reasoning_effort": "set the variable of the model's template in chat_template_kwargs",
     "verbosity": "leave it out",
     "moderation": "nothing is moderated",
 }
@@ -52,8 +53,8 @@ def read_chat(body: Any, model: str) -> Asked:
     count = fields.whole("n", 1, MOST_CHOICES) or 1
     read_service(fields)
     read_format(fields, request)
-    if (variables := fields.object("chat_template_kwargs")) is not None:
-        request.template_arguments = variables.as_json()
+    read_tools(fields, request)
+    _read_template_variables(fields, request)
     _read_plain_text(fields)
     fields.done()
     return Asked(request, ChatReply(stamp("chatcmpl-", model), count, include_usage), stream, count)
@@ -68,12 +69,19 @@ def _read_logprobs(fields: Fields, request: GenerateRequest) -> None:
         request.logprobs = top or 0
 
 
+def _read_template_variables(fields: Fields, request: GenerateRequest) -> None:
+    """`reasoning_effort` is a variable of the templates that have it; others refuse it by name."""
+    variables = fields.object("chat_template_kwargs")
+    values = json.loads(variables.as_json()) if variables is not None else {}
+    if (effort := fields.text("reasoning_effort")) is not None:
+        values["reasoning_effort"] = effort
+    if values:
+        request.template_arguments = json.dumps(values)
+
+
 def _read_plain_text(fields: Fields) -> None:
     """Settings that say what is the case anyway; others are refused by name."""
     fields.choice("modalities", (["text"],))
-    fields.choice("tool_choice", ("none", "auto"))
-    fields.choice("function_call", ("none", "auto"))
-    fields.choice("parallel_tool_calls", (True, False))
     fields.refuse(NOT_YET)
 
 
@@ -86,6 +94,7 @@ class ChatReply:
     def __init__(self, stamp: Stamp, count: int, include_usage: bool) -> None:
         self._stamp = stamp
         self._include_usage = include_usage
+        self._calls = [0] * count  # tool calls of each answer so far
         self._usages: list[Usage | WireUsage | None] = [None] * count
 
     def whole(self, answers: Sequence[Answer]) -> Json:
@@ -112,11 +121,14 @@ class ChatReply:
             self._usages[index] = event.finish.usage
             return self._chunk(index, {}, event.finish.reason)
         delta: Json = {}
-        # Without tools a call is what the model has written, and nothing of that is dropped.
+        # What was not read as calls is what the model has written: nothing of that is dropped.
         if text := event.delta.text + event.delta.tool_call:
             delta["content"] = text
         if event.delta.reasoning:
             delta["reasoning_content"] = event.delta.reasoning
+        if calls := event.delta.calls:
+            delta["tool_calls"] = calls_delta(calls, self._calls[index])
+            self._calls[index] += len(calls)
         if not delta and not event.delta.logprobs:
             return b""
         return self._chunk(index, delta, logprobs=event.delta.logprobs)
@@ -156,11 +168,10 @@ class ChatReply:
 
 
 def _message(answer: Answer) -> Json:
-    message: Json = {
-        "role": "assistant",
-        "content": answer.text + "".join(answer.tool_calls),
-        "refusal": None,
-    }
+    text = answer.text + "".join(answer.tool_calls)
+    message: Json = {"role": "assistant", "content": text, "refusal": None}
+    if answer.calls:
+        message |= {"content": text or None, "tool_calls": calls_json(answer.calls)}
     if answer.reasoning:
         message["reasoning_content"] = answer.reasoning
     return message

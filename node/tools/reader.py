@@ -35,7 +35,7 @@ class CallReader:
         ]
 
     def read(self, event: GenerateEvent) -> None:
-        """Adds to an event the calls that its raw text says; none where that is no call.
+        """Replaces an event's raw text by the calls that it says, unless it says none.
 
         An answer that has made calls finishes with the reason tool_calls, or for its length.
         """
@@ -47,6 +47,8 @@ class CallReader:
             room = (1 if self._single else MOST_CALLS) - self._count
             event.delta.calls.extend(calls[: max(room, 0)])
             self._count += len(event.delta.calls)
+            if calls:
+                event.delta.tool_call = ""
 
     def _parse(self, text: str) -> list[ToolCall]:
         if len(text) > MOST_CHARACTERS:

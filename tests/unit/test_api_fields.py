@@ -22,6 +22,7 @@ from unicluster.v1.chat_pb2 import (
     Message,
     Sampling,
     TokenLogprob,
+    Tool,
     ToolCall,
     Usage,
 )
@@ -102,8 +103,13 @@ def test_fields_without_effect_are_accepted() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "tools": {"tools": [{"type": "function"}]},
-    "tool_choice": {"tool_choice": "required"},
+    "tools[0].function": {"tools": [{"type": "function"}]},
+    "tools[0].type": {"tools": [{"type": "custom", "custom": {"name": "a"}}]},
+    "tools[0].function.name": {"tools": [{"type": "function", "function": {}}]},
+    "tools[0].function.colour": {"tools": [{"function": {"name": "a", "colour": "red"}}]},
+    "tool_choice": {"tool_choice": "always"},
+    "tool_choice.type": {"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+    "functions": {"functions": [{"name": "a"}]},
     "response_format.type": {"response_format": {"type": "xml"}},
     "response_format.json_schema": {"response_format": {"type": "json_schema"}},
     "response_format.regex": {"response_format": {"type": "regex"}},
@@ -111,7 +117,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]
     },
     "modalities": {"modalities": ["text", "audio"]},
-    "reasoning_effort": {"reasoning_effort": "high"},
+    "reasoning_effort": {"reasoning_effort": 3},
     "store": {"store": True},
     "service_tier": {"service_tier": "flex"},
     "nonsense": {"nonsense": 0},
@@ -165,6 +171,44 @@ def test_calls_and_their_results_reach_the_request() -> None:
         Message(role="assistant", tool_calls=[call], reasoning_content="Hm."),
         Message(role="tool", tool_call_id="1", content="5"),
     ]
+
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}, "strict": True}
+
+
+def test_tools_and_the_choice_among_them_reach_the_request() -> None:
+    tools = [{"type": "function", "function": ADD}]
+    named = {"type": "function", "function": {"name": "add"}}
+
+    request = chat(tools=tools, tool_choice=named, parallel_tool_calls=False).request
+
+    assert list(request.tools) == [
+        Tool(name="add", description="Adds.", parameters='{"type": "object"}', strict=True)
+    ]
+    assert (request.tool_choice.name, request.single_tool_call) == ("add", True)
+    assert chat(tools=tools, tool_choice="required").request.tool_choice.required
+    assert chat(tools=tools, tool_choice="none").request.tool_choice.none
+    assert not chat(tools=tools, tool_choice="auto").request.HasField("tool_choice")
+    variables = chat(reasoning_effort="low").request.template_arguments
+    assert json.loads(variables) == {"reasoning_effort": "low"}
+
+
+def test_calls_are_the_same_in_a_stream_and_in_a_whole_answer() -> None:
+    calls = [ToolCall(id=str(n), name="add", arguments=f'{{"a": {n}}}') for n in range(3)]
+    deltas = [Delta(text="Well. "), Delta(calls=calls[:2]), Delta(calls=calls[2:])]
+    answer = [GenerateEvent(delta=delta) for delta in deltas]
+    answer.append(GenerateEvent(finish=Finish(reason="tool_calls", usage=Usage())))
+    asked = chat(stream=True)
+
+    whole = asked.reply.whole([collect(map(event_from_wire, answer))])["choices"][0]
+    pieces = [chunk["choices"][0] for chunk in stream(asked, answer)]
+
+    assert whole["finish_reason"] == pieces[-1]["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] == "Well. "
+    streamed = [call for piece in pieces for call in piece["delta"].get("tool_calls", [])]
+    assert [call.pop("index") for call in streamed] == [0, 1, 2]
+    assert streamed == whole["message"]["tool_calls"]
+    assert streamed[1]["function"] == {"name": "add", "arguments": '{"a": 1}'}
 
 
 def test_the_form_of_an_answer_reaches_the_request() -> None:

@@ -17,9 +17,20 @@ from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
 from node.generation.text import TextStream
 from node.tools.reader import CallReader
-from tests.support.tiny import write_tokenizer
+from tests.support.constrained import POINT
+from tests.support.engines import Tiny
+from tests.support.tiny import tiny_config, write_model, write_tokenizer
 from unicluster.errors import InputError
-from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, GenerateRequest, Tool, ToolChoice
+from unicluster.v1.chat_pb2 import (
+    Delta,
+    Finish,
+    GenerateEvent,
+    GenerateRequest,
+    Message,
+    Sampling,
+    Tool,
+    ToolChoice,
+)
 
 WEATHER = {
     "type": "object",
@@ -364,3 +375,43 @@ def test_a_strict_tool_that_can_not_be_enforced_is_refused(
     assert build(strict=False) is not None
     with pytest.raises(InputError, match=r"^tools: the parameters of 'odd' can't be enforced: "):
         build(strict=True)
+
+
+# Through the engine
+
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}{{ tool.function.description }}"
+    "{{ tool.function.parameters | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("choice", [ToolChoice(required=True), ToolChoice(none=True)], ids=str)
+async def test_an_answer_has_the_calls_that_were_asked_for(
+    choice: ToolChoice, tmp_path: Path
+) -> None:
+    """Of a model that speaks at random."""
+    tiny = await Tiny.load(write_model(tmp_path / "m", tiny_config("llama"), marks=True))
+    tiny.tokenizer.chat_template = TEMPLATE
+    engine = await tiny.engine(context=2048)
+    request = GenerateRequest(
+        messages=[Message(role="user", content="hello")],
+        tools=[Tool(name="set", description="Sets.", parameters=json.dumps(POINT))],
+        tool_choice=choice,
+        single_tool_call=True,
+        sampling=Sampling(temperature=1, seed=3),
+        max_tokens=800,
+    )
+
+    events = [event async for event in await engine.submit(request)]
+    engine.close()
+
+    calls = [call for event in events for call in event.delta.calls]
+    if choice.none:
+        assert calls == []
+        assert events[-1].finish.reason in ("stop", "length")
+    else:
+        assert [call.name for call in calls] == ["set"]
+        jsonschema.validate(json.loads(calls[0].arguments), POINT)
+        assert events[-1].finish.reason == "tool_calls"

@@ -91,9 +91,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. `tool_call` is the raw text of calls, between the model's marks.
+    """A piece of an answer. `calls` are there where the request has tools.
 
-    `calls` are what it says, where the request has tools and it is no nonsense.
+    `tool_call` is the raw text between the model's marks, where it could not be read as calls.
     """
 
     text: str = ""

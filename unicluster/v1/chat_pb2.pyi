@@ -447,10 +447,10 @@ class Delta(_message.Message):
     text: _builtins.str
     reasoning: _builtins.str
     tool_call: _builtins.str
-    """raw text between the model's tool-call marks"""
+    """raw text between the model's tool-call marks, if not read"""
     @_builtins.property
     def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """what that text says, where it names tools of the request"""
+        """where the request has tools"""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
