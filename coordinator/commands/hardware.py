@@ -1,35 +1,53 @@
 """`unicluster hardware`: the machines that `plan --fleet` knows."""
 
-from rich import box
-from rich.console import Console
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from coordinator.planning.hardware import boxes
+from coordinator.terminal.tables import add_names, add_numbers, fitting, new_table, whole
 from unicluster.command_line import Command, Option
 from unicluster.units import format_bytes, format_rate
 
+HEADERS = ("memory", "usable", "bandwidth", "TFLOPS", "price", "link")
+
 
 def run(sources: bool) -> int:
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
-    table.add_column("machine", no_wrap=True)
-    for header in ("memory", "usable", "bandwidth", "TFLOPS", "price", "link"):
-        table.add_column(header, justify="right", no_wrap=True)
-    if sources:
-        table.add_column("source", style="dim")
-    for entry in boxes().values():
-        table.add_row(
-            entry.name,
-            f"{entry.memory >> 30} GiB",
-            format_bytes(entry.usable),
-            format_rate(entry.bandwidth),
-            f"{entry.compute / 1e12:.3g}" if entry.compute else "",
-            f"${entry.price}" if entry.price else "",
-            entry.link,
-            *[Text(entry.source)] * sources,
-        )
-    Console().print(table)
+    Console().print(_Boxes(sources))
     return 0
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """The catalogue, without the last columns where they don't fit."""
+
+    sources: bool
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        tables = (self._table(columns) for columns in range(len(HEADERS), 2, -1))
+        yield fitting(console, options, tables) if not self.sources else self._table(len(HEADERS))
+
+    def _table(self, columns: int) -> Table:
+        table = new_table("")
+        add_names(table, "machine")
+        add_numbers(table, *HEADERS[:columns])
+        if self.sources:
+            table.add_column("source", style="dim")
+        for entry in boxes().values():
+            figures = (
+                f"{entry.memory >> 30} GiB",
+                format_bytes(entry.usable),
+                format_rate(entry.bandwidth),
+                f"{entry.compute / 1e12:.3g}" if entry.compute else "",
+                f"${entry.price}" if entry.price else "",
+                entry.link,
+            )
+            table.add_row(
+                whole(entry.name), *figures[:columns], *[Text(entry.source)] * self.sources
+            )
+        return table
 
 
 command = Command(

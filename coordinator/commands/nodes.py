@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.live import Live
 
 from coordinator.fleet.members import NOBODY, Members
 from coordinator.terminal.plan import nodes_table
+from coordinator.terminal.watch import watching
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
 from unicluster.errors import UnavailableError
@@ -30,10 +30,11 @@ async def _nodes(peers: Sequence[str], *, watch: bool) -> int:
             await members.find()
             nodes = await members.nodes()
         if watch:
-            with Live(nodes_table(nodes), console=console, auto_refresh=False) as live:
+            with watching(console) as show:
                 while True:
+                    show(nodes_table(nodes) if nodes else NOBODY)
                     await members.changed(REFRESH_SECONDS)
-                    live.update(nodes_table(await members.nodes()), refresh=True)
+                    nodes = await members.nodes()
         if not nodes:
             raise UnavailableError(NOBODY)
         console.print(nodes_table(nodes))

@@ -182,13 +182,14 @@ def _facts(
 def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
     console, machines = Console(), question.fleet.machines
     allowed = [m for m in machines if nodes is None or m.name in nodes]
-    console.print(fleet_table(machines))
     console.print(plan_table(best, question.variants, question.requested.display))
     with doing("Planning without this and that machine"):
         others = rivals(question.variants, allowed, best, question.fleet.network)
     if others:
         console.print()
         console.print(rivals_table(others))
+    console.print()
+    console.print(fleet_table(machines))
 
 
 def _inspect_here(requests: Sequence[InspectRequest]) -> Sequence[ModelLayout]:

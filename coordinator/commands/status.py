@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from coordinator.terminal.status import status_table
+from coordinator.terminal.watch import watching
 from unicluster.chat.command import NOTHING
 from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
@@ -53,10 +53,9 @@ async def _status(server: str, watch: bool, as_json: bool) -> int:
             _raise_if_none(readings)
             _print_json(readings) if as_json else console.print(_render(readings))
             return 0
-        if not as_json:
-            live = stack.enter_context(Live(console=console, auto_refresh=False))
+        show = stack.enter_context(watching(console)) if not as_json else None
         while True:
-            _print_json(readings) if as_json else live.update(_render(readings), refresh=True)
+            _print_json(readings) if show is None else show(_render(readings))
             await asyncio.sleep(REFRESH_SECONDS)
             readings = await servers.read()
 

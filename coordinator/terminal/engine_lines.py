@@ -40,7 +40,7 @@ def _reasons(plan: Plan, variants: ModelVariants, engine: str) -> str:
     for stage in plan.stages:
         if stage.engine == engine:
             reasons.setdefault(_why(stage, variants), []).append(stage.machine.name)
-    parts = [f"{_listed(names)}{reason}" for reason, names in reasons.items()]
+    parts = [f"{listed(names)}{reason}" for reason, names in reasons.items()]
     return f"{engine} on {', '.join(parts)}"
 
 
@@ -58,5 +58,6 @@ def _why(stage: Stage, variants: ModelVariants) -> str:
     return f" (reads {rate} there, {name} {slower})"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -7,6 +7,7 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from coordinator.planning.placement import Plan, Stage
@@ -14,12 +15,14 @@ from coordinator.terminal.tables import (
     FREE,
     WEIGHTS,
     Bar,
+    add_bar,
     add_names,
     add_numbers,
     add_words,
-    cut,
+    fitting,
     layer_range,
     new_table,
+    whole,
 )
 from unicluster.units import format_bytes
 from unicluster.v1 import node_pb2
@@ -117,10 +120,21 @@ class LoadingBars:
             self._console.print(Text(line), soft_wrap=True)
 
     def _render(self) -> RenderableType:
+        failures = [
+            Text(load.reason, style="red")
+            for load in self._loads.values()
+            if load.state == "failed"
+        ]
+        options = self._console.options
+        table = fitting(self._console, options, (self._table(bar) for bar in (24, 16, 8, 0)))
+        return Group(table, *failures)
+
+    def _table(self, bar: int) -> Table:
+        """The machines, with a bar of so many columns."""
         table = new_table("Loading")
         add_names(table, "machine")
         add_numbers(table, "layers", "here", "of")
-        table.add_column("")
+        add_bar(table, bar)
         add_words(table, "")
         for load in self._loads.values():
             stage = load.stage
@@ -128,16 +142,11 @@ class LoadingBars:
             if load.state == "fetching":
                 done, total = load.fetched, load.to_fetch
             table.add_row(
-                cut(stage.machine.name),
+                whole(stage.machine.name),
                 f"{load.layers_done}/{stage.end - stage.first}",
                 format_bytes(done),
                 format_bytes(total),
-                Bar([(done, WEIGHTS), (total - done, FREE)]),
+                *[Bar([(done, WEIGHTS), (total - done, FREE)], bar)] * bool(bar),
                 Text(load.state, style=_STATE_STYLES[load.state]),
             )
-        failures = [
-            Text(load.reason, style="red")
-            for load in self._loads.values()
-            if load.state == "failed"
-        ]
-        return Group(table, *failures)
+        return table

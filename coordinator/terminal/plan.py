@@ -13,26 +13,31 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.planning.rivals import Rival
 from coordinator.planning.variants import ModelVariants
-from coordinator.terminal.engine_lines import engine_lines
+from coordinator.terminal.engine_lines import engine_lines, listed
 from coordinator.terminal.tables import (
     FREE,
     KV,
     RESERVE,
     WEIGHTS,
-    WIDE,
     Bar,
     Ink,
+    add_bar,
     add_names,
     add_numbers,
     add_words,
     counted,
-    cut,
+    fitting,
     layer_range,
     new_table,
     who,
+    whole,
 )
 from unicluster.units import format_bytes, format_ms, format_rate
 from unicluster.v1 import node_pb2
+
+MEMORY = "memory"
+# Columns that a reason has at least.
+WORDS = 24
 
 
 class _Legend:
@@ -68,12 +73,14 @@ def rivals_table(others: Sequence[Rival]) -> RenderableType:
     table = new_table("Other plans")
     add_names(table, "machines and layers")
     add_numbers(table, "ms/token", "tokens/s")
-    table.add_column("why not")
+    table.add_column("why not", min_width=WORDS)
     for other in others:
         spans = [f"{s.machine.name} {layer_range(s.first, s.end)}" for s in other.plan.stages]
-        shown = ", ".join(spans[:3]) + (f" and {len(spans) - 3} more" if len(spans) > 3 else "")
+        shown = spans[:3] + ([f"and {len(spans) - 3} more"] if len(spans) > 3 else [])
         seconds = other.plan.seconds_per_token
-        table.add_row(cut(shown), format_ms(seconds), f"{1 / seconds:.3g}", Text(other.reason))
+        table.add_row(
+            whole("\n".join(shown)), format_ms(seconds), f"{1 / seconds:.3g}", Text(other.reason)
+        )
     return table
 
 
@@ -84,7 +91,9 @@ def comparison_table(model: str, stages: Sequence[Stage], measured: TokenTimes) 
     add_numbers(table, "layers", "predicted", "measured", "error")
     for stage, seconds in zip(stages, measured.stages, strict=True):
         layers = layer_range(stage.first, stage.end)
-        table.add_row(cut(stage.machine.name), layers, *_compared(stage.seconds_per_token, seconds))
+        table.add_row(
+            whole(stage.machine.name), layers, *_compared(stage.seconds_per_token, seconds)
+        )
     hops = sum(stage.hop_s for stage in stages)
     hops_measured = hops if measured.hops is None else sum(measured.hops)
     if measured.hops is not None:
@@ -92,8 +101,8 @@ def comparison_table(model: str, stages: Sequence[Stage], measured: TokenTimes) 
     elif hops:
         table.add_row(counted(len(stages), "hop"), "", format_ms(hops), "unknown")
     predicted = hops + sum(stage.seconds_per_token for stage in stages)
-    whole = _compared(predicted, hops_measured + sum(measured.stages))
-    table.add_row(Text("together", "bold"), "", *whole)
+    together = _compared(predicted, hops_measured + sum(measured.stages))
+    table.add_row(Text("together", "bold"), "", *together)
     return table
 
 
@@ -107,7 +116,10 @@ class _Fleet:
     title: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = options.max_width >= WIDE
+        yield fitting(console, options, (self._table(wide) for wide in (True, False)))
+        yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
+
+    def _table(self, wide: bool) -> Table:
         there = any(m.address for m in self.machines)
         table = new_table(self.title)
         add_names(table, "machine", *["chip"] * wide)
@@ -122,8 +134,7 @@ class _Fleet:
                 _bandwidths(m),
                 *[Text(m.address)] * there,
             )
-        yield table
-        yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
+        return table
 
 
 def _installed(info: node_pb2.NodeInfo) -> str:
@@ -155,7 +166,12 @@ class _Nodes:
     nodes: Sequence[tuple[node_pb2.NodeInfo, str]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = options.max_width >= WIDE
+        yield fitting(console, options, (self._table(wide) for wide in (True, False)))
+        yield _sum_up(len(self.nodes), sum(info.usable_memory for info, _ in self.nodes))
+        if any(not info.bandwidth_measured for info, _ in self.nodes):
+            yield Text("* nominal bandwidth of the chip, not measured", style="dim")
+
+    def _table(self, wide: bool) -> Table:
         versions = {info.version for info, _ in self.nodes}
         version = wide or len(versions) > 1
         serving = any(info.stages for info, _ in self.nodes)
@@ -176,10 +192,7 @@ class _Nodes:
                 *[Text(info.version)] * version,
                 Text(address),
             )
-        yield table
-        yield _sum_up(len(self.nodes), sum(info.usable_memory for info, _ in self.nodes))
-        if any(not info.bandwidth_measured for info, _ in self.nodes):
-            yield Text("* nominal bandwidth of the chip, not measured", style="dim")
+        return table
 
 
 @dataclass(frozen=True)
@@ -195,11 +208,25 @@ class _Planned:
         return next(variant for variant in self.variants.layouts if variant.engine == engine)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._stages(options.max_width >= WIDE)
+        yield self._verdict()
         yield ""
-        yield self._facts()
+        shapes = [(True, 24), (True, 12), (False, 24), (False, 12), (False, 8), (False, 0)]
+        stages = fitting(console, options, (self._stages(*shape) for shape in shapes))
+        yield stages
+        yield ""
+        yield self._facts(legend=any(column.header == MEMORY for column in stages.columns))
 
-    def _stages(self, wide: bool) -> Table:
+    def _verdict(self) -> Text:
+        """`Fits: 24 tokens/s on 2 of 3 machines`."""
+        plan = self.plan
+        used, there = len(plan.stages), len(plan.stages) + len(plan.left_out)
+        speed = f"{plan.tokens_per_s_single:.3g} tokens/s"
+        if plan.users > 1:
+            speed += f" for one user, {plan.tokens_per_s_aggregate:.3g} for {plan.users} together,"
+        return Text(f"Fits: {speed} on {used} of {counted(there, 'machine')}", "bold")
+
+    def _stages(self, wide: bool, bar: int) -> Table:
+        """The stages, with chips and hops in columns if `wide`, and bars of so many columns."""
         layout, users = self.layout, counted(self.layout.users, "user")
         hops = wide and len(self.plan.stages) > 1
         mixed = len(self.plan.engines) > 1
@@ -207,7 +234,7 @@ class _Planned:
         add_names(table, "machine", *["chip"] * wide)
         add_words(table, *["engine"] * mixed)
         add_numbers(table, "layers", "weights", "KV", "free")
-        table.add_column("memory")
+        add_bar(table, bar, MEMORY)
         add_numbers(table, "ms/token", *["hop ms"] * hops)
         for stage in self.plan.stages:
             table.add_row(
@@ -217,13 +244,13 @@ class _Planned:
                 format_bytes(stage.weight_bytes),
                 format_bytes(stage.kv_bytes),
                 format_bytes(stage.free_bytes),
-                Bar(_memory(stage)),
+                *[Bar(_memory(stage), bar)] * bool(bar),
                 format_ms(stage.seconds_per_token) + ("" if stage.measured else "*"),
                 *[format_ms(stage.hop_s) + ("" if stage.hop_measured else "*")] * hops,
             )
         return table
 
-    def _facts(self) -> Table:
+    def _facts(self, *, legend: bool) -> Table:
         plan = self.plan
         drafts = self.layout.draft_bytes
         embedding = format_bytes(self.layout.head_bytes - drafts)
@@ -237,7 +264,8 @@ class _Planned:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column()
-        facts.add_row("memory", _Legend())
+        if legend:
+            facts.add_row("memory", _Legend())
         facts.add_row("head", Text(head))
         for i, line in enumerate(engine_lines(plan, self.variants)):
             facts.add_row("" if i else "engine", Text(line))
@@ -246,8 +274,8 @@ class _Planned:
             hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms per token, {known}"
             facts.add_row("hops", hops)
         facts.add_row("bottleneck", Text(plan.bottleneck))
-        for i, (machine, reason) in enumerate(plan.left_out):
-            facts.add_row("" if i else "left out", Text(f"{machine.name}: {reason}"))
+        for i, (reason, names) in enumerate(_by_reason(plan).items()):
+            facts.add_row("" if i else "left out", Text(f"{listed(names)}: {reason}"))
         if plan.gap:
             gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
             facts.add_row("search", Text(gap))
@@ -269,6 +297,14 @@ class _Planned:
         if plan.prefill_tokens_per_s is not None:
             speed = f"{speed}; prompt processing: {plan.prefill_tokens_per_s:.3g} tokens/s"
         return f"{speed}; {format_ms(plan.seconds_per_token)} ms per token"
+
+
+def _by_reason(plan: Plan) -> dict[str, list[str]]:
+    """The names of machines that are left out, by why they are."""
+    names: dict[str, list[str]] = {}
+    for machine, reason in plan.left_out:
+        names.setdefault(reason, []).append(machine.name)
+    return names
 
 
 def _memory(stage: Stage) -> list[tuple[int, Ink]]:

@@ -11,15 +11,16 @@ from coordinator.planning.engines import DEFAULT
 from coordinator.terminal.tables import (
     FREE,
     WEIGHTS,
-    WIDE,
     Bar,
+    add_bar,
     add_names,
     add_numbers,
     add_words,
     counted,
-    cut,
+    fitting,
     layer_range,
     new_table,
+    whole,
 )
 from unicluster.client.metrics import Metrics
 from unicluster.units import format_bytes, format_ms
@@ -47,7 +48,8 @@ class _Status:
         if info.detail:
             yield Text(info.detail, "red" if info.state == "failed" else "yellow")
         if info.stages:
-            yield self._stages(options.max_width >= WIDE)
+            shapes = [(True, 16), (False, 16), (False, 8), (False, 0)]
+            yield fitting(console, options, (self._stages(*shape) for shape in shapes))
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column()
@@ -55,20 +57,20 @@ class _Status:
             facts.add_row(name, Text(value))
         yield facts
 
-    def _stages(self, wide: bool) -> Table:
-        """The ring's machines; figures only while their head answers."""
+    def _stages(self, wide: bool, bar: int) -> Table:
+        """The ring's machines; figures only while their head answers. bar: columns of bars."""
         metrics = self.metrics
         table = new_table("")
         engines = any(stage.engine != DEFAULT for stage in metrics.info.stages)
         add_names(table, "machine")
         add_words(table, *["engine"] * engines)
         add_numbers(table, "layers")
-        add_words(table, "")
+        add_bar(table, bar)
         add_numbers(table, "busy", "waiting", "ms/token", "hop ms", *["sent", "frames"] * wide)
         by_stage = dict(enumerate(zip(metrics.stages, metrics.hops or [None], strict=False)))
         for index, stage in enumerate(metrics.info.stages):
             named: list[RenderableType] = [
-                cut(stage.node),
+                whole(stage.node),
                 *[stage.engine] * engines,
                 layer_range(stage.first_layer, stage.end_layer),
             ]
@@ -79,7 +81,7 @@ class _Status:
             busy = round(meter.busy * 1000)
             table.add_row(
                 *named,
-                Bar([(busy, WEIGHTS), (1000 - busy, FREE)], width=16),
+                *[Bar([(busy, WEIGHTS), (1000 - busy, FREE)], bar)] * bool(bar),
                 f"{meter.busy * 100:.0f} %",
                 f"{meter.waiting:.2f}",
                 format_ms(meter.decode_s) if meter.decode_s else "",

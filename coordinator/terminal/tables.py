@@ -1,6 +1,6 @@
 """Parts of all tables here: columns, bars, and figures as people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -11,8 +11,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-# Below this many columns, what people can do without is left out.
-WIDE = 100
+# More columns than any table takes.
+ENDLESS = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Bar:
     width: int = 24
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(8, self.width)
+        return Measurement(min(8, self.width), self.width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, self.width)
@@ -64,25 +64,41 @@ def new_table(title: str) -> Table:
     )
 
 
+def fitting(console: Console, options: ConsoleOptions, tables: Iterable[Table]) -> Table:
+    """The first of the tables that is no wider than the screen, else the last: its names fold."""
+    endless = options.update(width=ENDLESS)
+    for table in tables:
+        if Measurement.get(console, endless, table).maximum <= options.max_width:
+            break
+    return table
+
+
 def add_names(table: Table, *headers: str) -> None:
-    """Columns that give way first, with cut cells."""
+    """Columns that give way first: what is too long goes on in the next line, and none is cut."""
     for header in headers:
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
 
 
-def cut(text: str, style: str = "") -> Text:
-    return Text(text, style, no_wrap=True, overflow="ellipsis")
+def whole(text: str, style: str = "") -> Text:
+    """A name, which must be read to its end: machines of a kind differ there."""
+    return Text(text, style, overflow="fold")
 
 
 def who(name: str, chip: str, wide: bool) -> list[RenderableType]:
     """A machine's name and chip: side by side where there is room, else one above the other."""
-    cells = [cut(name), cut(chip, "dim")]
-    return [*cells] if wide else [Group(*cells)]
+    cells = [whole(name), whole(chip, "dim")]
+    return [*cells] if wide else [Group(*(cell for cell in cells if cell))]
 
 
 def add_words(table: Table, *headers: str) -> None:
     for header in headers:
-        table.add_column(header, no_wrap=True, overflow="ellipsis")
+        table.add_column(header, no_wrap=True, overflow="fold")
+
+
+def add_bar(table: Table, width: int, header: str = "") -> None:
+    """A column for bars of up to so many columns; none for 0."""
+    if width:
+        table.add_column(header)
 
 
 def add_numbers(table: Table, *headers: str) -> None:
