@@ -15,6 +15,8 @@ from unicluster import __version__
 from unicluster.command_line import debug_option, write_examples
 from unicluster.completion import VARIABLE
 from unicluster.errors import UniclusterError
+from unicluster.logs import drain, log_to_stderr
+from unicluster.output import open_standard_files, wrapped
 
 # By section of the help: where each command is, and its summary.
 SECTIONS = {
@@ -66,6 +68,7 @@ EXAMPLES = (
     "unicluster chat                           # on any",
 )
 INTERRUPTED = 130
+READER_GONE = 141  # 128 and the number of SIGPIPE, as shells say it of other tools
 
 
 class Commands(click.Group):
@@ -139,7 +142,11 @@ program = Commands(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 done, 2 bad input, 3 does not fit, 130 Ctrl-C, else 1."""
+    """Runs the command and exits: 0 done, 2 bad input, 3 does not fit, 130 Ctrl-C, else 1.
+
+    141 without a word where the reader of its output has gone.
+    """
+    open_standard_files()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in (words[: words.index("--")] if "--" in words else words)
     _set_up(debug)
@@ -159,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; say nothing more
-        code = 0
+        # Python flushes what is left at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = READER_GONE
     except Exception as error:
         _complain(f"unexpected {type(error).__name__}: {error} (--debug shows where)", debug)
         code = 1
@@ -171,11 +179,7 @@ def _set_up(debug: bool) -> None:
     """The log, and gRPC's own, which it reads from the environment when it is imported."""
     if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # the last words of a crash in C
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    log_to_stderr(logging.DEBUG if debug else logging.WARNING)
     if debug:
         # Logs who was refused at a port, and why: only gRPC knows.
         os.environ.setdefault("GRPC_TRACE", "handshaker")
@@ -194,6 +198,8 @@ def _in_one_line(error: click.UsageError) -> str:
 
 
 def _complain(message: str, debug: bool) -> None:
+    drain()
     if debug:
         traceback.print_exc()
-    print(f"unicluster: {' '.join(message.split())}", file=sys.stderr)
+    line = f"unicluster: {' '.join(message.split())}"
+    print(wrapped(line, sys.stderr), file=sys.stderr)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from rich.console import Console
+from unicluster.console import Console
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from coordinator.commands.baselines import baselines
 from coordinator.commands.serve import served
@@ -27,6 +26,7 @@ from unicluster.benchmark import bench
 from unicluster.benchmark.measure import Ask
 from unicluster.client.client import AsyncClient
 from unicluster.command_line import Argument, Command, Option, server_option
+from unicluster.console import Console
 from unicluster.errors import InputError, UniclusterError
 from unicluster.v1.node_pb2 import StageSpec
 

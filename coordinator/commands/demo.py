@@ -4,8 +4,6 @@ import asyncio
 import signal
 from typing import Any
 
-from rich.console import Console
-
 from coordinator.commands.serve import served
 from coordinator.fleet import local
 from coordinator.models.catalog import resolve
@@ -16,6 +14,7 @@ from coordinator.serving.options import ServeOptions
 from coordinator.terminal.printer import printing
 from unicluster.chat.command import chat
 from unicluster.command_line import Argument, Command
+from unicluster.console import Console
 from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 

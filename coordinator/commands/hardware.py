@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from coordinator.planning.hardware import boxes
 from coordinator.terminal.tables import add_names, add_numbers, fitting, new_table, whole
 from unicluster.command_line import Command, Option
+from unicluster.console import Console
 from unicluster.units import format_bytes, format_rate
 
 HEADERS = ("memory", "usable", "bandwidth", "TFLOPS", "price", "link")

@@ -3,13 +3,13 @@
 The sizes are computed from the configurations, and committed: `python -m coordinator.models.sizes`.
 """
 
-from rich.console import Console
 from rich.table import Table
 
 from coordinator.models.catalog import QUANTS, entries
 from coordinator.models.sizes import stored
 from coordinator.terminal.tables import add_numbers, new_table
 from unicluster.command_line import Command, Option
+from unicluster.console import Console
 
 
 def run(repos: bool) -> int:

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from coordinator.fleet.members import NOBODY, Members
 from coordinator.terminal.plan import nodes_table
 from coordinator.terminal.watch import watching
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
+from unicluster.console import Console
 from unicluster.errors import UnavailableError
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import click
-from rich.console import Console
 
 from coordinator.commands.compare import compare
 from coordinator.fleet import fleet
@@ -28,6 +27,7 @@ from coordinator.serving.options import objective_option
 from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.command_line import Argument, Command, Option
+from unicluster.console import Console
 from unicluster.errors import InputError
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coordinator.terminal.status import status_table
@@ -18,6 +18,7 @@ from unicluster.cluster.discovery import Browser
 from unicluster.cluster.idle import idle
 from unicluster.cluster.records import Kind
 from unicluster.command_line import Command, Option, server_option
+from unicluster.console import Console
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.cluster import ClientAccess
 from unicluster.trust.store import Store

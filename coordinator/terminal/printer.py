@@ -29,8 +29,8 @@ from coordinator.serving.events import (
     Unloading,
 )
 from coordinator.terminal.loading import LoadingBars
-from coordinator.terminal.output import Output
 from coordinator.terminal.plan import fleet_table, plan_table
+from unicluster.output import Output
 
 
 @contextlib.contextmanager

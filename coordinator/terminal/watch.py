@@ -32,6 +32,6 @@ def watching(console: Console) -> Iterator[Callable[[RenderableType], None]]:
 
 
 def _rendered(state: RenderableType, console: Console) -> str:
-    drawing = Console(file=io.StringIO(), width=console.width, legacy_windows=False, _environ={})
-    drawing.print(state)
-    return drawing.file.getvalue()
+    text = io.StringIO()
+    Console(file=text, width=console.width, legacy_windows=False, _environ={}).print(state)
+    return text.getvalue()

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from rich.console import Console
 from rich.markup import escape
 
 from node.doctor import host as this_host
@@ -12,6 +11,7 @@ from node.doctor import network
 from node.doctor.finding import Finding, Level
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
+from unicluster.console import Console
 from unicluster.trust.store import Store
 
 _MARKS = {

@@ -197,6 +197,39 @@ def test_a_reader_that_has_enough_sees_no_complaint() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+CLOSE = """
+import ast, os, sys
+[os.close(number) for number in ast.literal_eval(sys.argv[1])]
+os.execv(sys.executable, [sys.executable, "-c", *sys.argv[2:]])
+"""
+# In place of what else `main` does at its start: the files behind the descriptors.
+LOOK = """
+import os, pathlib, sys
+from unicluster import cli
+files = pathlib.Path(sys.argv.pop(1))
+look = lambda: " ".join(os.path.realpath(f"/dev/fd/{n}") for n in range(3))
+cli._set_up = lambda _: files.write_text(look())
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at files of descriptors")
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
+def test_a_standard_file_that_was_closed_is_not_taken_by_another(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    """What is printed must not go into the next file or connection that is opened."""
+    out = tmp_path / "files"
+    words = [sys.executable, "-c", CLOSE, repr(closed), LOOK, str(out), "models"]
+    ended = subprocess.run(words, input=b"", capture_output=True, cwd=ROOT, timeout=60, check=False)
+
+    files = out.read_text().split()
+    assert len(files) == 3
+    assert [number for number in range(3) if files[number] == os.devnull] == list(closed)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 # Environment

@@ -20,9 +20,9 @@ from coordinator.serving.events import (
     Unloading,
     moves,
 )
-from coordinator.terminal.output import Output
 from coordinator.terminal.printer import Printer
 from tests.support.fleets import a_ring
+from unicluster.output import Output
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """`unicluster chat`: a conversation in a terminal, or one answer to a prompt."""
 
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -62,13 +61,10 @@ def run_chat(
     """Answers `prompt` on stdout, or talks with the person at the terminal where it is None.
 
     `trace` is the file for where the answer's time went. Returns the exit code. Raises the errors
-    of AsyncClient, InputError where a file can't be written, and KeyboardInterrupt.
+    of AsyncClient, InputError where a file can't be written, KeyboardInterrupt, and
+    BrokenPipeError where the reader of standard output has gone.
     """
-    try:
-        asyncio.run(chat(server, prompt, system, options, trace))
-    except BrokenPipeError:
-        # The reader has enough. Python would complain about what is left when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    asyncio.run(chat(server, prompt, system, options, trace))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Standard output and standard error for those who must not fail with them."""
+"""Standard files as processes may get them: closed, full, or a narrow terminal."""
 
 import io
 import logging
 import os
+import sys
+import textwrap
 from typing import TextIO
 
 log = logging.getLogger(__name__)
@@ -49,3 +51,32 @@ class Output(io.TextIOBase):
                 log.info("nothing more is printed: %s", error.strerror)
                 self._descriptor = None
         return len(text)
+
+
+def open_standard_files() -> None:
+    """Opens those of the descriptors 0 to 2 that are closed on /dev/null.
+
+    Else the next file or connection would get that number, and what is printed would go there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def wrapped(line: str, stream: TextIO) -> str:
+    """A line broken between words for the terminal that `stream` is; unchanged elsewhere."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return line
+    if not 20 <= width < len(line):
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
