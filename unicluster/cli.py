@@ -15,8 +15,8 @@ from unicluster import __version__
 from unicluster.command_line import debug_option, write_examples
 from unicluster.completion import VARIABLE
 from unicluster.errors import UniclusterError
-from unicluster.logs import drain, log_to_stderr
-from unicluster.output import open_standard_files, wrapped
+from unicluster.terminal.logs import drain, log_to_stderr
+from unicluster.terminal.output import open_standard_files, wrapped
 
 # By section of the help: where each command is, and its summary.
 SECTIONS = {

@@ -26,8 +26,8 @@ from unicluster.benchmark import bench
 from unicluster.benchmark.measure import Ask
 from unicluster.client.client import AsyncClient
 from unicluster.command_line import Argument, Command, Option, server_option
-from unicluster.console import Console
 from unicluster.errors import InputError, UniclusterError
+from unicluster.terminal.console import Console
 from unicluster.v1.node_pb2 import StageSpec
 
 

@@ -14,7 +14,7 @@ from coordinator.serving.options import ServeOptions
 from coordinator.terminal.printer import printing
 from unicluster.chat.command import chat
 from unicluster.command_line import Argument, Command
-from unicluster.console import Console
+from unicluster.terminal.console import Console
 from unicluster.trust.cluster import Cluster
 from unicluster.v1.node_pb2 import StageSpec
 

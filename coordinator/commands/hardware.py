@@ -9,7 +9,7 @@ from rich.text import Text
 from coordinator.planning.hardware import boxes
 from coordinator.terminal.tables import add_names, add_numbers, fitting, new_table, whole
 from unicluster.command_line import Command, Option
-from unicluster.console import Console
+from unicluster.terminal.console import Console
 from unicluster.units import format_bytes, format_rate
 
 HEADERS = ("memory", "usable", "bandwidth", "TFLOPS", "price", "link")

@@ -9,7 +9,7 @@ from coordinator.models.catalog import QUANTS, entries
 from coordinator.models.sizes import stored
 from coordinator.terminal.tables import add_numbers, new_table
 from unicluster.command_line import Command, Option
-from unicluster.console import Console
+from unicluster.terminal.console import Console
 
 
 def run(repos: bool) -> int:

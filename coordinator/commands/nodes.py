@@ -8,11 +8,11 @@ from coordinator.terminal.plan import nodes_table
 from coordinator.terminal.watch import watching
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
-from unicluster.console import Console
 from unicluster.errors import UnavailableError
+from unicluster.terminal.console import Console
+from unicluster.terminal.waiting import doing
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store
-from unicluster.waiting import doing
 
 REFRESH_SECONDS = 2.0
 

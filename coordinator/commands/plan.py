@@ -27,12 +27,12 @@ from coordinator.serving.options import objective_option
 from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.command_line import Argument, Command, Option
-from unicluster.console import Console
 from unicluster.errors import InputError
+from unicluster.terminal.console import Console
+from unicluster.terminal.waiting import doing
 from unicluster.trust.identity import default_name
 from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
-from unicluster.waiting import doing
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from unicluster.cluster.discovery import Browser
 from unicluster.cluster.idle import idle
 from unicluster.cluster.records import Kind
 from unicluster.command_line import Command, Option, server_option
-from unicluster.console import Console
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.terminal.console import Console
+from unicluster.terminal.waiting import doing
 from unicluster.trust.cluster import ClientAccess
 from unicluster.trust.store import Store
-from unicluster.waiting import doing
 
 # Rates are of the time between two readings.
 REFRESH_SECONDS = 1.0

@@ -30,7 +30,7 @@ from coordinator.serving.events import (
 )
 from coordinator.terminal.loading import LoadingBars
 from coordinator.terminal.plan import fleet_table, plan_table
-from unicluster.output import Output
+from unicluster.terminal.output import Output
 
 
 @contextlib.contextmanager

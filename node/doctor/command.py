@@ -11,7 +11,7 @@ from node.doctor import network
 from node.doctor.finding import Finding, Level
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
-from unicluster.console import Console
+from unicluster.terminal.console import Console
 from unicluster.trust.store import Store
 
 _MARKS = {

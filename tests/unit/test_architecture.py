@@ -40,7 +40,7 @@ FLOORS = {
     ],
     "unicluster": [
         *("chat", "benchmark", "client", "telemetry", "checkpoints", "access", "cluster"),
-        *("trust", ".", "v1"),
+        *("trust", "terminal", ".", "v1"),
     ],
 }
 # These stand above all packages: the command, what names the public API, and the public `load`.

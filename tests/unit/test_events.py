@@ -22,7 +22,7 @@ from coordinator.serving.events import (
 )
 from coordinator.terminal.printer import Printer
 from tests.support.fleets import a_ring
-from unicluster.output import Output
+from unicluster.terminal.output import Output
 
 
 @dataclass

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.deadlines import scaled
-from unicluster.logs import MOST_WAITING, StderrLog
-from unicluster.output import Output, wrapped
+from unicluster.terminal.logs import MOST_WAITING, StderrLog
+from unicluster.terminal.output import Output, wrapped
 
 # More than a pipe takes together with all that may wait.
 LINE = "x" * 400

@@ -13,8 +13,8 @@ from unicluster.client.client import AsyncClient
 from unicluster.cluster.idle import idle
 from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UnavailableError
+from unicluster.terminal.waiting import doing
 from unicluster.trust.store import Store
-from unicluster.waiting import doing
 
 NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a server by --server"
 _SAMPLING = {

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from unicluster.console import Console
+from unicluster.terminal.console import Console
 
 
 @contextlib.contextmanager

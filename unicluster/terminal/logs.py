@@ -7,7 +7,7 @@ import sys
 import threading
 from logging.handlers import QueueHandler
 
-from unicluster.output import Output
+from unicluster.terminal.output import Output
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 # Records that wait while standard error takes none; those after them are counted only.
