@@ -28,7 +28,8 @@ from bench.llamacpp import (
     RpcServers,
     write_model,
 )
-from node.ggml.load import THREADS_ENV, Part, load, open_gguf, stage_file
+from node.ggml.load import THREADS_ENV, load, open_gguf
+from node.ggml.stage_file import Part, stage_file
 from node.inprocess.loader import Background
 from node.pipeline.pipeline_model import PipelineModel
 from node.ring.compute_thread import MLXThread

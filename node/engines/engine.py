@@ -63,6 +63,9 @@ class Engine(Protocol):
     def ranges(self, checkpoint: Checkpoint, spec: StageSpec) -> Mapping[str, Ranges]:
         """Byte ranges that the stage needs by file, from the headers alone; as `inspect` raises."""
 
+    def made_bytes(self, checkpoint: Checkpoint, spec: StageSpec) -> int:
+        """Bytes of the files that `load` still has to write for the stage."""
+
     def load(
         self,
         checkpoint: Checkpoint,

@@ -8,8 +8,17 @@ from gguf import TokenType
 from mlx_lm.utils import load_config, load_tokenizer
 
 from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
+from node.ggml.cut import Gguf
 from node.ggml.layout import inspect
-from node.ggml.load import Part, load, open_gguf, stage_file
+from node.ggml.load import load, open_gguf
+from node.ggml.stage_file import (
+    Part,
+    StageFile,
+    file_bytes,
+    remove_others,
+    stage_file,
+    stage_path,
+)
 from node.ggml.tokenizer import TEMPLATE, tokenizer_of
 from node.weights import store
 from node.weights.fetch import is_whole
@@ -48,6 +57,13 @@ class GgmlEngine:
         wanted = open_gguf(checkpoint).of_stage(spec.first_layer, spec.end_layer, spec.finishes)
         return {name: merged(parts) for name, parts in wanted.items()}
 
+    def made_bytes(self, checkpoint: Checkpoint, spec: StageSpec) -> int:
+        gguf, part = open_gguf(checkpoint), _part(spec)
+        if _is_all(gguf, part) and is_whole(checkpoint):
+            return 0
+        file = stage_path(checkpoint, store.stages(checkpoint.manifest.model), part)
+        return 0 if file.exists() else file_bytes(gguf, part)
+
     def load(
         self,
         checkpoint: Checkpoint,
@@ -60,14 +76,16 @@ class GgmlEngine:
         first, end = spec.first_layer, spec.end_layer
         on_progress(LoadProgress(layers_total=end - first))
         gguf = open_gguf(checkpoint)
-        devices = tuple((share.name, share.layers) for share in spec.devices)
-        part = Part(first, end, spec.finishes, spec.context, spec.users, devices)
-        if first == 0 and end == gguf.layers and is_whole(checkpoint):
+        part, folder = _part(spec), store.stages(checkpoint.manifest.model)
+        file: StageFile | None = None
+        if _is_all(gguf, part) and is_whole(checkpoint):
             gguf.check_cut(first, end)
-            file = checkpoint.root / checkpoint.manifest.weights[0]
+            whole = checkpoint.root / checkpoint.manifest.weights[0]
+            loaded = load(gguf, checkpoint.root, whole, part)
         else:
-            file = stage_file(gguf, checkpoint, store.stages(checkpoint.manifest.model), part)
-        loaded = load(gguf, checkpoint.root, file, part)
+            file = stage_file(gguf, checkpoint, folder, part)
+            loaded = load(gguf, checkpoint.root, file, part)
+        remove_others(folder, file.path if file is not None else None)
         count, size = end - first, loaded.weight_bytes
         on_progress(
             LoadProgress(layers_done=count, layers_total=count, bytes_done=size, bytes_total=size)
@@ -97,6 +115,16 @@ class GgmlEngine:
             return tokenizer
         # At once, because the template says how tools and reasoning are marked.
         return load_tokenizer(checkpoint.root, {"chat_template": template}, eos_token_ids=ends)
+
+
+def _part(spec: StageSpec) -> Part:
+    devices = tuple((share.name, share.layers) for share in spec.devices)
+    layers = spec.first_layer, spec.end_layer
+    return Part(*layers, spec.finishes, spec.context, spec.users, devices)
+
+
+def _is_all(gguf: Gguf, part: Part) -> bool:
+    return part.first == 0 and part.end == gguf.layers
 
 
 def _is_same_vocabulary(tokenizer: Any, header: Header) -> bool:

@@ -33,6 +33,10 @@ class MLXEngine:
         tensors = surveyed.of_stage(spec.first_layer, spec.end_layer, spec.finishes)
         return tensor_ranges(checkpoint, tensors)
 
+    def made_bytes(self, checkpoint: Checkpoint, spec: StageSpec) -> int:
+        """None: weights are loaded from the checkpoint's files."""
+        return 0
+
     def load(
         self,
         checkpoint: Checkpoint,

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from gguf import GGMLQuantizationType
 
@@ -227,28 +228,21 @@ class Gguf:
         return metadata
 
 
-def write(gguf: Gguf, folder: Path, to: Path, first: int, end: int, has_lm_head: bool) -> None:
-    """Writes the file of a stage, whole or not at all; `folder` has the model's files."""
+def write(
+    gguf: Gguf, folder: Path, stream: IO[bytes], first: int, end: int, has_lm_head: bool
+) -> None:
+    """Writes the file of a stage to an empty one; `folder` has the model's files."""
     pieces = gguf.pieces(first, end, has_lm_head)
-    temporary = to.with_name(f"{to.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(_header(gguf.metadata(first, end, has_lm_head), pieces))
-            for piece in pieces:
-                stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
-                if piece.source is None:
-                    stream.seek(piece.size - 1, os.SEEK_CUR)  # a hole: zeros that take no room
-                    stream.write(b"\0")
-                else:
-                    file, tensor = gguf.tensors[piece.source]
-                    _copy(folder / file, tensor.bytes, stream.fileno(), stream.tell())
-                    stream.seek(tensor.size, os.SEEK_CUR)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(to)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    stream.write(_header(gguf.metadata(first, end, has_lm_head), pieces))
+    for piece in pieces:
+        stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+        if piece.source is None:
+            stream.seek(piece.size - 1, os.SEEK_CUR)  # a hole: zeros that take no room
+            stream.write(b"\0")
+        else:
+            file, tensor = gguf.tensors[piece.source]
+            _copy(folder / file, tensor.bytes, stream.fileno(), stream.tell())
+            stream.seek(tensor.size, os.SEEK_CUR)
 
 
 def _copy(file: Path, where: Range, to: int, at: int) -> None:

@@ -8,11 +8,12 @@ import psutil
 
 from node.ggml.architectures import KNOWN, known
 from node.ggml.complete import check_layers, check_parts
-from node.ggml.cut import Gguf, write
+from node.ggml.cut import Gguf
 from node.ggml.embedding import Embedding
 from node.ggml.front import GgmlFront
 from node.ggml.layers import Layers, Sizes
 from node.ggml.stage import GgmlStage
+from node.ggml.stage_file import Part, StageFile
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.context import longest_context
 from unicluster.checkpoints.gguf import read_header
@@ -29,21 +30,6 @@ SPARE_STATES = 4
 # Prefix caches may be many, where they take no more memory than their tokens do.
 SEQUENCES_PER_USER = 16
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
-
-
-@dataclass(frozen=True)
-class Part:
-    """The layers [first, end) of a GGUF; `has_lm_head`: with final norm and lm_head.
-
-    devices: see Sizes.
-    """
-
-    first: int
-    end: int
-    has_lm_head: bool
-    context: int = 0
-    users: int = 1
-    devices: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,18 +55,8 @@ def open_gguf(checkpoint: Checkpoint) -> Gguf:
     return gguf
 
 
-def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> Path:
-    """A file of the stage's layers alone in `folder`, where it stays for the next time."""
-    name = f"{checkpoint.manifest.revision}-{part.first}-{part.end}"
-    file = folder / f"{name}{'-out' if part.has_lm_head else ''}.gguf"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write(gguf, checkpoint.root, file, part.first, part.end, part.has_lm_head)
-    return file
-
-
-def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
-    """Loads the stage in `file`; `folder` has the model's own files.
+def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded:
+    """Loads the stage in `file`, which it holds if it was made; `folder` has the model's own files.
 
     Raises StageError when llama.cpp can't load it.
     """
@@ -97,9 +73,9 @@ def load(gguf: Gguf, folder: Path, file: Path, part: Part) -> Loaded:
         heads=gguf.heads,
         devices=part.devices,
     )
-    layers = Layers(file, sizes)
+    layers = Layers(file if isinstance(file, Path) else file.path, sizes)
     embedding = Embedding(gguf, folder) if part.first == 0 else None
-    stage = GgmlStage(layers, embedding)
+    stage = GgmlStage(layers, embedding, file)
     front = GgmlFront(layers, stage, is_whole=part.has_lm_head) if embedding is not None else None
     return Loaded(stage, front, layers.weight_bytes)
 

@@ -44,13 +44,16 @@ class DeferredResult:
 class GgmlStage(FrameServer[Cache, DeferredResult]):
     """Serves frames over some layers of a GGUF. All calls come from one thread.
 
-    `embedding`: that of stage 0, whose input is token ids.
+    `embedding`: that of stage 0, whose input is token ids. `file` is held as long as the stage is.
     """
 
     engine: ClassVar[str] = "ggml"
 
-    def __init__(self, layers: Layers, embedding: Embedding | None = None) -> None:
+    def __init__(
+        self, layers: Layers, embedding: Embedding | None = None, file: object = None
+    ) -> None:
         self._layers = layers
+        self._file = file
         self._embedding = embedding
         self._sequences = Sequences(layers)
         self._has_lm_head = bool(layers.sizes.vocabulary)

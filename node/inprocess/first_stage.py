@@ -55,12 +55,13 @@ class FirstStage:
         """
         engine = choose(self.checkpoint, self.spec.engine)
         if not is_whole(self.checkpoint):
-            run(self._fetch(engine.ranges(self.checkpoint, self.spec), identity))
+            made = engine.made_bytes(self.checkpoint, self.spec)
+            run(self._fetch(engine.ranges(self.checkpoint, self.spec), made, identity))
         loaded = engine.load(self.checkpoint, self.spec, prebuilt=self.prebuilt)
         if not isinstance(loaded, LoadedHead):
             raise StageError(f"{self.spec.model}: layers {self.spec.first_layer} on are no head")
         return loaded, engine.tokenizer(self.checkpoint)
 
-    async def _fetch(self, ranges: Mapping[str, Ranges], identity: Credentials) -> None:
+    async def _fetch(self, ranges: Mapping[str, Ranges], made: int, identity: Credentials) -> None:
         async with Sources(self.sources, identity) as sources:
-            await fetch_ranges(self.checkpoint, ranges, self.hub_files, sources)
+            await fetch_ranges(self.checkpoint, ranges, self.hub_files, sources, made=made)

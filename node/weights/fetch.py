@@ -1,18 +1,17 @@
 """Fetches a model's files onto this machine: only those that its stage needs."""
 
 import asyncio
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from node.weights import hub, store
+from node.weights.made import check_space
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
 from unicluster.checkpoints.gguf import gguf_header_end
 from unicluster.checkpoints.ranges import Ranges, merged, size
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.errors import InputError, UnavailableError, shown
-from unicluster.units import format_bytes
 
 # Called with (bytes fetched, bytes to fetch).
 OnProgress = Callable[[int, int], None]
@@ -66,8 +65,13 @@ async def fetch_ranges(
     hub_files: Collection[str] | None,
     sources: Sources,
     on_progress: OnProgress = lambda done, total: None,
+    *,
+    made: int = 0,
 ) -> None:
-    """Fetches parts of files; see fetch. Raises InputError for a file not in the model."""
+    """Fetches parts of files; see fetch. Raises InputError for a file not in the model.
+
+    made: bytes of files that are made of them later, which the disk must have room for too.
+    """
     files = checkpoint.manifest.files
     if unknown := sorted({*wanted, *(hub_files or ())} - files.keys()):
         raise InputError(f"{checkpoint.manifest.model}: it has no file {shown(unknown[0])}")
@@ -79,7 +83,7 @@ async def fetch_ranges(
     total += sum(size(ranges) for ranges in parts.values())
     if not total:
         return
-    _check_space(checkpoint, total)
+    _check_space(checkpoint, total + made)
     progress = _Progress(total, on_progress, asyncio.get_running_loop())
     tasks = [
         asyncio.create_task(asyncio.to_thread(hub.fetch, checkpoint, whole, progress.add)),
@@ -185,10 +189,4 @@ def tensor_ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str,
 
 
 def _check_space(checkpoint: Checkpoint, needed: int) -> None:
-    free = shutil.disk_usage(checkpoint.root).free
-    if needed > free:
-        raise UnavailableError(
-            f"{checkpoint.manifest.model}: {format_bytes(needed)} are to be stored in "
-            f"{checkpoint.root}, where {format_bytes(free)} are free: make room, or set HF_HOME "
-            "to a larger disk"
-        )
+    check_space(checkpoint.root, needed, checkpoint.manifest.model, store.unused_stages())

@@ -28,6 +28,7 @@ from unicluster.errors import NotFoundError
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OURS = "unicluster"
+_STAGES = f"models--*/{OURS}/stages/**"
 # A file that was being fetched and has not been verified.
 UNVERIFIED = ".part"
 
@@ -79,6 +80,22 @@ def folder(model: str) -> Path:
 def stages(model: str) -> Path:
     """Directory of the files that are made from a model for one stage."""
     return folder(model) / OURS / "stages" / split_id(model)[1]
+
+
+def unused_stages() -> list[Path]:
+    """Files made for stages of any model, those first that were used longest ago."""
+    folder = Path(constants.HF_HUB_CACHE)
+    files = [
+        file for pattern in ("*.gguf", "*.part") for file in folder.glob(f"{_STAGES}/{pattern}")
+    ]
+    return sorted(files, key=_last_used)
+
+
+def _last_used(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # removed meanwhile
+        return 0.0
 
 
 def _copy(model: str, revision: str) -> Path:

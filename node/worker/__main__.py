@@ -138,7 +138,8 @@ async def fetch_stage(
         engine = choose(checkpoint, spec.engine)
         if not is_whole(checkpoint):
             ranges = await thread.run(lambda: engine.ranges(checkpoint, spec))
-            await fetch_ranges(checkpoint, ranges, config.hub_files, sources, report)
+            made = engine.made_bytes(checkpoint, spec)
+            await fetch_ranges(checkpoint, ranges, config.hub_files, sources, report, made=made)
         draft = await fetch_draft(spec.draft, sources, report) if spec.draft.model else None
     return engine, checkpoint, draft
 

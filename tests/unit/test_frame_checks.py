@@ -51,7 +51,8 @@ def of_mlx(folder: Path, architecture: str) -> Heads:
 
 def of_ggml(folder: Path, architecture: str, first: int) -> Heads:
     pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
-    from node.ggml.load import Part, load, open_gguf, stage_file
+    from node.ggml.load import load, open_gguf
+    from node.ggml.stage_file import Part, stage_file
     from tests.support.tiny_gguf import write_gguf
     from unicluster.checkpoints.fingerprint import whole
 

@@ -14,8 +14,9 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
-from node.ggml.load import Part, load, open_gguf, stage_file
+from node.ggml.load import load, open_gguf
 from node.ggml.stage import GgmlStage
+from node.ggml.stage_file import Part, stage_file
 from node.ring.bounds import FrameError
 from tests.support.stage_head import StageHead, leaf, op
 from tests.support.tiny_gguf import ARCHITECTURES, write_gguf

@@ -21,7 +21,8 @@ from node.ggml.cut import Gguf
 from node.ggml.layers import BATCH
 from node.ggml.layout import cache_bytes
 from node.ggml.library import computes_on_cpu, llama
-from node.ggml.load import Part, load, open_gguf, stage_file
+from node.ggml.load import load, open_gguf
+from node.ggml.stage_file import Part, stage_file
 from node.pipeline.pipeline_model import PipelineModel
 from tests.support.tiny_gguf import ARCHITECTURES, write_gguf
 from unicluster.checkpoints.fingerprint import whole

@@ -11,7 +11,8 @@ pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from node.ggml.load import Part, open_gguf
+from node.ggml.load import open_gguf
+from node.ggml.stage_file import Part
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
 from tests.support.tiny import tiny_config, write_model
