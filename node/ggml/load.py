@@ -1,13 +1,21 @@
 """From a GGUF, whole or in part, to a stage that is ready to compute."""
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from node.ggml.architectures import KNOWN, known
-from node.ggml.complete import check_layers, check_parts
+from node.ggml.architectures import (
+    INDEXER_KEY,
+    KNOWN,
+    RECURRENT_KEY,
+    known,
+    layer_count,
+    layer_kinds,
+)
 from node.ggml.cut import Gguf
 from node.ggml.embedding import Embedding
 from node.ggml.front import GgmlFront
@@ -16,7 +24,8 @@ from node.ggml.stage import GgmlStage
 from node.ggml.stage_file import Part, StageFile
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.context import longest_context
-from unicluster.checkpoints.gguf import read_header
+from unicluster.checkpoints.gguf import Header, read_header
+from unicluster.errors import InputError
 
 # Where nobody says how much context there is to be.
 DEFAULT_CONTEXT = 8192
@@ -30,6 +39,9 @@ SPARE_STATES = 4
 # Prefix caches may be many, where they take no more memory than their tokens do.
 SEQUENCES_PER_USER = 16
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
+# Names of tensors that layers of a kind have in common: some quantizations have scales beside the
+# matrices of some layers only.
+_SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
@@ -101,3 +113,68 @@ def context_limit(gguf: Gguf) -> int:
         "original_max_position_embeddings": arch("rope.scaling.original_context_length", 0),
     }
     return longest_context(int(arch("context_length", 0)), scaling)
+
+
+def check_parts(folder: Path, headers: Mapping[str, Header]) -> None:
+    """Raises InputError unless the files are all parts of one GGUF, in their order.
+
+    headers: by the names of the files.
+    """
+    tensors = sum(len(header.tensors) for header in headers.values())
+    for place, (name, header) in enumerate(headers.items()):
+        count = int(header.get("split.count", 0)) or 1
+        number = int(header.get("split.no", 0))
+        if (count, number) != (len(headers), place):
+            raise InputError(
+                f"{folder / name}: part {number + 1} of {count} of a split GGUF, and here are "
+                f"{len(headers)}: keep all parts beside one another under their own names "
+                "(NAME-00001-of-00003.gguf), or join them by llama-gguf-split --merge; cat doesn't"
+            )
+        stated = int(header.get("split.tensors.count", 0))
+        if stated and stated != tensors:
+            raise InputError(
+                f"{folder / name}: {tensors} tensors instead of {stated}: copy all parts again"
+            )
+
+
+def check_layers(folder: Path, headers: Mapping[str, Header]) -> None:
+    """Raises InputError where a layer has fewer tensors than others of its kind, or none.
+
+    Raises StageError for an architecture of which that is not known.
+    """
+    first, header = next(iter(headers.items()))
+    layers: list[set[str]] = [set() for _ in range(layer_count(header))]
+    for each in headers.values():
+        for name in each.tensors:
+            block, _, tensor = name.removeprefix("blk.").partition(".")
+            if name.startswith("blk.") and block.isdigit() and int(block) < len(layers):
+                layers[int(block)].add(tensor)
+    by_kind: dict[tuple[bool, ...], Counter[frozenset[str]]] = {}
+    kinds = _kinds(header, len(layers))
+    essential = [frozenset(t for t in layer if t.endswith(_SUFFIXES)) for layer in layers]
+    for kind, tensors in zip(kinds, essential, strict=True):
+        by_kind.setdefault(kind, Counter())[tensors] += 1
+    for layer, (kind, tensors) in enumerate(zip(kinds, essential, strict=True)):
+        usual = max(by_kind[kind], key=lambda names: (by_kind[kind][names], len(names)))
+        missing = sorted(usual - tensors) if tensors < usual or not tensors else []
+        if missing or not tensors:
+            named = f"blk.{layer}.{missing[0]}" if missing else f"a tensor of layer {layer}"
+            raise InputError(
+                f"{folder / first}: there is no {named} in it: the GGUF is not complete; copy "
+                "all of it again"
+            )
+
+
+def _kinds(header: Header, count: int) -> list[tuple[bool, ...]]:
+    """What layers of a model may differ by, each."""
+    flags = layer_kinds(header)
+    dense = int(header.arch("leading_dense_block_count", 0))
+    recurrent, indexed = (flags.get(key, []) for key in (RECURRENT_KEY, INDEXER_KEY))
+    return [
+        (layer < dense, layer in _numbers(recurrent), layer in _numbers(indexed))
+        for layer in range(count)
+    ]
+
+
+def _numbers(flags: list[bool]) -> set[int]:
+    return {number for number, flag in enumerate(flags) if flag}

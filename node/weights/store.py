@@ -5,6 +5,7 @@ the tools that list and delete cached models count it with the rest. A directory
 machine has such a folder too, under a name of ours.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -29,6 +30,8 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 OURS = "unicluster"
 _STAGES = f"models--*/{OURS}/stages/**"
+# Characters of the name of a repository: the hub's own limit has room for an owner, and more.
+MOST_NAME = 64
 # A file that was being fetched and has not been verified.
 UNVERIFIED = ".part"
 
@@ -73,8 +76,19 @@ def folder(model: str) -> Path:
     """A model's folder in the cache: that of its repository. Raises InputError for no name."""
     repo, _ = split_id(ModelName(model))
     if Path(model).is_absolute():
-        repo = f"{OURS}/{re.sub(r'[^A-Za-z0-9._]+', '-', Path(model).name)}"
+        repo = f"{OURS}/{_repository_name(model)}"
     return Path(constants.HF_HUB_CACHE) / repository_folder(repo)
+
+
+def _repository_name(path: str) -> str:
+    """A directory's name, or one that a repository may have: another for each path."""
+    name = Path(path).name
+    words = re.findall(r"[A-Za-z0-9_]+", name)
+    plain = re.sub(r"[-.]{2,}", "-", re.sub(r"[^A-Za-z0-9._]+", "-", name)).strip("-.")
+    if plain == name and len(name) <= MOST_NAME and not name.endswith(".git"):
+        return name
+    digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+    return "-".join(["-".join(words)[:MOST_NAME], digest]).lstrip("-")
 
 
 def stages(model: str) -> Path:

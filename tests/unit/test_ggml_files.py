@@ -11,8 +11,7 @@ from node.constraints.vocabulary import Vocabulary
 from node.engines.ggml_engine import GgmlEngine
 from node.generation.request import check_request
 from node.generation.sampling import Sampling
-from node.ggml.complete import check_layers
-from node.ggml.load import context_limit, open_gguf
+from node.ggml.load import check_layers, context_limit, open_gguf
 from node.prompts.cancellation import Cancellation
 from node.prompts.tokenizing import Tokenizing
 from tests.support.tiny import tiny_config, write_model

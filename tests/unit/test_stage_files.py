@@ -153,6 +153,18 @@ def test_of_unused_files_only_as_many_are_removed_as_the_space_is_needed_for(
         check_space(tmp_path, 36, "model", files)
 
 
+NAMES = ("a", "a.b_c", "模型 ü", "*?", "a--b", "..a", "a-", "-", "a.git", "x" * 200, "%s {}", "a b")
+
+
+def test_any_name_of_a_directory_has_a_folder_in_the_cache(cache: Path) -> None:
+    folders = [store.folder(f"/models/{name}") for name in NAMES]
+
+    assert len(set(folders)) == len(NAMES)
+    assert all(folder.parent == cache and len(folder.name) < 100 for folder in folders)
+    assert folders[0].name == "models--unicluster--a"
+    assert store.folder("/models/a b") != store.folder("/other/a b")
+
+
 def spec(first: int, end: int) -> StageSpec:
     return StageSpec(first_layer=first, end_layer=end, finishes=end == 6, context=64, users=1)
 
