@@ -90,11 +90,12 @@ proto: $(INSTALLED)  ## write the stubs of proto/ anew, which are committed
 proto-check: $(INSTALLED)  ## are those stubs fresh?
 	$(BIN)/python proto/generate.py --check
 
-bench: $(INSTALLED) $(MODELS)  ## hops, lanes, and a deployment beside mlx-lm and its pipeline
+bench: $(INSTALLED) $(MODELS)  ## hops, lanes, and deployments beside mlx-lm, its pipeline, and llama.cpp
 	$(BIN)/python -m bench.hop
 	$(BIN)/python -m bench.lanes --size 10M --rounds 1
 	$(BIN)/python -m bench.models build/bench/qwen2-10m --kind qwen2
 	$(BIN)/unicluster bench --local 2 build/bench/qwen2-10m
+	$(if $(GGML),$(BIN)/python -m bench.real,@echo "GGML=1 also measures a real model beside llama.cpp")
 
 soak: $(INSTALLED)  ## hundreds of requests of all kinds: does each end rightly, and is nothing left?
 	$(BIN)/python -m bench.soak

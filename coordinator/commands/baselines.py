@@ -1,4 +1,4 @@
-"""mlx-lm's own speed in the same run: one process of it, and its pipeline over its ring."""
+"""Speed of mlx-lm itself in the same run, alone and over its ring; of a GGUF that of llama.cpp."""
 
 import asyncio
 import contextlib
@@ -11,13 +11,15 @@ from pathlib import Path
 from coordinator.fleet import local
 from coordinator.programs import BASELINE
 from unicluster.benchmark.measure import Ask
+from unicluster.checkpoints.checkpoint import is_gguf
 from unicluster.errors import UnavailableError
 
 ONE = "mlx-lm in one process"
+ONE_GGML = "llama.cpp in one process"
 
 
 class Baseline:
-    """Processes of mlx-lm that compute together; the first one reports the tokens."""
+    """Processes that compute together; the first one reports the tokens."""
 
     def __init__(self, ranks: list[asyncio.subprocess.Process]) -> None:
         self.refused = ""  # why there is nothing to compare with
@@ -45,7 +47,7 @@ class Baseline:
         if not line:
             said = await rank.stderr.read() if rank.stderr is not None else b""
             last = (said.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
-            raise UnavailableError(f"mlx-lm, to compare with, ended: {last}")
+            raise UnavailableError(f"the process to compare with ended: {last}")
         return line.decode().strip()
 
 
@@ -53,8 +55,10 @@ class Baseline:
 async def baselines(model: str, stages: int) -> AsyncIterator[tuple[dict[str, Ask], list[str]]]:
     """Baselines by name while the block runs, and the reasons for those that are missing."""
     async with contextlib.AsyncExitStack() as stack:
-        running = {ONE: await stack.enter_async_context(_running(model, 1))}
-        if stages > 1:
+        gguf = is_gguf(model)
+        one = ONE_GGML if gguf else ONE
+        running = {one: await stack.enter_async_context(_running(model, 1))}
+        if stages > 1 and not gguf:
             name = f"mlx-lm's ring of {stages}"
             running[name] = await stack.enter_async_context(_running(model, stages))
         yield (

@@ -111,7 +111,7 @@ async def _cut_here(args: BenchOptions, count: int, console: Console) -> AsyncIt
     """A cluster of its own for as long as the block runs: nothing of the real one is touched."""
     source = resolve(args.model or "demo")
     if source.model != "demo" and not Path(source.model).is_absolute():
-        raise InputError(f"bench --local {count} {args.model}: give a directory, or demo")
+        raise InputError(f"bench --local {count} {args.model}: give a directory, a GGUF, or demo")
     users = max(2, *args.users)
     events = Events()
     with local.own_cluster() as cluster, printing(events, stderr=True) as printer:
@@ -144,7 +144,7 @@ command = Command(
     arguments=[
         Argument(
             "model",
-            "with --local: a directory, or demo (default)",
+            "with --local: a directory, a GGUF, or demo (default)",
             required=False,
             complete=model_names,
         )
@@ -154,7 +154,7 @@ command = Command(
             server_option("default: whichever is found"),
             Option(
                 "--local",
-                "cut MODEL over N agents on this machine, and compare with mlx-lm alone",
+                "cut MODEL over N agents here, and compare with mlx-lm or llama.cpp alone",
                 type=int,
                 metavar="N",
             ),

@@ -79,7 +79,7 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
         vocabulary=gguf.vocabulary if part.has_lm_head else 0,
         sequences=SEQUENCES_PER_USER * (part.users + 1),
         states=2 * part.users + SPARE_STATES,
-        threads=int(os.environ.get(THREADS_ENV, "0")) or cores(),
+        threads=threads(),
         entry=known(gguf.header).entry,
         exact=gguf.is_exact,
         heads=gguf.heads,
@@ -96,6 +96,11 @@ def cells(context: int, users: int) -> int:
     """Cells of a KV cache: tokens of all users together, rounded up."""
     rounded = -(-context * users // CELLS) * CELLS
     return rounded if rounded % UNLUCKY_CELLS else rounded + CELLS
+
+
+def threads() -> int:
+    """Threads that a stage computes with."""
+    return int(os.environ.get(THREADS_ENV, "0")) or cores()
 
 
 def cores() -> int:

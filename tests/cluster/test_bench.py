@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import LocalCluster
+from tests.support.real_model import gguf_file
 from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,31 @@ def test_a_model_is_cut_here_and_measured_beside_mlx_lm(tmp_path: Path, model: P
     assert "against mlx-lm in one" in result.out
 
 
+def test_a_gguf_is_measured_beside_llama_cpp(tmp_path: Path) -> None:
+    """Slow: it starts two agents, a server and llama.cpp."""
+    pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+    file = tmp_path / "found.json"
+    sizes = ("--rounds", "1", "--tokens", "8", "--prompt", "64", "--only", "decode")
+    arguments = ("--local", "2", *sizes, "--only", "prefill", "--json", str(file))
+    model = gguf_file() or write_gguf(tmp_path / "tiny.gguf")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        result = cluster.start("bench", str(model), *arguments).result(deadline=240)
+
+    assert result.code == 0, result.err
+    found = json.loads(file.read_text())
+    names = {figure["name"] for figure in found["figures"]}
+    assert {"decode, per token, llama.cpp in one process", "decode, added per hop"} <= names
+    assert len(found["stages"]) == 2
+    assert "Not compared" not in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["demo"], "give --local N"),
         (["--local", "0"], "--local 0: at least 1"),
         (["--local", "2", "--server", "a:1"], "either --local or --server"),
-        (["--local", "2", "owner/name"], "give a directory, or demo"),
+        (["--local", "2", "owner/name"], "give a directory, a GGUF, or demo"),
         (["--users", "0"], "--users 0: at least 1"),
     ],
 )
