@@ -6,7 +6,7 @@ from rich.console import ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.planning.hardware import boxes
+from coordinator.planning.hardware import Box, boxes
 from coordinator.terminal.tables import add_names, add_numbers, fitting, new_table, whole
 from unicluster.command_line import Command, Option
 from unicluster.terminal.console import Console
@@ -39,7 +39,7 @@ class _Boxes:
         for entry in boxes().values():
             figures = (
                 f"{entry.memory >> 30} GiB",
-                format_bytes(entry.usable),
+                _usable(entry),
                 format_rate(entry.bandwidth),
                 f"{entry.compute / 1e12:.3g}" if entry.compute else "",
                 f"${entry.price}" if entry.price else "",
@@ -49,6 +49,16 @@ class _Boxes:
                 whole(entry.name), *figures[:columns], *[Text(entry.source)] * self.sources
             )
         return table
+
+
+def _usable(entry: Box) -> str:
+    """Usable memory of the GPU, and that of engines which reach another."""
+    others = {
+        f"{engine} {format_bytes(speeds.usable)}"
+        for engine, speeds in entry.engines.items()
+        if speeds.usable is not None and speeds.usable != entry.usable
+    }
+    return "\n".join([format_bytes(entry.usable), *sorted(others)])
 
 
 command = Command(

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,6 +15,9 @@ from unicluster.errors import InputError
 from unicluster.units import parse_bytes
 
 GIB = 1 << 30
+# An agent keeps back so much of its host's memory, or this part of it if that is more.
+KEPT = 2 * GIB
+KEPT_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -52,33 +55,59 @@ class Box:
 def boxes() -> dict[str, Box]:
     """The catalogue by name, in the order of its file."""
     text = resources.files("coordinator.planning").joinpath("hardware.yaml").read_text("utf-8")
-    catalogue = {}
+    listed = []
     for row in yaml.safe_load(text):
         for option in row["memory"]:
-            name = f"{row['family']}-{option}"
-            memory = option * GIB
-            catalogue[name] = Box(
-                name=name,
-                chip=row["chip"],
-                memory=memory,
-                usable=_usable(row.get("usable", 2 / 3 if option <= 36 else 0.75), memory),
-                bandwidth=row["bandwidth"] * 1e9,
-                compute=row.get("tflops", 0) * 1e12,
-                price=row.get("price", {}).get(option, 0),
-                link=row["link"],
-                source=row["source"],
-                engines={engine: _speeds(row, engine) for engine in ENGINES},
-            )
-    return catalogue
+            box = _box(row, option)
+            listed.append(box)
+            if "carved" in row:
+                listed.append(_carved(box, row["carved"]))
+    return {box.name: box for box in listed}
 
 
-def _speeds(row: Mapping[str, Any], engine: str) -> EngineSpeeds:
+def _box(row: Mapping[str, Any], option: int) -> Box:
+    """One memory option of a row of the catalogue."""
+    memory = option * GIB
+    return Box(
+        name=f"{row['family']}-{option}",
+        chip=row["chip"],
+        memory=memory,
+        usable=_usable(row.get("usable", 2 / 3 if option <= 36 else 0.75), memory),
+        bandwidth=row["bandwidth"] * 1e9,
+        compute=row.get("tflops", 0) * 1e12,
+        price=row.get("price", {}).get(option, 0),
+        link=row["link"],
+        source=row["source"],
+        engines={engine: _speeds(row, engine, memory) for engine in ENGINES},
+    )
+
+
+def _carved(box: Box, carved: int) -> Box:
+    """The same box where the firmware carves out so many GiB for the GPU.
+
+    By default the kernel lets the GPU map half of the rest besides. It has no price: it is not
+    what one would buy.
+    """
+    host = box.memory - carved * GIB
+    of_gpu = carved * GIB + host // 2 - box.memory // KEPT_SHARE
+    of_host = host - max(KEPT, host // KEPT_SHARE)
+    engines = {
+        engine: replace(speeds, usable=of_host if speeds.backend == "cpu" else of_gpu)
+        for engine, speeds in box.engines.items()
+    }
+    name = f"{box.name}-carved"
+    return replace(box, name=name, usable=of_gpu, price=0, engines=engines)
+
+
+def _speeds(row: Mapping[str, Any], engine: str, memory: int) -> EngineSpeeds:
     """Speeds of one engine: those of the GPU, but where the row has others, as `mlx_backend`."""
+    usable = row.get(f"{engine}_usable")
     backend = row.get(f"{engine}_backend", row["backend"])
     return EngineSpeeds(
         bandwidth=row.get(f"{engine}_bandwidth", row["bandwidth"]) * 1e9,
         backend=backend,
         compute=row.get("tflops", 0) * 1e12 if backend == row["backend"] else 0.0,
+        usable=None if usable is None else _usable(usable, memory),
     )
 
 

@@ -13,6 +13,7 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.planning.rivals import Rival
 from coordinator.planning.variants import ModelVariants
+from coordinator.terminal.devices import devices_table, share_lines, usable_cell
 from coordinator.terminal.engine_lines import engine_lines, listed
 from coordinator.terminal.tables import (
     FREE,
@@ -130,7 +131,7 @@ class _Fleet:
             table.add_row(
                 *who(m.name, m.chip, wide),
                 *[Text(_backends(m))] * there,
-                format_bytes(m.usable),
+                usable_cell(m),
                 _bandwidths(m),
                 *[Text(m.address)] * there,
             )
@@ -167,7 +168,11 @@ class _Nodes:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield fitting(console, options, (self._table(wide) for wide in (True, False)))
-        yield _sum_up(len(self.nodes), sum(info.usable_memory for info, _ in self.nodes))
+        machines = [Machine.from_proto(info, address) for info, address in self.nodes]
+        yield _sum_up(len(machines), sum(machine.usable for machine in machines))
+        if (devices := devices_table(self.nodes)) is not None:
+            yield ""
+            yield devices
         if any(not info.bandwidth_measured for info, _ in self.nodes):
             yield Text("* nominal bandwidth of the chip, not measured", style="dim")
 
@@ -181,7 +186,8 @@ class _Nodes:
         add_numbers(table, "usable", "bandwidth")
         add_words(table, *["layers"] * serving, *["version"] * version, "address")
         for info, address in sorted(self.nodes, key=lambda node: node[0].name):
-            usable, total = format_bytes(info.usable_memory), format_bytes(info.total_memory)
+            machine = Machine.from_proto(info, address)
+            usable, total = format_bytes(machine.usable), format_bytes(info.total_memory)
             layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
             table.add_row(
                 *who(info.name, info.chip, wide),
@@ -269,6 +275,8 @@ class _Planned:
         facts.add_row("head", Text(head))
         for i, line in enumerate(engine_lines(plan, self.variants)):
             facts.add_row("" if i else "engine", Text(line))
+        for i, line in enumerate(share_lines(plan)):
+            facts.add_row("" if i else "devices", Text(line))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
             hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms per token, {known}"

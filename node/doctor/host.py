@@ -11,6 +11,7 @@ import psutil
 
 from node.agent.commands import Runner, run_command
 from node.agent.host_memory import GIB
+from node.doctor import gpu_memory
 from node.doctor.finding import Finding, Level
 from unicluster.program import code_command
 from unicluster.units import format_bytes
@@ -103,19 +104,7 @@ def _mac(run: Runner) -> Iterator[Finding]:
 def _linux(root: Path, run: Runner) -> Iterator[Finding]:
     yield _linux_sleep(run)
     yield _linux_firewall(root, run)
-    for path in sorted((root / "sys/class/drm").glob("card[0-9]*/device/mem_info_gtt_total")):
-        total = psutil.virtual_memory().total
-        gtt = int(path.read_text())
-        # An APU: the GPU has hardly any memory of its own.
-        carved = int((path.parent / "mem_info_vram_total").read_text())
-        if carved < 8 * GIB and gtt < total * 0.7:
-            yield Finding(
-                Level.WARNING,
-                "memory",
-                f"the GPU may use {format_bytes(gtt)} of {format_bytes(total)} (GTT)",
-                "kernel parameters ttm.pages_limit and amdgpu.gttsize; the playbook sets them "
-                "(host_gtt_mib)",
-            )
+    yield from gpu_memory.examine(root, run)
 
 
 def _linux_sleep(run: Runner) -> Finding:

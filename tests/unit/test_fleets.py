@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.fleet.fleet import parse, with_links, with_memory
-from coordinator.planning.hardware import boxes, find, known_compute
+from coordinator.planning.hardware import GIB, boxes, find, known_compute
 from coordinator.planning.links import LINKS
 from unicluster.errors import InputError
 
@@ -119,6 +119,17 @@ def test_strix_halo_has_a_backend_for_each_engine() -> None:
     assert box.engines["mlx"].bandwidth == 128e9
     assert box.engines["ggml"].bandwidth == 256e9
     assert studio.engines["ggml"].backend == studio.engines["mlx"].backend == "metal"
+
+
+@pytest.mark.parametrize("family", ["framework-desktop", "bosgame-m5", "hp-zbook-ultra"])
+def test_strix_halo_can_be_set_up_in_two_ways(family: str) -> None:
+    raised, carved = parse(f"{family}-128, {family}-128-carved").machines
+
+    assert raised.reach("ggml") == raised.reach("mlx") == 120e9
+    # 96 GiB and GTT of half the rest, less 5 % of all; the cores have the rest, less 2 GiB.
+    assert carved.reach("ggml") == (96 + 16) * GIB - 128 * GIB // 20
+    assert carved.reach("mlx") == 30 * GIB
+    assert find(f"{family}-128-carved").price == 0
 
 
 def test_a_file_says_what_engines_there_are_and_how_fast(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
+from coordinator.planning.machine import Device, EngineSpeeds, Machine
 from coordinator.planning.planner import Layout, Plan, plan
 from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.loading import LoadingBars
@@ -215,3 +216,37 @@ def test_machines_are_listed_with_the_engines_that_they_offer() -> None:
     assert re.search(r"box .* vulkan \(ggml\) ", shown)
     assert re.search(r"spark .* cuda +\d", shown)
     assert re.search(r"old .* metal +\d", shown)
+
+
+def test_devices_are_listed_where_engines_reach_different_memories() -> None:
+    carved = an_info("strix", usable_memory=30 * GB, total_memory=137 * GB)
+    for engine, name, usable, kind in (("mlx", "CPU", 30, "cpu"), ("ggml", "Vulkan0", 113, "igpu")):
+        carved.devices.add(
+            engine=engine,
+            name=name,
+            description="Radeon 8060S",
+            kind=kind,
+            usable_memory=usable * GB,
+            total_memory=(usable + 7) * GB,
+            bandwidth=256e9,
+        )
+    for width in (80, 120):
+        shown = printed(nodes_table([(carved, "a:1"), (an_info("studio"), "b:1")]), width)
+        assert "2 machines, 573.0 GB usable" in shown
+        devices = shown[shown.index("Devices") :]
+        assert re.search(
+            r"strix +Vulkan0: Radeon.* ggml +113\.0 GB +120\.0 GB +256 GB/s\*", devices
+        )
+        assert re.search(r"strix +CPU: Radeon.* mlx +30\.0 GB +37\.0 GB", devices)
+        assert "studio" not in devices
+        assert max(map(len, shown.splitlines())) <= width
+    fleet = printed(fleet_table([Machine.from_proto(carved, "a:1")]))
+    assert re.search(r"113\.0 GB.*\n.*mlx 30\.0 GB", fleet)
+
+
+def test_a_stage_on_two_devices_says_which_layers_are_where() -> None:
+    devices = (Device("CUDA0", 44 * GB, 1008e9), Device("CUDA1", 90 * GB, 900e9))
+    host = Machine("host", "a:1", 134 * GB, {"ggml": EngineSpeeds.of(devices, "cuda")})
+    layout = replace(LAYOUT, engine="ggml", layer_bytes=(2 * GB,) * 32)
+    shown = printed(plan_table(plan(layout, [host]), layout, "llama"))
+    assert "host: CUDA0 0-19, CUDA1 20-31" in shown
