@@ -6,9 +6,10 @@ from pathlib import Path
 
 from node.weights import hub, store
 from node.weights.made import check_space
+from node.weights.progress import Stop
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
-from unicluster.checkpoints.gguf import gguf_header_end
+from unicluster.checkpoints.gguf import FIRST_BYTES, gguf_header_end
 from unicluster.checkpoints.ranges import Ranges, merged, size
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
 from unicluster.errors import InputError, UnavailableError, shown
@@ -86,7 +87,9 @@ async def fetch_ranges(
     _check_space(checkpoint, total + made)
     progress = _Progress(total, on_progress, asyncio.get_running_loop())
     tasks = [
-        asyncio.create_task(asyncio.to_thread(hub.fetch, checkpoint, whole, progress.add)),
+        asyncio.create_task(
+            _in_thread(lambda stop: hub.fetch(checkpoint, whole, progress.add, stop=stop))
+        ),
         asyncio.create_task(sources.fetch(checkpoint, parts, progress.add)),
     ]
     try:
@@ -137,8 +140,7 @@ async def _manifest(model: str, revision: str, sources: Sources) -> Manifest:
 
 async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
     manifest = checkpoint.manifest
-    small = [name for name in manifest.small if not checkpoint.is_whole(name)]
-    headers = [name for name in manifest.weights if not _has_header(checkpoint, name)]
+    small, headers = await asyncio.to_thread(_missing_description, checkpoint)
     if not small and not headers:
         return
     _check_space(checkpoint, sum(manifest.files[name].size for name in small))
@@ -146,15 +148,35 @@ async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
         first = {name: merged([(0, LENGTH_BYTES)]) for name in headers}
         await sources.fetch(checkpoint, {n: checkpoint.all_of(n) for n in small} | first)
         # Perhaps no machine has more of a GGUF than the header, whose end isn't known yet.
-        while rest := {
-            name: missing
-            for name in headers
-            if (missing := _missing_header(checkpoint, name, starts[name]))
-        }:
+        while rest := await asyncio.to_thread(_missing_headers, checkpoint, headers, starts):
             await sources.fetch(checkpoint, rest)
     else:
-        await asyncio.to_thread(hub.fetch, checkpoint, small)
-        await asyncio.to_thread(hub.fetch_headers, checkpoint, headers)
+        await _in_thread(lambda stop: hub.fetch(checkpoint, small, stop=stop))
+        await _in_thread(lambda stop: hub.fetch_headers(checkpoint, headers, stop=stop))
+
+
+async def _in_thread(work: Callable[[Stop], None]) -> None:
+    """Runs work that blocks, which ends soon after this was cancelled."""
+    stop = Stop()
+    try:
+        await asyncio.to_thread(work, stop)
+    finally:
+        stop.set()
+
+
+def _missing_description(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Small files, and files of weights whose header is not here; reads headers."""
+    manifest = checkpoint.manifest
+    small = [name for name in manifest.small if not checkpoint.is_whole(name)]
+    return small, [name for name in manifest.weights if not _has_header(checkpoint, name)]
+
+
+def _missing_headers(
+    checkpoint: Checkpoint, names: Collection[str], starts: Mapping[str, int]
+) -> dict[str, Ranges]:
+    """Parts of headers to be fetched next, as far as they are known; reads headers."""
+    missing = {name: _missing_header(checkpoint, name, starts[name]) for name in names}
+    return {name: ranges for name, ranges in missing.items() if ranges}
 
 
 def _has_header(checkpoint: Checkpoint, name: str) -> bool:
@@ -174,7 +196,10 @@ def _header_end(checkpoint: Checkpoint, name: str) -> int:
     if not is_gguf(name):
         return header_length(checkpoint.read(name, 0, LENGTH_BYTES))
     (first, *_) = checkpoint.available(name)
-    end = gguf_header_end(checkpoint.read(name, 0, first[1]))
+    length, end = 0, FIRST_BYTES
+    while length < min(end, first[1]):  # what is here may be far more than the header
+        length = min(end, first[1])
+        end = gguf_header_end(checkpoint.read(name, 0, length))
     return min(end, checkpoint.manifest.files[name].size)
 
 

@@ -10,13 +10,14 @@ and then handed to its cache.
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import (
     HfApi,
     constants,
@@ -35,6 +36,7 @@ from huggingface_hub.utils import (
 
 from node.weights.hub_compat import HTTPError
 from node.weights.hub_errors import translated_errors
+from node.weights.progress import Rate, Stop
 from node.weights.store import UNVERIFIED, folder
 from unicluster.checkpoints.checkpoint import (
     Checkpoint,
@@ -58,8 +60,11 @@ ATTEMPTS = 5
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 8.0
 READ_BYTES = 1 << 22
-# At most so much of a file is lost when the connection or the process ends.
+# Between two reports of progress.
 CHUNK_BYTES = 1 << 20
+REPORT_SECONDS = 0.5
+# Between two looks at a file that another thread or process fetches.
+LOCK_SECONDS = 0.25
 # The hub serves larger files only through hf_xet.
 MOST_HTTP_BYTES = 50 * 10**9
 GIT_DIGITS = 40
@@ -115,20 +120,29 @@ def check(model: str, revision: str) -> None:
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
-def fetch_headers(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Fetches the headers of files of weights, which list their tensors."""
+def fetch_headers(checkpoint: Checkpoint, names: list[str], *, stop: Stop | None = None) -> None:
+    """Fetches the headers of files of weights, which list their tensors, until `stop` is set."""
+    stop = stop or Stop()
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for _ in pool.map(lambda name: _fetch_header(checkpoint, name), names):
+        for _ in pool.map(lambda name: _fetch_header(checkpoint, name, stop), names):
             pass
 
 
-def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda count: None) -> None:
+def fetch(
+    checkpoint: Checkpoint,
+    names: list[str],
+    on_bytes: OnBytes = lambda count: None,
+    *,
+    stop: Stop | None = None,
+) -> None:
     """Fetches whole files, several at once, and verifies them by the hub's checksums.
 
     Bytes fetched before an interruption are reused. `on_bytes` is called from several threads.
+    Once `stop` is set it raises StoppedError soon; whoever waits for the same files goes on.
     """
+    stop = stop or Stop()
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        started = [pool.submit(_fetch, checkpoint, name, on_bytes) for name in names]
+        started = [pool.submit(_fetch, checkpoint, name, stop, on_bytes) for name in names]
         try:
             for each in started:
                 each.result()
@@ -137,18 +151,23 @@ def fetch(checkpoint: Checkpoint, names: list[str], on_bytes: OnBytes = lambda c
             raise
 
 
-def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: None) -> None:
+def _fetch(
+    checkpoint: Checkpoint, name: str, stop: Stop, on_bytes: OnBytes = lambda count: None
+) -> None:
     manifest, size = checkpoint.manifest, checkpoint.manifest.files[name].size
     partial = checkpoint.root / (name + UNVERIFIED)
     partial.parent.mkdir(parents=True, exist_ok=True)
     # Two workers of one machine may want the same file.
-    with FileLock(f"{partial}.lock"), translated_errors(manifest.model):
+    with (
+        translated_errors(manifest.model),
+        _locked(partial, stop, on_bytes),
+    ):
         if checkpoint.is_whole(name):
             on_bytes(size)
             return
         repo, _ = split_id(manifest.model)
         if size <= MOST_HTTP_BYTES:
-            _fetch_verified(manifest, name, partial, on_bytes)
+            _fetch_verified(manifest, name, partial, stop, on_bytes)
             blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
             blob.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(blob)
@@ -156,16 +175,36 @@ def _fetch(checkpoint: Checkpoint, name: str, on_bytes: OnBytes = lambda count: 
         else:
             # hf_xet verifies and resumes by itself.
             whole = hf_hub_download(
-                repo, name, revision=manifest.revision, tqdm_class=_progress_class(on_bytes)
+                repo, name, revision=manifest.revision, tqdm_class=_progress_class(on_bytes, stop)
             )
         checkpoint.link(name, Path(whole))
 
 
-def _progress_class(on_bytes: OnBytes) -> Any:
+@contextmanager
+def _locked(partial: Path, stop: Stop, on_bytes: OnBytes) -> Iterator[None]:
+    """Holds a file's lock. Who has it fetches the file: `on_bytes` reports how it grows."""
+    lock, reported = FileLock(f"{partial}.lock"), 0
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            grown = (_size(partial) if partial.exists() else 0) - reported
+            on_bytes(grown)
+            reported += grown
+            stop.wait(LOCK_SECONDS)
+    try:
+        on_bytes(-reported)
+        yield
+    finally:
+        lock.release()
+
+
+def _progress_class(on_bytes: OnBytes, stop: Stop) -> Any:
     """A progress bar for huggingface_hub that shows nothing and reports bytes.
 
-    Only the first of a download does: hf_xet has one for bytes on the disk, then one for the
-    network.
+    It ends the download, as far as that heeds it, once `stop` is set. Only the first of a download
+    reports: hf_xet has one for bytes on the disk, then one for the network.
     """
     bars: list[Any] = []
 
@@ -175,6 +214,7 @@ def _progress_class(on_bytes: OnBytes) -> Any:
             bars.append(self)
 
         def update(self, n: float | None = 1) -> Any:
+            stop.check()
             if self is bars[0]:
                 on_bytes(int(n or 0))
             return super().update(n)
@@ -182,7 +222,9 @@ def _progress_class(on_bytes: OnBytes) -> Any:
     return Progress
 
 
-def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+def _fetch_verified(
+    manifest: Manifest, name: str, partial: Path, stop: Stop, on_bytes: OnBytes
+) -> None:
     """Fetches the rest of a file into `partial`, until it is complete and its checksum right.
 
     Raises NotFoundError for a file whose checksum is wrong in all attempts.
@@ -194,7 +236,8 @@ def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBy
         name, _is_transient, count=ATTEMPTS, first=FIRST_RETRY_SECONDS, last=LAST_RETRY_SECONDS
     ):
         with attempt:
-            _fetch_rest(manifest, name, partial, on_bytes)
+            stop.check()
+            _fetch_rest(manifest, name, partial, stop, on_bytes)
             if _size(partial) == file.size and _checksum(partial, file.checksum) == file.checksum:
                 return
             on_bytes(-_size(partial))
@@ -205,15 +248,18 @@ def _fetch_verified(manifest: Manifest, name: str, partial: Path, on_bytes: OnBy
             )
 
 
-def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+def _fetch_rest(
+    manifest: Manifest, name: str, partial: Path, stop: Stop, on_bytes: OnBytes
+) -> None:
     """Appends the missing bytes to `partial`, over new connections as long as each brings some.
 
-    Raises the error of one that brought nothing, or ConnectionError.
+    Raises the error of one that brought nothing, ConnectionError, or UnavailableError where the
+    bytes only trickle.
     """
     size = manifest.files[name].size
     while (here := _size(partial)) < size:
         try:
-            _fetch_some(manifest, name, partial, on_bytes)
+            _fetch_some(manifest, name, partial, stop, on_bytes)
         except (HTTPError, OSError) as error:
             if _size(partial) <= here or not _is_transient(error):
                 raise
@@ -222,16 +268,28 @@ def _fetch_rest(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes)
             raise ConnectionError(f"{name}: a connection brought nothing")
 
 
-def _fetch_some(manifest: Manifest, name: str, partial: Path, on_bytes: OnBytes) -> None:
+def _fetch_some(
+    manifest: Manifest, name: str, partial: Path, stop: Stop, on_bytes: OnBytes
+) -> None:
     """Appends the bytes that one connection brings to `partial`."""
-    here = _size(partial)
+    here, pending, reported = _size(partial), 0, time.monotonic()
     with partial.open("ab") as stream, _opened(manifest, name, here) as response:
         if here and response.status_code != PARTIAL_CONTENT:
             stream.truncate(0)  # the whole file comes again
             on_bytes(-here)
-        for chunk in response.iter_bytes(CHUNK_BYTES):
-            stream.write(chunk)
-            on_bytes(len(chunk))
+        rate = Rate(f"{manifest.model}: the hub, asked for {name},")
+        try:
+            for chunk in response.iter_bytes():  # as they come: a larger size waits for more
+                stop.check()
+                rate.note(len(chunk))
+                stream.write(chunk)
+                pending += len(chunk)
+                if pending >= CHUNK_BYTES or time.monotonic() - reported > REPORT_SECONDS:
+                    on_bytes(pending)
+                    pending, reported = 0, time.monotonic()
+                rate.waiting()
+        finally:
+            on_bytes(pending)
 
 
 @contextmanager
@@ -259,13 +317,14 @@ def _size(file: Path) -> int:
     return file.stat().st_size
 
 
-def _fetch_header(checkpoint: Checkpoint, name: str) -> None:
+def _fetch_header(checkpoint: Checkpoint, name: str, stop: Stop) -> None:
     manifest = checkpoint.manifest
+    stop.check()
     with translated_errors(manifest.model):
         data = (_gguf_header if is_gguf(name) else _safetensors_header)(manifest, name)
     if len(data) == manifest.files[name].size:
         # The first part of a split GGUF may have nothing else: so it is verified as the rest is.
-        _fetch(checkpoint, name)
+        _fetch(checkpoint, name, stop)
     else:
         checkpoint.write(name, 0, data)
         checkpoint.list(name, ((0, len(data)),))
@@ -306,7 +365,10 @@ def _start(manifest: Manifest, name: str, length: int) -> bytes:
         with attempt:
             data = b""
             with _opened(manifest, name, 0, length) as response:
+                rate = Rate(f"{manifest.model}: the hub, asked for {name},")
                 for chunk in response.iter_bytes():
+                    rate.note(len(chunk))
+                    rate.waiting()
                     data += chunk
                     if len(data) >= length:
                         break

@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from node.weights.progress import SLOWEST_BYTES_A_SECOND, Rate
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges, batches, merged, size, within, without
 from unicluster.cluster.channels import as_error
 from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.stall import within as within_seconds
 from unicluster.trust.role import audit
-from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, Holdings, ModelFiles, ReadRequest
+from unicluster.v1.weights_pb2 import (
+    Block,
+    ByteRange,
+    HaveRequest,
+    Holdings,
+    ModelFiles,
+    ReadRequest,
+)
 
 if TYPE_CHECKING:
     from unicluster.v1.weights_pb2_grpc import WeightsAsyncStub
@@ -53,23 +62,32 @@ class Work:
         ]
         self.left = len(self._waiting)
         self._last_progress = time.monotonic()
+        self._in_flight: dict[Batch, str] = {}  # and the addresses that they come from
+        self._coming: dict[tuple[str, str], tuple[int, float]] = {}
 
     @property
     def files(self) -> ModelFiles:
         manifest = self.checkpoint.manifest
         return ModelFiles(model=manifest.model, revision=manifest.revision)
 
-    def take(self, available: dict[str, Ranges]) -> Batch | None:
-        """Takes the first batch that lies within `available`, ranges by file; None if none does."""
+    def take(self, available: dict[str, Ranges], address: str) -> Batch | None:
+        """Takes the first batch that lies within `available`, ranges by file; None if none does.
+
+        address: of the machine that it is fetched from.
+        """
         for index, (name, ranges) in enumerate(self._waiting):
             if not without(ranges, available.get(name, ())):
-                return self._waiting.pop(index)
+                batch = self._waiting.pop(index)
+                self._in_flight[batch] = address
+                return batch
         return None
 
     def give_back(self, batch: Batch) -> None:
+        del self._in_flight[batch]
         self._waiting.insert(0, batch)
 
-    def finish(self) -> None:
+    def finish(self, batch: Batch) -> None:
+        del self._in_flight[batch]
         self.left -= 1
         if not self.left:
             self.finished.set()
@@ -78,15 +96,35 @@ class Work:
         """Moves the progress deadline: bytes came, or are in flight to a machine of the cluster."""
         self._last_progress = time.monotonic()
 
+    def note_coming(self, address: str, holdings: Holdings) -> None:
+        """Moves the progress deadline for files in flight to a machine, unless they never arrive.
+
+        A file may take as long as its bytes do at the slowest rate, each time more of it is there.
+        """
+        now = time.monotonic()
+        for file in holdings.files:
+            if not file.coming or not self.is_waiting_for(file.name):
+                continue
+            here = sum(part.end - part.start for part in file.held)
+            known, since = self._coming.get((address, file.name), (-1, now))
+            if here != known:
+                known, since = self._coming[address, file.name] = here, now
+            most = self.checkpoint.manifest.files[file.name].size / SLOWEST_BYTES_A_SECOND
+            if now - since < PROGRESS_SECONDS + most:
+                self.note_progress()
+
     def is_waiting_for(self, name: str) -> bool:
         return any(waiting == name for waiting, _ in self._waiting)
 
     def check_progress(self, alone: bool) -> None:
         """Raises UnavailableError after the progress deadline, or when no machine can be asked."""
         if alone or time.monotonic() - self._last_progress > PROGRESS_SECONDS:
-            missing = ", ".join(sorted({name for name, _ in self._waiting}))
+            missing = ", ".join(sorted({name for name, _ in (*self._waiting, *self._in_flight)}))
+            problem = self.problem
+            if senders := ", ".join(sorted(set(self._in_flight.values()))):
+                problem = f"{senders} has sent nothing for {PROGRESS_SECONDS:.0f} s"
             raise UnavailableError(
-                f"{self.checkpoint.manifest.model}: can't get {missing}: {self.problem}"
+                f"{self.checkpoint.manifest.model}: can't get {missing}: {problem}"
             )
 
 
@@ -114,11 +152,10 @@ async def pull(
             if holdings.revision and holdings.revision != work.files.revision:
                 raise UnavailableError(f"{address} answers for another revision")
             available = _available(holdings)
-            if any(file.coming and work.is_waiting_for(file.name) for file in holdings.files):
-                work.note_progress()
-            while (batch := work.take(available)) is not None:
+            work.note_coming(address, holdings)
+            while (batch := work.take(available, address)) is not None:
                 failures += 1
-                await _pull_batch(work, batch, stub, on_bytes, vouchers)
+                await _pull_batch(work, batch, address, stub, on_bytes, vouchers)
                 failures = 0
         except _FalseError as error:
             audit.warning("%s sent wrong bytes of %s", address, error)
@@ -134,6 +171,7 @@ async def pull(
 async def _pull_batch(
     work: Work,
     batch: Batch,
+    address: str,
     stub: "WeightsAsyncStub",
     on_bytes: OnBytes,
     vouchers: "Sequence[WeightsAsyncStub]",
@@ -142,11 +180,13 @@ async def _pull_batch(
     name, ranges = batch
     total = size(ranges)
     received, digest, stated = 0, hashlib.sha256(), b""
+    rate = Rate(f"{address}, asked for {name},")
     request = ReadRequest(
         files=work.files, name=name, ranges=[ByteRange(start=s, end=e) for s, e in ranges]
     )
+    call = stub.Read(request)
     try:
-        async for block in stub.Read(request):
+        while isinstance(block := await _next(call, rate), Block):
             stated = block.sha256
             if received + len(block.data) > total:
                 raise UnavailableError(f"{name}: more bytes came than were requested")
@@ -163,10 +203,27 @@ async def _pull_batch(
             raise _FalseError(name)
         await asyncio.to_thread(work.checkpoint.list, name, ranges)
     except BaseException:
+        call.cancel()
         on_bytes(-received)
         work.give_back(batch)
         raise
-    work.finish()
+    work.finish(batch)
+
+
+async def _next(call: "grpc.aio.UnaryStreamCall[ReadRequest, Block]", rate: Rate) -> object:
+    """The next block, or the end; UnavailableError when none comes, or they only trickle."""
+
+    async def read() -> object:
+        return await call.read()
+
+    rate.waiting()
+    try:
+        block = await within_seconds(rate.window_s, read())
+    except TimeoutError:
+        raise rate.too_slow() from None
+    if isinstance(block, Block):
+        rate.note(len(block.data))
+    return block
 
 
 async def _is_false(
