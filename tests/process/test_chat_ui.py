@@ -105,7 +105,7 @@ class Terminal:
 @contextmanager
 def terminal(environment: dict[str, str], *arguments: str) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
+    termios.tcsetwinsize(theirs, (24, 200))
     process = subprocess.Popen(
         [*CHAT_IN_TERMINAL, *arguments],
         env=environment,
@@ -266,6 +266,34 @@ def test_tab_completes_commands(environment: dict[str, str]) -> None:
         assert last_request(chat)["messages"][0]["content"] == "Be kind."
 
 
+def test_a_full_context_is_said_and_the_oldest_turns_are_dropped(
+    environment: dict[str, str],
+) -> None:
+    with terminal(environment) as chat:
+        for turn in ("one", "two", "three"):
+            chat.say(f"hello {turn}")
+            chat.expect("TTFT")
+        chat.say("fill 3900")
+        chat.expect("the context is 95 % full, 3905 of 4096 tokens: /drop forgets the oldest turn")
+        chat.say("/drop")
+        chat.expect("1 turn forgotten, 3 left")
+        chat.say("/drop x")
+        chat.expect("error: /drop x: how many turns, 1 or more")
+        # The prompt is too long with more than one message before it.
+        chat.say("crowd 2")
+        chat.expect("the prompt has 5000 tokens and the context is 4096")
+        chat.expect("oldest turns of 3 and ask again? [Y/n]")
+        chat.type("\r")
+        chat.expect("there is room again")
+        messages = last_request(chat)["messages"]
+        assert [m["content"] for m in messages[-3:-1]] == ["crowd 2", "there is room again"]
+
+        chat.say("crowd 0")
+        chat.expect("ask again? [Y/n]")
+        chat.type("n\r")
+        chat.expect("the message was not kept")
+
+
 def test_pasted_lines_are_one_message(environment: dict[str, str]) -> None:
     with terminal(environment) as chat:
         chat.expect(READY)
@@ -310,7 +338,7 @@ def test_reasoning_is_dimmed_and_not_remembered(environment: dict[str, str]) -> 
         chat.expect("Let me see. A spider...\r\n\r\nEight.\r\n")
         chat.expect("TTFT")
         assert last_request(chat)["messages"][1] == {"role": "assistant", "content": "Eight."}
-    assert "\x1b[2mLet me see. " in chat.raw
+    assert "\x1b[2mLet me see." in chat.raw
 
 
 def test_the_model_cannot_control_the_terminal(environment: dict[str, str]) -> None:

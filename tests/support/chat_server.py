@@ -82,6 +82,15 @@ class ScriptedChat(ChatServicer):
                 await asyncio.Event().wait()
             case "silence":  # waits to be cancelled
                 await asyncio.Event().wait()
+            case "fill":  # "fill TOKENS": so many in the answer
+                yield text("full")
+                yield finish(int(argument))
+            case "crowd":  # "crowd N": refuses as too long with more than N messages before it
+                if len(request.messages) - 1 > int(argument):
+                    reason = "messages: the prompt has 5000 tokens and the context is 4096"
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+                yield text("there is room again")
+                yield finish(4)
             case "refuse":  # "refuse CODE DETAILS"
                 code, _, details = argument.partition(" ")
                 await context.abort(grpc.StatusCode[code], details)

@@ -78,10 +78,11 @@ async def chat(
     """Answers `prompt`, or holds a conversation, within a running event loop."""
     options = options or Options()
     async with AsyncClient(server) as client:
-        with doing("Looking for what is served"):
-            if not server and not await client.find_here() and await idle(Store().load()):
-                raise UnavailableError(NOTHING)
-            await client.find()
+        if not server:
+            with doing("Looking for what is served"):
+                if not await client.find_here() and await idle(Store().load()):
+                    raise UnavailableError(NOTHING)
+                await client.find()
         if prompt is not None:
             await _answer(client, prompt, system, options, trace)
             return

@@ -12,6 +12,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from unicluster.chat.context import fullness, refused_as_full, turns_to_drop
 from unicluster.chat.screen import Screen
 from unicluster.client.answers import ChatInfo, Finish, Options
 from unicluster.client.client import AsyncClient
@@ -19,6 +20,7 @@ from unicluster.errors import UniclusterError
 
 COMMANDS = {
     "/help": ("", "show this"),
+    "/drop": ("[N]", "forget the oldest turn, or the N oldest"),
     "/reset": ("", "forget the conversation; the system message stays"),
     "/system": ("TEXT", "set the system message; without TEXT, show it"),
     "/save": ("FILE", "write the conversation to a new file, as Markdown"),
@@ -41,6 +43,17 @@ class Conversation:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
+
+    def sizes(self) -> list[int]:
+        """Characters of each turn, the oldest first."""
+        lengths = [len(message["content"]) for message in self.turns]
+        return [question + answer for question, answer in zip(*[iter(lengths)] * 2, strict=True)]
+
+    def drop(self, count: int) -> int:
+        """Forgets the oldest turns; returns how many that were."""
+        dropped = min(count, len(self.turns) // 2)
+        del self.turns[: 2 * dropped]
+        return dropped
 
     def markdown(self) -> str:
         return "\n".join(
@@ -66,10 +79,14 @@ class Repl:
         self._options = options
         self._answering: asyncio.Task[None] | None = None
         self._partial = ""
+        self._context = 0  # tokens of the model's context; 0: not known
+        self._used = 0  # of them by the conversation so far
 
     async def run(self) -> None:
         """Raises UnavailableError where there is nothing to talk to."""
-        self._screen.note(greeting(await self._client.describe()))
+        info = await self._client.describe()
+        self._context = info.context
+        self._screen.note(greeting(info))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._stop_answer)
         try:
@@ -110,15 +127,48 @@ class Repl:
             if not isinstance(error, UniclusterError):
                 raise error
             self._screen.error(str(error))
+            if await self._make_room(question, str(error)):
+                await self._ask(question)
+                return
             self._screen.note("the message was not kept: press Up and Enter to send it again")
             return
         if self._partial:
             self._conversation.add(question, self._partial)
+        if full := fullness(self._used, self._context):
+            self._screen.note(f"{full}: /drop forgets the oldest turn, /reset all of them")
+
+    async def _make_room(self, question: str, refusal: str) -> bool:
+        """Offers to forget the oldest turns, if a question was refused for want of room."""
+        full = refused_as_full(refusal)
+        sizes = self._conversation.sizes()
+        if full is None or not sizes:
+            return False
+        fixed = len(question) + len(self._conversation.system or "")
+        count = turns_to_drop(sizes, fixed, *full)
+        if not count:
+            return False
+        turns = "oldest turn" if count == 1 else f"{count} oldest turns"
+        if not await self._agreed(f"forget the {turns} of {len(sizes)} and ask again? [Y/n] "):
+            return False
+        self._conversation.drop(count)
+        return True
+
+    async def _agreed(self, question: str) -> bool:
+        """What the person says; Ctrl-C and Ctrl-D are a no."""
+        session: PromptSession[str] = PromptSession(
+            history=InMemoryHistory(), input=self._session.input, output=self._session.output
+        )
+        try:
+            answer = await session.prompt_async(question, handle_sigint=False)
+        except (KeyboardInterrupt, EOFError):
+            return False
+        return answer.strip().lower() in ("", "y", "yes")
 
     async def _stream(self, question: str) -> None:
         messages = [*self._conversation.messages(), {"role": "user", "content": question}]
         async for event in self._client.stream(messages, **self._options):
             if isinstance(event, Finish):
+                self._used = event.usage.prompt_tokens + event.usage.completion_tokens
                 self._screen.note(summary(event))
                 return
             if event.reasoning or event.tool_call:
@@ -136,8 +186,11 @@ class Repl:
                     self._screen.note(f"{command + ' ' + argument:13} {what}")
                 self._screen.note("Ctrl-C stops an answer, Alt-Enter begins a new line,")
                 self._screen.note("and a space first sends a message that begins with /.")
+            case "/drop":
+                self._drop(rest.strip())
             case "/reset":
                 self._conversation.turns.clear()
+                self._used = 0
                 self._screen.note("the conversation is forgotten")
             case "/system" if rest:
                 self._conversation.system = rest
@@ -149,6 +202,14 @@ class Repl:
             case _:
                 self._screen.error(f"there is no command {name}: /help lists them")
         return True
+
+    def _drop(self, number: str) -> None:
+        if number and not (number.isdecimal() and int(number)):
+            self._screen.error(f"/drop {number}: how many turns, 1 or more")
+            return
+        dropped = self._conversation.drop(int(number or 1))
+        left = len(self._conversation.turns) // 2
+        self._screen.note(f"{counted(dropped, 'turn')} forgotten, {left} left")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -164,6 +225,10 @@ class Repl:
             self._screen.error(f"{path} can't be written: {error.strerror}")
         else:
             self._screen.note(f"saved to {path}")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def greeting(info: ChatInfo) -> str:
