@@ -34,7 +34,8 @@ def turns_to_drop(sizes: Sequence[int], fixed: int, prompt: int, context: int) -
     """How many of the oldest turns to forget, so that about half of the context is free.
 
     sizes: characters of each turn, the oldest first. fixed: those of what stays in any case.
-    prompt, context: sizes in one unit, as of `refused_as_full`. The last turn is forgotten too if need be.
+    prompt, context: sizes in one unit, as of `refused_as_full`. The last turn
+    is forgotten too if need be.
     """
     total = sum(sizes) + fixed
     wanted = context * FREED
