@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import psutil
 
 from node.agent.admission import Inspections, check_inspect, check_stage, check_try_hub
 from node.agent.devices import Device
 from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
+from node.agent.quiet import QuietMeasuring
 from node.weights import hub
 from node.weights.fetch import describe
 from node.weights.sources import Sources
@@ -84,12 +86,12 @@ class Agent(NodeServicer):
         stage_port: int,
         memory_cap: int | None,
     ) -> None:
-        self.hardware = hardware
         self.peers = peers
         self._identity = identity
         self._host = host
         self._stage_port = stage_port
         self._ledger = Ledger(hardware, memory_cap)
+        self._quiet = QuietMeasuring()
         self._stages: dict[int, StageSpec] = {}
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._inspections = Inspections()
@@ -111,6 +113,18 @@ class Agent(NodeServicer):
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), max(0.0, timeout))
+
+    @property
+    def hardware(self) -> Hardware:
+        """This machine, as it was last measured."""
+        return self._ledger.hardware
+
+    def measure_if_quiet(self) -> None:
+        """Measures the bandwidth again, once in a while when nobody uses the machine. Blocks."""
+        busy = psutil.cpu_percent()  # since this was called before
+        stages = bool(self._stages)
+        if self._quiet.due(self.hardware, time.monotonic(), busy, stages=stages):
+            self._ledger.hardware = self._quiet.measured(self.hardware)
 
     def usable_memory(self) -> int:
         """Bytes that a new stage may take now, of the engine that reaches most.

@@ -204,6 +204,8 @@ async def _keep_current(
                 log.warning("%s", wrong)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), ADVERTISE_SECONDS)
+        with going_on("measuring this machine"):
+            await asyncio.to_thread(agent.measure_if_quiet)
         with going_on("advertising this machine"):
             usable = await asyncio.to_thread(agent.usable_memory)
             if abs(usable - advertised) > NOTICEABLE * max(advertised, 1):

@@ -27,7 +27,7 @@ class Ledger:
     """Counts by device. cap: bytes that all stages together may take; None: no cap."""
 
     def __init__(self, hardware: Hardware, cap: int | None) -> None:
-        self._hardware = hardware
+        self.hardware = hardware
         self._cap = cap
         self._alone: dict[str, int] = {}
         for device in hardware.devices:
@@ -39,9 +39,9 @@ class Ledger:
         Raises InputError for an engine or a device that is not offered, or a split that is none.
         """
         engine = spec.engine or _DEFAULT
-        devices = {device.name: device for device in self._hardware.of(engine)}
+        devices = {device.name: device for device in self.hardware.of(engine)}
         if not devices:
-            offered = ", ".join(self._hardware.engines) or "none"
+            offered = ", ".join(self.hardware.engines) or "none"
             raise InputError(f"no engine {shown(engine)} is offered here: there is {offered}")
         if len(spec.devices) < 2:
             name = spec.devices[0].name if spec.devices else next(iter(devices))
@@ -58,10 +58,10 @@ class Ledger:
         Devices of one engine can be taken all at once, those of two engines instead of each other.
         """
         parts = self._held(stages)
-        reading = self._hardware.read(_by_unit(parts))
+        reading = self.hardware.read(_by_unit(parts))
         offers: list[tuple[Device, int]] = []
-        for engine in self._hardware.engines:
-            devices, left = self._hardware.of(engine), self._left(parts)
+        for engine in self.hardware.engines:
+            devices, left = self.hardware.of(engine), self._left(parts)
             for device, free in zip(devices, reading.usable(devices), strict=True):
                 usable = free if left is None else min(free, left)
                 left = None if left is None else left - usable
@@ -101,7 +101,7 @@ class Ledger:
         if device.in_host:
             taken = sum(max(0, size - self._alone[unit]) for unit, size in by_unit.items())
             alone = max(0, self._alone[device.unit] - by_unit[device.unit])
-            room = min(room, self._hardware.memories.host.total - taken + alone)
+            room = min(room, self.hardware.memories.host.total - taken + alone)
         left = self._left(held)
         return max(0, room if left is None else min(room, left))
 

@@ -67,6 +67,21 @@ class Hardware:
         """The devices of one engine, the fastest first."""
         return [device for device in self.devices if device.engine == engine]
 
+    def with_measured(self, bandwidth: float) -> "Hardware":
+        """The machine with another bandwidth of the devices that have a measured one."""
+
+        def changed(devices: Sequence[Device]) -> tuple[Device, ...]:
+            rates = [bandwidth if d.bandwidth_measured else d.bandwidth for d in devices]
+            both = zip(devices, rates, strict=True)
+            return tuple(_in_order([replace(d, bandwidth=rate) for d, rate in both]))
+
+        return replace(
+            self,
+            bandwidth=bandwidth if self.bandwidth_measured else self.bandwidth,
+            found=changed(self.found),
+            devices=changed(self.devices),
+        )
+
     def read(self, reserved: Mapping[str, int] | None = None) -> Reading:
         """What is free now; cheap: every few seconds. reserved: see Memories.read."""
         return self.memories.read(self.devices, reserved or {})
