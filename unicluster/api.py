@@ -104,5 +104,8 @@ def _on_nodes(model: str, quant: str, nodes: Sequence[str]) -> tuple[Any, Any]:
             available,
         )
     )
-    stops = [RouteStop(node=m.name, address=m.address) for m in machines]
+    stops = [
+        RouteStop(node=m.name, address=m.address, addresses=m.addresses, machine=m.id)
+        for m in machines
+    ]
     return load_on_nodes(checkpoint, quant, cuts, stops, identity, from_hub)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 
 from rich.console import Group, RenderableType
@@ -16,12 +16,15 @@ from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Metrics
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.idle import idle
-from unicluster.cluster.records import Kind
+from unicluster.cluster.records import Kind, ServiceRecord
 from unicluster.command_line import Command, Option, server_option
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.terminal.console import Console
 from unicluster.terminal.waiting import doing
 from unicluster.trust.cluster import ClientAccess
+from unicluster.trust.identity import default_name
+from unicluster.trust.keyring import Keyring
 from unicluster.trust.store import Store
 
 # Rates are of the time between two readings.
@@ -61,12 +64,30 @@ async def _status(server: str, watch: bool, as_json: bool) -> int:
             readings = await servers.read()
 
 
-async def _search(
-    access: ClientAccess, server: str, stack: contextlib.AsyncExitStack
-) -> Callable[[], Sequence[str]]:
+Addresses = Callable[[], Awaitable[Sequence[str]]]
+
+
+async def _search(access: ClientAccess, server: str, stack: contextlib.AsyncExitStack) -> Addresses:
     """Returns a function for the addresses of all servers, valid until the stack is closed."""
+
+    async def named() -> Sequence[str]:
+        return [server]
+
+    async def found() -> Sequence[str]:
+        others = [m for m in browser.found.values() if local not in m.addresses]
+        addresses = await asyncio.gather(*(reached(each) for each in others))
+        return sorted([*([local] if local else []), *addresses])
+
+    async def reached(record: ServiceRecord) -> str:
+        """Where a server answers; the address that it has first where none does."""
+        with contextlib.suppress(UniclusterError):
+            who = f"the server {record.name}"
+            return (await dialer.reach(record.addresses, who)).address
+        return record.address
+
     if server:
-        return lambda: [server]
+        return named
+    dialer = Dialer(Keyring.of_client(access, default_name()))
     browser = await stack.enter_async_context(Browser(Kind.CHAT, access.fingerprint))
     async with AsyncClient(cluster=access) as client:
         local = await client.find_here()
@@ -74,18 +95,13 @@ async def _search(
         raise UnavailableError(NOTHING)
     if not local and not await browser.wait_for(bool, SEARCH_SECONDS):
         raise UnavailableError(NOTHING)
-
-    def addresses() -> Sequence[str]:
-        others = [m.address for m in browser.found.values() if local not in m.addresses]
-        return sorted([*([local] if local else []), *others])
-
-    return addresses
+    return found
 
 
 class _Servers:
     """Clients of all servers, with the last reading of each."""
 
-    def __init__(self, access: ClientAccess, addresses: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, access: ClientAccess, addresses: Addresses) -> None:
         self._access = access
         self._addresses = addresses
         self._clients: dict[str, AsyncClient] = {}
@@ -93,7 +109,7 @@ class _Servers:
 
     async def read(self) -> Readings:
         """Asks all at once."""
-        addresses = self._addresses()
+        addresses = await self._addresses()
         answers = await asyncio.gather(*(self._ask(address) for address in addresses))
         return dict(zip(addresses, answers, strict=True))
 

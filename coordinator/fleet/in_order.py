@@ -60,7 +60,7 @@ async def _find(cluster: Cluster, identity: Credentials, nodes: Sequence[str]) -
         machines = await members.machines()
     chosen = []
     for node in nodes:
-        matching = [m for m in machines if node in (m.name, m.address)]
+        matching = [m for m in machines if node in (m.name, m.address, *m.addresses)]
         if not matching:
             raise InputError(f"nodes: no machine {node} of this cluster answers")
         chosen.append(matching[0])

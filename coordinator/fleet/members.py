@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -16,9 +17,10 @@ from unicluster.cluster import here
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
-from unicluster.cluster.records import Kind
+from unicluster.cluster.records import Kind, is_address, valid_addresses
 from unicluster.cluster.versions import mismatch
-from unicluster.errors import InputError, UnavailableError, UniclusterError
+from unicluster.dialing.dialer import Dialer, Reached, history
+from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError, shown
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.identity import Credentials
 from unicluster.trust.keyring import Membership
@@ -37,8 +39,24 @@ NOBODY = (
     "no machine of this cluster answers: run `unicluster join` on each, or name one with "
     "--peer HOST:PORT if multicast does not reach it"
 )
+# That one machine may name.
+MOST_PEERS = 1024
+# How long a look at the addresses that are not used now may delay an answer.
+LOOK_SECONDS = 0.2
 # Inspecting builds a model's whole tree, and may have to fetch its configuration first.
 INSPECT_SECONDS = 600.0
+
+
+@dataclass(frozen=True, order=True)
+class _Hint:
+    """Where somebody may be. An empty name: whoever it is."""
+
+    name: str
+    addresses: tuple[str, ...]
+
+
+# A machine's own description, and what TLS proved of it.
+_Member = tuple[NodeInfo, Reached]
 
 
 class Members:
@@ -57,9 +75,14 @@ class Members:
         self._identity = identity
         self._peers = tuple(peers)
         self._browser = Browser(Kind.NODE, fingerprints, host=host)
+        self._dialer = Dialer(identity)
         self._remembered: dict[str, str] = {}
         self._here: set[str] = set()  # addresses of agents of this machine that answered
-        self._mismatched: dict[str, str] = {}  # why a machine is left out, by address
+        self._mismatched: dict[str, str] = {}  # why a machine is left out, by name
+        self._looking: set[asyncio.Task[None]] = set()
+        self._bound: dict[str, str] = {}  # ids of the machines asked so far, by name
+        self._called: dict[str, set[str]] = {}  # addresses that --peer names a machine by
+        self._twins: set[str] = set()  # names of several machines, which were reported
 
     async def __aenter__(self) -> "Members":
         await self._browser.__aenter__()
@@ -71,6 +94,9 @@ class Members:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
         await self._browser.__aexit__(kind, error, trace)
 
     @property
@@ -111,38 +137,78 @@ class Members:
             await self._grew()
 
     async def nodes(self) -> list[tuple[NodeInfo, str]]:
-        """Descriptions of all machines that answer, with their addresses.
+        """Descriptions of all machines that answer, with the addresses they were reached at.
 
         Machines that only other machines know of are asked too.
         """
-        names = {m.address: name for name, m in self._browser.found.items()}
-        waiting = {*names, *self._peers, *self._here}
-        asked: set[str] = set()
-        answered: dict[str, tuple[NodeInfo, str]] = {}
+        return [(info, reached.address) for info, reached in await self._answering()]
+
+    async def machines(self) -> list[Machine]:
+        """All machines that answer, for the planner. Raises UnavailableError when there is none."""
+        answering = await self._answering()
+        if not answering:
+            raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
+        return [
+            Machine.from_proto(
+                info,
+                reached.address,
+                self._addresses_of(info),
+                reached.machine if reached.is_pinned else "",
+            )
+            for info, reached in answering
+        ]
+
+    def _addresses_of(self, info: NodeInfo) -> list[str]:
+        """All addresses at which a machine may be."""
+        record = self._browser.found.get(info.name)
+        heard = [*info.addresses, *(record.addresses if record is not None else ())]
+        return [*valid_addresses(heard), *self._called.get(info.name, ())]
+
+    async def _answering(self) -> list[_Member]:
+        waiting = {_Hint(m.name, m.addresses) for m in self._browser.found.values()}
+        waiting |= {_Hint("", (peer,)) for peer in (*self._peers, *self._here)}
+        asked: set[str] = set()  # addresses
+        answered: dict[str, _Member] = {}
         while waiting:
             # What others have heard of may be gone for a while before they forget it.
             level = logging.INFO if asked else logging.WARNING
-            asked |= waiting
-            calls = [self._describe(names.get(a, a), a, level) for a in sorted(waiting)]
+            asked |= {address for hint in waiting for address in hint.addresses}
+            calls = [self._describe(hint, level) for hint in sorted(waiting)]
             answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
-            for info, address in answers:
+            for info, reached in answers:
                 # Others know an address of this machine that can be reached from there.
                 before = answered.get(info.name)
-                if before is None or (before[1] in self._here and address not in self._here):
-                    answered[info.name] = info, address
-            waiting = {peer for info, _ in answers for peer in info.peers} - asked
-        known = {name: address for name, (_, address) in answered.items()}
+                if before is None or self._is_here(before):
+                    answered[info.name] = info, reached
+            heard = {hint for info, _ in answers for hint in _heard_of(info)}
+            unknown = {
+                h for h in heard if h.name not in answered or self._is_here(answered[h.name])
+            }
+            waiting = {h for h in unknown if not asked >= {*h.addresses}}
+        await self._report_twins()
+        known = {name: reached.address for name, (_, reached) in answered.items()}
         if known and known != self._remembered:
             self._remembered = known
             remember(known)
         return list(answered.values())
 
-    async def machines(self) -> list[Machine]:
-        """All machines that answer, for the planner. Raises UnavailableError when there is none."""
-        nodes = await self.nodes()
-        if not nodes:
-            raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
-        return [Machine.from_proto(info, address) for info, address in nodes]
+    async def _report_twins(self) -> None:
+        """Warns once of machines that share a name, of which one is asked and the others not."""
+        candidates = [a for m in self._browser.found.values() for a in m.addresses]
+        looking = asyncio.create_task(self._dialer.look(candidates))
+        self._looking.add(looking)
+        looking.add_done_callback(self._looking.discard)
+        await asyncio.wait([looking], timeout=LOOK_SECONDS)
+        for name, record in self._browser.found.items():
+            addresses = history.who(name, record.addresses)
+            if len(addresses) > 1 and name not in self._twins:
+                self._twins.add(name)
+                log.warning(
+                    "%d machines are named %s, at %s: join all but one again with another --name",
+                    len(addresses),
+                    name,
+                    " and ".join(sorted(addresses.values())),
+                )
 
     async def inspect(
         self, request: InspectRequest, names: Sequence[str] | None = None
@@ -156,7 +222,7 @@ class Members:
         problem: UniclusterError | None = None
         asked = [m for m in await self.machines() if names is None or m.name in names]
         for machine in sorted(asked, key=_preference):
-            async with connect(machine.address, self._identity) as channel:
+            async with connect(machine.address, self._identity, machine=machine.id) as channel:
                 try:
                     return await NodeStub(channel).Inspect(request, timeout=INSPECT_SECONDS)
                 except grpc.aio.AioRpcError as error:
@@ -171,7 +237,8 @@ class Members:
     async def ask_here(self) -> bool:
         """Whether an agent of this machine answered that has had time to find the others."""
         services = here.services(Kind.NODE)
-        calls = [self._describe("here", s.address, logging.INFO, HERE_SECONDS) for s in services]
+        hints = [_Hint("", (service.address,)) for service in services]
+        calls = [self._describe(hint, logging.INFO, HERE_SECONDS) for hint in hints]
         answers = await asyncio.gather(*calls)
         there = [s for s, answer in zip(services, answers, strict=True) if answer is not None]
         self._here = {service.address for service in there}
@@ -182,24 +249,64 @@ class Members:
         count = len(self._browser.found)
         return await self._browser.wait_for(lambda machines: len(machines) > count, QUIET_SECONDS)
 
+    def _is_here(self, member: _Member) -> bool:
+        return member[1].address in self._here
+
+    async def _reach(self, hint: _Hint) -> Reached:
+        """The machine that had the name before, as long as it answers; else another one of it."""
+        name, who = hint.name, f"machine {hint.name or hint.addresses[0]}"
+        bound = self._bound.get(name, "") if name else ""
+        try:
+            reached = await self._dialer.reach(hint.addresses, who, name=name, machine=bound)
+        except UnavailableError:
+            if not bound or not history.who(name, hint.addresses).keys() - {bound}:
+                raise
+            reached = await self._dialer.reach(hint.addresses, who, name=name)
+            log.warning("machine %s is another one now, at %s", name, reached.address)
+        self._bound[reached.name] = reached.machine
+        if not hint.name:
+            self._called.setdefault(reached.name, set()).update(hint.addresses)
+        return reached
+
     async def _describe(
-        self, name: str, address: str, level: int, timeout: float = ANSWER_SECONDS
-    ) -> tuple[NodeInfo, str] | None:
+        self, hint: _Hint, level: int, timeout: float = ANSWER_SECONDS
+    ) -> _Member | None:
         """None for a machine that does not answer, which is logged at `level`."""
-        async with connect(address, self._identity) as channel:
+        try:
+            reached = await self._reach(hint)
+        except (UnavailableError, TrustError) as error:
+            log.log(level, "%s", error)
+            return None
+        async with self._dialer.connect(reached) as channel:
             try:
                 info = await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=timeout)
             except grpc.aio.AioRpcError as error:
-                log.log(level, "%s", as_error(error, f"machine {name} ({address})"))
+                who = f"machine {reached.name} ({reached.address})"
+                log.log(level, "%s", as_error(error, who))
                 return None
+        if info.name != reached.name:
+            log.warning(
+                "machine %s (%s) calls itself %s: it is left out",
+                *(reached.name, reached.address, shown(info.name)),
+            )
+            return None
         wrong = mismatch(f"machine {info.name}", info.version, info.protocol, info.oldest_protocol)
         if wrong:
-            if self._mismatched.get(address) != wrong:
+            if self._mismatched.get(info.name) != wrong:
                 log.warning("%s", wrong)
-            self._mismatched[address] = wrong
+            self._mismatched[info.name] = wrong
             return None
-        self._mismatched.pop(address, None)
-        return info, address
+        self._mismatched.pop(info.name, None)
+        return info, reached
+
+
+def _heard_of(info: NodeInfo) -> set[_Hint]:
+    """The machines that another one has heard of."""
+    known = {(each.name, tuple(valid_addresses(each.addresses))) for each in info.known}
+    hints = {_Hint(name, addresses) for name, addresses in known if addresses}
+    grouped = {address for hint in hints for address in hint.addresses}
+    others = [a for a in info.peers[:MOST_PEERS] if a not in grouped and is_address(a)]
+    return hints | {_Hint("", (address,)) for address in others}
 
 
 def _preference(machine: Machine) -> tuple[bool, ...]:

@@ -63,7 +63,8 @@ class Machine:
     """A machine as planning sees it; `usable` in bytes: the most that one of its engines reaches.
 
     engines: those it can compute stages with, by name, in the order of ENGINES.
-    link: its fastest network port, as in `links.LINKS`.
+    link: its fastest network port, as in `links.LINKS`. address: where its agent is reached now;
+    addresses: where it may be, that one first. id: what TLS proves of it; see `Reached`.
     """
 
     name: str
@@ -72,6 +73,8 @@ class Machine:
     engines: Mapping[str, EngineSpeeds] = field(hash=False)
     chip: str = ""
     link: str = ""
+    addresses: tuple[str, ...] = ()
+    id: str = ""
 
     @classmethod
     def uniform(cls, name: str, usable: int, bandwidth: float) -> Machine:
@@ -79,12 +82,16 @@ class Machine:
         return cls(name, "", usable, dict.fromkeys(ENGINES, EngineSpeeds(bandwidth)))
 
     @classmethod
-    def from_proto(cls, info: NodeInfo, address: str) -> Machine:
+    def from_proto(
+        cls, info: NodeInfo, address: str, addresses: Iterable[str] = (), machine: str = ""
+    ) -> Machine:
         engines = _engines_of(info)
         reached = [s.usable for s in engines.values() if s.usable is not None]
         return cls(
             name=info.name,
             address=address,
+            addresses=tuple(dict.fromkeys([address, *addresses])),
+            id=machine,
             usable=max(reached, default=info.usable_memory),
             engines=engines,
             chip=info.chip,

@@ -12,13 +12,15 @@ import grpc
 
 from coordinator.fleet.head_watch import HeadWatch
 from coordinator.models.catalog import Source
+from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.serving.events import Events, Ready, Recovered, Recovering, moves
 from coordinator.serving.lease import Lease
 from coordinator.serving.timing import Timing
-from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.channels import as_error, without_scope
 from unicluster.deadlines import floor_seconds, open_seconds
-from unicluster.errors import StageError, UnavailableError
+from unicluster.dialing.dialer import Dialer
+from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.stall import within
 from unicluster.trust.identity import Credentials
@@ -60,6 +62,16 @@ class Files:
 
 class _RingClosed(Exception):  # noqa: N818 - no error yet: it is opened again
     """The ring ended while all its stages stand."""
+
+
+def _for_others(stop: RouteStop) -> RouteStop:
+    """A stop as other machines may reach it, whose links have other names than here."""
+    return RouteStop(
+        node=stop.node,
+        address=stop.address,
+        addresses=dict.fromkeys(without_scope(address) for address in stop.addresses),
+        machine=stop.machine,
+    )
 
 
 def _specs(layout: Layout, plan: Plan, files: Files, generation: StageSpec) -> list[StageSpec]:
@@ -134,7 +146,7 @@ class Deployment:
         self.detail = f"loading {display}"
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
-        self._identity = identity
+        self._dialer = Dialer(identity)
         self._display = display
         self._events = events
         self._served = served
@@ -200,8 +212,8 @@ class Deployment:
 
     async def _supervise(self) -> None:
         for stage, spec in zip(self.plan.stages, self._specs, strict=True):
-            channel = await self._connect(stage.machine.address)
-            lease = Lease(stage, spec, channel)
+            channel, agent = await self._connect(stage.machine)
+            lease = Lease(stage, spec, channel, agent)
             self._leases.append(lease)
             hold = lease.hold(self._events, self._stir)
             self._tasks.append(asyncio.create_task(hold))
@@ -214,9 +226,9 @@ class Deployment:
             last=LAST_RETRY_SECONDS,
         ):
             with attempt:
-                addresses = await self._all_ready()
+                workers = await self._all_ready()
                 began = began or clock()
-                ring = asyncio.create_task(self._hold_ring(addresses))
+                ring = asyncio.create_task(self._hold_ring(workers))
                 try:
                     await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
                     self._raise_if_lost()
@@ -243,13 +255,13 @@ class Deployment:
             elif error is not None:
                 raise error
 
-    async def _all_ready(self) -> list[str]:
+    async def _all_ready(self) -> list[RouteStop]:
         while True:
             self._changed.clear()
             self._raise_if_lost()
-            addresses = [lease.address for lease in self._leases if lease.address is not None]
-            if len(addresses) == len(self._leases):
-                return addresses
+            workers = [lease.worker for lease in self._leases if lease.worker is not None]
+            if len(workers) == len(self._leases):
+                return workers
             await self._changed.wait()
 
     def _raise_if_lost(self) -> None:
@@ -258,20 +270,26 @@ class Deployment:
                 self._lose(str(lease.lost))
                 raise lease.lost
 
-    async def _hold_ring(self, addresses: list[str]) -> bool:
+    async def _hold_ring(self, workers: list[RouteStop]) -> bool:
         """Returns when the ring breaks: whether it was ever open. `detail` says why."""
-        route = [
-            RouteStop(node=lease.name, address=address)
-            for lease, address in zip(self._leases[1:], addresses[1:], strict=True)
-        ]
+        head, *others = workers
+        route = [_for_others(stop) for stop in others]
         was_open = False
-        async with connect(addresses[0], self._identity) as channel:
+        try:
+            connected, at = await self._dialer.connect_stop(head)
+        except UniclusterError as error:
+            self._lose(str(error))
+            log.warning("%s", error)
+            return False
+        async with connected as channel:
             ring = HeadStub(channel).HoldRing(HoldRingRequest(route=route))
             chat = ChatStub(channel)
             stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
             try:
                 opened = await self._opened(ring)
                 while isinstance(opened, Opened):
+                    if opened.stages:
+                        opened.stages[0].address = at.address
                     self._open(opened, chat)
                     was_open = True
                     opened = await _unless_stuck(stuck, ring)
@@ -316,8 +334,16 @@ class Deployment:
             self._events.publish(Ready(self._display))
         self._served = self.plan.stages
 
-    async def _connect(self, address: str) -> grpc.aio.Channel:
-        return await self._channels.enter_async_context(connect(address, self._identity))
+    async def _connect(self, machine: Machine) -> tuple[grpc.aio.Channel, str]:
+        """A channel to a machine's agent, and the address that it is at."""
+        reached = await self._dialer.reach(
+            machine.addresses or [machine.address],
+            f"machine {machine.name}",
+            name=machine.name,
+            machine=machine.id,
+        )
+        channel = self._dialer.connect(reached)
+        return await self._channels.enter_async_context(channel), reached.address
 
 
 async def _read(ring: "RingCall") -> object:

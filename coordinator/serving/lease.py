@@ -8,7 +8,7 @@ import grpc
 
 from coordinator.planning.placement import Stage
 from coordinator.serving.events import Events, Progress, StageFailed, StageReady
-from unicluster.cluster.channels import as_error
+from unicluster.cluster.channels import as_error, join_address, split_address
 from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds, next_bytes
 from unicluster.errors import (
     StageError,
@@ -26,6 +26,7 @@ from unicluster.v1.node_pb2 import (
     StageSpec,
 )
 from unicluster.v1.node_pb2_grpc import NodeStub
+from unicluster.v1.stage_pb2 import RouteStop
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +42,19 @@ REASON_CHARS = 500
 class Lease:
     """One stage on one machine.
 
-    address: of its worker, None unless that is ready. lost: the error that ended the lease.
+    worker: where its worker is, None unless that is ready. lost: the error that ended the lease.
     """
 
-    def __init__(self, stage: Stage, spec: StageSpec, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, stage: Stage, spec: StageSpec, channel: grpc.aio.Channel, agent: str
+    ) -> None:
+        """agent: the address at which the machine's agent was reached."""
         self.stage = stage
-        self.address: str | None = None
+        self.worker: RouteStop | None = None
         self.lost: UniclusterError | None = None
         self.draining = False
         self._spec = spec
+        self._agent = agent
         self._node = NodeStub(channel)
         self._progress = LoadProgress()
         self._deadlines = WorkDeadlines()
@@ -72,12 +77,12 @@ class Lease:
                 changed()
             self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
         except grpc.aio.AioRpcError as error:
-            self.lost = as_error(error, f"machine {self.name} ({self.stage.machine.address})")
+            self.lost = as_error(error, f"machine {self.name} ({self._agent})")
         except StageError as error:
             self.lost = error
         finally:
             call.cancel()
-        self.address = None
+        self.worker = None
         events.publish(StageFailed(self.name, str(self.lost)))
         changed()
 
@@ -103,7 +108,7 @@ class Lease:
 
     async def _next(self, call: grpc.aio.UnaryStreamCall[StageSpec, StageEvent]) -> object:
         """The stage's next event; while it loads, StageError when none comes for too long."""
-        if self.address is not None or self.lost is not None:
+        if self.worker is not None or self.lost is not None:
             return await call.read()
         work = Work(LOAD, next_bytes(self._progress, self._spec.memory))
         seconds = self._deadlines.limit(work) + PATIENCE_FLOORS * floor_seconds()
@@ -120,16 +125,27 @@ class Lease:
             self._progress = event.progress
             events.publish(Progress(self.name, event.progress))
         elif event.HasField("ready"):
-            host = self.stage.machine.address.rpartition(":")[0]
-            self.address = f"{host}:{event.ready.port}"
+            self.worker = self._worker_at(event.ready.port)
             events.publish(StageReady(self.name))
         elif event.HasField("draining"):
             self.draining = True
         else:
             self._ended(event.exit)
 
+    def _worker_at(self, port: int) -> RouteStop:
+        """The worker, wherever its machine may be: other machines may reach it elsewhere."""
+        known = [self._agent, *self.stage.machine.addresses]
+        hosts = dict.fromkeys(split_address(address)[0] for address in known)
+        addresses = [join_address(host, port) for host in hosts]
+        return RouteStop(
+            node=self.name,
+            address=addresses[0],
+            addresses=addresses,
+            machine=self.stage.machine.id,
+        )
+
     def _ended(self, ended: StageExit) -> None:
-        self.address, self._progress = None, LoadProgress()
+        self.worker, self._progress = None, LoadProgress()
         reason = shortened(printable(ended.reason), REASON_CHARS)
         log.warning("machine %s: worker ended: %s", self.name, reason)
         for line in ended.stderr_tail:

@@ -29,8 +29,20 @@ from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import host_of, join_address, peer_name
+from unicluster.cluster.discovery import one_address
+from unicluster.cluster.interfaces import own_addresses
+from unicluster.cluster.records import MOST_ADDRESSES
+from unicluster.cluster.roles import caller_of
 from unicluster.cluster.versions import mismatch
-from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError, shortened
+from unicluster.dialing.greetings import parse_greeting
+from unicluster.errors import (
+    InputError,
+    TrustError,
+    UnavailableError,
+    UniclusterError,
+    shortened,
+    shown,
+)
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.keyring import Keyring
 from unicluster.trust.role import audit
@@ -83,12 +95,14 @@ class Agent(NodeServicer):
         peers: Peers,
         *,
         host: str,
+        port: int,
         stage_port: int,
         memory_cap: int | None,
     ) -> None:
         self.peers = peers
         self._identity = identity
         self._host = host
+        self._port = port
         self._stage_port = stage_port
         self._ledger = Ledger(hardware, memory_cap)
         self._quiet = QuietMeasuring()
@@ -97,6 +111,12 @@ class Agent(NodeServicer):
         self._inspections = Inspections()
         self._drain = asyncio.Event()
         self._changed = asyncio.Event()
+
+    def addresses(self) -> list[str]:
+        """Where other machines may reach this agent now, the best first."""
+        only = one_address(self._host)
+        hosts = [only] if only else own_addresses()
+        return [join_address(host.partition("%")[0], self._port) for host in hosts][:MOST_ADDRESSES]
 
     @property
     def stages(self) -> list[StageSpec]:
@@ -146,6 +166,7 @@ class Agent(NodeServicer):
             await self._until_ended(request.unless_deployment)
         hardware = self.hardware
         offers = await asyncio.to_thread(self.offers)
+        known = self.peers.known()
         return NodeInfo(
             name=self._identity.name,
             chip=hardware.chip,
@@ -159,7 +180,9 @@ class Agent(NodeServicer):
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
             stages=self._stages.values(),
-            peers=self.peers.known(),
+            peers=[each.addresses[0] for each in known],
+            known=known,
+            addresses=self.addresses(),
             draining=self._drain.is_set(),
             oldest_protocol=OLDEST_PROTOCOL,
             clock=time.time(),
@@ -200,24 +223,25 @@ class Agent(NodeServicer):
         return Rotated(clusters=trusted)
 
     async def Greet(self, request: Greeting, context: Context) -> Greeting:  # noqa: N802
-        caller = context.auth_context()
-        names = [name.decode() for name in caller.get("x509_common_name", [])]
-        # An agent may greet itself: a fleet is often given one list of peers.
+        name, machine = caller_of(context)
         mine = self._identity.current
-        itself = any(mine.has_key_of(pem) for pem in caller.get("x509_pem_cert", []))
-        if self._identity.name in names and not itself:
-            audit.warning("refused %s: this machine has that name", peer_name(context))
-            error = InputError(
-                f"a machine named {self._identity.name} is already in this cluster: "
-                "choose another --name"
-            )
+        try:
+            said = parse_greeting(request, name, host_of(context))
+            # An agent may greet itself: a fleet is often given one list of peers.
+            if name == mine.name and machine != mine.machine:
+                raise InputError(
+                    f"a machine named {name} is already in this cluster at "
+                    f"{self.addresses()[0]}, and another one calls from {said.addresses[0]}: "
+                    "choose another --name"
+                )
+            self.peers.note(name, machine, said.addresses)
+        except UniclusterError as error:
+            audit.warning("refused %s: %s", shown(peer_name(context)), error)
             await abort(context, error)
-        who = f"machine {names[0] if names else 'unknown'}"
-        if request.protocol and (
-            wrong := mismatch(who, request.version, request.protocol, request.oldest_protocol)
+        if said.protocol and (
+            wrong := mismatch(f"machine {name}", said.version, said.protocol, said.oldest)
         ):
             log.warning("%s", wrong)
-        self.peers.note(request.host or host_of(context), request.port)
         return Greeting(version=__version__, protocol=PROTOCOL, oldest_protocol=OLDEST_PROTOCOL)
 
     async def Inspect(self, request: InspectRequest, context: Context) -> ModelLayout:  # noqa: N802

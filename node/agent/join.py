@@ -30,12 +30,15 @@ from unicluster.cluster.records import Kind
 from unicluster.cluster.systemd import notify
 from unicluster.cluster.versions import mismatch
 from unicluster.command_line import Command, Option
+from unicluster.dialing.dialer import Dialer
+from unicluster.dialing.greetings import greeting_of
 from unicluster.errors import InputError
 from unicluster.telemetry.broker_url import BrokerUrl, chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.identity import check_name, default_name
 from unicluster.trust.keyring import Keyring, Membership
+from unicluster.trust.machine_key import MachineKey, held_machine_key
 from unicluster.trust.role import audit
 from unicluster.trust.store import Store
 from unicluster.units import format_bytes, format_rate, parse_bytes
@@ -102,8 +105,20 @@ async def _join(
     created: bool,
     broker: BrokerUrl | None,
 ) -> int:
+    with held_machine_key(args.name) as machine_key:
+        return await _run_agent(args, cap, cluster, created, broker, machine_key)
+
+
+async def _run_agent(
+    args: JoinOptions,
+    cap: int | None,
+    cluster: Cluster,
+    created: bool,
+    broker: BrokerUrl | None,
+    machine_key: MachineKey,
+) -> int:
     membership = Membership(cluster, Store())
-    identity = Keyring.of_member(membership, args.name)
+    identity = Keyring.of_member(membership, args.name, machine_key.key)
     hardware = _offering(await asyncio.to_thread(probe, cap), args.engine, args.device)
     raise_file_limit()
     server = make_server()
@@ -115,6 +130,7 @@ async def _join(
         hardware,
         peers,
         host=args.host,
+        port=port,
         stage_port=port + 1 if args.port else 0,
         memory_cap=cap,
     )
@@ -124,13 +140,16 @@ async def _join(
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    greeting = Greeting(
-        port=port,
-        host=one_address(args.host),
-        version=__version__,
-        protocol=PROTOCOL,
-        oldest_protocol=OLDEST_PROTOCOL,
-    )
+    machine_key.serving_at(agent.addresses()[0])
+
+    dialer = Dialer(identity)
+
+    def greeting() -> Greeting:
+        return greeting_of(
+            *(port, one_address(args.host), agent.addresses()),
+            *(__version__, PROTOCOL, OLDEST_PROTOCOL),
+        )
+
     try:
         usable = await asyncio.to_thread(agent.usable_memory)
         advertised = Advertisements(
@@ -141,6 +160,7 @@ async def _join(
                 port,
                 fingerprint,
                 host=args.host,
+                who_has=dialer.another_of,
                 memory=str(hardware.total_memory),
                 usable=str(usable),
                 chip=hardware.chip,

@@ -7,16 +7,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 
 from unicluster.cluster.background import going_on
-from unicluster.cluster.channels import as_error, connect, join_address
+from unicluster.cluster.channels import as_error, connect, without_scope
 from unicluster.cluster.discovery import Browser
-from unicluster.errors import InputError, UniclusterError
+from unicluster.dialing.dialer import history
+from unicluster.errors import BusyError, InputError, UniclusterError
 from unicluster.trust.identity import Credentials
-from unicluster.v1.node_pb2 import Greeting
+from unicluster.v1.node_pb2 import Greeting, KnownMachine
 from unicluster.v1.node_pb2_grpc import NodeStub
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,20 @@ log = logging.getLogger(__name__)
 GREET_SECONDS = 3.0
 # An agent that has been silent for this long is no longer reported.
 FORGET_SECONDS = 10.0
+MOST_GREETERS = 1024
+
+
+MakeGreeting = Callable[[], Greeting]
+
+
+@dataclass(frozen=True)
+class _Greeter:
+    """An agent that greeted this one. machine: the id of its certificate. at: monotonic."""
+
+    name: str
+    machine: str
+    addresses: tuple[str, ...]
+    at: float
 
 
 class Peers:
@@ -32,21 +48,43 @@ class Peers:
     def __init__(self, named: Sequence[str], browser: Browser) -> None:
         self._named = tuple(named)
         self._browser = browser
-        self._greeted_us: dict[str, float] = {}
+        self._greeters: dict[str, _Greeter] = {}  # by machine
 
-    def note(self, host: str, port: int) -> None:
-        """Notes that another agent has greeted this one."""
-        self._greeted_us[join_address(host, port)] = time.monotonic()
+    def note(self, name: str, machine: str, addresses: Sequence[str]) -> None:
+        """Notes that another agent has greeted this one, of that name and id by its certificate.
 
-    def known(self) -> list[str]:
-        """Addresses of the other agents, each as it is reached from here."""
+        addresses: where it may be, the one that it called from first. Raises InputError where
+        another machine of that name greets this one too.
+        """
+        for other in self._alive():
+            if other.name == name and other.machine != machine:
+                raise InputError(
+                    f"a machine named {name} is already in this cluster at {other.addresses[0]}, "
+                    f"and another one calls from {addresses[0]}: choose another --name"
+                )
+        if len(self._greeters) >= MOST_GREETERS and machine not in self._greeters:
+            raise BusyError(f"{len(self._greeters)} agents greet this one, and no more may")
+        history.heard(addresses[0])
+        self._greeters[machine] = _Greeter(name, machine, tuple(addresses), time.monotonic())
+
+    def known(self) -> list[KnownMachine]:
+        """The other agents, each with its addresses, the best from here first."""
+        found = {each.name: [*each.addresses] for each in self._browser.found.values()}
+        for greeter in self._alive():
+            found.setdefault(greeter.name, []).extend(greeter.addresses)
+        machines = [
+            KnownMachine(name=name, addresses=dict.fromkeys(map(without_scope, addresses)))
+            for name, addresses in sorted(found.items())
+        ]
+        return machines + [KnownMachine(addresses=[address]) for address in self._named]
+
+    def _alive(self) -> list[_Greeter]:
         oldest = time.monotonic() - FORGET_SECONDS
-        self._greeted_us = {a: t for a, t in self._greeted_us.items() if t > oldest}
-        seen = [machine.address for machine in self._browser.found.values()]
-        return sorted({*seen, *self._named, *self._greeted_us})
+        self._greeters = {m: g for m, g in self._greeters.items() if g.at > oldest}
+        return list(self._greeters.values())
 
     @contextlib.asynccontextmanager
-    async def greeted(self, identity: Credentials, greeting: Greeting) -> AsyncIterator[None]:
+    async def greeted(self, identity: Credentials, greeting: MakeGreeting) -> AsyncIterator[None]:
         """Greets the named agents now, and every few seconds while the block runs.
 
         Raises InputError when one of them has this agent's name.
@@ -70,7 +108,10 @@ class Peers:
 
 
 async def _keep_greeting(
-    peer: str, identity: Credentials, greeting: Greeting, problem: UniclusterError | None
+    peer: str,
+    identity: Credentials,
+    greeting: MakeGreeting,
+    problem: UniclusterError | None,
 ) -> None:
     """Logs when the peer stops answering; `problem` is the last error."""
     while True:
@@ -81,11 +122,13 @@ async def _keep_greeting(
                 log.warning("%s; retrying", problem)
 
 
-async def _greet(peer: str, identity: Credentials, greeting: Greeting) -> UniclusterError | None:
+async def _greet(
+    peer: str, identity: Credentials, greeting: MakeGreeting
+) -> UniclusterError | None:
     """Returns what went wrong, if anything did. A new channel shows the current certificate."""
     try:
         async with connect(peer, identity) as channel:
-            await NodeStub(channel).Greet(greeting, timeout=GREET_SECONDS)
+            await NodeStub(channel).Greet(greeting(), timeout=GREET_SECONDS)
     except grpc.aio.AioRpcError as error:
         return as_error(error, f"peer {peer}")
     return None

@@ -2,23 +2,28 @@
 
 import asyncio
 import ipaddress
+import platform
 import socket
+import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
 import psutil
 
 from node.doctor.finding import Finding, Level
+from node.doctor.multicast import judge, listen, local_network
 from unicluster import __version__
-from unicluster.cluster.channels import as_error, connect, split_address
-from unicluster.cluster.discovery import Browser
-from unicluster.cluster.records import Kind
+from unicluster.cluster.channels import as_error, split_address
+from unicluster.cluster.discovery import Browser, one_address
+from unicluster.cluster.interfaces import interfaces
+from unicluster.cluster.records import Kind, ServiceRecord, valid_addresses
 from unicluster.cluster.versions import mismatch
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.cluster import Cluster
-from unicluster.trust.identity import Credentials, default_name
+from unicluster.trust.identity import default_name
 from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 
@@ -46,28 +51,52 @@ async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Fin
     """Listens for a few seconds and asks everybody who is heard or named."""
     identity = cluster.issue(default_name())
     async with Browser(Kind.NODE, cluster.fingerprint, host=host) as browser:
-        await asyncio.sleep(LISTEN_SECONDS)
+        by_interface, _ = await asyncio.gather(
+            listen(cluster.fingerprint, one_address(host)), asyncio.sleep(LISTEN_SECONDS)
+        )
         heard = dict(browser.found)
     findings: list[Finding] = []
-    addresses = {machine.address: machine.name for machine in heard.values()}
+    dialer = Dialer(identity)
     answers: dict[str, Answer] = {}
-    unasked = {*addresses, *peers}
+    waiting = {(m.name, m.addresses) for m in heard.values()} | {("", (peer,)) for peer in peers}
     asked: set[str] = set()
-    while unasked:
-        asked |= unasked
-        answered = await asyncio.gather(*(_ask(a, identity) for a in sorted(unasked)))
-        for address, answer in zip(sorted(unasked), answered, strict=True):
+    while waiting:
+        asked |= {address for _, addresses in waiting for address in addresses}
+        asking = sorted(waiting)
+        answered = await asyncio.gather(*(_ask(*each, dialer) for each in asking))
+        for (name, addresses), answer in zip(asking, answered, strict=True):
             if isinstance(answer, Answer):
-                answers[address] = answer
+                answers.setdefault(answer.info.name, answer)
             else:
-                findings.append(_silent(addresses.get(address, address), address, answer))
-        known = {peer for a in answers.values() for peer in a.info.peers}
-        unasked = known - asked
+                findings.append(_silent(name or addresses[0], addresses[0], answer))
+        known = {
+            (each.name, tuple(valid_addresses(each.addresses)))
+            for answer in answers.values()
+            for each in answer.info.known
+        }
+        waiting = {
+            (name, addresses)
+            for name, addresses in known
+            if addresses and name not in answers and not asked >= set(addresses)
+        }
+    here = _here(heard.values())
     return [
         multicast(heard, answers),
+        *judge(by_interface, here),
+        *local_network(by_interface, here, sys.platform, platform.mac_ver()[0]),
         *findings,
         *(f for a in answers.values() for f in examine_one(a)),
     ]
+
+
+def _here(heard: Iterable[ServiceRecord]) -> dict[str, set[str]]:
+    """The agents on this machine, all of whose addresses are its own: names, and those."""
+    own = {each.address for each in interfaces()}
+    hosts = {
+        record.name: {split_address(a)[0].partition("%")[0] for a in record.addresses}
+        for record in heard
+    }
+    return {name: at for name, at in hosts.items() if own >= at}
 
 
 def multicast(heard: Collection[str], answers: dict[str, Answer]) -> Finding:
@@ -144,19 +173,23 @@ def _link(answer: Answer) -> Finding:
     return Finding(Level.OK, "link", f"{who} at {host} over {nic}, {took}")
 
 
-async def _ask(address: str, identity: Credentials) -> Answer | UniclusterError:
-    async with connect(address, identity) as channel:
-        node = NodeStub(channel)
-        try:
+async def _ask(name: str, addresses: tuple[str, ...], dialer: Dialer) -> Answer | UniclusterError:
+    """A machine's answer, or why there is none. An empty name: whoever is there."""
+    try:
+        who = f"agent {name}" if name else f"agent {addresses[0]}"
+        reached = await dialer.reach(addresses, who, name=name)
+        async with dialer.connect(reached) as channel:
             began = time.time()
-            info = await node.Describe(DescribeNodeRequest(), timeout=ANSWER_SECONDS)
+            info = await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=ANSWER_SECONDS)
             took = time.time() - began
-            trips = [await _round_trip(address) for _ in range(TRIPS)]
-        except grpc.aio.AioRpcError as error:
-            return as_error(error, f"agent {address}")
-        except OSError as error:
-            return UnavailableError(f"agent {address}: {error.strerror}")
-    return Answer(info, address, min(trips), info.clock - began - took / 2)
+        trips = [await _round_trip(reached.address) for _ in range(TRIPS)]
+    except UniclusterError as error:
+        return error
+    except grpc.aio.AioRpcError as error:
+        return as_error(error, f"agent {reached.address}")
+    except OSError as error:
+        return UnavailableError(f"agent {reached.address}: {error.strerror}")
+    return Answer(info, reached.address, min(trips), info.clock - began - took / 2)
 
 
 async def _round_trip(address: str) -> float:
@@ -173,7 +206,7 @@ def _silent(name: str, address: str, error: UniclusterError) -> Finding:
     return Finding(
         Level.ERROR,
         "reach",
-        f"{name} ({address}): {error}",
+        str(error),
         f"on {name}: is the agent running, and does its firewall let TCP {port} and {port + 1} in?",
     )
 

@@ -21,7 +21,14 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.weights_service import WeightsService
-from unicluster.cluster.channels import as_error, bind, connect, make_server
+from unicluster.cluster.channels import (
+    as_error,
+    bind,
+    connect,
+    join_address,
+    make_server,
+    split_address,
+)
 from unicluster.errors import StageError, UnavailableError
 from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import StageEvent
@@ -171,7 +178,7 @@ def load_on_nodes(
         await server.start()
         servers.append(server)
         for node, spec, files in zip(nodes, others, hub_files[1:], strict=True):
-            channels.append(connect(node.address, identity))
+            channels.append(connect(node.address, identity, machine=node.machine))
             spec.deployment = f"load-{id(background):x}"
             spec.sources.extend([f":{port}", *addresses])
             spec.hub_files.extend(files)
@@ -230,11 +237,17 @@ async def _ready(worker: WorkerProcess, config: WorkerConfig) -> RouteStop:
 
 
 async def _leased(lease: Any, node: RouteStop) -> RouteStop:
-    host = node.address.rpartition(":")[0]
+    known = [split_address(address)[0] for address in (node.address, *node.addresses)]
     try:
         while isinstance(event := await lease.read(), StageEvent):
             if event.HasField("ready"):
-                return RouteStop(node=node.node, address=f"{host}:{event.ready.port}")
+                worker = [join_address(host, event.ready.port) for host in dict.fromkeys(known)]
+                return RouteStop(
+                    node=node.node,
+                    address=worker[0],
+                    addresses=worker,
+                    machine=node.machine,
+                )
             if event.HasField("exit") and not event.exit.restarting:
                 raise StageError(f"machine {node.node}: {event.exit.reason}")
     except grpc.aio.AioRpcError as error:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from unicluster.cluster.channels import connect
+from unicluster.dialing.dialer import Dialer
+from unicluster.errors import UniclusterError
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import ClockRequest, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
@@ -102,20 +103,25 @@ def shifts(least: Sequence[float], offsets: Sequence[float | None]) -> list[floa
 
 async def follow(clocks: Clocks, route: Sequence[RouteStop], identity: Credentials) -> None:
     """Asks the clock of each machine of a ring, until cancelled."""
-    channels = [connect(stop.address, identity) for stop in route]
+    dialer = Dialer(identity)
+    channels: dict[int, grpc.aio.Channel] = {}
     try:
         while True:
-            for machine, (stop, channel) in enumerate(zip(route, channels, strict=True), start=1):
+            for machine, stop in enumerate(route, start=1):
                 try:
-                    await _ask(clocks, machine, channel)
-                except grpc.aio.AioRpcError as error:  # the ring tells if the machine is gone
+                    if machine not in channels:
+                        channels[machine], _ = await dialer.connect_stop(stop)
+                    await _ask(clocks, machine, channels[machine])
+                # The ring tells if the machine is gone.
+                except grpc.aio.AioRpcError as error:
                     log.info("clock of machine %s: %s", stop.node, error.details())
-                    await channel.close(None)
-                    # With a certificate that is current.
-                    channels[machine - 1] = connect(stop.address, identity)
+                    # The next one has a certificate that is current.
+                    await channels.pop(machine).close(None)
+                except UniclusterError as error:
+                    log.info("clock of machine %s: %s", stop.node, error)
             await asyncio.sleep(ASK_SECONDS)
     finally:
-        for channel in channels:
+        for channel in channels.values():
             await channel.close(None)
 
 

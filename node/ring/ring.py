@@ -14,7 +14,7 @@ import grpc
 
 from node.ring.compute_thread import Signal
 from node.ring.stuck import find_stuck
-from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, connect
+from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error
 from unicluster.cluster.sizes import RESULT_BYTES
 from unicluster.deadlines import (
     DECODE,
@@ -25,6 +25,7 @@ from unicluster.deadlines import (
     floor_seconds,
     open_seconds,
 )
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
@@ -237,12 +238,12 @@ class Ring:
 
     async def _connect(self, identity: Credentials) -> None:
         session = uuid.uuid4().hex
-        first, last = self.route[0], self.route[-1]
-        forward = self._dial(first, identity)
+        dialer = Dialer(identity)
+        forward, first = await self._dial(self.route[0], dialer)
         self.stages = await open_hop(
             forward, first, Open(session=session, stage=1, route=self.route[1:])
         )
-        back = self._dial(last, identity)
+        back, last = await self._dial(self.route[-1], dialer)
         opening = Open(session=session, stage=len(self.route), returns=True)
         await open_hop(back, last, opening)
         self._tasks = [
@@ -252,10 +253,10 @@ class Ring:
             asyncio.create_task(self._watch_work(identity)),
         ]
 
-    def _dial(self, stop: RouteStop, identity: Credentials) -> Hop:
-        channel = connect(stop.address, identity, most_bytes=RESULT_BYTES)
+    async def _dial(self, stop: RouteStop, dialer: Dialer) -> tuple[Hop, RouteStop]:
+        channel, at = await dialer.connect_stop(stop, RESULT_BYTES)
         self._channels.append(channel)
-        return StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
+        return StageStub(channel).Hop(), at  # type: ignore[call-arg]  # aio: write and read
 
     async def _write(self, hop: Hop) -> None:
         while True:
@@ -375,7 +376,10 @@ async def open_hop(hop: Hop, stop: RouteStop, opening: Open) -> Opened:
         raise UnavailableError(
             f"machine {stop.node} ({stop.address}) did not open the ring within {seconds:.0f} s"
         ) from None
-    return message.opened
+    opened = message.opened
+    if opened.stages:
+        opened.stages[0].address = stop.address
+    return opened
 
 
 async def read_hop(hop: Hop, stop: RouteStop) -> HopMessage:

@@ -13,7 +13,7 @@ from node.ring.ring import fault_message, open_hop, read_hop, work_of
 from node.ring.session import Session, StageEngine
 from node.ring.stuck import name_of
 from unicluster import failpoints
-from unicluster.cluster.channels import connect
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import (
@@ -104,10 +104,10 @@ class StageService(StageServicer):
             async with contextlib.AsyncExitStack() as stack:
                 stages = [self._info]
                 if opening.route:
-                    hop, behind = await self._connect_next(opening, stack)
+                    hop, stop, behind = await self._connect_next(opening, stack)
                     stages.extend(behind)
                     tasks.append(asyncio.create_task(self._write_frames(live, hop)))
-                    tasks.append(asyncio.create_task(_until_fault(hop, opening.route[0])))
+                    tasks.append(asyncio.create_task(_until_fault(hop, stop)))
                 await context.write(HopMessage(opened=Opened(stages=stages)))
                 tasks.append(asyncio.create_task(self._read_frames(live, context)))
                 await asyncio.wait([*tasks, live.failed], return_when=asyncio.FIRST_COMPLETED)
@@ -126,14 +126,15 @@ class StageService(StageServicer):
 
     async def _connect_next(
         self, opening: Open, stack: contextlib.AsyncExitStack
-    ) -> tuple[Any, list[StageInfo]]:
-        stop, rest = opening.route[0], opening.route[1:]
-        channel = await stack.enter_async_context(connect(stop.address, self._identity))
+    ) -> tuple[Any, RouteStop, list[StageInfo]]:
+        rest = opening.route[1:]
+        channel, stop = await Dialer(self._identity).connect_stop(opening.route[0])
+        await stack.enter_async_context(channel)
         hop = StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
         opened = await open_hop(
             hop, stop, Open(session=opening.session, stage=opening.stage + 1, route=rest)
         )
-        return hop, list(opened.stages)
+        return hop, stop, list(opened.stages)
 
     async def _read_frames(self, live: _LiveSession, context: Context) -> None:
         loop = asyncio.get_running_loop()

@@ -208,10 +208,20 @@ def test_a_name_that_is_taken(cluster: LocalCluster) -> None:
     assert cluster.agents["ann"].running
 
 
-def test_a_name_that_is_taken_beyond_the_reach_of_multicast(cluster: LocalCluster) -> None:
-    peer = cluster.agents["ann"].address
-    told = cluster.run("join", "--name", "ann", "--host", "::1", "--port", "0", "--peer", peer)
-    assert_complains(told, BAD, "a machine named ann is already in this cluster: choose another")
+@pytest.mark.parametrize("host", [HOST, "::1"])
+def test_a_name_that_another_machine_has(cluster: LocalCluster, tmp_path: Path, host: str) -> None:
+    """Heard of by multicast, and beyond its reach."""
+    ann = cluster.agents["ann"].address
+    peer = ["--peer", ann] if host != HOST else []
+    with LocalCluster(tmp_path / "other") as other:
+        Store(other.home).join(cluster.cluster.token)
+
+        told = other.run("join", "--name", "ann", "--host", host, "--port", "0", *peer)
+
+    assert_complains(told, BAD, f"a machine named ann is already in this cluster at {ann}")
+    assert "choose another --name" in told.err
+    if peer:
+        assert "and another one calls from [::1]:" in told.err
 
 
 def cut_off(file: Path) -> None:

@@ -39,7 +39,16 @@ FLOORS = {
         ),
     ],
     "unicluster": [
-        *("chat", "benchmark", "client", "telemetry", "checkpoints", "access", "cluster"),
+        *(
+            "chat",
+            "benchmark",
+            "client",
+            "telemetry",
+            "checkpoints",
+            "access",
+            "dialing",
+            "cluster",
+        ),
         *("trust", "terminal", ".", "v1"),
     ],
 }

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from unicluster.cluster.channels import as_error, connect
+from unicluster.cluster.channels import as_error
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import known
-from unicluster.cluster.records import Kind
+from unicluster.cluster.records import Kind, is_address, valid_addresses
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import TrustError, UniclusterError
 from unicluster.trust.identity import default_name
 from unicluster.trust.keyring import LOOK_SECONDS, Keyring, Membership
@@ -79,30 +80,48 @@ async def _tell(store: Store, peers: Sequence[str], request: Rotation) -> list[A
     keyring = Keyring.of_member(membership, default_name())
     async with Browser(Kind.NODE, lambda: membership.fingerprints) as browser:
         await asyncio.sleep(LISTEN_SECONDS)
-        names = {machine.address: machine.name for machine in browser.found.values()}
-    remembered = {address: name for name, address in known().items() if name not in names.values()}
-    names = {**remembered, **names}
-    waiting, done = {*names, *peers}, set[str]()
+        hints = {(each.name, each.addresses) for each in browser.found.values()}
+    heard = {name for name, _ in hints}
+    hints |= {(name, (address,)) for name, address in known().items() if name not in heard}
+    waiting = hints | {("", (peer,)) for peer in peers}
+    done: set[str] = set()
     asked: dict[str, Asked] = {}
+    dialer = Dialer(keyring)
     while waiting:
-        done |= waiting
+        done |= {address for _, addresses in waiting for address in addresses}
         told = await asyncio.gather(
-            *(_tell_one(names.get(a, a), a, keyring, request) for a in sorted(waiting))
+            *(_tell_one(*hint, dialer, request) for hint in sorted(waiting))
         )
         asked |= {each.address: each for each, _ in told}
-        waiting = {peer for _, others in told for peer in others} - done
+        names = {each.name for each in asked.values() if each.error is None}
+        waiting = {
+            (name, addresses)
+            for _, others in told
+            for name, addresses in others
+            if name not in names and not done >= set(addresses)
+        }
     return list(asked.values())
 
 
 async def _tell_one(
-    name: str, address: str, keyring: Keyring, request: Rotation
-) -> tuple[Asked, list[str]]:
-    """How that went, and the addresses of the other agents that this one knows."""
-    async with connect(address, keyring) as channel:
+    name: str, addresses: tuple[str, ...], dialer: Dialer, request: Rotation
+) -> tuple[Asked, list[tuple[str, tuple[str, ...]]]]:
+    """How that went, and the names and addresses of the other agents that this one knows."""
+    who = f"machine {name or addresses[0]}"
+    try:
+        reached = await dialer.reach(addresses, who, name=name)
+    except UniclusterError as error:
+        return Asked(name or addresses[0], addresses[0], error=error), []
+    async with dialer.connect(reached) as channel:
         node = NodeStub(channel)
         try:
             info = await node.Describe(DescribeNodeRequest(), timeout=ANSWER_SECONDS)
             reply: Rotated = await node.Rotate(request, timeout=ANSWER_SECONDS)
         except grpc.aio.AioRpcError as error:
-            return Asked(name, address, error=as_error(error, f"machine {name}")), []
-    return Asked(info.name, address, tuple(reply.clusters)), list(info.peers)
+            failed = as_error(error, f"machine {reached.name}")
+            return Asked(reached.name, reached.address, error=failed), []
+    known = [(each.name, tuple(valid_addresses(each.addresses))) for each in info.known]
+    grouped = {address for _, each in known for address in each}
+    known += [("", (peer,)) for peer in info.peers if peer not in grouped and is_address(peer)]
+    others = [(other, each) for other, each in known if each]
+    return Asked(reached.name, reached.address, tuple(reply.clusters)), others

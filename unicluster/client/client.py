@@ -295,6 +295,7 @@ class _Target:
             # Here, because zeroconf is slow to import and an address makes it needless.
             from unicluster.cluster.discovery import Browser
             from unicluster.cluster.records import Kind
+            from unicluster.dialing.dialer import Dialer
 
             async with Browser(Kind.CHAT, self._access.fingerprint) as browser:
                 if not await browser.wait_for(bool, self.timeout):
@@ -306,7 +307,9 @@ class _Target:
                 versions = server.version, server.protocol, server.oldest
                 if wrong := mismatch(f"the server at {server.address}", *versions):
                     raise UnavailableError(wrong)
-                self.address = server.address
+                dialer = Dialer(self.keyring)
+                reached = await dialer.reach(server.addresses, f"the server {server.name}")
+                self.address = reached.address
         return self.address
 
     async def find_here(self) -> str:

@@ -25,7 +25,7 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
-from unicluster.trust.identity import SERVER_NAME, Credentials
+from unicluster.trust.identity import SERVER_NAME, Credentials, server_name_of
 
 # Calls that a server answers at once, streams included: more are refused.
 MOST_CALLS = 2048
@@ -149,16 +149,16 @@ def _server_credentials(
 
 
 def connect(
-    address: str, identity: Credentials, *, most_bytes: int = CONTROL_BYTES
+    address: str, identity: Credentials, *, most_bytes: int = CONTROL_BYTES, machine: str = ""
 ) -> grpc.aio.Channel:
     """A channel to `address` ("host:port"), which connects when it is first used.
 
-    most_bytes: of the largest response.
+    most_bytes: of the largest response. machine: the id of the only one that is let answer.
     """
     return grpc.aio.secure_channel(
         join_address(*split_address(address)),
         identity.current.channel_credentials(),
-        options=[*CHANNEL_OPTIONS, _receives(most_bytes)],
+        options=[*_only(machine), _receives(most_bytes)],
     )
 
 
@@ -169,6 +169,12 @@ def connect_sync(address: str, identity: Credentials) -> grpc.Channel:
         identity.current.channel_credentials(),
         options=[*CHANNEL_OPTIONS, _receives(CONTROL_BYTES)],
     )
+
+
+def _only(machine: str) -> _Options:
+    """Options with which a channel accepts one machine only; any of the cluster without an id."""
+    options = dict(CHANNEL_OPTIONS)
+    return list((options | {"grpc.ssl_target_name_override": server_name_of(machine)}).items())
 
 
 def _receives(most_bytes: int) -> tuple[str, int]:
@@ -190,6 +196,12 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise InputError(f"{address!r} is no address: give it as HOST:PORT")
     return host, int(port)
+
+
+def without_scope(address: str) -> str:
+    """An address as other machines may dial it, who have other names for their links."""
+    host, port = split_address(address)
+    return join_address(host.partition("%")[0], port)
 
 
 def peer_name(context: "grpc.aio.ServicerContext[Any, Any]") -> str:

@@ -5,7 +5,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +13,6 @@ from zeroconf import (  # type: ignore[attr-defined]  # the records are exported
     DNSAddress,
     DNSQuestionType,
     DNSService,
-    InterfaceChoice,
     IPVersion,
     ServiceStateChange,
     Zeroconf,
@@ -22,8 +21,9 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 import unicluster
 from unicluster.cluster.background import going_on
-from unicluster.cluster.interfaces import best_first, own_addresses
+from unicluster.cluster.interfaces import best_first, multicast_interfaces, own_addresses
 from unicluster.cluster.records import (
+    MOST_ADDRESSES,
     Kind,
     ServiceRecord,
     instance_of,
@@ -55,8 +55,13 @@ FOLLOW_EVERY = 2.0
 ANSWER_WITHIN = 2.0
 
 
-# RFC 1035 and 2782.
-_CLASS_IN, _TYPE_A, _TYPE_SRV = 1, 1, 33
+# RFC 1035, 2782 and 3596.
+_CLASS_IN, _TYPE_A, _TYPE_AAAA, _TYPE_SRV = 1, 1, 28, 33
+
+
+# The address, of those that a machine of a name is said to be at, at which another one proves to
+# have that name; "" for none.
+WhoHas = Callable[[str, Sequence[str]], Awaitable[str]]
 
 
 class Advertisement:
@@ -65,14 +70,28 @@ class Advertisement:
         async with Advertisement(Kind.NODE, "studio", 7001, fingerprint, chip="M3 Ultra") as ad:
             await ad.update(usable="96000000000")
 
-    Entering raises InputError when another machine of the cluster has the name; the name of a
-    Kind.CHAT is nobody's choice, and has to be unique.
+    It follows the machine's addresses as they come and go. Entering raises InputError when another
+    machine of the cluster has the name; the name of a Kind.CHAT is nobody's choice, and has to be
+    unique.
     """
 
     def __init__(
-        self, kind: Kind, name: str, port: int, fingerprint: str, *, host: str = "", **txt: str
+        self,
+        kind: Kind,
+        name: str,
+        port: int,
+        fingerprint: str,
+        *,
+        host: str = "",
+        who_has: WhoHas | None = None,
+        **txt: str,
     ) -> None:
-        """`host` limits it to one address of this machine, else all are advertised."""
+        """`host` limits it to one address of this machine, else all are advertised.
+
+        who_has: with it, a name is taken only where another machine proves to have it; else
+        whoever answers takes it.
+        """
+        self._who_has = who_has
         self._kind = kind
         self._name = check_name(name)
         self._port = port
@@ -102,6 +121,7 @@ class Advertisement:
         except BaseException:
             await self._zeroconf.async_close()
             raise
+        self._following = asyncio.create_task(self._follow_addresses())
         return self
 
     async def __aexit__(
@@ -110,7 +130,19 @@ class Advertisement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._following.cancel()
+        await asyncio.gather(self._following, return_exceptions=True)
         await self._zeroconf.async_close()  # says goodbye
+
+    async def _follow_addresses(self) -> None:
+        while not self._address:
+            await asyncio.sleep(POLL_EVERY)
+            with going_on("following this machine's addresses"):
+                await self._zeroconf.follow_interfaces()
+                if _advertised_addresses() != self._addresses:
+                    self._info = self._make_info()
+                    log.info("this machine is at %s now", ", ".join(self._addresses))
+                    await (await self._zeroconf.async_update_service(self._info))
 
     async def update(self, **txt: str) -> None:
         """Change TXT values; the others stay. Costs a packet only if something differs."""
@@ -121,6 +153,7 @@ class Advertisement:
             await (await self._zeroconf.async_update_service(self._info))
 
     def _make_info(self) -> AsyncServiceInfo:
+        self._addresses = [self._address] if self._address else _advertised_addresses()
         return AsyncServiceInfo(
             self._kind.value,
             self._service_name,
@@ -128,21 +161,31 @@ class Advertisement:
             properties=self._txt,
             # Not the machine's host name: the addresses of two agents on it may differ.
             server=f"{instance_of(self._service_name, self._kind)}-{self._port}.local.",
-            parsed_addresses=[self._address] if self._address else own_addresses(),
+            parsed_addresses=[each.partition("%")[0] for each in self._addresses],
             host_ttl=TTL,
             other_ttl=TTL,
         )
 
     async def _refuse_taken_name(self) -> None:
         """A record left by a machine that is gone does no harm: only the living answer."""
-        machine = await _ask(
+        record = await _ask(
             self._zeroconf.zeroconf, self._kind, self._service_name, self._fingerprint
         )
-        if machine is not None:
-            raise InputError(
-                f"a machine named {self._name} is already in this cluster at {machine.address}: "
-                "choose another --name"
+        if record is None:
+            return
+        taken = record.address
+        if self._who_has is not None:
+            taken = await self._who_has(self._name, record.addresses)
+        if not taken:
+            log.warning(
+                "somebody at %s says to be %s and does not prove it: going on",
+                *(", ".join(record.addresses), self._name),
             )
+            return
+        raise InputError(
+            f"a machine named {self._name} is already in this cluster at {taken}: "
+            "choose another --name"
+        )
 
 
 class Advertisements:
@@ -272,6 +315,7 @@ class Browser:
         while True:
             await asyncio.sleep(POLL_EVERY)
             with going_on("looking for machines"):
+                await self._zeroconf.follow_interfaces()
                 for name in self._known:
                     self._refresh(name)
 
@@ -302,14 +346,39 @@ class Browser:
                     self._condition.notify_all()
 
 
-def _open(address: str) -> AsyncZeroconf:
+class _Multicast(AsyncZeroconf):
+    """mDNS on one address of this machine, or on its interfaces as they come and go."""
+
+    def __init__(self, address: str) -> None:
+        self._follows = not address
+        self._used: list[str | int] = [address] if address else multicast_interfaces()
+        version = IPVersion.All if self._follows and socket.has_dualstack_ipv6() else None
+        super().__init__(interfaces=_usable(self._used, version), ip_version=version)
+
+    async def follow_interfaces(self) -> None:
+        """Uses interfaces that have come, and those no longer that have gone."""
+        if not self._follows or (now := multicast_interfaces()) == self._used:
+            return
+        self._used = now
+        version = IPVersion.All if socket.has_dualstack_ipv6() else None
+        await self.async_update_interfaces(_usable(now, version))
+
+
+def _usable(interfaces: list[str | int], version: IPVersion | None) -> list[str | int]:
+    """Those that mDNS can use: none of IPv6 where this machine has none."""
+    return [each for each in interfaces if version is not None or isinstance(each, str)]
+
+
+def _open(address: str) -> _Multicast:
     try:
-        if not address:
-            return AsyncZeroconf(interfaces=InterfaceChoice.All, ip_version=IPVersion.V4Only)
-        return AsyncZeroconf(interfaces=[address])
+        return _Multicast(address)
     except (OSError, RuntimeError) as error:
         where = f" at {address}" if address else ""
         raise UnavailableError(f"mDNS can't start{where}: {error}: use --peer HOST:PORT") from error
+
+
+def _advertised_addresses() -> list[str]:
+    return own_addresses()[:MOST_ADDRESSES]
 
 
 def one_address(host: str) -> str:
@@ -350,7 +419,18 @@ def _endpoints(zeroconf: Zeroconf, info: AsyncServiceInfo) -> list[tuple[str, in
     found = [(host, info.port or 0) for host in best_first(info.parsed_scoped_addresses())]
     for record in zeroconf.cache.get_all_by_details(info.name, _TYPE_SRV, _CLASS_IN):
         if isinstance(record, DNSService):
-            hosts = zeroconf.cache.get_all_by_details(record.server, _TYPE_A, _CLASS_IN)
-            known = [socket.inet_ntoa(a.address) for a in hosts if isinstance(a, DNSAddress)]
+            hosts = [
+                host
+                for kind in (_TYPE_A, _TYPE_AAAA)
+                for host in zeroconf.cache.get_all_by_details(record.server, kind, _CLASS_IN)
+            ]
+            known = [_text_of(host) for host in hosts if isinstance(host, DNSAddress)]
             found += [(host, record.port) for host in best_first(known)]
     return list(dict.fromkeys(found))
+
+
+def _text_of(record: DNSAddress) -> str:
+    """An IP address, with the link that it came over where it needs one."""
+    ip = ipaddress.ip_address(record.address)
+    is_scoped = ip.version == 6 and ip.is_link_local and record.scope_id is not None
+    return f"{ip}%{record.scope_id}" if is_scoped else str(ip)

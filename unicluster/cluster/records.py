@@ -4,18 +4,23 @@ A record is a hint of where somebody may be. Who is there is known when TLS has 
 """
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from unicluster.cluster.channels import join_address
+from unicluster.cluster.channels import join_address, split_address
 from unicluster.errors import InputError, shown
 from unicluster.trust.identity import check_name
 
 MOST_ADDRESSES = 32
+MOST_SAID = 256  # that are looked at
 MOST_PROPERTIES = 32
 MOST_CHARACTERS = 255
 MOST_DIGITS = 18
+
+_LINK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,31}")  # the name or index of an interface
 
 
 class Kind(Enum):
@@ -104,12 +109,37 @@ def parse_record(
     )
 
 
-def _is_valid(host: str, port: int) -> bool:
+def valid_addresses(addresses: Iterable[str]) -> list[str]:
+    """The addresses of another machine, as it or somebody says, without those that can't be."""
+    found: dict[str, None] = {}
+    for address in itertools.islice(addresses, MOST_SAID):
+        if is_address(address) and _is_valid(*split_address(address)):
+            found[join_address(*split_address(address))] = None
+    return list(found)[:MOST_ADDRESSES]
+
+
+def is_address(text: str) -> bool:
+    """Whether somebody's words are an address: HOST:PORT, of which the host may be a name."""
+    try:
+        host, _ = split_address(text)
+    except InputError:
+        return False
+    return len(text) <= MOST_CHARACTERS and text.isprintable() and not set(host) & set(" /\\")
+
+
+def is_valid_ip(host: str) -> bool:
+    """Whether `host` is an IP address that some machine may have."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return 0 < port < 65536 and not ip.is_unspecified and not ip.is_multicast
+    link = host.partition("%")[2]
+    is_scoped = not link or _LINK.fullmatch(link) is not None
+    return is_scoped and not ip.is_unspecified and not ip.is_multicast
+
+
+def _is_valid(host: str, port: int) -> bool:
+    return 0 < port < 65536 and is_valid_ip(host)
 
 
 def _text(value: bytes) -> str:

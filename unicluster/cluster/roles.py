@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from unicluster.cluster.handlers import Context, Handler, checked
+from unicluster.trust.identity import machine_id
 from unicluster.trust.role import Role, audit
 from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
 
@@ -52,6 +53,16 @@ def role_of(context: Context) -> Role | None:
     certificates = [each for pem in pems for each in x509.load_pem_x509_certificates(pem)]
     roles = {_role_of_issuer(certificate) for certificate in certificates}
     return roles.pop() if len(roles) == 1 else None
+
+
+def caller_of(context: Context) -> tuple[str, str]:
+    """Name and machine id of the caller: of its certificate, and of the key that it proved."""
+    pems = list(context.auth_context().get("x509_pem_cert", []))
+    if not pems:
+        return "", ""
+    certificate = x509.load_pem_x509_certificate(pems[0])
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else "", machine_id(certificate.public_key())
 
 
 def _role_of_issuer(certificate: x509.Certificate) -> Role | None:

@@ -34,8 +34,14 @@ _BY_SERVICE = {
     chat_pb2.DESCRIPTOR.services_by_name["Head"]: 1 << 20,
     chat_pb2.DESCRIPTOR.services_by_name["Chat"]: CHAT_BYTES,
 }
+# An agent says a few dozen addresses of its own.
+GREETING_BYTES = 8 << 10
+_BY_METHOD = {"/unicluster.v1.Node/Greet": GREETING_BYTES}
 _METHODS = {
-    f"/{service.full_name}/{method.name}": (most, method.input_type)
+    (path := f"/{service.full_name}/{method.name}"): (
+        _BY_METHOD.get(path, most),
+        method.input_type,
+    )
     for service, most in _BY_SERVICE.items()
     for method in service.methods
 }

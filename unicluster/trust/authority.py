@@ -11,7 +11,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from unicluster.trust.identity import CURVE, SERVER_NAME, Identity, check_name, new_key
+from unicluster.trust.identity import (
+    CURVE,
+    SERVER_NAME,
+    Identity,
+    check_name,
+    machine_id,
+    new_key,
+    server_name_of,
+)
 from unicluster.trust.role import Role
 
 _CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -61,6 +69,7 @@ class Authority:
         if self.role is Role.MEMBER:  # the only ones that have ports
             usage.append(ExtendedKeyUsageOID.SERVER_AUTH)
             names.append(x509.DNSName(SERVER_NAME))
+            names.append(x509.DNSName(server_name_of(machine_id(key.public_key()))))
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.public_key)
         builder = (
             x509.CertificateBuilder()

@@ -1,5 +1,6 @@
 """Names of machines, and what a machine shows to prove who it is: its key and certificate."""
 
+import hashlib
 import os
 import re
 import socket
@@ -9,6 +10,7 @@ from typing import Protocol
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from unicluster.errors import InputError
@@ -57,6 +59,21 @@ def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(CURVE)
 
 
+def machine_id(key: object) -> str:
+    """32 hex digits that name the holder of a public key, which nobody can choose."""
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return ""  # none of ours
+    encoded = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(encoded).hexdigest()[:32]
+
+
+def server_name_of(machine: str) -> str:
+    """The name by which TLS knows one machine's ports; any machine's, without an id."""
+    return f"{machine}.{SERVER_NAME}" if machine else SERVER_NAME
+
+
 class Credentials(Protocol):
     """Who somebody is: an Identity, or a keyring whose identity is renewed."""
 
@@ -93,6 +110,11 @@ class Identity:
     @cached_property
     def _certificate(self) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self.cert_pem.encode())
+
+    @cached_property
+    def machine(self) -> str:
+        """The id that follows from its key."""
+        return machine_id(self._certificate.public_key())
 
     def server_configuration(self, admitted_ca_pem: str) -> grpc.ServerCertificateConfiguration:
         """For a port that admits members, and holders of certificates of another authority."""

@@ -95,22 +95,28 @@ class Keyring:
         name: str,
         issue: Callable[[ec.EllipticCurvePrivateKey], Identity],
         basis: Callable[[], object] = tuple,
+        key: ec.EllipticCurvePrivateKey | None = None,
     ) -> None:
         """`issue` makes a certificate for a key; it is called now, and at each renewal.
 
         It is also called when `basis()` is no longer what it was: what certificates follow from.
+        key: a machine's persistent one; without it, one that lasts as long as the keyring.
         """
         self.name = name
-        self._key = new_key()
+        self._key = key or new_key()
         self._issue = issue
         self._basis = basis
         self._lock = threading.Lock()
         self._renew()
 
     @classmethod
-    def of_member(cls, membership: "Membership", name: str) -> "Keyring":
+    def of_member(
+        cls, membership: "Membership", name: str, key: ec.EllipticCurvePrivateKey | None = None
+    ) -> "Keyring":
         """For an agent, a coordinator or a worker. Raises InputError for a bad name."""
-        return cls(name, lambda key: membership.issue(name, key), lambda: membership.generations)
+        return cls(
+            name, lambda key: membership.issue(name, key), lambda: membership.generations, key
+        )
 
     @classmethod
     def of_client(cls, access: ClientAccess, name: str) -> "Keyring":

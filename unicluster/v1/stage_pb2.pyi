@@ -95,19 +95,29 @@ class RouteStop(_message.Message):
 
     NODE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """the machine's name, for messages"""
     address: _builtins.str
     """host:port"""
+    machine: _builtins.str
+    """the id of the machine, which TLS has to prove; empty: any"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """all under which it may be reached; empty: that one alone"""
+
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         address: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        machine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "addresses", b"addresses", "machine", b"machine", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -144,12 +154,15 @@ class StageInfo(_message.Message):
     END_LAYER_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     first_layer: _builtins.int
     end_layer: _builtins.int
     weight_bytes: _builtins.int
     engine: _builtins.str
     """mlx (or empty), ggml"""
+    address: _builtins.str
+    """host:port at which the stage before it reached its worker"""
     def __init__(
         self,
         *,
@@ -158,10 +171,11 @@ class StageInfo(_message.Message):
         end_layer: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         engine: _builtins.str = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
