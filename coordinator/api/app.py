@@ -15,15 +15,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from coordinator.api.asked import Asked
 from coordinator.api.body import Bodies
 from coordinator.api.doorman import Doorman
-from coordinator.api.errors import HttpError, failure_of, openai_error
 from coordinator.api.guard import Guard
 from coordinator.api.models import model_json, model_name, one_model
-from coordinator.api.openai_chat import read_chat
-from coordinator.api.openai_completions import read_completion
 from coordinator.api.responding import Respond, caller_of
+from coordinator.protocols.asked import Asked
+from coordinator.protocols.errors import HttpError, failure_of, openai_error
+from coordinator.protocols.openai_chat import read_chat
+from coordinator.protocols.openai_completions import read_completion
 from coordinator.serving.gateway import Gateway
 from unicluster.errors import UniclusterError
 from unicluster.trust.role import audit

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from coordinator.api.errors import HttpError
+from coordinator.protocols.errors import HttpError
 from unicluster.cluster.sizes import CHAT_BYTES
 
 # For a whole body to arrive.

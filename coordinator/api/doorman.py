@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from coordinator.api.errors import HttpError
+from coordinator.protocols.errors import HttpError
 from coordinator.state.keys import Key, Keys
 from unicluster.chat_limits import text_bytes
 from unicluster.trust.role import audit

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from coordinator.api.errors import HttpError
+from coordinator.protocols.errors import HttpError
 
 LOCAL = frozenset({"localhost", "ip6-localhost"})
 

@@ -1,6 +1,6 @@
 """The models that are served, as OpenAI's clients list them, and whether they can answer."""
 
-from coordinator.api.asked import Json
+from coordinator.protocols.asked import Json
 from coordinator.serving.gateway import Gateway
 from unicluster.errors import NotFoundError, shown
 

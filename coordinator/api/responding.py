@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from coordinator.api.answering import Answers, answering
-from coordinator.api.asked import Asked, as_json
 from coordinator.api.doorman import Meter
-from coordinator.api.errors import failure_of
+from coordinator.protocols.asked import Asked, as_json
+from coordinator.protocols.errors import failure_of
 from coordinator.serving.gateway import Gateway
 from unicluster.client.answers import Event, collect, event_from_wire
 from unicluster.errors import UniclusterError

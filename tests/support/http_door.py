@@ -11,6 +11,7 @@ from typing import Any, cast
 from coordinator.api.app import make_app
 from coordinator.api.doorman import Doorman
 from coordinator.api.server import LOOPBACK, listen, serving
+from coordinator.fleet.head_watch import HeadWatch
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.service import Service
 from coordinator.state.database import Database
@@ -35,6 +36,7 @@ class Parrot:
         self.chat: Any = chat
         self.state = "ready"
         self.timing = self
+        self.watch = HeadWatch(0.001, 512)
         self.finished: list[Finish] = []
 
     @property
@@ -78,18 +80,19 @@ async def http_door(
     *, tls: ssl.SSLContext | None = None, is_open: bool = True, **options: Any
 ) -> AsyncIterator[Door]:
     """A door on a free port, with no keys yet; options are those of `make_app`."""
-    cluster = Cluster.new()
-    server, head = make_server(most_bytes=CHAT_BYTES), ScriptedChat()
+    cluster, head = Cluster.new(), ScriptedChat()
+    gateway = Gateway(Parrot.display)
+    server = make_server(most_bytes=CHAT_BYTES)
     add_ChatServicer_to_server(head, server)
     port = bind(server, LOOPBACK, 0, cluster.issue("ann"))
-    await server.start()
     channel = connect(f"{LOOPBACK}:{port}", cluster.issue("me"))
-    gateway = Gateway(Parrot.display)
-    service = Parrot(ChatStub(channel))
-    gateway.service = cast(Service, service)
-    listener = listen(LOOPBACK, 0)
-    url = f"{'http' if tls is None else 'https'}://{LOOPBACK}:{listener.getsockname()[1]}"
     try:
+        await server.start()
+        service = Parrot(ChatStub(channel))
+        gateway.service = cast(Service, service)
+        listener = listen(LOOPBACK, 0)
+        scheme = "http" if tls is None else "https"
+        url = f"{scheme}://{LOOPBACK}:{listener.getsockname()[1]}"
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.closing(Database(Path(folder, "state"))) as database,

@@ -18,7 +18,17 @@ BELOW = {"unicluster": set(), "node": {"unicluster"}, "coordinator": {"unicluste
 # Top floor first: a room may import those below it. "." is the package's own files.
 FLOORS = {
     "coordinator": [
-        *("commands", "api", "terminal", "serving", "state", "fleet", "models", "planning"),
+        *(
+            "commands",
+            "api",
+            "protocols",
+            "terminal",
+            "serving",
+            "state",
+            "fleet",
+            "models",
+            "planning",
+        ),
         *("planning.search", "."),
     ],
     "node": [

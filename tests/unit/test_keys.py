@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coordinator.api.doorman import Doorman
-from coordinator.api.errors import HttpError
 from coordinator.api.server import tls_of
 from coordinator.commands import key
 from coordinator.commands.key import duration
+from coordinator.protocols.errors import HttpError
 from coordinator.state import database
 from coordinator.state.database import Database
 from coordinator.state.keys import Keys, Limits

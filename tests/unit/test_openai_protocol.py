@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.asked import Asked
 from coordinator.api.body import parsed
-from coordinator.api.errors import Failure, HttpError, failure_of
-from coordinator.api.openai_chat import read_chat
-from coordinator.api.openai_completions import read_completion
+from coordinator.protocols.asked import Asked
+from coordinator.protocols.errors import Failure, HttpError, failure_of
+from coordinator.protocols.openai_chat import read_chat
+from coordinator.protocols.openai_completions import read_completion
 from unicluster.client.answers import collect, event_from_wire
 from unicluster.errors import BusyError, InputError, StageError, UnavailableError
 from unicluster.v1.chat_pb2 import (

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from coordinator.api.asked import COMMENT, EVENTS, Asked, Json, Stamp, sse, stamp
-from coordinator.api.errors import Failure, openai_error
-from coordinator.api.fields import Fields, clean
-from coordinator.api.openai_chat import DONE
-from coordinator.api.openai_fields import (
+from coordinator.protocols.asked import COMMENT, EVENTS, Asked, Json, Stamp, sse, stamp
+from coordinator.protocols.errors import Failure, openai_error
+from coordinator.protocols.fields import Fields, clean
+from coordinator.protocols.openai_chat import DONE
+from coordinator.protocols.openai_fields import (
     MOST_CHOICES,
     read_limit,
     read_sampling,

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.api.asked import Json
-from coordinator.api.fields import Fields, brief, clean, number, whole
+from coordinator.protocols.asked import Json
+from coordinator.protocols.fields import Fields, brief, clean, number, whole
 from unicluster.chat_limits import MOST_BIASES
 from unicluster.client.answers import Usage
 from unicluster.errors import InputError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from coordinator.api.errors import Failure
+from coordinator.protocols.errors import Failure
 from unicluster.client.answers import Answer
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
 

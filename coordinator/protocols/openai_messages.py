@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.api.fields import Fields, brief, clean
+from coordinator.protocols.fields import Fields, brief, clean
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import Message, ToolCall
 

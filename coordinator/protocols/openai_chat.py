@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from coordinator.api.asked import COMMENT, EVENTS, Asked, Json, Stamp, joined, sse, stamp
-from coordinator.api.errors import Failure, openai_error
-from coordinator.api.fields import Fields
-from coordinator.api.openai_fields import (
+from coordinator.protocols.asked import COMMENT, EVENTS, Asked, Json, Stamp, joined, sse, stamp
+from coordinator.protocols.errors import Failure, openai_error
+from coordinator.protocols.fields import Fields
+from coordinator.protocols.openai_fields import (
     MOST_CHOICES,
     read_format,
     read_limit,
@@ -16,8 +16,8 @@ from coordinator.api.openai_fields import (
     read_streaming,
     usage_json,
 )
-from coordinator.api.openai_messages import read_messages
-from coordinator.api.openai_tools import calls_delta, calls_json, read_tools
+from coordinator.protocols.openai_messages import read_messages
+from coordinator.protocols.openai_tools import calls_delta, calls_json, read_tools
 from unicluster.chat_limits import MOST_LOGPROBS
 from unicluster.client.answers import Answer, TokenLogprob, Usage
 from unicluster.errors import InputError

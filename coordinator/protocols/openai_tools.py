@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from coordinator.api.asked import Json
-from coordinator.api.fields import Fields
+from coordinator.protocols.asked import Json
+from coordinator.protocols.fields import Fields
 from unicluster.client.answers import ToolCall
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import GenerateRequest, Tool
