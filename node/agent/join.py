@@ -89,29 +89,33 @@ def run(**options: Any) -> int:
     if not args.quiet:
         logging.getLogger().setLevel(min(logging.INFO, logging.getLogger().level))
     broker = chosen_broker(args.mqtt)
-    check_free(args.host, args.port)  # before a cluster is made whose token would never be printed
+    # Before a cluster is made whose token would never be printed.
+    check_free(args.host, args.port)
+    hardware = _offering(probe(cap), args.engine, args.device)
     store = Store()
     if token is not None:
         cluster, created = store.join(token, replace=args.replace), False
     else:
         cluster, created = store.load_or_create()
-    return asyncio.run(_join(args, cap, cluster, created, broker))
+    return asyncio.run(_join(args, cap, hardware, cluster, created, broker))
 
 
 async def _join(
     args: JoinOptions,
     cap: int | None,
+    hardware: Hardware,
     cluster: Cluster,
     created: bool,
     broker: BrokerUrl | None,
 ) -> int:
     with held_machine_key(args.name) as machine_key:
-        return await _run_agent(args, cap, cluster, created, broker, machine_key)
+        return await _run_agent(args, cap, hardware, cluster, created, broker, machine_key)
 
 
 async def _run_agent(
     args: JoinOptions,
     cap: int | None,
+    hardware: Hardware,
     cluster: Cluster,
     created: bool,
     broker: BrokerUrl | None,
@@ -119,7 +123,6 @@ async def _run_agent(
 ) -> int:
     membership = Membership(cluster, Store())
     identity = Keyring.of_member(membership, args.name, machine_key.key)
-    hardware = _offering(await asyncio.to_thread(probe, cap), args.engine, args.device)
     raise_file_limit()
     server = make_server()
     port = bind(server, args.host, args.port, identity)

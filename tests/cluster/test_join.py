@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.cluster import HOST, LocalCluster, Program, ServeProgram, endless_model, until
 from tests.support.deadlines import scaled
-from unicluster.cluster.channels import CHANNEL_OPTIONS, connect
+from unicluster.cluster.channels import CHANNEL_OPTIONS, connect, connect_sync
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.identity import Identity
 from unicluster.trust.store import Store
@@ -48,6 +48,24 @@ def test_the_first_join_makes_a_cluster_and_says_how_others_join(cluster: LocalC
     assert f"UNICLUSTER_TOKEN={cluster.cluster.token} unicluster join\n" in first
     assert f"ann is in cluster {cluster.cluster.fingerprint}: " in first
     assert "UNICLUSTER_TOKEN" not in second
+
+
+def test_a_machine_may_offer_some_of_its_devices(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path) as cluster:
+        refused = cluster.run("join", "--port", "0", "--device", "CUDA9")
+        assert refused.code == 2
+        there = r"unicluster: --device cuda9: this machine has .*CPU \(.+\).*\n"
+        assert re.fullmatch(there, refused.err)
+        assert Store(cluster.home).load() is None  # whose token nobody would have seen
+
+        agent = cluster.start_agent("bob", "--device", "cpu", memory=MEMORY)
+        port = agent.wait_for(r"port (\d+)\.")[1]
+        with connect_sync(f"{HOST}:{port}", cluster.cluster.issue("member")) as channel:
+            info = NodeStub(channel).Describe(DescribeNodeRequest(), timeout=scaled(10))
+
+    assert {(device.name, device.kind) for device in info.devices} == {("CPU", "cpu")}
+    assert {device.engine for device in info.devices} == set(info.engines)
+    assert all(device.usable_memory == MEMORY for device in info.devices)
 
 
 def test_other_machines_join_with_the_token_and_keep_it(
