@@ -7,6 +7,7 @@ from typing import Any
 from coordinator.commands.serve import served
 from coordinator.fleet import local
 from coordinator.models.catalog import resolve
+from coordinator.planning.planner import least_memory
 from coordinator.serving.events import Events, Follower
 from coordinator.serving.generation_options import generation_options, take_generation
 from coordinator.serving.inspected import inspected_here
@@ -42,7 +43,9 @@ async def _demo(
     source = resolve("demo")
     layout = await inspected_here(source, spec, context=CONTEXT)
     resident = layout.weight_bytes + layout.kv_bytes
-    memory = int(SLICE * (resident + layout.reserve(resident)))
+    # The head's slice has to hold a draft model besides.
+    least = least_memory(layout, len(MACHINES))
+    memory = max(int(SLICE * (resident + layout.reserve(resident))), least)
     console.print(
         f"Three agents on this machine, each offering {memory / 1e6:.1f} MB. The demo model "
         f"takes {resident / 1e6:.1f} MB with its cache.\n"

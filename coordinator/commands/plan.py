@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import click
+from rich.text import Text
 
 from coordinator.commands.compare import compare
+from coordinator.commands.serve_line import serve_line
 from coordinator.fleet import fleet
 from coordinator.fleet.fleet import Fleet
 from coordinator.fleet.measured import Measurements
@@ -107,7 +109,17 @@ def run(**options: Any) -> int:
     if args.json:
         print(json.dumps(planned(question, best), indent=1))
         return 0
-    _show(question, best, nodes)
+    line = serve_line(
+        args.model,
+        best,
+        question.variants,
+        quant=requested.quant,
+        kv_bits=args.kv_bits or 0,
+        gguf=args.gguf,
+        engine=args.engine,
+        nodes=args.nodes if args.fleet is None else None,
+    )
+    _show(question, best, nodes, line)
     return 0
 
 
@@ -179,10 +191,12 @@ def _facts(
     }
 
 
-def _show(question: Question, best: Plan, nodes: list[str] | None) -> None:
+def _show(question: Question, best: Plan, nodes: list[str] | None, serve: str) -> None:
     console, machines = Console(), question.fleet.machines
     allowed = [m for m in machines if nodes is None or m.name in nodes]
     console.print(plan_table(best, question.variants, question.requested.display))
+    if serve:
+        console.print(Text("serve it    ", "dim").append(serve, "not dim"), soft_wrap=True)
     with doing("Planning without this and that machine"):
         others = rivals(question.variants, allowed, best, question.fleet.network)
     if others:

@@ -38,7 +38,7 @@ from unicluster.v1 import node_pb2
 
 MEMORY = "memory"
 # Columns that a reason has at least.
-WORDS = 24
+WORDS = 20
 
 
 class _Legend:

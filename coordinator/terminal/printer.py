@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import TextIO, cast
 
@@ -23,6 +24,7 @@ from coordinator.serving.events import (
     Planned,
     Progress,
     Recovered,
+    Recovering,
     Searching,
     StageFailed,
     StageReady,
@@ -53,6 +55,7 @@ class Printer:
         self._live = contextlib.ExitStack()  # a spinner or the bars, while there are any
         self._bars: LoadingBars | None = None
         self._loading: set[str] = set()
+        self._lost: float | None = None  # when the model stopped answering
 
     def handle(self, event: Event) -> None:
         """Prints an event; some print nothing."""
@@ -82,9 +85,13 @@ class Printer:
                 self.close()
             case Listening():
                 self._say_where(event)
+            case Recovering():
+                self._lost = time.monotonic()
             case Recovered():
                 self.close()
-                self._console.print(recovered_line(event), soft_wrap=True)
+                seconds = time.monotonic() - self._lost if self._lost is not None else None
+                self._lost = None
+                self._console.print(recovered_line(event, seconds), soft_wrap=True)
             case Unloading():
                 self._console.print("Unloading.")
 
@@ -121,9 +128,11 @@ def _who_may(http: HttpAddress) -> str:
     return "from this machine only, as there is no key (`unicluster key create`)"
 
 
-def recovered_line(event: Recovered) -> Text:
-    """`llama q4 is ready again; moved: layers 10-19 from bob to cat`."""
+def recovered_line(event: Recovered, seconds: float | None = None) -> Text:
+    """`llama q4 is ready again after 12 s; moved: layers 10-19 from bob to cat`."""
     line = Text(event.model, "bold").append(" is ready again", "not bold")
+    if seconds is not None:
+        line.append(f" after {seconds:.0f} s" if seconds >= 1 else " within a second", "not bold")
     if not event.moved:
         return line.append(", on the same machines.", "not bold")
     moved = ", ".join(map(_moved, event.moved))

@@ -5,9 +5,9 @@ start at the same moment, take their part of the bandwidth.
 """
 
 import logging
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import SystemRandom
 
 from node.agent.probe import Hardware, measure_bandwidth
 from unicluster.units import format_rate
@@ -28,9 +28,7 @@ class QuietMeasuring:
     """Says when to measure, and measures."""
 
     measure: Callable[[int], float] = measure_bandwidth
-    spread: float = field(
-        default_factory=lambda: random.SystemRandom().uniform(0.0, SPREAD_SECONDS)
-    )
+    spread: float = field(default_factory=lambda: SystemRandom().uniform(0.0, SPREAD_SECONDS))
     _due: float | None = None
 
     def due(self, hardware: Hardware, now: float, busy_percent: float, *, stages: bool) -> bool:

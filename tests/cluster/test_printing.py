@@ -99,7 +99,8 @@ def test_after_a_recovery_the_layers_that_moved_are_printed(
         lost = server.describe().stages[-1].node
         cluster.agents[lost].kill()
 
-        moved = server.wait_for(r"is ready again; moved: layers? [\d-]+ from (\w+) to (\w+)")
+        layers = r"layers? [\d-]+ from (\w+) to (\w+)"
+        moved = server.wait_for(rf"is ready again (?:after \d+ s|within a second); moved: {layers}")
 
         stages = server.describe().stages
     assert moved[1] == lost
