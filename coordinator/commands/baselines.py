@@ -16,6 +16,8 @@ from unicluster.errors import UnavailableError
 
 ONE = "mlx-lm in one process"
 ONE_GGML = "llama.cpp in one process"
+# To load a model, or for the next token of it.
+LINE_SECONDS = 1800.0
 
 
 class Baseline:
@@ -43,7 +45,14 @@ class Baseline:
             yield [int(await self._line(self._ranks[0]))]
 
     async def _line(self, rank: asyncio.subprocess.Process) -> str:
-        line = await rank.stdout.readline() if rank.stdout is not None else b""
+        line = b""
+        if rank.stdout is not None:
+            try:
+                async with asyncio.timeout(LINE_SECONDS):
+                    line = await rank.stdout.readline()
+            except TimeoutError:
+                reason = f"the process to compare with said nothing for {LINE_SECONDS:.0f} s"
+                raise UnavailableError(reason) from None
         if not line:
             said = await rank.stderr.read() if rank.stderr is not None else b""
             last = (said.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from unicluster.cluster.background import going_on
 from unicluster.deadlines import PREFILL, Work, WorkDeadlines, floor_seconds
 from unicluster.stall import Stall, stuck_reason
 from unicluster.v1.chat_pb2 import MeasureRequest
@@ -52,13 +53,14 @@ class HeadWatch:
         heard, counters = 0, b""
         while True:
             await asyncio.sleep(ask_s)
-            try:
-                meters = (await chat.Measure(MeasureRequest(), timeout=ask_s)).meters
-                meters.now_s = 0.0
-                heard, counters = heard + 1, meters.SerializeToString(deterministic=True)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    heard += 1  # it is another trouble, which the ring's stream tells
+            with going_on(f"asking {who}"):
+                try:
+                    meters = (await chat.Measure(MeasureRequest(), timeout=ask_s)).meters
+                    meters.now_s = 0.0
+                    heard, counters = heard + 1, meters.SerializeToString(deterministic=True)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                        heard += 1  # it is another trouble, which the ring's stream tells
             silent_s = silent.look(heard)
             still_s = still.look((self._events, counters) if self._awaited else None)
             if silent_s > SILENT_FLOORS * floor_seconds():

@@ -17,6 +17,7 @@ from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 HOME = "UNICLUSTER_HOME"
 HOST = "127.0.0.1"
+START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
@@ -60,7 +61,15 @@ async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
     ]
     try:
         for name, agent in zip(names, started, strict=True):
-            if agent.stdout is not None and not await agent.stdout.readline():
+            if agent.stdout is None:
+                continue
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    joined = await agent.stdout.readline()
+            except TimeoutError:
+                reason = f"the agent {name} has not joined within {START_SECONDS:.0f} s"
+                raise UnavailableError(reason) from None
+            if not joined:
                 raise UnavailableError(f"the agent {name} did not start; its message is above")
         yield
     finally:

@@ -14,6 +14,7 @@ from unicluster.errors import (
     StageError,
     UnavailableError,
     UniclusterError,
+    in_one_line,
     printable,
     shortened,
 )
@@ -80,6 +81,10 @@ class Lease:
             self.lost = as_error(error, f"machine {self.name} ({self._agent})")
         except StageError as error:
             self.lost = error
+        except Exception as error:  # whoever waits for the stage must not wait for ever
+            log.exception("%s", self.long_name)
+            kind = type(error).__name__
+            self.lost = StageError(f"{self.long_name}: {kind}: {in_one_line(error)}")
         finally:
             call.cancel()
         self.worker = None

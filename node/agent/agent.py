@@ -28,6 +28,7 @@ from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
+from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import host_of, join_address, peer_name
 from unicluster.cluster.discovery import one_address
 from unicluster.cluster.interfaces import own_addresses
@@ -81,6 +82,8 @@ RESTART_WINDOW = 60.0
 FIRST_PAUSE_SECONDS = 0.25
 LAST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 600.0
+# Until certificates are looked after again, after an error.
+RENEW_SECONDS = 60.0
 # A question that waits for the end of a stage is answered within this: a worker gets 5 s to end.
 ENDED_SECONDS = 6.0
 
@@ -380,8 +383,11 @@ class Agent(NodeServicer):
 
     async def _renew(self, worker: WorkerProcess) -> None:
         """Hands a worker new certificates before its old ones expire."""
-        async for identity in self._identity.renewals():
-            worker.renew(identity.to_dict())
+        while True:
+            with going_on("renewing a worker's certificate"):
+                async for identity in self._identity.renewals():
+                    worker.renew(identity.to_dict())
+            await asyncio.sleep(RENEW_SECONDS)
 
     def in_flight(self, model: str, revision: str) -> set[str]:
         """Files of a model that stages here are fetching from the hub."""

@@ -29,7 +29,9 @@ from unicluster.cluster.channels import (
     make_server,
     split_address,
 )
+from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds
 from unicluster.errors import StageError, UnavailableError
+from unicluster.stall import within
 from unicluster.trust.identity import Credentials
 from unicluster.v1.node_pb2 import StageEvent
 from unicluster.v1.node_pb2_grpc import NodeStub
@@ -39,6 +41,9 @@ from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
 T = TypeVar("T")
 
 Cut = tuple[int, int]
+
+# An agent watches its worker, and ends it, sooner than it is given up here.
+PATIENCE_FLOORS = 2.0
 
 
 class Background:
@@ -183,7 +188,8 @@ def load_on_nodes(
             spec.sources.extend([f":{port}", *addresses])
             spec.hub_files.extend(files)
             leases.append(NodeStub(channels[-1]).RunStage(spec))
-        return [await _leased(lease, node) for lease, node in zip(leases, nodes, strict=True)]
+        size = sum(checkpoint.manifest.files[name].size for name in checkpoint.manifest.weights)
+        return [await _leased(lease, node, size) for lease, node in zip(leases, nodes, strict=True)]
 
     async def stop() -> None:
         for lease in leases:
@@ -236,10 +242,18 @@ async def _ready(worker: WorkerProcess, config: WorkerConfig) -> RouteStop:
     raise StageError(f"{config.node}: {ended.reason}")
 
 
-async def _leased(lease: Any, node: RouteStop) -> RouteStop:
+async def _leased(lease: Any, node: RouteStop, size: int) -> RouteStop:
+    """Where a stage is ready; its model's files have `size` bytes, and each event takes no longer
+    than they may.
+    """
     known = [split_address(address)[0] for address in (node.address, *node.addresses)]
+    seconds = WorkDeadlines().limit(Work(LOAD, size)) + PATIENCE_FLOORS * floor_seconds()
+
+    async def read() -> object:
+        return await lease.read()
+
     try:
-        while isinstance(event := await lease.read(), StageEvent):
+        while isinstance(event := await within(seconds, read()), StageEvent):
             if event.HasField("ready"):
                 worker = [join_address(host, event.ready.port) for host in dict.fromkeys(known)]
                 return RouteStop(
@@ -250,6 +264,9 @@ async def _leased(lease: Any, node: RouteStop) -> RouteStop:
                 )
             if event.HasField("exit") and not event.exit.restarting:
                 raise StageError(f"machine {node.node}: {event.exit.reason}")
+    except TimeoutError:
+        reason = f"machine {node.node} ({node.address}) has loaded nothing for {seconds:.0f} s"
+        raise StageError(reason) from None
     except grpc.aio.AioRpcError as error:
         raise as_error(error, f"machine {node.node} ({node.address})") from error
     raise UnavailableError(f"machine {node.node} ({node.address}) ended the stage")

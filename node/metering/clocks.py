@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import grpc
 
+from unicluster.cluster.background import going_on
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import UniclusterError
 from unicluster.trust.identity import Credentials
@@ -108,17 +109,18 @@ async def follow(clocks: Clocks, route: Sequence[RouteStop], identity: Credentia
     try:
         while True:
             for machine, stop in enumerate(route, start=1):
-                try:
-                    if machine not in channels:
-                        channels[machine], _ = await dialer.connect_stop(stop)
-                    await _ask(clocks, machine, channels[machine])
-                # The ring tells if the machine is gone.
-                except grpc.aio.AioRpcError as error:
-                    log.info("clock of machine %s: %s", stop.node, error.details())
-                    # The next one has a certificate that is current.
-                    await channels.pop(machine).close(None)
-                except UniclusterError as error:
-                    log.info("clock of machine %s: %s", stop.node, error)
+                with going_on(f"asking the clock of machine {stop.node}"):
+                    try:
+                        if machine not in channels:
+                            channels[machine], _ = await dialer.connect_stop(stop)
+                        await _ask(clocks, machine, channels[machine])
+                    # The ring tells if the machine is gone.
+                    except grpc.aio.AioRpcError as error:
+                        log.info("clock of machine %s: %s", stop.node, error.details())
+                        # The next one has a certificate that is current.
+                        await channels.pop(machine).close(None)
+                    except UniclusterError as error:
+                        log.info("clock of machine %s: %s", stop.node, error)
             await asyncio.sleep(ASK_SECONDS)
     finally:
         for channel in channels.values():

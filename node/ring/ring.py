@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
 import uuid
@@ -26,11 +27,13 @@ from unicluster.deadlines import (
     open_seconds,
 )
 from unicluster.dialing.dialer import Dialer
-from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.errors import StageError, UnavailableError, UniclusterError, in_one_line
 from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
+
+log = logging.getLogger(__name__)
 
 Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
 
@@ -265,6 +268,9 @@ class Ring:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
+            except Exception as error:
+                self._fail(_odd(self.route[0], "can't be sent a frame", error))
+                return
             self._left(message.frame.id)
 
     def _left(self, number: int) -> None:
@@ -300,7 +306,11 @@ class Ring:
             patience = PATIENCE_FLOORS * floor_seconds()
             if stuck_s > self._deadlines.limit(slowest) + patience:
                 stages = zip(self.route, self.stages.stages, strict=True)
-                self._fail(await find_stuck(list(stages), identity, stuck_s, slowest))
+                try:
+                    failure = await find_stuck(list(stages), identity, stuck_s, slowest)
+                except Exception as error:
+                    failure = _odd(self.route[0], f"{slowest} gets no answer, and it", error)
+                self._fail(failure)
                 return
 
     def _unexpected(self, frame: Frame) -> None:
@@ -315,7 +325,14 @@ class Ring:
         self._deadlines.note(sent.work, now - max(sent.at, self._last_return))
         self._returns, self._last_return = self._returns + 1, now
         if sent.on_reply is not None:
-            sent.on_reply(frame)
+            try:
+                sent.on_reply(frame)
+            except Exception as error:  # it is no longer among those that `_fail` ends
+                failure = _odd(self.route[-1], "sent an invalid frame", error)
+                sent.reply.put(failure)
+                if sent.window is not None:
+                    sent.window.leave()
+                raise failure from error
         sent.reply.put(frame)
         if sent.window is not None:
             sent.window.leave()
@@ -351,6 +368,15 @@ async def _until_fault(
             on_frame(message.frame)
     except UniclusterError as error:
         return error
+    except Exception as error:
+        return _odd(stop, "sent an invalid frame", error)
+
+
+def _odd(stop: RouteStop, did: str, error: Exception) -> StageError:
+    """The error for what no machine of this version does."""
+    log.error("machine %s %s", stop.node, did, exc_info=error)
+    kind = type(error).__name__
+    return StageError(f"machine {stop.node} ({stop.address}) {did}: {kind}: {in_one_line(error)}")
 
 
 def work_of(frame: Frame) -> Work:

@@ -13,6 +13,7 @@ from node.ring.ring import fault_message, open_hop, read_hop, work_of
 from node.ring.session import Session, StageEngine
 from node.ring.stuck import name_of
 from unicluster import failpoints
+from unicluster.deadlines import open_seconds
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.trust.identity import Credentials
@@ -59,7 +60,11 @@ class StageService(StageServicer):
         self._sessions: dict[str, _LiveSession] = {}
 
     async def Hop(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        message = await context.read()
+        try:
+            async with asyncio.timeout(open_seconds(0)):
+                message = await context.read()
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "open: did not come in time")
         if not isinstance(message, HopMessage) or not message.HasField("open"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "open: must come first")
         opening = message.open

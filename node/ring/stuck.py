@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import grpc
 
-from unicluster.cluster.channels import connect
 from unicluster.deadlines import Work
-from unicluster.errors import StageError
+from unicluster.dialing.dialer import Dialer
+from unicluster.errors import StageError, UniclusterError
 from unicluster.stall import stuck_reason
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import ClockReading, ClockRequest, RouteStop, StageInfo
@@ -49,7 +49,8 @@ def name_of(node: str, info: StageInfo) -> str:
 async def _ask(stop: RouteStop, identity: Credentials) -> ClockReading | None:
     """What a stage is at; None if it does not answer."""
     try:
-        async with connect(stop.address, identity) as channel:
+        connected, _ = await Dialer(identity).connect_stop(stop)
+        async with connected as channel:
             return await StageStub(channel).Clock(ClockRequest(), timeout=ASK_SECONDS)
-    except grpc.aio.AioRpcError:
+    except (grpc.aio.AioRpcError, UniclusterError):
         return None

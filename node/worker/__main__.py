@@ -269,7 +269,7 @@ def _follow_parent(keyring: HandedKeyring) -> None:
     for line in sys.stdin:
         try:
             keyring.current = Identity.from_dict(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # this thread must last: it ends the worker with its starter
             log.error("a certificate that can't be read: %s", type(error).__name__)
     os._exit(0)
 

@@ -108,6 +108,7 @@ class HeadChat(ChatService):
         super().__init__(engine)
         self._head = head
         self._thread = thread
+        self._counting: asyncio.Task[int] | None = None
 
     async def Describe(  # noqa: N802
         self, request: DescribeChatRequest, context: Context
@@ -117,13 +118,19 @@ class HeadChat(ChatService):
         if model is not None:
             began = time.perf_counter()
             try:
-                live = await self._thread.run(model.live_caches)
+                live = await self._live_caches(model)
                 if model.stages > 1:  # a frame for each of the others
                     info.ring_s = (time.perf_counter() - began) / (model.stages - 1)
                 info.live_caches = max(live - info.kept_caches * (model.stages - 1), 0)
             except UniclusterError as error:
                 await abort(context, error)
         return info
+
+    async def _live_caches(self, model: PipelineModel) -> int:
+        """Counted once for all who ask meanwhile: the count may outlast whoever began it."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._thread.run(model.live_caches))
+        return await asyncio.shield(self._counting)
 
     async def Measure(  # noqa: N802
         self, request: MeasureRequest, context: Context

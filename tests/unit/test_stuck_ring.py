@@ -10,12 +10,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 
+from node.ring.compute_thread import MLXThread
 from node.ring.ring import Reply, Ring
+from node.ring.stage_service import StageService
 from tests.support.deadlines import scaled
 from unicluster import deadlines
-from unicluster.cluster.channels import bind, make_server
+from unicluster.cluster.channels import bind, connect, make_server
 from unicluster.cluster.sizes import FRAME_BYTES
 from unicluster.deadlines import VARIABLE, open_seconds
 from unicluster.errors import StageError, UnavailableError, UniclusterError
@@ -29,7 +32,11 @@ from unicluster.v1.stage_pb2 import (
     RouteStop,
     StageInfo,
 )
-from unicluster.v1.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
+from unicluster.v1.stage_pb2_grpc import (
+    StageServicer,
+    StageStub,
+    add_StageServicer_to_server,
+)
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
 HOST = "127.0.0.1"
@@ -73,7 +80,7 @@ class FakeStage(StageServicer):
 
 
 @asynccontextmanager
-async def served(stage: FakeStage) -> AsyncIterator[list[RouteStop]]:
+async def served(stage: StageServicer) -> AsyncIterator[list[RouteStop]]:
     server = make_server(most_bytes=FRAME_BYTES)
     add_StageServicer_to_server(stage, server)
     port = bind(server, HOST, 0, IDENTITY)
@@ -178,3 +185,30 @@ async def test_a_ring_that_has_nothing_to_do_lasts() -> None:
 
         await result(ring.send(frame(1)))
         await ring.close()
+
+
+async def test_a_frame_that_makes_no_sense_ends_the_ring_and_its_own_wait() -> None:
+    """The head checks a frame on the event loop, and whoever waits for it is on another thread."""
+
+    def refuses(frame: Frame) -> None:
+        raise ValueError("two reports of one stage")
+
+    async with served(FakeStage()) as route:
+        ring = await Ring.open(route, IDENTITY)
+
+        invalid = r"^machine bob .* sent an invalid frame: ValueError: two reports of one stage"
+        for reply in (ring.send(frame(1), on_reply=refuses), ring.send(frame(1))):
+            with pytest.raises(StageError, match=invalid):
+                await result(reply)
+
+        await ring.close()
+
+
+async def test_a_head_that_opens_a_stream_and_says_nothing_is_hung_up_on() -> None:
+    service: Any = StageService(Any, StageInfo(), MLXThread(), IDENTITY)  # type: ignore[arg-type]
+    async with served(service) as route, connect(route[0].address, IDENTITY) as channel:
+        hop: Any = StageStub(channel).Hop()  # type: ignore[call-arg]
+
+        with pytest.raises(grpc.aio.AioRpcError, match="open: did not come in time"):
+            async with asyncio.timeout(scaled(30)):
+                await hop.read()
