@@ -22,6 +22,8 @@ WORST_MULTIPLE = 4.0
 # Of a time predicted and never measured: the first frame also pages weights in.
 FIRST_MULTIPLE = 200.0
 FIRST_FLOORS = 4.0
+# Nobody has planned what unicluster.load computes: so many tokens more take as long again.
+UNPREDICTED_TOKENS = 64
 # Measured times that count, of each kind and size.
 REMEMBERED = 64
 # Bytes a second that a disk or a network file system gives at the very least.
@@ -103,8 +105,9 @@ class WorkDeadlines:
         size = work.size.bit_length()
         if (of_size := self._allowed(work.kind, size)) is not None:
             return max(self._floor, of_size)
-        predicted = FIRST_MULTIPLE * self._predicted.get(work.kind, 0.0) * work.size
-        return max(first, predicted)
+        if predicted := self._predicted.get(work.kind, 0.0):
+            return max(first, FIRST_MULTIPLE * predicted * work.size)
+        return first * (1 + work.size / UNPREDICTED_TOKENS)
 
     def _allowed(self, kind: str, size: int) -> float | None:
         """Multiple of the times of that size, or of the nearest one, as if they were of this."""

@@ -286,7 +286,7 @@ class Deployment:
             chat = ChatStub(channel)
             stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
             try:
-                opened = await self._opened(ring)
+                opened = await self._opened(stuck, ring)
                 while isinstance(opened, Opened):
                     if opened.stages:
                         opened.stages[0].address = at.address
@@ -306,11 +306,11 @@ class Deployment:
             log.warning("%s", reason)
         return was_open
 
-    async def _opened(self, ring: "RingCall") -> object:
+    async def _opened(self, stuck: "asyncio.Task[str]", ring: "RingCall") -> object:
         """The first message of the stream that holds the ring; StageError if it is late."""
         seconds = open_seconds(len(self._leases)) + SET_FLOORS * floor_seconds()
         try:
-            return await within(seconds, _read(ring))
+            return await within(seconds, _unless_stuck(stuck, ring))
         except TimeoutError:
             who = self._leases[0].long_name
             raise StageError(f"{who} did not open the ring within {seconds:.0f} s") from None
@@ -353,8 +353,10 @@ async def _read(ring: "RingCall") -> object:
 async def _unless_stuck(stuck: "asyncio.Task[str]", ring: "RingCall") -> object:
     """The ring's next message. Raises StageError once its head is stuck."""
     reading = asyncio.create_task(_read(ring))
-    await asyncio.wait([reading, stuck], return_when=asyncio.FIRST_COMPLETED)
-    if not reading.done():
+    try:
+        await asyncio.wait([reading, stuck], return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise StageError(stuck.result())
+        return reading.result()
+    finally:
         reading.cancel()
-        raise StageError(stuck.result())
-    return reading.result()

@@ -18,6 +18,7 @@ MOST_CONTEXT = 1 << 30
 MOST_DEVICES = 64
 CONFIG_BYTES = 4 << 20
 WORD_CHARACTERS = 256
+MOST_TOKEN_SECONDS = 3600.0
 # A child that inspects takes a core for seconds, and some hundred megabytes.
 INSPECTED_AT_ONCE = 2
 MOST_INSPECTIONS = 16
@@ -78,6 +79,9 @@ def check_stage(spec: StageSpec, running: int) -> None:
         _check_word(field, getattr(spec, field))
     _check_at_most("context", spec.context, MOST_CONTEXT)
     _check_at_most("users", spec.users, MOST_USERS)
+    for field in ("decode_s", "prefill_s", "ring_decode_s", "ring_prefill_s"):
+        if not 0 <= (seconds := getattr(spec, field)) <= MOST_TOKEN_SECONDS:
+            raise InputError(f"{field}: {seconds}, and not seconds that a token takes")
     _check_at_most("lanes", spec.lanes, MOST_USERS)
     _check_at_most("end_layer", spec.end_layer, MOST_LAYERS)
     if spec.first_layer > spec.end_layer:

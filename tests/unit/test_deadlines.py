@@ -52,7 +52,8 @@ def test_prefill_and_decode_differ_and_so_do_sizes() -> None:
 
 
 def test_before_any_measurement_the_prediction_counts_generously() -> None:
-    assert learned().limit(DECODE) == 4 * FLOOR
+    assert learned().limit(Work(PREFILL, 2048)) == 33 * 4 * FLOOR  # without any
+    assert learned(decode=0.001).limit(DECODE) == 4 * FLOOR
     assert learned(decode=1.0).limit(DECODE) == 200.0
     assert learned(prefill=0.01).limit(Work(PREFILL, 512)) == 1024.0
 
