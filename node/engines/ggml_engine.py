@@ -20,7 +20,7 @@ from node.ggml.stage_file import (
     stage_path,
 )
 from node.ggml.tokenizer import TEMPLATE, tokenizer_of
-from node.weights import store
+from node.weights import caches
 from node.weights.fetch import is_whole
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.gguf import Header, read_header
@@ -61,7 +61,7 @@ class GgmlEngine:
         gguf, part = open_gguf(checkpoint), _part(spec)
         if _is_all(gguf, part) and is_whole(checkpoint):
             return 0
-        file = stage_path(checkpoint, store.stages(checkpoint.manifest.model), part)
+        file = stage_path(checkpoint, caches.stages(checkpoint.manifest.model), part)
         return 0 if file.exists() else file_bytes(gguf, part)
 
     def load(
@@ -76,7 +76,7 @@ class GgmlEngine:
         first, end = spec.first_layer, spec.end_layer
         on_progress(LoadProgress(layers_total=end - first))
         gguf = open_gguf(checkpoint)
-        part, folder = _part(spec), store.stages(checkpoint.manifest.model)
+        part, folder = _part(spec), caches.stages(checkpoint.manifest.model)
         file: StageFile | None = None
         if _is_all(gguf, part) and is_whole(checkpoint):
             gguf.check_cut(first, end)

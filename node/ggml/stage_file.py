@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import IO
 
 from node.ggml.cut import Gguf, write
+from node.weights.caches import unused_stages
 from node.weights.made import PART, check_space, hold, making, remove_unused
-from node.weights.store import unused_stages
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import UnavailableError
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from node.weights import hub, store
+from node.weights.caches import unused_stages
 from node.weights.made import check_space
 from node.weights.progress import Stop
 from node.weights.sources import Sources
@@ -12,7 +13,7 @@ from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
 from unicluster.checkpoints.gguf import FIRST_BYTES, gguf_header_end
 from unicluster.checkpoints.ranges import Ranges, merged, size
 from unicluster.checkpoints.safetensors import LENGTH_BYTES, header_length, read_header
-from unicluster.errors import InputError, UnavailableError, shown
+from unicluster.errors import InputError, NotFoundError, UnavailableError, in_one_line, shown
 
 # Called with (bytes fetched, bytes to fetch).
 OnProgress = Callable[[int, int], None]
@@ -32,9 +33,17 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
     if revision or model == "demo" or Path(model).is_absolute():
         checkpoint = await asyncio.to_thread(store.find, model, revision)
     if checkpoint is None:
-        manifest = await _manifest(model, revision, sources)
+        try:
+            manifest = await _manifest(model, revision, sources)
+        except (NotFoundError, UnavailableError) as error:
+            if Path(model).is_absolute() or model == "demo":
+                raise
+            damaged = await asyncio.to_thread(store.damaged_in_cache, model, revision)
+            if not damaged:
+                raise
+            raise _not_again(damaged, error) from error
         checkpoint = await asyncio.to_thread(store.create, manifest)
-    await _fetch_description(checkpoint, sources)
+    await _mend(checkpoint, sources)
     return checkpoint
 
 
@@ -138,6 +147,21 @@ async def _manifest(model: str, revision: str, sources: Sources) -> Manifest:
     return await asyncio.to_thread(hub.resolve, model, revision)
 
 
+async def _mend(checkpoint: Checkpoint, sources: Sources) -> None:
+    """Fetches what is missing of the description, and small files of a copy that are damaged."""
+    await asyncio.to_thread(store.distrust_damaged, checkpoint)
+    try:
+        await _fetch_description(checkpoint, sources)
+    except (NotFoundError, UnavailableError) as error:
+        if damaged := await asyncio.to_thread(store.damaged, checkpoint):
+            raise _not_again(damaged, error) from error
+        raise
+
+
+def _not_again(damaged: str, error: Exception) -> UnavailableError:
+    return UnavailableError(f"{damaged}; and it can't be fetched again: {in_one_line(error)}")
+
+
 async def _fetch_description(checkpoint: Checkpoint, sources: Sources) -> None:
     manifest = checkpoint.manifest
     small, headers = await asyncio.to_thread(_missing_description, checkpoint)
@@ -214,4 +238,4 @@ def tensor_ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str,
 
 
 def _check_space(checkpoint: Checkpoint, needed: int) -> None:
-    check_space(checkpoint.root, needed, checkpoint.manifest.model, store.unused_stages())
+    check_space(checkpoint.root, needed, checkpoint.manifest.model, unused_stages())

@@ -8,7 +8,6 @@ not checksums. So files over plain HTTP are streamed and verified here, by its p
 and then handed to its cache.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +33,11 @@ from huggingface_hub.utils import (
     tqdm,
 )
 
+from node.weights.caches import folder
 from node.weights.hub_compat import HTTPError
 from node.weights.hub_errors import translated_errors
 from node.weights.progress import Rate, Stop
-from node.weights.store import UNVERIFIED, folder
+from node.weights.store import UNVERIFIED, checksum
 from unicluster.checkpoints.checkpoint import (
     Checkpoint,
     File,
@@ -59,7 +59,6 @@ FILES_AT_ONCE = 8
 ATTEMPTS = 5
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 8.0
-READ_BYTES = 1 << 22
 # Between two reports of progress.
 CHUNK_BYTES = 1 << 20
 REPORT_SECONDS = 0.5
@@ -67,7 +66,6 @@ REPORT_SECONDS = 0.5
 LOCK_SECONDS = 0.25
 # The hub serves larger files only through hf_xet.
 MOST_HTTP_BYTES = 50 * 10**9
-GIT_DIGITS = 40
 PARTIAL_CONTENT = 206
 
 OnBytes = Callable[[int], None]
@@ -166,16 +164,22 @@ def _fetch(
             on_bytes(size)
             return
         repo, _ = split_id(manifest.model)
+        cache = folder(manifest.model).parent
         if size <= MOST_HTTP_BYTES:
             _fetch_verified(manifest, name, partial, stop, on_bytes)
             blob = folder(manifest.model) / "blobs" / manifest.files[name].checksum
             blob.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(blob)
-            whole = hf_hub_download(repo, name, revision=manifest.revision)
+            whole = hf_hub_download(repo, name, revision=manifest.revision, cache_dir=cache)
+            if not blob.samefile(whole):  # what a snapshot without links had in its place
+                whole = str(blob)
         else:
             # hf_xet verifies and resumes by itself.
             whole = hf_hub_download(
-                repo, name, revision=manifest.revision, tqdm_class=_progress_class(on_bytes, stop)
+                *(repo, name),
+                revision=manifest.revision,
+                cache_dir=cache,
+                tqdm_class=_progress_class(on_bytes, stop),
             )
         checkpoint.link(name, Path(whole))
 
@@ -238,7 +242,7 @@ def _fetch_verified(
         with attempt:
             stop.check()
             _fetch_rest(manifest, name, partial, stop, on_bytes)
-            if _size(partial) == file.size and _checksum(partial, file.checksum) == file.checksum:
+            if _size(partial) == file.size and checksum(partial, file.checksum) == file.checksum:
                 return
             on_bytes(-_size(partial))
             partial.write_bytes(b"")
@@ -373,20 +377,6 @@ def _start(manifest: Manifest, name: str, length: int) -> bytes:
                     if len(data) >= length:
                         break
     return data[:length]
-
-
-def _checksum(file: Path, like: str) -> str:
-    """Checksum of the same kind as `like`: SHA-256, or git's SHA-1 of a blob; empty if it is."""
-    if not like:
-        return ""
-    blob = len(like) == GIT_DIGITS
-    digest = hashlib.sha1(usedforsecurity=False) if blob else hashlib.sha256()
-    if blob:
-        digest.update(b"blob %d\0" % file.stat().st_size)
-    with file.open("rb") as stream:
-        while data := stream.read(READ_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from node.weights import pull, store
+from node.weights import caches, pull, store
 from node.weights.fetch import describe
 from node.weights.sources import Sources
 from tests.support.tiny import tiny_config, write_model
@@ -176,7 +176,7 @@ async def test_a_description_of_another_revision_is_not_believed(
     offering: Offering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = await offering.open(OtherRevision(offering.find))
-    monkeypatch.setattr(store.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(caches.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     async with offering.sources(other) as sources:
         found = await sources.manifest(offering.manifest.model, offering.manifest.revision)
@@ -193,7 +193,7 @@ async def test_a_model_is_described_by_the_trusted_source(
 ) -> None:
     honest = await offering.open(WeightsService(offering.find))
     liar = await offering.open(Liar(offering.find))
-    monkeypatch.setattr(store.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(caches.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "whole", lambda path: whole(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
 

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from node.engines.ggml_engine import GgmlEngine
 from node.ggml.load import open_gguf
 from node.ggml.stage_file import Part, file_bytes, stage_file
-from node.weights import made, store
+from node.weights import caches, made
 from node.weights.fetch import fetch_ranges
 from node.weights.made import check_space, hold, making, remove_unused
 from node.weights.sources import Sources
@@ -157,12 +157,12 @@ NAMES = ("a", "a.b_c", "模型 ü", "*?", "a--b", "..a", "a-", "-", "a.git", "x"
 
 
 def test_any_name_of_a_directory_has_a_folder_in_the_cache(cache: Path) -> None:
-    folders = [store.folder(f"/models/{name}") for name in NAMES]
+    folders = [caches.folder(f"/models/{name}") for name in NAMES]
 
     assert len(set(folders)) == len(NAMES)
     assert all(folder.parent == cache and len(folder.name) < 100 for folder in folders)
     assert folders[0].name == "models--unicluster--a"
-    assert store.folder("/models/a b") != store.folder("/other/a b")
+    assert caches.folder("/models/a b") != caches.folder("/other/a b")
 
 
 def spec(first: int, end: int) -> StageSpec:
@@ -171,7 +171,7 @@ def spec(first: int, end: int) -> StageSpec:
 
 def test_stages_of_another_cut_are_removed_unless_somebody_has_them(tmp_path: Path) -> None:
     checkpoint = whole(write_gguf(tmp_path / "model.gguf"))
-    engine, folder = GgmlEngine(), store.stages(checkpoint.manifest.model)
+    engine, folder = GgmlEngine(), caches.stages(checkpoint.manifest.model)
     revision = checkpoint.manifest.revision
     first, second = (engine.load(checkpoint, spec(*cut)) for cut in ((0, 2), (2, 6)))
     assert names(folder) == [f"{revision}-0-2.gguf", f"{revision}-2-6-out.gguf"]
@@ -192,7 +192,7 @@ def test_a_stage_s_file_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     checkpoint = whole(write_gguf(tmp_path / "model.gguf"))
     gguf, part, folder = open_gguf(checkpoint), Part(0, 3, has_lm_head=False), tmp_path / "stages"
     needed = file_bytes(gguf, part)
-    old = store.stages("/another/model.gguf") / "old.gguf"
+    old = caches.stages("/another/model.gguf") / "old.gguf"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"1")
     monkeypatch.setattr(shutil, "disk_usage", disk_of({"": needed - 2, str(old): 1}))

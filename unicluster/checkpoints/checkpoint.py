@@ -133,6 +133,11 @@ class Checkpoint:
             log.warning("%s: damaged, so the copy beside it is not used: %s", root, error)
             return None
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is a copy that may be written to, and not somebody's directory."""
+        return (self.root / MANIFEST).is_file()
+
     def available(self, name: str) -> Ranges:
         """The bytes of a file that are here and verified."""
         file, length = self._path(name), self.manifest.files[name].size
@@ -178,6 +183,10 @@ class Checkpoint:
             stream.flush()
             os.fsync(stream.fileno())
 
+    def distrust(self, name: str) -> None:
+        """Says of a file that is here that none of it is right: it counts as missing."""
+        self._list(name).write_text("")
+
     def put(self, name: str, data: bytes) -> None:
         """Writes a whole file, or none."""
         self._write(self._path(name), data)
@@ -201,7 +210,7 @@ class Checkpoint:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             link = Path(folder) / file.name
-            link.symlink_to(os.path.relpath(whole, file.parent))
+            link.symlink_to(os.path.relpath(whole, file.parent.resolve()))
             link.replace(file)
         self._list(name).unlink(missing_ok=True)
 
