@@ -15,16 +15,8 @@ import numpy as np
 
 from node.agent.chips import known_bandwidth
 from node.agent.commands import Runner, run_command
-from node.agent.devices import (
-    Device,
-    Memories,
-    Reading,
-    ask_ggml,
-    ask_mlx,
-    ggml_devices,
-    mlx_devices,
-    offered,
-)
+from node.agent.devices import Device, Memories, Reading, offered
+from node.agent.engine_devices import ask_ggml, ask_mlx, ggml_devices, mlx_devices
 from node.agent.host_memory import GIB, MIB, LinuxMemory, MacMemory, read_text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from node.agent.cards import PAGE, AmdGpu, amd_gpus, ttm_module
 from node.agent.commands import Runner
-from node.agent.devices import ask_ggml
+from node.agent.engine_devices import ask_ggml
 from node.agent.host_memory import GIB, MIB, LinuxMemory, read_text
 from node.doctor.finding import Finding, Level
 from unicluster.units import format_bytes

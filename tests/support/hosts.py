@@ -9,6 +9,7 @@ from typing import Any
 
 from node.agent import cards
 from node.agent.commands import Runner
+from node.agent.engine_devices import ANSWER
 from node.agent.host_memory import GIB
 from node.agent.probe import Hardware, probe
 from node.ggml.library import Listed
@@ -43,8 +44,8 @@ def commands(
 ) -> Runner:
     """Answers commands by their first word; child processes say backend `mlx`, devices `ggml`."""
     facts = list(gpus) or [{}] * (mlx not in (None, "cpu"))
-    of_mlx = None if mlx is None else json.dumps({"backend": mlx, "gpus": facts})
-    of_ggml = None if ggml is None else json.dumps([asdict(d) for d in (*ggml, OF_CPU)])
+    of_mlx = None if mlx is None else answer({"backend": mlx, "gpus": facts})
+    of_ggml = None if ggml is None else answer([asdict(d) for d in (*ggml, OF_CPU)])
 
     def run(command: Sequence[str]) -> str | None:
         if command[0] == sys.executable:
@@ -52,6 +53,11 @@ def commands(
         return answers.get(" ".join(command), answers.get(command[0]))
 
     return run
+
+
+def answer(facts: Any) -> str:
+    """What a child process prints, with what a library says before and after."""
+    return f"ggml: hello\n{ANSWER}{json.dumps(facts)}\nbye\n"
 
 
 def look(root: Path, run: Runner, cap: int | None = None) -> Hardware:
