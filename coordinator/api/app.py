@@ -20,8 +20,9 @@ from coordinator.api.doorman import Doorman
 from coordinator.api.guard import Guard
 from coordinator.api.models import model_json, model_name, one_model
 from coordinator.api.responding import Respond, caller_of
+from coordinator.protocols.anthropic import read_count, read_message
 from coordinator.protocols.asked import Asked
-from coordinator.protocols.errors import HttpError, failure_of, openai_error
+from coordinator.protocols.errors import HttpError, anthropic_error, failure_of, openai_error
 from coordinator.protocols.openai_chat import read_chat
 from coordinator.protocols.openai_completions import read_completion
 from coordinator.serving.gateway import Gateway
@@ -48,6 +49,8 @@ def make_app(
             Route("/v1/models", door.models),
             Route("/v1/models/{name:path}", door.model),
             Route("/v1/chat/completions", door.generating(read_chat), methods=["POST"]),
+            Route("/v1/messages", door.generating(read_message), methods=["POST"]),
+            Route("/v1/messages/count_tokens", door.count, methods=["POST"]),
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[
@@ -95,6 +98,12 @@ class _Door:
         name = request.path_params["name"]
         return JSONResponse(one_model(self._gateway, self._since, name))
 
+    async def count(self, request: Request) -> Response:
+        """Tokens of the prompt of an Anthropic request."""
+        self._doorman.check_model(self._doorman.key_of(request), self._names())
+        counted = read_count(await self._bodies.read(request))
+        return JSONResponse({"input_tokens": await self._gateway.count_tokens(counted)})
+
     def generating(self, read: Read) -> Callable[[Request], Any]:
         """The endpoint of a protocol whose requests `read` understands."""
 
@@ -128,4 +137,7 @@ def _failed(request: Request, error: Exception) -> Response:
     if not isinstance(error, UniclusterError):
         log.error("a request to %s failed", request.url.path, exc_info=error)
     failure = failure_of(error)
-    return JSONResponse(openai_error(failure), failure.status, failure.headers)
+    in_their_form = openai_error
+    if request.url.path.startswith("/v1/messages"):
+        in_their_form = anthropic_error
+    return JSONResponse(in_their_form(failure), failure.status, failure.headers)

@@ -79,6 +79,24 @@ def failure_of(error: Exception) -> Failure:
     return INTERNAL
 
 
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(failure: Failure) -> Json:
+    """The error object of Anthropic's API."""
+    other = "invalid_request_error" if failure.status < 500 else "api_error"
+    kind = _ANTHROPIC_KINDS.get(failure.status, other)
+    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+
+
 def openai_error(failure: Failure) -> Json:
     """The error object of OpenAI's APIs."""
     return {

@@ -98,7 +98,13 @@ class Answer:
         )
         trace = self.timeline.to_wire() if self.timeline is not None else None
         return GenerateEvent(
-            finish=Finish(reason=reason, usage=usage, timings=timings, trace=trace)
+            finish=Finish(
+                reason=reason,
+                usage=usage,
+                timings=timings,
+                trace=trace,
+                stop_string=self._text.stop_string,
+            )
         )
 
 

@@ -33,6 +33,7 @@ class StopSearch:
         self._fail = self._links()
         self._node = 0
         self.withheld = ""
+        self.matched = ""  # the stop string that cut the text
 
     def add(self, text: str) -> tuple[str, bool]:
         """The text that is certain after one more piece, and whether a stop string cut it."""
@@ -41,6 +42,7 @@ class StopSearch:
             self._node = self._step(self._node, buffer[at])
             if length := self._ends[self._node]:
                 self.withheld = ""
+                self.matched = buffer[at + 1 - length : at + 1]
                 return buffer[: at + 1 - length], True
         certain = len(buffer) - self._depth[self._node]
         self.withheld = buffer[certain:]
@@ -94,6 +96,11 @@ class TextStream:
         self._constrained = constrained
         self._settled = False
         self.stopped = False
+
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the answer, or nothing."""
+        return self._stop.matched
 
     def add(self, token: int) -> list[Segment]:
         """The text that is certain after one more token."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import anthropic
 import httpx
 import openai
 import pydantic
@@ -85,6 +86,25 @@ def test_stop_strings_across_tokens_leave_nothing_behind(ask: openai.OpenAI) -> 
         pieces = [chunk.choices[0] for chunk in stream]
         assert "".join(piece.delta.content or "" for piece in pieces) == text[: text.index(stop)]
         assert pieces[-1].finish_reason == "stop"
+
+
+def test_anthropic_counts_streams_and_names_the_stop(server: ServeProgram) -> None:
+    with anthropic.Anthropic(
+        base_url=server.http, api_key="none", max_retries=0, timeout=scaled(60)
+    ) as client:
+        options: Any = {"model": "demo", "messages": said(SUM), "max_tokens": 20}
+        whole = client.messages.create(**options)
+        with client.messages.stream(**options, stop_sequences=["="]) as stream:
+            stopped = stream.get_final_message()
+        counted = client.messages.count_tokens(model="demo", messages=said(SUM))
+
+    (block,) = whole.content
+    (cut,) = stopped.content
+    assert block.type == cut.type == "text"
+    assert cut.text == block.text.partition("=")[0]
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "=")
+    usage = whole.usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
 def test_seeds_choices_and_biases_work(ask: openai.OpenAI) -> None:

@@ -42,6 +42,14 @@ class ScriptedChat(ChatServicer):
         finally:
             self.live -= 1
 
+    async def CountTokens(  # noqa: N802
+        self, request: wire.GenerateRequest, context: Any
+    ) -> wire.TokenCount:
+        """Words, for tokens."""
+        return wire.TokenCount(
+            prompt_tokens=sum(len(message.content.split()) for message in request.messages)
+        )
+
     async def Describe(  # noqa: N802
         self, request: wire.DescribeChatRequest, context: Any
     ) -> wire.ChatInfo:

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -76,6 +77,14 @@ REFUSALS = [
 ]
 
 
+ANTHROPIC: dict[type[Exception], type[anthropic.APIStatusError]] = {
+    openai.BadRequestError: anthropic.BadRequestError,
+    openai.NotFoundError: anthropic.NotFoundError,
+    openai.RateLimitError: anthropic.RateLimitError,
+    openai.InternalServerError: anthropic.InternalServerError,
+}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_before_the_answer_is_an_error_of_openai(
     ask: openai.AsyncOpenAI, stream: bool
@@ -99,6 +108,37 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(
         answer = await http.post(CHAT, json=said(prompt, stream=True))
         *_, last = answer.text.removesuffix("\n\n").split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+async def test_the_client_of_anthropic_gets_answers_counts_and_errors(door: Door) -> None:
+    parrot = "parrot"
+    async with anthropic.AsyncAnthropic(
+        base_url=door.url, api_key="none", max_retries=0, timeout=scaled(DEADLINE)
+    ) as client:
+        asks: Any = {"model": parrot, "max_tokens": 9}
+        whole = await client.messages.create(**asks, **said("hello there"))
+        async with client.messages.stream(
+            **asks, thinking={"type": "enabled", "budget_tokens": 1024}, **said("think")
+        ) as stream:
+            streamed = await stream.get_final_message()
+        counted = await client.messages.count_tokens(model=parrot, **said("one two three"))
+        for refusal, kind, message in REFUSALS[:4]:
+            with pytest.raises(ANTHROPIC[kind], match=message):
+                await client.messages.create(**asks, **said(f"refuse {refusal}"))
+        with pytest.raises(anthropic.APIStatusError, match="machine ann is gone"):
+            async with client.messages.stream(
+                **asks, **said("break UNAVAILABLE machine ann is gone")
+            ) as stream:
+                await stream.get_final_message()
+
+    assert [block.text for block in whole.content if block.type == "text"] == [
+        "You said: hello there"
+    ]
+    thought, answer = streamed.content
+    assert thought.type == "thinking"
+    assert answer.type == "text"
+    assert (thought.thinking, answer.text) == ("Let me see. A spider...", "Eight.")
+    assert counted.input_tokens == 3
 
 
 async def test_while_the_model_loads_the_reason_is_said(

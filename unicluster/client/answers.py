@@ -108,13 +108,14 @@ class Delta:
 class Finish:
     """The last event of every answer that came through. `reason` is stop, length or tool_calls.
 
-    `trace` is there if it was asked for.
+    `trace` is there if it was asked for. `stop_string` is the one that ended the answer.
     """
 
     reason: str
     usage: Usage
     timings: Timings
     trace: Trace | None = None
+    stop_string: str = ""
 
 
 Event = Delta | Finish
@@ -132,6 +133,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...]
     trace: Trace | None = None
     calls: tuple[ToolCall, ...] = ()
+    stop_string: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,7 @@ def event_from_wire(event: wire.GenerateEvent) -> Event:
                 timings.tokens_per_s,
             ),
             trace=from_wire(event.finish.trace) if event.finish.HasField("trace") else None,
+            stop_string=event.finish.stop_string,
         )
     raise UnavailableError(
         "the server sent an event that this client does not know: update unicluster here"
@@ -310,4 +313,5 @@ def collect(events: Iterable[Event]) -> Answer:
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
         trace=finish.trace,
         calls=tuple(call for piece in pieces for call in piece.calls),
+        stop_string=finish.stop_string,
     )
