@@ -94,6 +94,9 @@ class _Status:
         metrics, info = self.metrics, self.metrics.info
         lanes = f", {counted(info.lanes, 'lane')}" if info.lanes else ""
         yield "serves", f"context {info.context}, {counted(info.users, 'user')}{lanes}"
+        workers = [f"{each.node} at {each.address}" for each in info.stages if each.address]
+        if workers:
+            yield "workers", ", ".join(workers)
         if not metrics.stages:
             return
         now = f"{metrics.tokens_per_s:.1f} tokens/s now, {metrics.generated_tokens} in total"

@@ -148,6 +148,7 @@ class ServedStage:
     end_layer: int
     weight_bytes: int
     engine: str = "mlx"
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +281,7 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
                 stage.end_layer,
                 stage.weight_bytes,
                 stage.engine or "mlx",
+                stage.address,
             )
             for stage in info.stages
         ),
