@@ -23,8 +23,9 @@ from node.generation.ticket import Ticket
 from node.metering.meters import AnswerMeter
 from node.mlx.memory import give_all_back
 from node.prompts.cancellation import Cancellation
-from node.prompts.templates import TEMPLATES
+from node.prompts.templates import MOST_AT_ONCE, TEMPLATES
 from node.prompts.tokenizing import LONG, Tokenizing
+from node.prompts.turns import Turns
 from node.ring.compute_thread import MLXThread
 from unicluster.errors import (
     BusyError,
@@ -38,8 +39,9 @@ from unicluster.v1.meters_pb2 import Meters
 
 log = logging.getLogger("unicluster.engine")
 
-# Threads that tokenize prompts.
-CHECKERS = 2
+# Threads that render and tokenize prompts: most of them wait for a template's child.
+CHECKERS = MOST_AT_ONCE
+LONG_AT_ONCE = 1
 
 
 class GenerationEngine:
@@ -58,7 +60,7 @@ class GenerationEngine:
         self._vocabulary = Vocabulary(tokenizer)
         self._tokenizing = Tokenizing(tokenizer, config.spec.context)
         self._checkers = ThreadPoolExecutor(max_workers=CHECKERS, thread_name_prefix="tokenize")
-        self._long = asyncio.Semaphore(CHECKERS - 1)  # long prompts leave a thread to short ones
+        self._long = Turns(LONG_AT_ONCE)  # long prompts leave threads and cores to short ones
         self._checking = 0  # requests whose prompt waits for a thread, or is being tokenized
         TEMPLATES.warm()
 
@@ -111,7 +113,8 @@ class GenerationEngine:
             *(request, self._tokenizer, context, self._defaults),
             *(self._tokenizing, self._vocabulary, cancellation),
         )
-        slot = self._long if request.ByteSize() > LONG else contextlib.nullcontext()
+        size = request.ByteSize()
+        slot = self._long.turn(size) if size > LONG else contextlib.nullcontext()
         try:
             async with slot:
                 return await asyncio.get_running_loop().run_in_executor(self._checkers, work)

@@ -5,20 +5,22 @@ not from looping for ever, nor from one `'a' * 10**12`, a single call of C that 
 count of loops can interrupt. So it runs in this process, which the kernel ends: after CPU_SECONDS
 for one prompt, or at MOST_MEMORY. Whoever asks kills it after a deadline, or when its client goes.
 
-Reads requests from standard input and answers each on standard output: JSON, with its length in
-four bytes before it. A request has `template`, `messages`, `tools`, the variables `variables` (the
-model's) and `arguments` (the asker's), and `most_characters`. An answer has `text` and, of the
-conversation, what the template did not use (see `conversation.Unread`), or `error`. Ends with its
-input.
+The process forks a child for each prompt. A child reads a request from its connection and answers
+it: JSON, with its length in four bytes before it. A request has `template`, `messages`, `tools`,
+the variables `variables` (the model's) and `arguments` (the asker's), and `most_characters`. An
+answer has `text` and, of the conversation, what the template did not use (see
+`conversation.Unread`), or `error`.
 """
 
 import contextlib
 import json
+import os
 import resource
 import signal
+import socket
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from jinja2 import Template, meta, nodes
 
@@ -30,6 +32,15 @@ from node.prompts.reads import (
     tool_was_read,
     unread_fields,
 )
+
+
+class Stream(Protocol):
+    """A binary stream both ways."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def write(self, data: bytes, /) -> int | None: ...
+    def flush(self) -> None: ...
+
 
 # Real templates take milliseconds, also for conversations of megabytes.
 CPU_SECONDS = 3.0
@@ -43,7 +54,7 @@ ARGUMENTS = {"enable_thinking"}
 REASONING = {"reasoning_content", "thinking"}
 
 
-def write(stream: BinaryIO, message: dict[str, Any]) -> None:
+def write(stream: Stream, message: dict[str, Any]) -> None:
     """Sends one message."""
     data = json.dumps(message).encode()
     stream.write(LENGTH.pack(len(data)))
@@ -51,7 +62,7 @@ def write(stream: BinaryIO, message: dict[str, Any]) -> None:
     stream.flush()
 
 
-def read(stream: BinaryIO, most: int = 1 << 31) -> dict[str, Any] | None:
+def read(stream: Stream, most: int = 1 << 31) -> dict[str, Any] | None:
     """The next message; None where the stream has ended, or one is longer than `most` bytes."""
     prefix = stream.read(LENGTH.size)
     if len(prefix) < LENGTH.size:
@@ -147,15 +158,39 @@ def _mentions(parsed: nodes.Template, names: set[str]) -> bool:
 
 
 def main() -> None:
+    """Forks a child for each connection that comes over standard input, which is a socket.
+
+    So that a child, which may have to be ended, costs milliseconds and not a second of imports.
+    """
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
-    out, sys.stdout = sys.stdout.buffer, sys.stderr
-    while (request := read(sys.stdin.buffer)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        answered = answer(request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        write(out, answered)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    with socket.socket(fileno=os.dup(sys.stdin.fileno())) as control:
+        while True:
+            _, received, _, _ = socket.recv_fds(control, 1, 1)
+            if not received:
+                return
+            child = os.fork()
+            with socket.socket(fileno=received[0]) as connection:
+                if not child:
+                    control.close()
+                    _serve(connection)
+                    os._exit(0)
+                # The first message, for the child waits for a request.
+                with contextlib.suppress(OSError):
+                    connection.sendall(LENGTH.pack(child))
+
+
+def _serve(connection: socket.socket) -> None:
+    """Answers one request, within limits."""
+    with connection.makefile("rwb") as stream:
+        request = read(stream)
+        if request is not None:
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+            answered = answer(request)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            write(stream, answered)
 
 
 if __name__ == "__main__":

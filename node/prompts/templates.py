@@ -1,16 +1,22 @@
 """Chat templates, rendered in child processes that can be ended; see `render`."""
 
+import contextlib
 import logging
+import os
+import signal
+import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from node.prompts.cancellation import Cancellation
 from node.prompts.conversation import Conversation, Unread
-from node.prompts.render import read, write
-from unicluster.errors import InputError, in_one_line
+from node.prompts.render import LENGTH, read, write
+from unicluster.errors import BusyError, InputError, UnavailableError, in_one_line
 from unicluster.program import child_environment, module_command
 
 log = logging.getLogger(__name__)
@@ -18,8 +24,11 @@ log = logging.getLogger(__name__)
 PROGRAM = "node.prompts.render"
 # Of one prompt; far more than its limit of CPU time, because the machine may be busy.
 DEADLINE_S = 30.0
-# Kept ready: starting one takes a second.
-MOST_IDLE = 2
+# Real templates take milliseconds.
+SLOW_SECONDS = 0.25
+MOST_SLOW = 4
+MOST_AT_ONCE = 2 * MOST_SLOW
+LOW_PRIORITY = 15
 # Of an answer's JSON, for one character of text, and for one unread field of a message.
 JSON_BYTES = 12
 UNREAD_BYTES = 256
@@ -58,17 +67,22 @@ def _plain(value: Any) -> Any:
 
 
 class Templates:
-    """Renders in a child that is idle, or in a new one."""
+    """Renders each prompt in a child of its own, forked from one process that stands ready.
+
+    A render that has taken SLOW_SECONDS goes on at a low priority, as one of MOST_SLOW at most: so
+    those that loop leave time to others. `render` may be called from MOST_AT_ONCE threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[_Child] = []
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._slow = 0
 
     def warm(self) -> None:
-        """Starts a child ahead of the first prompt, if there is none."""
+        """Starts the process ahead of the first prompt."""
         with self._lock:
-            if not self._idle:
-                self._idle.append(_Child())
+            self._started()
 
     def render(
         self,
@@ -80,8 +94,10 @@ class Templates:
         *,
         deadline_s: float = DEADLINE_S,
     ) -> str:
-        """The prompt as text; blocks. Raises InputError where the template refuses, is ended, or
-        leaves out a part of the conversation.
+        """The prompt as text; blocks.
+
+        Raises InputError where the template refuses, is ended, or leaves out a part of the
+        conversation, and BusyError where it is slow while others are.
         """
         request = {
             "template": template,
@@ -94,32 +110,93 @@ class Templates:
         most_bytes = (
             JSON_BYTES * most_characters + UNREAD_BYTES * len(conversation.messages) + 2**20
         )
-        child = self._take()
-        with cancellation.ending(child.kill):
-            answered = child.ask(request, most_bytes, deadline_s)
+        child = self._fork()
+        try:
+            with cancellation.ending(child.kill), self._slowness(child, deadline_s):
+                answered = child.ask(request, most_bytes)
+        finally:
+            child.close()
+        if child.crowded_out:
+            raise BusyError("prompts that take long to render are being rendered; try again later")
         if answered is None:
-            child.kill()
             log.warning("a chat template was ended: it takes too long or needs too much memory")
             raise _refused("it takes too long or needs too much memory")
-        self._put(child)
         if "error" in answered:
             raise _refused(" ".join(str(answered["error"]).split()))
         conversation.refuse_unread(Unread(**answered["unread"]))
         return str(answered["text"])
 
-    def _take(self) -> "_Child":
-        with self._lock:
-            while self._idle:
-                if (child := self._idle.pop()).alive:
-                    return child
-        return _Child()
+    @contextmanager
+    def _slowness(self, child: "_Child", deadline_s: float) -> Iterator[None]:
+        """Looks after a child that does not answer soon, while the block runs."""
+        counted = ended = False
 
-    def _put(self, child: "_Child") -> None:
-        with self._lock:
-            if len(self._idle) < MOST_IDLE:
-                self._idle.append(child)
-                return
-        child.kill()
+        def slow() -> None:
+            nonlocal counted
+            with self._lock:
+                if ended:
+                    return
+                if self._slow >= MOST_SLOW:
+                    child.crowded_out = True
+                    child.kill()
+                    return
+                self._slow += 1
+                counted = True
+                child.yield_to_others()
+
+        timers = [threading.Timer(SLOW_SECONDS, slow), threading.Timer(deadline_s, child.kill)]
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            for timer in timers:
+                timer.cancel()
+            with self._lock:
+                ended = True
+                self._slow -= counted
+
+    def _fork(self) -> "_Child":
+        """A child that waits for a request."""
+        for _ in range(2):  # the process may have been ended since
+            ours, theirs = socket.socketpair()
+            with self._lock, theirs:
+                control = self._started()
+                try:
+                    socket.send_fds(control, [b"."], [theirs.fileno()])
+                except OSError:
+                    self._forget(control)
+            child = _Child(ours)
+            if child.forked:
+                return child
+            child.close()
+            with self._lock:
+                self._forget(control)
+        raise UnavailableError("the process that renders chat templates does not start")
+
+    def _forget(self, control: socket.socket) -> None:
+        """Has the next prompt start another process, if that is still the one."""
+        if control is self._control:
+            control.close()
+            self._control = None
+
+    def _started(self) -> socket.socket:
+        if self._control is None:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    module_command(PROGRAM),
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=child_environment(),
+                )
+            self._control = ours
+        return self._control
 
 
 def _refused(reason: str) -> InputError:
@@ -128,42 +205,50 @@ def _refused(reason: str) -> InputError:
 
 
 class _Child:
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            module_command(PROGRAM),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=child_environment(),
-        )
+    """One child, from its fork to its answer. `crowded_out`: ended in favour of others."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("rwb")
+        self._lock = threading.Lock()
+        self._pid = 0  # 0 when it has ended, or never was
+        self.crowded_out = False
+        prefix = self._stream.read(LENGTH.size)
+        if len(prefix) == LENGTH.size:
+            (self._pid,) = LENGTH.unpack(prefix)
 
     @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def forked(self) -> bool:
+        return bool(self._pid)
 
-    def ask(
-        self, request: dict[str, Any], most_bytes: int, deadline_s: float
-    ) -> dict[str, Any] | None:
+    def ask(self, request: dict[str, Any], most_bytes: int) -> dict[str, Any] | None:
         """The answer; None where the child has ended, or was killed, before it."""
-        process = self._process
-        if process.stdin is None or process.stdout is None:
-            raise RuntimeError("a child without pipes")
-        timer = threading.Timer(deadline_s, self.kill)
-        timer.daemon = True
-        timer.start()
         try:
-            write(process.stdin, request)  # type: ignore[arg-type]  # typed as any kind of stream
-            return read(process.stdout, most_bytes)  # type: ignore[arg-type]
-        except BrokenPipeError:
+            write(self._stream, request)
+            return read(self._stream, most_bytes)
+        except (BrokenPipeError, ConnectionResetError):
             return None
-        finally:
-            timer.cancel()
+
+    def yield_to_others(self) -> None:
+        """Lowers its priority."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._pid:
+                os.setpriority(os.PRIO_PROCESS, self._pid, LOW_PRIORITY)
 
     def kill(self) -> None:
         """Ends it now; from any thread, more than once."""
-        if self.alive:
-            self._process.kill()
-            self._process.wait()
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._pid:
+                os.kill(self._pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends it, if it has not ended, and the connection."""
+        self.kill()
+        with self._lock:
+            self._pid = 0
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        self._connection.close()
 
 
 # One for the process: templates come with the requests.

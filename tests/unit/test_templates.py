@@ -1,5 +1,6 @@
 """Chat templates in their child: as transformers renders them, and ended where they don't end."""
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ from mlx_lm.tokenizer_utils import load
 from node.prompts import render
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import Conversation
-from node.prompts.templates import TEMPLATES, Templates, template_of, variables_of
+from node.prompts.templates import (
+    MOST_SLOW,
+    TEMPLATES,
+    Templates,
+    template_of,
+    variables_of,
+)
+from node.prompts.turns import Turns
+from tests.support.cluster import until
 from tests.support.tiny import tiny_config, write_model
-from unicluster.errors import InputError
+from unicluster.errors import BusyError, InputError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hé <|end|>"}]
 TOOLS = [
@@ -123,6 +132,64 @@ def test_a_child_that_does_not_answer_is_ended_at_the_deadline() -> None:
         Templates().render(
             ENDED["a loop"], Conversation(CHAT), {}, 1000, Cancellation(), deadline_s=0.05
         )
+
+
+def test_templates_that_loop_leave_room_for_others() -> None:
+    """Some loop on, others that loop are turned away soon, and the rest render meanwhile."""
+    templates = Templates()
+    ended: list[Exception] = []
+    looping = [Cancellation() for _ in range(MOST_SLOW + 2)]
+
+    def loop(cancellation: Cancellation) -> None:
+        try:
+            templates.render(
+                ENDED["a loop"], Conversation(CHAT), {}, 1000, cancellation, deadline_s=60
+            )
+        except (BusyError, InputError, AbandonedError) as error:
+            ended.append(error)
+
+    templates.render(ALL, Conversation(CHAT), {}, 1000, Cancellation())  # the process is there
+    threads = [threading.Thread(target=loop, args=(each,)) for each in looping]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(ended) == 2, "two too many are ended")
+    for _ in range(20):
+        assert templates.render(ALL, Conversation(CHAT), {}, 1000, Cancellation())
+    assert len(ended) == 2
+    for each in looping:
+        each.cancel()
+    for thread in threads:
+        thread.join()
+    assert [type(error) for error in ended] == [BusyError] * 2 + [AbandonedError] * MOST_SLOW
+
+
+def test_another_process_renders_after_one_was_killed() -> None:
+    templates = Templates()
+    assert templates.render("a" + ALL, Conversation(CHAT), {}, 1000, Cancellation()).startswith("a")
+    assert templates._process is not None
+    templates._process.kill()
+    templates._process.wait()
+    assert templates.render("b" + ALL, Conversation(CHAT), {}, 1000, Cancellation()).startswith("b")
+
+
+async def test_a_smaller_piece_of_work_goes_before_a_larger_and_none_is_forgotten() -> None:
+    turns, order, ready = Turns(1), list[str](), asyncio.Event()
+
+    async def work(name: str, size: int) -> None:
+        async with turns.turn(size):
+            order.append(name)
+            await ready.wait()
+
+    named = {"first": 1, "huge": 10**9, "large": 10**7, "small": 10**5, "given up": 1}
+    tasks = {}
+    for name, size in named.items():
+        tasks[name] = asyncio.create_task(work(name, size))
+        await asyncio.sleep(0)
+    tasks.pop("given up").cancel()
+    ready.set()
+    await asyncio.gather(*tasks.values())
+    await work("last", 1)
+    assert order == ["first", "small", "large", "huge", "last"]
 
 
 def test_the_limits_are_those_that_the_page_names() -> None:
