@@ -17,16 +17,17 @@ from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.serving.events import Events, Ready, Recovered, Recovering, moves
 from coordinator.serving.lease import Lease
 from coordinator.serving.timing import Timing
-from unicluster.cluster.channels import as_error, without_scope
+from unicluster.cluster.channels import as_error, known_at, without_scope
 from unicluster.deadlines import floor_seconds, open_seconds
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.stall import within
 from unicluster.trust.identity import Credentials
-from unicluster.v1.chat_pb2 import HoldRingRequest
+from unicluster.v1.chat_pb2 import DescribeChatRequest, HoldRingRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
-from unicluster.v1.node_pb2 import DeviceShare, Draft, StageSpec
+from unicluster.v1.node_pb2 import DescribeNodeRequest, DeviceShare, Draft, StageSpec
+from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import Opened, RouteStop, StageInfo
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class Deployment:
         self.detail = f"loading {display}"
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
+        self._identity = identity
         self._dialer = Dialer(identity)
         self._display = display
         self._events = events
@@ -281,7 +283,7 @@ class Deployment:
             self._lose(str(error))
             log.warning("%s", error)
             return False
-        async with connected as channel:
+        async with connected as channel, known_at(at.address, self._identity, _describe_chat):
             ring = HeadStub(channel).HoldRing(HoldRingRequest(route=route))
             chat = ChatStub(channel)
             stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
@@ -343,6 +345,9 @@ class Deployment:
             machine=machine.id,
         )
         channel = self._dialer.connect(reached)
+        await self._channels.enter_async_context(
+            known_at(reached.address, self._identity, _describe)
+        )
         return await self._channels.enter_async_context(channel), reached.address
 
 
@@ -360,3 +365,11 @@ async def _unless_stuck(stuck: "asyncio.Task[str]", ring: "RingCall") -> object:
         return reading.result()
     finally:
         reading.cancel()
+
+
+async def _describe(channel: grpc.aio.Channel) -> None:
+    await NodeStub(channel).Describe(DescribeNodeRequest())
+
+
+async def _describe_chat(channel: grpc.aio.Channel) -> None:
+    await ChatStub(channel).Describe(DescribeChatRequest())

@@ -20,6 +20,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily
 
 from coordinator.serving.exposition import DeploymentCollector
 from unicluster.client.metrics import Metrics, metrics_from_wire
@@ -73,6 +74,7 @@ async def metrics_port(
         registry=registry,
     )
     left.set_function(lambda: keyring.current.expires_s - time.time())
+    registry.register(_Authorities(membership))
     tls = _RenewedTls(keyring, membership.scrapers_ca_pem)
     server = _Server(host, port, _at_path(make_wsgi_app(registry)), tls)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
@@ -82,6 +84,23 @@ async def metrics_port(
     finally:
         await asyncio.to_thread(server.shutdown)
         server.server_close()
+
+
+class _Authorities:
+    """A collector of how long the members' authorities are good for: two in a rotation."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "unicluster_authority_seconds_left",
+            "Until an authority that members are trusted by expires; two during a rotation.",
+            labels=["cluster"],
+        )
+        for cluster in self._membership.generations:
+            family.add_metric([cluster.fingerprint], cluster.authority_seconds_left)
+        yield family
 
 
 class _RenewedTls:

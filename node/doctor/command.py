@@ -12,6 +12,7 @@ from node.doctor.finding import Finding, Level
 from unicluster.cluster.known_machines import peer_option
 from unicluster.command_line import Command, Option
 from unicluster.terminal.console import Console
+from unicluster.trust.keyring import Membership
 from unicluster.trust.store import Store
 
 _MARKS = {
@@ -37,7 +38,8 @@ def run(peer: tuple[str, ...], host: str) -> int:
                 )
             )
         else:
-            findings += [*_rotation(), *asyncio.run(network.examine(cluster, peer, host))]
+            membership = Membership(cluster, Store())
+            findings += [*_rotation(), *asyncio.run(network.examine(membership, peer, host))]
     _print(console, findings)
     return int(any(finding.level is Level.ERROR for finding in findings))
 

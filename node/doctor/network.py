@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import grpc
 import psutil
 
+from node.doctor import certificates
 from node.doctor.finding import Finding, Level
 from node.doctor.multicast import judge, listen, local_network
 from unicluster import __version__
@@ -22,8 +23,8 @@ from unicluster.cluster.records import Kind, ServiceRecord, valid_addresses
 from unicluster.cluster.versions import mismatch
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import UnavailableError, UniclusterError
-from unicluster.trust.cluster import Cluster
 from unicluster.trust.identity import default_name
+from unicluster.trust.keyring import Keyring, Membership
 from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeStub
 
@@ -47,14 +48,19 @@ class Answer:
     ahead: float
 
 
-async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Finding]:
+async def examine(membership: Membership, peers: Sequence[str], host: str) -> list[Finding]:
     """Listens for a few seconds and asks everybody who is heard or named."""
-    identity = cluster.issue(default_name())
-    async with Browser(Kind.NODE, cluster.fingerprint, host=host) as browser:
+    identity = Keyring.of_member(membership, default_name()).current
+    fingerprints = membership.fingerprints
+    async with (
+        Browser(Kind.NODE, lambda: fingerprints, host=host) as browser,
+        Browser(Kind.CHAT, lambda: fingerprints, host=host) as gateways,
+    ):
         by_interface, _ = await asyncio.gather(
-            listen(cluster.fingerprint, one_address(host)), asyncio.sleep(LISTEN_SECONDS)
+            listen(fingerprints[0], one_address(host)), asyncio.sleep(LISTEN_SECONDS)
         )
         heard = dict(browser.found)
+        ports = {each.address: f"serve at {each.address}" for each in gateways.found.values()}
     findings: list[Finding] = []
     dialer = Dialer(identity)
     answers: dict[str, Answer] = {}
@@ -80,7 +86,10 @@ async def examine(cluster: Cluster, peers: Sequence[str], host: str) -> list[Fin
             if addresses and name not in answers and not asked >= set(addresses)
         }
     here = _here(heard.values())
+    ports |= {answer.address: answer.info.name for answer in answers.values()}
     return [
+        *certificates.authorities(membership),
+        *await certificates.shown(ports, identity),
         multicast(heard, answers),
         *judge(by_interface, here),
         *local_network(by_interface, here, sys.platform, platform.mac_ver()[0]),

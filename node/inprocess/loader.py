@@ -1,6 +1,7 @@
 """The head in the caller's own process: workers elsewhere, one open ring, one PipelineModel."""
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -8,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import grpc
+import grpc.aio
 import uvloop
 
 from node.inprocess.first_stage import FirstStage, stage_specs
@@ -24,8 +26,8 @@ from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import (
     as_error,
     bind,
-    connect,
     join_address,
+    lasting,
     make_server,
     split_address,
 )
@@ -33,7 +35,7 @@ from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds
 from unicluster.errors import StageError, UnavailableError
 from unicluster.stall import within
 from unicluster.trust.identity import Credentials
-from unicluster.v1.node_pb2 import StageEvent
+from unicluster.v1.node_pb2 import DescribeNodeRequest, StageEvent
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import RouteStop
 from unicluster.v1.weights_pb2_grpc import add_WeightsServicer_to_server
@@ -165,7 +167,7 @@ def load_on_nodes(
     """
     background = Background()
     leases: list[Any] = []
-    channels: list[grpc.aio.Channel] = []
+    channels = contextlib.AsyncExitStack()
     servers: list[grpc.aio.Server] = []
     addresses = tuple(node.address for node in nodes)
     head, *others = stage_specs(checkpoint, quant, cuts)
@@ -183,19 +185,20 @@ def load_on_nodes(
         await server.start()
         servers.append(server)
         for node, spec, files in zip(nodes, others, hub_files[1:], strict=True):
-            channels.append(connect(node.address, identity, machine=node.machine))
+            channel = await channels.enter_async_context(
+                lasting(node.address, identity, _describe, machine=node.machine)
+            )
             spec.deployment = f"load-{id(background):x}"
             spec.sources.extend([f":{port}", *addresses])
             spec.hub_files.extend(files)
-            leases.append(NodeStub(channels[-1]).RunStage(spec))
+            leases.append(NodeStub(channel).RunStage(spec))
         size = sum(checkpoint.manifest.files[name].size for name in checkpoint.manifest.weights)
         return [await _leased(lease, node, size) for lease, node in zip(leases, nodes, strict=True)]
 
     async def stop() -> None:
         for lease in leases:
             lease.cancel()
-        for channel in channels:
-            await channel.close(grace=None)
+        await channels.aclose()
         for server in servers:
             await server.stop(grace=None)
 
@@ -228,6 +231,10 @@ def _assemble(
         closing()
         raise
     return LoadedModel(head.front, ring, closing, prebuilt=head.prebuilt), tokenizer
+
+
+async def _describe(channel: grpc.aio.Channel) -> None:
+    await NodeStub(channel).Describe(DescribeNodeRequest())
 
 
 async def _open(stops: Future[list[RouteStop]], identity: Credentials) -> Ring:

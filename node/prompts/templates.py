@@ -190,7 +190,7 @@ class Templates:
             with theirs:
                 self._process = subprocess.Popen(
                     module_command(PROGRAM),
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=child_environment(),

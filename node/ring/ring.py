@@ -15,7 +15,7 @@ import grpc
 
 from node.ring.compute_thread import Signal
 from node.ring.stuck import find_stuck
-from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error
+from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, known_at
 from unicluster.cluster.sizes import RESULT_BYTES
 from unicluster.deadlines import (
     DECODE,
@@ -30,7 +30,7 @@ from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError, in_one_line
 from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
-from unicluster.v1.stage_pb2 import Fault, Frame, HopMessage, Open, Opened, RouteStop
+from unicluster.v1.stage_pb2 import ClockRequest, Fault, Frame, HopMessage, Open, Opened, RouteStop
 from unicluster.v1.stage_pb2_grpc import StageStub
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ Hop = grpc.aio.StreamStreamCall[HopMessage, HopMessage]
 
 # A machine whose work is stuck finds out by itself a little sooner, and knows more about it.
 PATIENCE_FLOORS = 0.5
+
+
+async def ask_clock(channel: grpc.aio.Channel) -> None:
+    """A call by which a stage sees who holds a ring over it; see `lasting`."""
+    await StageStub(channel).Clock(ClockRequest())
 
 
 class Reply:
@@ -173,7 +178,7 @@ class Ring:
         self._last_return = 0.0
         self._outgoing: asyncio.Queue[HopMessage] = asyncio.Queue()
         self._lock = threading.Lock()
-        self._channels: list[grpc.aio.Channel] = []
+        self._channels = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._on_failure: Callable[[UniclusterError], None] | None = None
 
@@ -236,17 +241,15 @@ class Ring:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for channel in self._channels:
-            await channel.close(grace=None)
+        await self._channels.aclose()
 
     async def _connect(self, identity: Credentials) -> None:
         session = uuid.uuid4().hex
-        dialer = Dialer(identity)
-        forward, first = await self._dial(self.route[0], dialer)
+        forward, first = await self._dial(self.route[0], identity)
         self.stages = await open_hop(
             forward, first, Open(session=session, stage=1, route=self.route[1:])
         )
-        back, last = await self._dial(self.route[-1], dialer)
+        back, last = await self._dial(self.route[-1], identity)
         opening = Open(session=session, stage=len(self.route), returns=True)
         await open_hop(back, last, opening)
         self._tasks = [
@@ -256,9 +259,10 @@ class Ring:
             asyncio.create_task(self._watch_work(identity)),
         ]
 
-    async def _dial(self, stop: RouteStop, dialer: Dialer) -> tuple[Hop, RouteStop]:
-        channel, at = await dialer.connect_stop(stop, RESULT_BYTES)
-        self._channels.append(channel)
+    async def _dial(self, stop: RouteStop, identity: Credentials) -> tuple[Hop, RouteStop]:
+        channel, at = await Dialer(identity).connect_stop(stop, RESULT_BYTES)
+        await self._channels.enter_async_context(channel)
+        await self._channels.enter_async_context(known_at(at.address, identity, ask_clock))
         return StageStub(channel).Hop(), at  # type: ignore[call-arg]  # aio: write and read
 
     async def _write(self, hop: Hop) -> None:

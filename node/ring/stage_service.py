@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 
 from node.ring.compute_thread import MLXThread
-from node.ring.ring import fault_message, open_hop, read_hop, work_of
+from node.ring.ring import ask_clock, fault_message, open_hop, read_hop, work_of
 from node.ring.session import Session, StageEngine
 from node.ring.stuck import name_of
 from unicluster import failpoints
+from unicluster.cluster.channels import known_at
 from unicluster.deadlines import open_seconds
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError
@@ -135,6 +136,7 @@ class StageService(StageServicer):
         rest = opening.route[1:]
         channel, stop = await Dialer(self._identity).connect_stop(opening.route[0])
         await stack.enter_async_context(channel)
+        await stack.enter_async_context(known_at(stop.address, self._identity, ask_clock))
         hop = StageStub(channel).Hop()  # type: ignore[call-arg]  # aio: write and read
         opened = await open_hop(
             hop, stop, Open(session=opening.session, stage=opening.stage + 1, route=rest)

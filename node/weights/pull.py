@@ -46,6 +46,8 @@ PROGRESS_SECONDS = 20.0
 
 OnBytes = Callable[[int], None]
 Batch = tuple[str, Ranges]
+# A machine's service, over a channel that shows the certificate that is current.
+Source = Callable[[], "WeightsAsyncStub"]
 
 
 class Work:
@@ -135,9 +137,9 @@ class _FalseError(Exception):
 async def pull(
     work: Work,
     address: str,
-    stub: "WeightsAsyncStub",
+    source: Source,
     on_bytes: OnBytes,
-    vouchers: "Sequence[WeightsAsyncStub]" = (),
+    vouchers: Sequence[Source] = (),
 ) -> None:
     """Pulls from one machine whatever it has, until there is nothing left to do.
 
@@ -148,14 +150,14 @@ async def pull(
     failures = 0
     while work.left and failures < MOST_FAILURES:
         try:
-            holdings = await stub.Have(HaveRequest(files=work.files), timeout=ANSWER_SECONDS)
+            holdings = await source().Have(HaveRequest(files=work.files), timeout=ANSWER_SECONDS)
             if holdings.revision and holdings.revision != work.files.revision:
                 raise UnavailableError(f"{address} answers for another revision")
             available = _available(holdings)
             work.note_coming(address, holdings)
             while (batch := work.take(available, address)) is not None:
                 failures += 1
-                await _pull_batch(work, batch, address, stub, on_bytes, vouchers)
+                await _pull_batch(work, batch, address, source, on_bytes, vouchers)
                 failures = 0
         except _FalseError as error:
             audit.warning("%s sent wrong bytes of %s", address, error)
@@ -172,9 +174,9 @@ async def _pull_batch(
     work: Work,
     batch: Batch,
     address: str,
-    stub: "WeightsAsyncStub",
+    source: Source,
     on_bytes: OnBytes,
-    vouchers: "Sequence[WeightsAsyncStub]",
+    vouchers: Sequence[Source],
 ) -> None:
     """If it fails, gives the batch back and subtracts its bytes from the progress in `on_bytes`."""
     name, ranges = batch
@@ -184,7 +186,7 @@ async def _pull_batch(
     request = ReadRequest(
         files=work.files, name=name, ranges=[ByteRange(start=s, end=e) for s, e in ranges]
     )
-    call = stub.Read(request)
+    call = source().Read(request)
     try:
         while isinstance(block := await _next(call, rate), Block):
             stated = block.sha256
@@ -226,16 +228,14 @@ async def _next(call: "grpc.aio.UnaryStreamCall[ReadRequest, Block]", rate: Rate
     return block
 
 
-async def _is_false(
-    request: ReadRequest, sha256: bytes, vouchers: "Sequence[WeightsAsyncStub]"
-) -> bool:
+async def _is_false(request: ReadRequest, sha256: bytes, vouchers: Sequence[Source]) -> bool:
     """Whether a machine that vouches for the file has other bytes there.
 
     Raises AioRpcError where one can't be asked; one without these bytes does not count.
     """
     for voucher in vouchers:
         try:
-            known = await voucher.Digest(request, timeout=DIGEST_SECONDS)
+            known = await voucher().Digest(request, timeout=DIGEST_SECONDS)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise

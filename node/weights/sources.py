@@ -7,13 +7,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import grpc
+import grpc.aio
 
-from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Work, pull
+from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Source, Work, pull
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_weights
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.channels import as_error, connect
 from unicluster.errors import InputError
-from unicluster.trust.identity import Credentials
+from unicluster.trust.identity import Credentials, Identity
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
 
@@ -33,8 +34,8 @@ class Sources:
     def __init__(
         self, addresses: Iterable[str], identity: Credentials, vouching: Collection[str] = ()
     ) -> None:
-        self._channels = {address: connect(address, identity) for address in addresses}
-        self._vouching = [address for address in self._channels if address in vouching]
+        self._sources = {address: _Source(address, identity) for address in addresses}
+        self._vouching = [address for address in self._sources if address in vouching]
 
     async def __aenter__(self) -> Self:
         return self
@@ -45,8 +46,8 @@ class Sources:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for channel in self._channels.values():
-            await channel.close(grace=None)
+        for source in self._sources.values():
+            await source.close()
 
     async def manifest(self, model: str, revision: str) -> Manifest | None:
         """Manifest of a model, as reported by the first machine that can describe it in full.
@@ -87,9 +88,9 @@ class Sources:
         work = Work(checkpoint, wanted)
         pulls = [
             asyncio.create_task(
-                pull(work, address, WeightsStub(channel), on_bytes, self._vouchers_for(address))
+                pull(work, address, source.stub, on_bytes, self._vouchers_for(address))
             )
-            for address, channel in self._channels.items()
+            for address, source in self._sources.items()
         ]
         try:
             while work.left:
@@ -104,20 +105,20 @@ class Sources:
                 task.cancel()
             await asyncio.gather(*pulls, return_exceptions=True)
 
-    def _vouchers_for(self, address: str) -> "list[WeightsAsyncStub]":
+    def _vouchers_for(self, address: str) -> list[Source]:
         """Machines that vouch for the bytes that another sends; empty where it vouches itself."""
         if address in self._vouching:
             return []
-        return [WeightsStub(self._channels[voucher]) for voucher in self._vouching]
+        return [self._sources[voucher].stub for voucher in self._vouching]
 
     async def _described(self, model: str, revision: str) -> list[Holdings]:
         """Holdings of the machines that can describe a model in full, of the revision asked for."""
         request = HaveRequest(files=ModelFiles(model=model, revision=revision))
         answers = await asyncio.gather(
-            *(self._have(address, request) for address in self._vouching or self._channels)
+            *(self._have(address, request) for address in self._vouching or self._sources)
         )
         if self._vouching and not any(answers):  # they have nothing of this model
-            answers = await asyncio.gather(*(self._have(a, request) for a in self._channels))
+            answers = await asyncio.gather(*(self._have(a, request) for a in self._sources))
         return [
             holdings
             for holdings in answers
@@ -128,11 +129,35 @@ class Sources:
 
     async def _have(self, address: str, request: HaveRequest) -> Holdings | None:
         try:
-            stub = WeightsStub(self._channels[address])
-            return await stub.Have(request, timeout=ANSWER_SECONDS)
+            return await self._sources[address].stub().Have(request, timeout=ANSWER_SECONDS)
         except grpc.aio.AioRpcError as error:
             log.info("%s", as_error(error, address))
             return None
+
+
+class _Source:
+    """One machine, over a channel that is made anew when the certificate that it shows was renewed.
+
+    A download may take longer than a certificate lives. Older channels stay until `close`: calls
+    may still run over them.
+    """
+
+    def __init__(self, address: str, identity: Credentials) -> None:
+        self._address = address
+        self._identity = identity
+        self._shown: Identity | None = None
+        self._channels: list[grpc.aio.Channel] = []
+
+    def stub(self) -> "WeightsAsyncStub":
+        """The machine's service; connects when it is first called."""
+        if (now := self._identity.current) is not self._shown:
+            self._channels.append(connect(self._address, now))
+            self._shown = now
+        return WeightsStub(self._channels[-1])
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close(grace=None)
 
 
 def _is_described(holdings: Holdings) -> bool:

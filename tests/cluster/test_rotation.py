@@ -1,14 +1,17 @@
 """The token is rotated while answers stream: none is cut, and the old one is void afterwards."""
 
+import re
 import threading
 from pathlib import Path
 
 import grpc
 import psutil
+import pytest
 
 from tests.support.cluster import HOST, LocalCluster, endless_model, until
 from unicluster.client.client import Client
 from unicluster.cluster.channels import connect_sync
+from unicluster.errors import TrustError
 from unicluster.trust.identity import Identity
 from unicluster.trust.store import Store
 from unicluster.v1.node_pb2 import DescribeNodeRequest
@@ -31,7 +34,10 @@ def admits(port: int, identity: Identity) -> bool:
     return True
 
 
-def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(tmp_path: Path) -> None:
+def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ring is held all the time; a client that reads its access from the store moves along."""
     model = endless_model(tmp_path / "model")
     ended: list[str] = []
     enough = threading.Event()
@@ -41,25 +47,30 @@ def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(tmp_path: Path) 
             ended.append(client.chat("hello", max_tokens=200).finish_reason)
 
     with LocalCluster(tmp_path / "here") as here, LocalCluster(tmp_path / "there") as there:
+        monkeypatch.setenv("UNICLUSTER_HOME", str(here.home))
         here.start_agents("ann", memory=1_100_000)
         old = here.cluster
         there.start_agent("dee", memory=1_100_000, UNICLUSTER_TOKEN=old.token)
         there.wait_for_agents()
         with (
             here.serve(model, "--context", "512", "--nodes", "ann,dee") as server,
-            server.client() as client,
+            Client(server.address) as client,
+            Client(server.address, cluster=old) as stays,
         ):
+            stays.chat("hello", max_tokens=1)
             asking = threading.Thread(target=ask, args=(client,))
             asking.start()
             until(lambda: ended, "an answer before")
 
             asked = here.run("token", "rotate")  # nobody there to answer
+            workers = [*here.workers(), *there.workers()]
             begun = here.run("token", "rotate", "--yes")
             new = here.cluster
             moved = Store(there.home).generations()
             both = [Client(server.address, cluster=each) for each in (old, new)]
             during = [each.chat("hello", max_tokens=8).finish_reason for each in both]
-            open_ports = [*ports(here), *ports(there)]
+            # The door for HTTP is open to this machine alone, and asks for keys.
+            open_ports = [p for p in (*ports(here), *ports(there)) if admits(p, new.issue("a"))]
             old_during = [admits(port, old.issue("late")) for port in open_ports]
 
             finished = here.run("token", "rotate", "--finish")
@@ -72,6 +83,10 @@ def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(tmp_path: Path) 
             until(lambda: len(ended) > before + 1, "answers after")
             enough.set()
             asking.join(60)
+            with pytest.raises(TrustError, match="token was rotated"):
+                stays.chat("hello", max_tokens=1)
+            same_workers = [*here.workers(), *there.workers()] == workers
+            doctor = here.run("doctor").out
             with Client(server.address, cluster=new) as fresh:
                 ended.append(fresh.chat("hello", max_tokens=8).finish_reason)
             listed = here.run("nodes").out
@@ -79,6 +94,11 @@ def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(tmp_path: Path) 
     print(f"{len(ended)} answers, {len(open_ports)} ports")
 
     assert asked.code != 0
+    assert same_workers
+    assert f"authority, of cluster {new.fingerprint}" in doctor
+    assert old.fingerprint not in doctor
+    for name in ("ann", "dee", "serve at"):
+        assert re.search(rf"certificate +{name}.* shows a certificate that is good for", doctor)
     assert begun.code == 0, begun.err
     assert finished.code == 0, finished.err
     assert begun.out.splitlines()[0] == new.token

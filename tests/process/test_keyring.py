@@ -1,6 +1,8 @@
 """Certificates that renew themselves, on ports and channels of this process."""
 
 import asyncio
+import errno
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,17 @@ import grpc
 import grpc.aio
 import pytest
 
+from coordinator.serving.metrics_port import metrics_port
+from node.doctor.certificates import client_side
 from tests.support.cluster import until
 from unicluster.cluster.channels import bind, connect, make_server
+from unicluster.cluster.standing import authorities, kept_known
 from unicluster.errors import InputError, TrustError
 from unicluster.trust.cluster import Cluster
-from unicluster.trust.identity import LIFETIME_VARIABLE, Credentials, lifetime
+from unicluster.trust.identity import LIFETIME_VARIABLE, Credentials, lifetime, new_key
 from unicluster.trust.keyring import Keyring, Membership
 from unicluster.trust.store import Store
+from unicluster.v1.chat_pb2 import Measured
 
 HOST = "127.0.0.1"
 METHOD = "/unicluster.v1.Node/Describe"
@@ -122,7 +128,10 @@ async def outcome(address: str, identity: Credentials) -> grpc.StatusCode:
 
 
 async def test_in_a_rotation_both_generations_are_good_and_after_it_one(tmp_path: Path) -> None:
-    """Members and servers in every pairing; a client that knows the old generation gets in, too."""
+    """Members and servers in every pairing; a client that knows the old generation gets in, too.
+
+    Connections that stand end with their generation, unless their holder shows that it has moved.
+    """
     store = Store(tmp_path)
     old = store.create()
     membership = Membership(old, store)
@@ -139,8 +148,21 @@ async def test_in_a_rotation_both_generations_are_good_and_after_it_one(tmp_path
     refused, good = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.OK
     no_client = grpc.StatusCode.PERMISSION_DENIED  # known as a client, and so let in
     try:
-        async with connect(here, old.issue("before")) as lasting:
+        moving = Keyring.of_member(membership, "moving")
+
+        async def show() -> None:
+            assert await outcome(here, moving) is good
+
+        async with (
+            connect(here, old.issue("before")) as stolen,
+            connect(here, moving) as lasting,
+            kept_known(moving, show),
+        ):
             call: Any = lasting.stream_stream(STREAM)()
+            thief: Any = stolen.stream_stream(STREAM)()
+            for each in (call, thief):
+                await each.write(b"frame")
+                assert await asyncio.wait_for(each.read(), 5) == b"frame"
             new = store.rotate()
             until(lambda: membership.generations == (new, old), "the store was looked at")
             during = [await outcome(here, c.issue("a")) for c in (old, new)]
@@ -150,12 +172,17 @@ async def test_in_a_rotation_both_generations_are_good_and_after_it_one(tmp_path
             until(lambda: membership.generations == (new,), "the store was looked at")
             after = [await outcome(here, c.issue("a")) for c in (old, new)]
             clients_after = [await outcome(here, c.client_access.issue("a")) for c in (old, new)]
+            assert await asyncio.wait_for(thief.code(), 10) is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as again:
+                await stolen.unary_unary(METHOD)(b"x", timeout=5)
             await call.write(b"frame")
             assert await asyncio.wait_for(call.read(), 5) == b"frame"
+            assert await lasting.unary_unary(METHOD)(b"x", timeout=5) == b"x"
             call.cancel()
     finally:
         await server.stop(grace=None)
         await behind.stop(grace=None)
+    assert again.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     assert during == [good, good]
     assert clients == [no_client, no_client]
@@ -179,3 +206,71 @@ def test_a_rotation_begins_once_and_ends(tmp_path: Path) -> None:
     store.finish_rotation()
     assert store.generations() == (new,)
     assert store.rotation_begun() is None
+    assert store.join(old.token) == new, "a unit that starts again names the token of old"
+    with pytest.raises(TrustError, match="to change over"):
+        store.join(Cluster.new().token)
+
+
+def test_a_token_that_can_t_be_replaced_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Docker mounts the file by itself: then the old token stays, alone."""
+    store = Store(tmp_path)
+    old = store.create()
+    replace = Path.replace
+
+    def busy(source: Path, target: Path) -> Path:
+        if target == store.path:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(TrustError, match=r"mounted by itself.*--token-file"):
+        store.rotate()
+
+    assert store.generations() == (old,)
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.token"]
+
+
+async def test_a_client_follows_a_rotation_and_so_do_scrapers(tmp_path: Path) -> None:
+    """The metrics port admits scrapers of both generations, then of the new one alone."""
+    store = Store(tmp_path)
+    old = store.create()
+    client = Keyring.of_access(store, "laptop")
+    membership = Membership(old, store)
+
+    async def measure() -> Measured:
+        return Measured()
+
+    def scrape(cluster: Cluster) -> str:
+        identity = cluster.scrapers.issue("scraper", 60, membership.issue("x", new_key()).ca_pem)
+        context = client_side(identity)
+        try:
+            with (
+                socket.create_connection((HOST, port), 10) as plain,
+                context.wrap_socket(plain) as secured,
+            ):
+                secured.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                return b"".join(iter(lambda: secured.recv(65536), b"")).decode()
+        except OSError:
+            return ""
+
+    async with metrics_port(membership, HOST, 0, measure) as port:
+        before = client.current
+        assert old.fingerprint in await asyncio.to_thread(scrape, old)
+        new = store.rotate()
+        until(lambda: len(membership.generations) == 2, "the store was looked at")
+        during = [await asyncio.to_thread(scrape, each) for each in (old, new)]
+        store.finish_rotation()
+        until(lambda: len(membership.generations) == 1, "the store was looked at")
+        after = [await asyncio.to_thread(scrape, each) for each in (old, new)]
+
+    for page in during:
+        assert f'unicluster_authority_seconds_left{{cluster="{old.fingerprint}"}}' in page
+        assert f'unicluster_authority_seconds_left{{cluster="{new.fingerprint}"}}' in page
+        assert "unicluster_certificate_seconds_left" in page
+    assert after[0] == ""
+    assert new.fingerprint in after[1]
+    assert old.fingerprint not in after[1]
+    assert client.current is not before
+    assert authorities(client.current.ca_pem) == authorities(new.ca_pem)

@@ -235,6 +235,7 @@ def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
         assert {path.name for path in store.folder.iterdir()} <= {
             store.path.name,
             store.old_path.name,
+            store.past_path.name,
         }
         assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in store.folder.iterdir())
 

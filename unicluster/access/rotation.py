@@ -24,8 +24,9 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 
 LISTEN_SECONDS = 4.0
 ANSWER_SECONDS = 5.0
-# After an agent has the new secret, until its worker has a certificate of it.
-SETTLE_SECONDS = 3 * LOOK_SECONDS
+# After an agent has the new secret, until its worker has a certificate of it and has shown it to
+# those to whom it has connections that stand; see unicluster/cluster/standing.py.
+SETTLE_SECONDS = 6 * LOOK_SECONDS
 
 
 @dataclass(frozen=True)

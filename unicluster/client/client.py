@@ -285,6 +285,8 @@ class _Target:
 
     @cached_property
     def keyring(self) -> Keyring:
+        if self._cluster is None:  # follows a rotation, or another `login`
+            return Keyring.of_access(Store(), default_name())
         return Keyring.of_client(self._access, default_name())
 
     async def find(self) -> str:

@@ -1,20 +1,23 @@
 """Every gRPC channel and server of the project is made here, so that none lacks an option."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
 
-from unicluster.cluster.calls import CallLimit
+from unicluster.cluster.handlers import CallLimit
 from unicluster.cluster.roles import RoleCheck
 from unicluster.cluster.sizes import CONTROL_BYTES, SizeCheck
+from unicluster.cluster.standing import GenerationCheck, authorities, kept_known
 from unicluster.errors import (
     BusyError,
     DoesNotFitError,
@@ -41,6 +44,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
 HANDSHAKE_SECONDS = 5.0
+# To show a peer a new certificate.
+SHOW_SECONDS = 5.0
 
 # A peer that is gone without a word is noticed within the sum of the two.
 KEEPALIVE_TIME = 1.0
@@ -78,6 +83,9 @@ CHANNEL_OPTIONS: _Options = [
 ]
 
 
+_generations: "WeakKeyDictionary[grpc.aio.Server, GenerationCheck]" = WeakKeyDictionary()
+
+
 def make_server(
     interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = (),
     *,
@@ -88,14 +96,17 @@ def make_server(
     most_bytes: of the largest request to any of its services; see `sizes`.
     Call it within a running event loop.
     """
-    return grpc.aio.server(
+    generations = GenerationCheck()
+    server = grpc.aio.server(
         interceptors=[
-            *(RoleCheck(), CallLimit(MOST_CALLS_OF_PEER), SizeCheck()),
+            *(RoleCheck(), generations, CallLimit(MOST_CALLS_OF_PEER), SizeCheck()),
             *interceptors,
         ],
         options=[*SERVER_OPTIONS, _receives(most_bytes)],
         maximum_concurrent_rpcs=MOST_CALLS,
     )
+    _generations[server] = generations
+    return server
 
 
 def bind(
@@ -115,11 +126,14 @@ def bind(
     """
     check_free(host, port, flag)
     try:
-        return server.add_secure_port(
+        taken = server.add_secure_port(
             join_address(host or "::", port), _server_credentials(identity, admitted)
         )
     except RuntimeError:
         raise _taken(host, port, flag) from None
+    if (generations := _generations.get(server)) is not None:
+        generations.trust(lambda: authorities(identity.current.ca_pem + admitted()))
+    return taken
 
 
 # gRPC keeps only a bare pointer to what it asks in each handshake: these last for ever.
@@ -160,6 +174,41 @@ def connect(
         identity.current.channel_credentials(),
         options=[*_only(machine), _receives(most_bytes)],
     )
+
+
+@contextlib.asynccontextmanager
+async def lasting(
+    address: str,
+    identity: Credentials,
+    show: Callable[[grpc.aio.Channel], Awaitable[object]],
+    *,
+    most_bytes: int = CONTROL_BYTES,
+    machine: str = "",
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel as `connect` makes it, for calls that may outlast a rotation of the token."""
+    async with (
+        known_at(address, identity, show),
+        connect(address, identity, most_bytes=most_bytes, machine=machine) as channel,
+    ):
+        yield channel
+
+
+@contextlib.asynccontextmanager
+async def known_at(
+    address: str, identity: Credentials, show: Callable[[grpc.aio.Channel], Awaitable[object]]
+) -> AsyncIterator[None]:
+    """For who has a channel to `address` whose calls may outlast a rotation of the token.
+
+    `show` makes some call; it gets a new channel whenever other authorities are trusted, so that
+    the peer, which looks at each call's certificate, knows that this one's holder has moved on.
+    """
+
+    async def shown() -> None:
+        async with connect(address, identity) as fresh:
+            await asyncio.wait_for(show(fresh), SHOW_SECONDS)
+
+    async with kept_known(identity, shown):
+        yield
 
 
 def connect_sync(address: str, identity: Credentials) -> grpc.Channel:
@@ -234,6 +283,7 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
     (InputError, grpc.StatusCode.INVALID_ARGUMENT),
     (DoesNotFitError, grpc.StatusCode.FAILED_PRECONDITION),
     (TrustError, grpc.StatusCode.PERMISSION_DENIED),
+    (TrustError, grpc.StatusCode.UNAUTHENTICATED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotFoundError, grpc.StatusCode.NOT_FOUND),

@@ -9,9 +9,11 @@ which nothing of the cluster's secret follows: who holds one gets in where that 
 import base64
 import hashlib
 import secrets
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from unicluster.errors import TrustError
@@ -81,10 +83,11 @@ class ClientAccess:
     ) -> Identity:
         """A certificate for a client called `name`, for `lifetime` unless said otherwise."""
         seconds = lifetime() if valid_seconds is None else valid_seconds
-        return self.authority.issue(name, seconds, self._member_ca_pem, key)
+        return self.authority.issue(name, seconds, self.member_ca_pem, key)
 
     @cached_property
-    def _member_ca_pem(self) -> str:
+    def member_ca_pem(self) -> str:
+        """The certificate of the members' authority, by which every server is known."""
         # Signed by nobody in particular: nobody checks the signature of a trust anchor.
         signer = ec.generate_private_key(CURVE)
         return trust_anchor(Role.MEMBER, self.fingerprint, self._member_public_key(), signer)
@@ -151,6 +154,12 @@ class Cluster:
     def ca_pem(self) -> str:
         """The certificate of the members' authority, by which every server is known."""
         return self.members.ca_pem
+
+    @property
+    def authority_seconds_left(self) -> float:
+        """Seconds until the certificate of the members' authority expires."""
+        certificate = x509.load_pem_x509_certificate(self.ca_pem.encode())
+        return certificate.not_valid_after_utc.timestamp() - time.time()
 
     def issue(
         self,

@@ -123,6 +123,29 @@ class Keyring:
         """For who chats and no more. Raises InputError for a bad name."""
         return cls(name, lambda key: access.issue(name, key=key))
 
+    @classmethod
+    def of_access(cls, store: Store, name: str) -> "Keyring":
+        """For who chats, with the access that is stored now; while there is none, the last.
+
+        Raises TrustError where there is none to begin with, and InputError for a bad name.
+        """
+        store.require_access()
+        generations: list[ClientAccess] = []
+
+        def issue(key: ec.EllipticCurvePrivateKey) -> Identity:
+            try:
+                generations[:] = store.access_generations() or generations
+            except TrustError as error:
+                if not generations:
+                    raise
+                log.warning("%s; going on with the access known so far", error)
+            # The oldest certificate, which is good everywhere until the rotation is finished: not
+            # all servers know of one at the same moment.
+            identity = generations[-1].issue(name, key=key)
+            return replace(identity, ca_pem="".join(each.member_ca_pem for each in generations))
+
+        return cls(name, issue, store.stamp)
+
     @property
     def current(self) -> Identity:
         """The identity to show now. Renews it first, if half of its life has passed."""

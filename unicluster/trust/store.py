@@ -1,5 +1,6 @@
 """The token that a user's machine keeps, and where it keeps it."""
 
+import errno
 import logging
 import os
 import stat
@@ -12,6 +13,9 @@ from unicluster.trust.cluster import ClientAccess, Cluster
 
 log = logging.getLogger(__name__)
 
+# Rotations that are remembered.
+MOST_PAST = 100
+
 
 class Store:
     """Keeps the token of the one cluster that this user's machine is in, or may talk to."""
@@ -22,6 +26,8 @@ class Store:
         self.path = self.folder / "cluster.token"
         self.client_path = self.folder / "client.token"
         self.old_path = self.folder / "cluster.token.old"  # still trusted, while it is there
+        # Fingerprints of the clusters whose token was rotated into the present one.
+        self.past_path = self.folder / "rotated"
 
     def load(self) -> Cluster | None:
         """The stored cluster, or None. Raises TrustError when the file is damaged."""
@@ -52,6 +58,16 @@ class Store:
                 f"{self.client_path} is damaged: delete it, then `unicluster login` again"
             ) from None
 
+    def access_generations(self) -> list[ClientAccess]:
+        """Access by the stored token and, while a rotation is under way, by the one before it.
+
+        Empty without any. Raises TrustError when a file is damaged.
+        """
+        if self.load() is not None:
+            return [cluster.client_access for cluster in self.generations()]
+        access = self.load_access()
+        return [access] if access is not None else []
+
     def require_access(self) -> ClientAccess:
         """Access to a cluster's chat. Raises TrustError when there is none."""
         access = self.load_access()
@@ -73,7 +89,7 @@ class Store:
                 f"this machine is a member of cluster {cluster.fingerprint}, and so has access; "
                 f"to leave it, delete {self.path} first"
             )
-        self._write_temporary(access.token).replace(self.client_path)
+        self._replace(access.token, self.client_path)
         return access
 
     def require(self) -> Cluster:
@@ -120,12 +136,17 @@ class Store:
         stored = None if replace else self.load()
         if stored == cluster:
             return cluster
+        if stored is not None and cluster.fingerprint in self._past():
+            # As in a unit or a container that names a file of it, and starts again.
+            log.warning("the token given was rotated since: keeping the new one, in %s", self.path)
+            return stored
         if stored is not None:
             raise TrustError(
                 f"this machine is in the cluster {stored.fingerprint}, the token is of "
                 f"{cluster.fingerprint}: to change over, delete {self.path} first"
             )
-        self._write_temporary(cluster.token).replace(self.path)
+        self._replace(cluster.token, self.path)
+        self.past_path.unlink(missing_ok=True)
         self.finish_rotation()  # of another cluster
         return cluster
 
@@ -154,13 +175,19 @@ class Store:
                 "`unicluster token rotate --finish` first"
             )
         # The old one first: there is no moment at which it is not trusted.
-        self._write_temporary(newest.token).replace(self.old_path)
-        self._write_temporary(cluster.token).replace(self.path)
+        self._replace(newest.token, self.old_path)
+        try:
+            self._replace(cluster.token, self.path)
+        except TrustError:
+            self.finish_rotation()  # which has not begun
+            raise
+        past = [*self._past(), newest.fingerprint][-MOST_PAST:]
+        self._replace("\n".join(past), self.past_path)
         return cluster
 
     def stamp(self) -> tuple[tuple[int, int] | None, ...]:
         """Differs when what is stored does."""
-        return tuple(_stamp(path) for path in (self.path, self.old_path))
+        return tuple(_stamp(path) for path in (self.path, self.old_path, self.client_path))
 
     def rotation_begun(self) -> float | None:
         """When the rotation that is under way began, in seconds since 1970; None without one."""
@@ -173,6 +200,24 @@ class Store:
             self.old_path.unlink(missing_ok=True)
         except OSError as error:
             raise TrustError(f"can't delete {self.old_path}: {error.strerror}") from error
+
+    def _past(self) -> list[str]:
+        text = _read_private(self.past_path)
+        return text.split() if text is not None else []
+
+    def _replace(self, text: str, path: Path) -> None:
+        """Put a file with that text in place of another."""
+        temporary = self._write_temporary(text)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno in (errno.EBUSY, errno.EXDEV, errno.EROFS):
+                raise TrustError(
+                    f"{path} is mounted by itself, so it can't be replaced: mount the folder "
+                    "instead, and give the token with `join --token-file` (deploy/docker)"
+                ) from None
+            raise TrustError(f"can't replace {path}: {error.strerror}") from error
 
     def _write_temporary(self, token: str) -> Path:
         """Write a token beside its final place: renaming that is atomic."""
