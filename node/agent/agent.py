@@ -5,7 +5,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.agent.quiet import QuietMeasuring
+from node.agent.restarts import Restarts
 from node.weights import hub
 from node.weights.fetch import describe
 from node.weights.sources import Sources
@@ -75,13 +76,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # Run as a process of its own, because the agent never imports MLX.
 INSPECT = "node.inspect"
-# A worker that keeps crashing is not helped by starting it again.
-RESTARTS = 3
-RESTART_WINDOW = 60.0
-# Pauses before it is started again double, until it has run for a while.
-FIRST_PAUSE_SECONDS = 0.25
-LAST_PAUSE_SECONDS = 30.0
-STEADY_SECONDS = 600.0
 # Until certificates are looked after again, after an error.
 RENEW_SECONDS = 60.0
 # A question that waits for the end of a stage is answered within this: a worker gets 5 s to end.
@@ -330,8 +324,7 @@ class Agent(NodeServicer):
 
     async def _run(self, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         spec = config.spec
-        crashes: deque[float] = deque(maxlen=RESTARTS)
-        pause = FIRST_PAUSE_SECONDS
+        restarts = Restarts()
         while True:
             ready, began = False, time.monotonic()
             fresh = replace(config, identity=self._identity.current.to_dict())
@@ -349,31 +342,25 @@ class Agent(NodeServicer):
                 renewing.cancel()
                 # The coordinator may have gone in the middle: the worker must not stay.
                 await asyncio.shield(worker.stop())
-            now = time.monotonic()
-            if now - began > STEADY_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
-            often = len(crashes) == RESTARTS and now - crashes[0] < RESTART_WINDOW
-            restarting = ready and not often
+            pause = restarts.after(began, time.monotonic(), ready=ready)
             log.warning(
                 "worker for layers %d-%d: %s%s",
                 spec.first_layer,
                 spec.end_layer - 1,
                 ended.reason,
-                f"; starting it again in {pause:.2g} s" if restarting else "",
+                "" if pause is None else f"; starting it again in {pause:.2g} s",
             )
             yield StageEvent(
                 exit=StageExit(
                     reason=shortened(ended.reason, REASON_CHARS),
                     stderr_tail=ended.stderr_tail,
                     out_of_memory=ended.out_of_memory,
-                    restarting=restarting,
+                    restarting=pause is not None,
                 )
             )
-            if not restarting:
+            if pause is None:
                 return
-            crashes.append(now)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     def _visible(self, spec: StageSpec) -> dict[str, str]:
         """Variables with which a stage of MLX sees the card that it is on, and no other."""

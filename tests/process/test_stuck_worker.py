@@ -98,6 +98,7 @@ async def test_a_load_that_is_stuck_ends_the_worker(
     assert ended.reason.endswith(" s: load")
 
 
+@pytest.mark.sweep
 async def test_a_worker_that_is_frozen_while_it_loads_is_ended(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

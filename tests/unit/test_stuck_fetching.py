@@ -117,7 +117,7 @@ async def test_another_machine_takes_over_from_one_that_trickles(
 async def test_a_slow_machine_is_waited_for(serve: Any, tmp_path: Path) -> None:
     """Longer than a window, and than the deadline of progress."""
     pieces = 20
-    address = await serve(Sender(len(CONTENT) // pieces, 5 * WINDOW / pieces))
+    address = await serve(Sender(len(CONTENT) // pieces, 4 * WINDOW / pieces))
 
     assert await fetched(tmp_path, address) == CONTENT
 

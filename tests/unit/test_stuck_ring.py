@@ -11,8 +11,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
+from node.pipeline.pipeline_model import PipelineModel
 from node.ring.compute_thread import MLXThread
 from node.ring.ring import Reply, Ring
 from node.ring.stage_service import StageService
@@ -55,6 +58,8 @@ class FakeStage(StageServicer):
     def __init__(self, freezes: str = "", at: int = 0, pace: float = 0.0, busy: float = 0.0):
         self.freezes, self.at, self.pace, self.busy = freezes, at, pace, busy
         self.frozen = asyncio.Event()
+        self.received: list[HopMessage] = []
+        self.came = asyncio.Event()
         self._back: asyncio.Queue[Any] = asyncio.Queue()
 
     async def Hop(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
@@ -67,10 +72,13 @@ class FakeStage(StageServicer):
         while opening.returns:
             await context.write(await self._back.get())
         while isinstance(message := await context.read(), HopMessage):
+            self.received.append(message)
+            self.came.set()
             if message.frame.id == self.at:
                 self.frozen.set()
                 await asyncio.Future()
             await asyncio.sleep(self.pace)
+            message.frame.reports.add(stage=1)
             self._back.put_nowait(message)
 
     async def Clock(self, request: Any, context: Any) -> ClockReading:  # noqa: N802
@@ -119,8 +127,15 @@ async def test_a_stage_that_does_not_open_is_named_in_time() -> None:
         assert time.monotonic() - began < open_seconds(1) + scaled(5)
 
 
-@pytest.mark.parametrize(("tokens", "work"), [(1, "decode"), (64, "prefill of 64 tokens")])
-@pytest.mark.parametrize("at", [1, 5], ids=["the first frame", "a later frame"])
+@pytest.mark.parametrize(
+    ("at", "tokens", "work"),
+    [
+        pytest.param(1, 64, "prefill of 64 tokens", id="the first chunk"),
+        pytest.param(5, 1, "decode", id="a later step"),
+        pytest.param(5, 64, "prefill of 64 tokens", id="a later chunk", marks=pytest.mark.sweep),
+        pytest.param(1, 1, "decode", id="the first step", marks=pytest.mark.sweep),
+    ],
+)
 async def test_a_stage_that_computes_nothing_is_named_with_its_work(
     at: int, tokens: int, work: str
 ) -> None:
@@ -212,3 +227,40 @@ async def test_a_head_that_opens_a_stream_and_says_nothing_is_hung_up_on() -> No
         with pytest.raises(grpc.aio.AioRpcError, match="open: did not come in time"):
             async with asyncio.timeout(scaled(30)):
                 await hop.read()
+
+
+class FakeFront:
+    """Stage 0 of a model whose hidden states are zeros."""
+
+    model = nn.Module()
+    hidden_bytes = 16
+
+    class CacheView:
+        def __len__(self) -> int:
+            return 0
+
+        def make(self) -> list[Any]:
+            return []
+
+    cache_view = CacheView()
+
+    def front(self, inputs: mx.array, caches: list[Any]) -> tuple[mx.array, list[Any]]:
+        return mx.zeros((*inputs.shape, 4)), []
+
+    def final_logits(self, inputs: mx.array, received: Any, caches: list[Any]) -> mx.array:
+        return mx.zeros((*inputs.shape, 8))
+
+
+async def test_a_result_that_nobody_will_claim_is_freed_though_no_step_follows() -> None:
+    stage = FakeStage()
+    async with served(stage) as route:
+        ring = await Ring.open(route, IDENTITY)
+        model: Any = PipelineModel(FakeFront(), ring)
+
+        model(mx.zeros((1, 64), mx.int32))  # its logits are held by the last stage, for nobody
+
+        async with asyncio.timeout(scaled(30)):
+            while not any(1 in message.frame.dropped for message in stage.received):
+                await stage.came.wait()
+                stage.came.clear()
+        await ring.close()
