@@ -31,7 +31,7 @@ def _of_one_variant(variants: ModelVariants) -> list[str]:
 
 
 def _hypothetical(quant: str) -> str:
-    return f"assuming a GGUF of about the same size ({quant}); `serve` needs one: --gguf"
+    return f"assuming a GGUF of about the same size ({quant}); serve it with --gguf"
 
 
 def _reasons(plan: Plan, variants: ModelVariants, engine: str) -> str:

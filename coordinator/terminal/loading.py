@@ -46,7 +46,7 @@ class _Load:
     bytes_done: int = 0
     fetched: int = 0
     to_fetch: int = 0
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     reason: str = ""
 
 

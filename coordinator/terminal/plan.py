@@ -30,6 +30,7 @@ from coordinator.terminal.tables import (
     fitting,
     layer_range,
     new_table,
+    stacked,
     who,
     whole,
 )
@@ -37,6 +38,9 @@ from unicluster.units import format_bytes, format_ms, format_rate
 from unicluster.v1 import node_pb2
 
 MEMORY = "memory"
+# Of tables of machines, the widest first: whether the chip has a column, and whether lists are
+# stacked and the address is under the name.
+SHAPES = ((True, False), (False, False), (False, True))
 # Columns that a reason has at least.
 WORDS = 20
 
@@ -117,23 +121,25 @@ class _Fleet:
     title: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield fitting(console, options, (self._table(wide) for wide in (True, False)))
+        yield fitting(console, options, (self._table(*shape) for shape in SHAPES))
         yield _sum_up(len(self.machines), sum(m.usable for m in self.machines))
 
-    def _table(self, wide: bool) -> Table:
+    def _table(self, wide: bool, stack: bool) -> Table:
         there = any(m.address for m in self.machines)
+        beside = there and not stack
+        shown = stacked if stack else str
         table = new_table(self.title)
         add_names(table, "machine", *["chip"] * wide)
         add_words(table, *["backend"] * there)
         add_numbers(table, "usable", "bandwidth")
-        add_words(table, *["address"] * there)
+        add_words(table, *["address"] * beside)
         for m in sorted(self.machines, key=lambda m: (-m.usable, m.name)):
             table.add_row(
-                *who(m.name, m.chip, wide),
-                *[Text(_backends(m))] * there,
+                *who(m.name, m.chip, wide, *[m.address] * (there and stack)),
+                *[Text(shown(_backends(m)))] * there,
                 usable_cell(m),
-                _bandwidths(m),
-                *[Text(m.address)] * there,
+                shown(_bandwidths(m)),
+                *[Text(m.address)] * beside,
             )
         return table
 
@@ -167,7 +173,7 @@ class _Nodes:
     nodes: Sequence[tuple[node_pb2.NodeInfo, str]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield fitting(console, options, (self._table(wide) for wide in (True, False)))
+        yield fitting(console, options, (self._table(*shape) for shape in SHAPES))
         machines = [Machine.from_proto(info, address) for info, address in self.nodes]
         yield _sum_up(len(machines), sum(machine.usable for machine in machines))
         if (devices := devices_table(self.nodes)) is not None:
@@ -176,7 +182,7 @@ class _Nodes:
         if any(not info.bandwidth_measured for info, _ in self.nodes):
             yield Text("* nominal bandwidth of the chip, not measured", style="dim")
 
-    def _table(self, wide: bool) -> Table:
+    def _table(self, wide: bool, stack: bool) -> Table:
         versions = {info.version for info, _ in self.nodes}
         version = wide or len(versions) > 1
         serving = any(info.stages for info, _ in self.nodes)
@@ -184,19 +190,19 @@ class _Nodes:
         add_names(table, "machine", *["chip"] * wide)
         add_words(table, "backend")
         add_numbers(table, "usable", "bandwidth")
-        add_words(table, *["layers"] * serving, *["version"] * version, "address")
+        add_words(table, *["layers"] * serving, *["version"] * version, *["address"] * (not stack))
         for info, address in sorted(self.nodes, key=lambda node: node[0].name):
             machine = Machine.from_proto(info, address)
             usable, total = format_bytes(machine.usable), format_bytes(info.total_memory)
             layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
             table.add_row(
-                *who(info.name, info.chip, wide),
-                Text(_installed(info)),
+                *who(info.name, info.chip, wide, *[address] * stack),
+                Text(stacked(_installed(info)) if stack else _installed(info)),
                 Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
                 format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
                 *[layers] * serving,
                 *[Text(info.version)] * version,
-                Text(address),
+                *[Text(address)] * (not stack),
             )
         return table
 

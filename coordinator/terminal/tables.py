@@ -84,10 +84,20 @@ def whole(text: str, style: str = "") -> Text:
     return Text(text, style, overflow="fold")
 
 
-def who(name: str, chip: str, wide: bool) -> list[RenderableType]:
-    """A machine's name and chip: side by side where there is room, else one above the other."""
+def who(name: str, chip: str, wide: bool, *below: str) -> list[RenderableType]:
+    """A machine's name and chip: side by side where there is room, else one above the other.
+
+    `below` are further lines under them.
+    """
     cells = [whole(name), whole(chip, "dim")]
-    return [*cells] if wide else [Group(*(cell for cell in cells if cell))]
+    if wide:
+        return [*cells]
+    return [Group(*(cell for cell in cells if cell), *(whole(line, "dim") for line in below))]
+
+
+def stacked(items: str) -> str:
+    """A list with a line for each item."""
+    return items.replace(", ", ",\n")
 
 
 def add_words(table: Table, *headers: str) -> None:
