@@ -195,7 +195,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         """The format of saved states, by an example that is computed in an empty row."""
         if self._format is None:
             width = self._layers.sizes.hidden
-            self._layers.forward(np.zeros((1, width), np.float32), [0], [row.sequence], False)
+            self._layers.forward(np.zeros((1, width), np.float32), [0], [row.sequence], True)
             example = self._layers.state(row.sequence)
             self._layers.trim(row.sequence, 0)
             self._format = StateFormat.of(example)

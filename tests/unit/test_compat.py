@@ -464,6 +464,22 @@ def test_where_writes_do_not_reach_the_device_that_is_known(
     assert not compat.writes_reach_device()
 
 
+# --- tokenizers
+
+
+def test_a_family_s_calls_are_known_by_its_template() -> None:
+    class Tokenizer:
+        chat_template = "<minimax:tool_call>"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    tokenizer = Tokenizer()
+    assert compat.inferred_tool_parser(tokenizer) == "minimax_m2"
+    tokenizer.chat_template = "{{ messages }}"
+    assert compat.inferred_tool_parser(tokenizer) == ""
+
+
 # --- batches
 
 
@@ -537,5 +553,6 @@ def test_private_parts_are_imported_in_one_place_each() -> None:
     others = [f for f in files if f.relative_to(ROOT).as_posix() not in COMPAT]
     assert [name for file in others for name in private_imports(file)] == []
     assert list(private_imports(ROOT / "node/mlx/compat.py")) == [
-        "node/mlx/compat.py: mlx_lm.utils._get_classes"
+        "node/mlx/compat.py: mlx_lm.tokenizer_utils._infer_tool_parser",
+        "node/mlx/compat.py: mlx_lm.utils._get_classes",
     ]
