@@ -17,6 +17,7 @@ from node.inspect.hypothetical_gguf import hypothetical_gguf
 from node.mlx.compat import model_classes
 from node.mlx.dataflow import trace_dataflow
 from node.mlx.lazy import BITS, GROUP_SIZE, stored_quant
+from node.weights.caches import folder, folders
 from node.weights.store import DEMO
 from unicluster.errors import InputError, NotFoundError, in_one_line
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
@@ -88,13 +89,18 @@ def build(config: dict[str, Any], quant: str = "", name: str = "") -> tuple[nn.M
 
 def _config_of(model: str) -> str:
     """The config.json of the demo, a directory here, or a hub repository."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     path = DEMO if model == "demo" else Path(model).expanduser()
     try:
         if not path.is_absolute():
-            path = Path(hf_hub_download(model, "config.json")).parent
+            cache = folder(model).parent
+            there = try_to_load_from_cache(model, "config.json")
+            is_shared = cache == folders(model)[0].parent
+            if is_shared or not isinstance(there, str):
+                there = hf_hub_download(model, "config.json", cache_dir=cache)
+            path = Path(there).parent
         return (path / "config.json").read_text("utf-8")
     except LocalEntryNotFoundError as error:
         reason = "the hub can't be reached; give its config.json, or a directory"

@@ -47,7 +47,7 @@ def find(model: str, revision: str) -> Checkpoint | None:
         here = whole(path)
         if revision in ("", here.manifest.revision):
             return here
-    return Checkpoint.open(_copy(model, revision)) if revision else None
+    return _of_directory(model, revision)
 
 
 def offered(model: str, revision: str) -> Checkpoint | None:
@@ -55,9 +55,7 @@ def offered(model: str, revision: str) -> Checkpoint | None:
 
     A directory of this machine is offered by whoever serves it, and by nobody else.
     """
-    if Path(model).is_absolute():
-        return Checkpoint.open(_copy(model, revision)) if revision else None
-    return find(model, revision)
+    return _of_directory(model, revision) if Path(model).is_absolute() else find(model, revision)
 
 
 def create(manifest: Manifest) -> Checkpoint:
@@ -142,6 +140,14 @@ def _copy(model: str, revision: str) -> Path:
     _, quant = split_id(model)
     named = Revision(revision)
     return folder(model) / OURS / (f"{named}-{quant}" if quant else named)
+
+
+def _of_directory(model: str, revision: str) -> Checkpoint | None:
+    """The copy of another machine's directory."""
+    checkpoint = Checkpoint.open(_copy(model, revision)) if revision else None
+    if checkpoint is not None:
+        distrust_damaged(checkpoint)
+    return checkpoint
 
 
 def _of_repository(model: str, revision: str) -> Checkpoint | None:

@@ -177,13 +177,15 @@ def test_the_machine_with_the_token_fetches_for_the_others(
 
 @needs_mounts
 def test_a_directory_that_only_one_machine_has(cluster: LocalCluster, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "wide", tiny_config("llama") | WIDE)
+    """Its name, and that of the directory it is in, mean something to shells and globs."""
+    plain = write_model(tmp_path / "wide", tiny_config("llama") | WIDE)
+    path = shutil.copytree(plain, tmp_path / "it's [o]dd" / "模型 *? $HOME")
     start(cluster, "ann", "bob", memory=memory_for(path, 2), prefix=behind_a_disk(path))
     with cluster.serve(path, "--context", "256") as server:
         got = answer(server)
         stages = server.describe().stages
 
-    assert got == alone(path)
+    assert got == alone(plain)
     assert len(stages) == 2
     for stage in stages:
         assert held_bytes(cluster, stage.node) == pytest.approx(stage.weight_bytes, rel=0.02)

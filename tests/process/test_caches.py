@@ -6,6 +6,8 @@ A process of its own for each fetch: a hub's address is read at import.
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.cluster.test_bad_input import without_privileges
-from tests.cluster.test_fetching import REPO, fetch
-from tests.support.cluster import endless_model
+from tests.cluster.test_fetching import REPO, environment, fetch
+from tests.support.cluster import DEADLINE, endless_model
+from tests.support.deadlines import scaled
 from tests.support.hub import Hub
 from unicluster.checkpoints.checkpoint import Checkpoint
 
@@ -81,6 +84,30 @@ def test_a_read_only_cache_is_used_and_left_as_it_is(hub: Hub, model: Path, tmp_
     weights = copy.root / "model.safetensors"
     assert weights.resolve().is_relative_to(home.resolve())  # not copied
     assert load_tokenizer(copy.root).encode("ab")
+
+
+def test_a_plan_is_made_from_a_read_only_cache(hub: Hub, model: Path, tmp_path: Path) -> None:
+    home, ours = tmp_path / "hf", tmp_path / "ours"
+    snapshot(home, model, COMMIT)
+    hub.close()
+    lock(home)
+    try:
+        planned = subprocess.run(
+            [
+                *(*without_privileges(), sys.executable, "-m", "unicluster", "plan", REPO),
+                *("--fleet", "2x mac-mini-m4-16"),
+            ],
+            env=environment(hub, home, XDG_CACHE_HOME=str(ours)),
+            capture_output=True,
+            text=True,
+            timeout=scaled(DEADLINE),
+            check=False,
+        )
+    finally:
+        unlock(home)
+
+    assert planned.returncode == 0, planned.stderr
+    assert "org/tiny" in planned.stdout
 
 
 def test_what_a_read_only_cache_lacks_is_fetched_elsewhere(

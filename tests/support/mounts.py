@@ -1,5 +1,6 @@
 """Disks and directories that one process sees in its own way: for root of a Linux machine."""
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,5 +14,5 @@ def can_mount() -> bool:
 
 def behind_a_disk(path: Path, size: str = "1m") -> tuple[str, ...]:
     """A prefix for a command that sees an empty disk of its own in the place of `path`."""
-    mount = f'mount -t tmpfs -o size={size} none {path} && exec "$@"'
+    mount = f'mount -t tmpfs -o size={size} none {shlex.quote(str(path))} && exec "$@"'
     return (*OWN_MOUNTS, "sh", "-c", mount, "sh")
