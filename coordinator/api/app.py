@@ -19,14 +19,19 @@ from coordinator.api.body import Bodies
 from coordinator.api.doorman import Doorman
 from coordinator.api.guard import Guard
 from coordinator.api.models import model_json, model_name, one_model
+from coordinator.api.ollama_info import running, show, tags
 from coordinator.api.responding import Respond, caller_of
 from coordinator.protocols.anthropic import read_count, read_message
 from coordinator.protocols.asked import Asked
 from coordinator.protocols.errors import HttpError, anthropic_error, failure_of, openai_error
+from coordinator.protocols.ollama import ollama_error
+from coordinator.protocols.ollama import read_chat as read_ollama_chat
+from coordinator.protocols.ollama import read_generate as read_ollama_generate
 from coordinator.protocols.openai_chat import read_chat
 from coordinator.protocols.openai_completions import read_completion
 from coordinator.serving.gateway import Gateway
-from unicluster.errors import UniclusterError
+from unicluster import __version__
+from unicluster.errors import InputError, UniclusterError
 from unicluster.trust.role import audit
 
 log = logging.getLogger(__name__)
@@ -51,6 +56,12 @@ def make_app(
             Route("/v1/chat/completions", door.generating(read_chat), methods=["POST"]),
             Route("/v1/messages", door.generating(read_message), methods=["POST"]),
             Route("/v1/messages/count_tokens", door.count, methods=["POST"]),
+            Route("/api/chat", door.generating(read_ollama_chat), methods=["POST"]),
+            Route("/api/generate", door.generating(read_ollama_generate), methods=["POST"]),
+            Route("/api/tags", door.ollama_tags),
+            Route("/api/ps", door.ollama_running),
+            Route("/api/show", door.ollama_show, methods=["POST"]),
+            Route("/api/version", door.ollama_version),
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[
@@ -98,6 +109,22 @@ class _Door:
         name = request.path_params["name"]
         return JSONResponse(one_model(self._gateway, self._since, name))
 
+    async def ollama_tags(self, request: Request) -> Response:
+        self._doorman.key_of(request)
+        return JSONResponse(tags(self._gateway, self._since))
+
+    async def ollama_running(self, request: Request) -> Response:
+        self._doorman.key_of(request)
+        return JSONResponse(running(self._gateway))
+
+    async def ollama_show(self, request: Request) -> Response:
+        self._doorman.key_of(request)
+        body = await self._bodies.read(request)
+        return JSONResponse(show(self._gateway, self._since, body))
+
+    async def ollama_version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
     async def count(self, request: Request) -> Response:
         """Tokens of the prompt of an Anthropic request."""
         self._doorman.check_model(self._doorman.key_of(request), self._names())
@@ -111,6 +138,9 @@ class _Door:
             key = self._doorman.key_of(request)
             self._doorman.check_model(key, self._names())
             asked = read(await self._bodies.read(request), model_name(self._gateway))
+            most = self._gateway.info().context
+            if asked.context > most > 0:
+                raise InputError(f"options.num_ctx: the context here is {most} (`--context`)")
             caller = caller_of(request)
             if key is not None:
                 audit.info("key %s (%s): %s from %s", key.id, key.name, request.url.path, caller)
@@ -140,4 +170,6 @@ def _failed(request: Request, error: Exception) -> Response:
     in_their_form = openai_error
     if request.url.path.startswith("/v1/messages"):
         in_their_form = anthropic_error
+    elif request.url.path.startswith("/api/"):
+        in_their_form = ollama_error
     return JSONResponse(in_their_form(failure), failure.status, failure.headers)

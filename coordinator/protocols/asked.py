@@ -43,12 +43,16 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was understood: `count` answers to `request`, in the form of `reply`."""
+    """A request that was understood: `count` answers to `request`, in the form of `reply`.
+
+    context: tokens of prompt and answer together that must be served, 0 for any.
+    """
 
     request: GenerateRequest
     reply: Reply
     stream: bool = False
     count: int = 1
+    context: int = 0
 
     def requests(self) -> list[GenerateRequest]:
         """One request for each answer; with a seed, each has another one."""

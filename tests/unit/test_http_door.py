@@ -7,6 +7,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import ollama
 import openai
 import pytest
 
@@ -139,6 +140,38 @@ async def test_the_client_of_anthropic_gets_answers_counts_and_errors(door: Door
     assert answer.type == "text"
     assert (thought.thinking, answer.text) == ("Let me see. A spider...", "Eight.")
     assert counted.input_tokens == 3
+
+
+async def test_the_client_of_ollama_chats_generates_and_lists(door: Door) -> None:
+    client = ollama.AsyncClient(host=door.url, timeout=scaled(DEADLINE))
+    asks: Any = {"model": "parrot:latest", "options": {"num_ctx": 4096}, "keep_alive": -1}
+    whole = await client.chat(**asks, **said("hello there"))
+    pieces = [part async for part in await client.chat(**asks, **said("think"), stream=True)]
+    hidden = await client.chat(**asks, **said("think"), think=False)
+    generated = await client.generate(**asks, prompt="hello there", system="Be brief.")
+    (listed,) = (await client.list()).models
+    (running,) = (await client.ps()).models
+    shown = await client.show("parrot")
+
+    assert whole.message.content == generated.response == "You said: hello there"
+    assert "".join(part.message.content or "" for part in pieces) == "Eight."
+    assert "".join(part.message.thinking or "" for part in pieces) == "Let me see. A spider..."
+    assert (hidden.message.content, hidden.message.thinking) == ("Eight.", None)
+    assert [part.done for part in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert (pieces[-1].done_reason, pieces[-1].prompt_eval_count) == ("stop", 5)
+    assert listed.model == running.model == "parrot:latest"
+    assert shown.capabilities == ["completion", "tools"]
+    for prompt, status in (("refuse NOT_FOUND no", 404), ("refuse UNAVAILABLE gone", 503)):
+        with pytest.raises(ollama.ResponseError) as caught:
+            await client.chat(**asks, **said(prompt))
+        assert caught.value.status_code == status
+    with pytest.raises(ollama.ResponseError, match="machine ann"):
+        async for _ in await client.chat(
+            **asks, **said("break UNAVAILABLE machine ann is gone"), stream=True
+        ):
+            pass
+    with pytest.raises(ollama.ResponseError, match="num_ctx"):
+        await client.chat(model="parrot", options={"num_ctx": 5000}, **said("hello"))
 
 
 async def test_while_the_model_loads_the_reason_is_said(
