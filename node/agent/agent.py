@@ -324,11 +324,12 @@ class Agent(NodeServicer):
 
     async def _run(self, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
         spec = config.spec
+        environment = self._ledger.parts(spec)[0].device.environment
         restarts = Restarts()
         while True:
             ready, began = False, time.monotonic()
             fresh = replace(config, identity=self._identity.current.to_dict())
-            worker = await WorkerProcess.start(fresh, extra=self._visible(spec))
+            worker = await WorkerProcess.start(fresh, extra=environment)
             renewing = asyncio.create_task(self._renew(worker))
             try:
                 async for event in worker.events():
@@ -361,12 +362,6 @@ class Agent(NodeServicer):
             if pause is None:
                 return
             await asyncio.sleep(pause)
-
-    def _visible(self, spec: StageSpec) -> dict[str, str]:
-        """Variables with which a stage of MLX sees the card that it is on, and no other."""
-        device = self._ledger.parts(spec)[0].device
-        alone = device.engine == "mlx" and device.backend == "cuda" and device.uuid
-        return {"CUDA_VISIBLE_DEVICES": device.uuid} if alone else {}
 
     async def _renew(self, worker: WorkerProcess) -> None:
         """Hands a worker new certificates before its old ones expire."""

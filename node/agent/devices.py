@@ -48,6 +48,12 @@ class Device:
         """Whether it is in the host's memory, or reaches a part of that."""
         return self.total > self.alone
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables with which a worker sees it. MLX takes the first card that it sees."""
+        alone = self.engine == "mlx" and self.backend == "cuda" and self.uuid
+        return {"CUDA_VISIBLE_DEVICES": self.uuid} if alone else {}
+
 
 @dataclass(frozen=True)
 class Free:

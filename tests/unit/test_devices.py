@@ -190,6 +190,25 @@ def test_a_card_that_cuda_and_vulkan_reach_is_one_device(tmp_path: Path) -> None
         ledger.check(on("ggml", 5 * GIB), [on("mlx", 24564 * MIB - 4 * GIB)])
 
 
+def test_mlx_computes_on_one_card_which_is_the_chosen_one(tmp_path: Path) -> None:
+    gpus = [
+        {
+            "device_name": "NVIDIA GeForce RTX 4090",
+            "uuid": f"GPU-{number}",
+            "total_memory": 24 * GIB,
+        }
+        for number in (1, 0)  # CUDA's order is not that of the addresses
+    ]
+    run = commands("cuda", gpus, [], **smi(FIRST_CARD, SECOND_CARD))
+    hardware = look(linux(tmp_path), run)
+
+    (first,) = hardware.of("mlx")
+    (second,) = hardware.offering("auto", ["CUDA1"]).of("mlx")
+    assert (first.pci, first.environment) == (SECOND_CARD, {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+    assert (second.pci, second.environment) == (FIRST_CARD, {"CUDA_VISIBLE_DEVICES": "GPU-0"})
+    assert Ledger(hardware, None).parts(on("mlx", 7))[0].device == first
+
+
 def test_memory_of_the_host_is_not_counted_for_two_devices_at_once(tmp_path: Path) -> None:
     strix_halo(tmp_path, carved=GIB // 2, gtt=60 * GIB, available=100 * GIB)
     run = commands("cpu", ggml=[replace(APU, total=60 * GIB)])
