@@ -2,11 +2,13 @@
 
 UNICLUSTER_FAILPOINTS="stage.compute=hang@3;worker.load=delay(500)" makes the third frame of a
 stage hang, and each load half a second longer. Actions: `panic` ends the process at once,
-`error(text)` raises FailpointError, `delay(ms)` and `hang` wait. `@n`: at the nth time that the
+`error(text)` raises FailpointError, `delay(ms)` and `hang` wait, `freeze` waits and keeps the
+interpreter, so that no other thread of the process runs Python. `@n`: at the nth time that the
 place is reached, and no other; `@n+`: from then on. Nothing happens without the variable.
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import re
@@ -23,7 +25,7 @@ FOR_EVER = 1e8
 PANIC_CODE = 86
 
 _ENTRY = re.compile(
-    r"(?P<name>[a-z_.]+)=(?P<action>panic|hang|delay\((?P<ms>\d+)\)|error(\((?P<text>[^)]*)\))?)"
+    r"(?P<name>[a-z_.]+)=(?P<action>panic|hang|freeze|delay\((?P<ms>\d+)\)|error(\((?P<text>[^)]*)\))?)"
     r"(@(?P<nth>[1-9]\d*)(?P<on>\+)?)?"
 )
 
@@ -55,6 +57,8 @@ class _Failpoint:
         log.warning("failpoint %s: %s", self.name, self.action)
         if self.action == "panic":
             os._exit(PANIC_CODE)
+        if self.action == "freeze":
+            ctypes.PyDLL(None).sleep(int(FOR_EVER))  # a PyDLL's functions keep the GIL
         if self.action.startswith("error"):
             raise FailpointError(self.text or self.name)
         return self.seconds

@@ -28,6 +28,8 @@ from unicluster.trust.store import default_folder
 log = logging.getLogger(__name__)
 
 FILE = "measured.json"
+# Another process that writes it takes milliseconds.
+LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,13 @@ class Measurements:
     ) -> "Measurements":
         """Stores the times of `stages` of a model, in place of earlier ones.
 
-        Returns all measurements. Raises OSError when it can't be written.
+        Returns all measurements. Raises OSError when it can't be written, or another process keeps
+        the file locked.
         """
         path = (folder or default_folder()) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # several models may be served from here
+        # Several models may be served from here.
+        with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
             known = cls.load(folder)
             for stage, seconds in zip(stages, times.stages, strict=True):
                 row = Measurement(stage.first, stage.end, seconds, stage.has_lm_head)

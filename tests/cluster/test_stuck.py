@@ -23,12 +23,18 @@ NOTICED = 15.0
 
 
 @pytest.mark.parametrize(
-    "point", ["stage.compute", pytest.param("head.compute", marks=pytest.mark.sweep)]
+    "fault",
+    [
+        "stage.compute=hang@300",
+        pytest.param("head.compute=hang@300", marks=pytest.mark.sweep),
+        pytest.param("stage.compute=freeze@300", marks=pytest.mark.sweep),
+        pytest.param("head.compute=freeze@300", marks=pytest.mark.sweep),
+    ],
 )
-async def test_a_stuck_stage_is_named_and_started_anew(tmp_path: Path, point: str) -> None:
+async def test_a_stuck_stage_is_named_and_started_anew(tmp_path: Path, fault: str) -> None:
     """Each machine hangs at its 300th step; who is the head or a stage is left to the plan."""
     model = endless_model(tmp_path / "llama")
-    env = {VARIABLE: str(scaled(FLOOR)), failpoints.VARIABLE: f"{point}=hang@300"}
+    env = {VARIABLE: str(scaled(FLOOR)), failpoints.VARIABLE: fault}
     with LocalCluster(tmp_path / "cluster", **env) as cluster:
         cluster.start_agents("ann", "bob", memory=MEMORY)
         with cluster.serve(model, "--context", str(CONTEXT), "--users", "2") as server:
@@ -41,7 +47,8 @@ async def test_a_stuck_stage_is_named_and_started_anew(tmp_path: Path, point: st
             for error in errors:
                 assert isinstance(error, StageError | UnavailableError)
                 assert re.search(
-                    r"machine (ann|bob) \(layers \d+ to \d+\) has computed nothing for \d+ s: ",
+                    r"machine (ann|bob) \(layers \d+ to \d+\) "
+                    r"has (computed nothing|answered no call) for \d+ s",
                     str(error),
                 )
             assert time.monotonic() - began < scaled(NOTICED)

@@ -39,9 +39,10 @@ def floor(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("hang@1", r" has computed nothing for \d+ s: prefill of \d+ tokens$"),
         ("hang@30", r" has computed nothing for \d+ s: decode$"),
+        ("freeze@30", r" has computed nothing for \d+ s: decode; it answers nothing$"),
         ("error(no sense)@30", r" failed while computing: no sense$"),
     ],
-    ids=["prefill", "decode", "error"],
+    ids=["prefill", "decode", "frozen", "error"],
 )
 def test_a_stage_whose_compute_thread_is_stuck_is_named(
     llama: Path, monkeypatch: pytest.MonkeyPatch, action: str, reason: str
