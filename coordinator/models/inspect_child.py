@@ -2,7 +2,9 @@
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 
+from coordinator.models import layout_cache
 from coordinator.programs import INSPECT
 from unicluster.checkpoints.inspecting import inspect_configs
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
@@ -14,5 +16,5 @@ def possible_here() -> bool:
 
 
 def layouts(requests: Sequence[InspectRequest]) -> list[ModelLayout]:
-    """Layouts of models as `inspect_configs` makes and refuses them."""
-    return inspect_configs(INSPECT, requests)
+    """Layouts of models as `inspect_configs` makes and refuses them; cached ones are not computed."""
+    return layout_cache.layouts(requests, partial(inspect_configs, INSPECT))
