@@ -16,5 +16,5 @@ def possible_here() -> bool:
 
 
 def layouts(requests: Sequence[InspectRequest]) -> list[ModelLayout]:
-    """Layouts of models as `inspect_configs` makes and refuses them; cached ones are not computed."""
+    """Layouts of models, cached or else as `inspect_configs` makes and refuses them."""
     return layout_cache.layouts(requests, partial(inspect_configs, INSPECT))

@@ -35,11 +35,11 @@ def layouts(requests: Sequence[InspectRequest], compute: Compute) -> list[ModelL
     """
     folder, code = default_folder() / FOLDER, _code()
     paths = [folder / _key(request, code) if request.config_json else None for request in requests]
-    found = [_read(path) if path is not None else None for path in paths]
-    missing = [request for request, layout in zip(requests, found, strict=True) if layout is None]
+    cached = [_read(path) if path is not None else None for path in paths]
+    missing = [request for request, layout in zip(requests, cached, strict=True) if layout is None]
     computed = iter(compute(missing) if missing else ())
     answers = []
-    for path, layout in zip(paths, found, strict=True):
+    for path, layout in zip(paths, cached, strict=True):
         if layout is None:
             layout = next(computed)
             if path is not None:
