@@ -12,12 +12,12 @@ from typing import Any
 from node.mlx.compat_caches import SAVED_LIST, DeferredState, members
 from node.mlx.tensors import decode_tree, encode_tree
 from unicluster.cluster.sizes import FRAME_BYTES
-from unicluster.errors import InputError
-from unicluster.units import format_bytes
-from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, StageReport
+from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState, StageReport
 
 # Bytes of a frame beside its largest operation, for other operations and reports.
 FRAME_OVERHEAD = 1 << 20
+# Of a saved state that takes several frames.
+PART_BYTES = 16 << 20
 
 
 class RemoteStage:
@@ -59,10 +59,7 @@ class RemoteStage:
         self._on_free()
 
     def store(self, saved: Any) -> "RemoteCache":
-        """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage.
-
-        Raises InputError where a member is larger than a frame may be.
-        """
+        """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage."""
         handle, pending = self.make(), 0
         for entry, member in enumerate(members(saved) or ()):
             operation = CacheOp(cache=handle.number)
@@ -71,14 +68,24 @@ class RemoteStage:
             encode_tree(member.state, operation.store.state)
             size = operation.ByteSize()
             if size + FRAME_OVERHEAD > FRAME_BYTES:
-                reason = f"and a frame of the ring {format_bytes(FRAME_BYTES)} at most"
-                raise InputError(f"a layer of the saved cache has {format_bytes(size)}, {reason}")
+                self._store_in_parts(operation)
+                pending = 0
+                continue
             if pending + size + FRAME_OVERHEAD > FRAME_BYTES:
                 self.ask(CacheOp(cache=handle.number, query=CacheOp.Query()))
                 pending = 0
             pending += size
             self.operations.append(operation)
         return handle
+
+    def _store_in_parts(self, operation: CacheOp) -> None:
+        """Sends a Store that is larger than a frame; waits until the stage has it."""
+        store = operation.store
+        whole = CacheState(kind=store.kind, state=store.state).SerializeToString()
+        for start in range(0, len(whole), PART_BYTES):
+            end = start + PART_BYTES
+            part = CacheOp.Store(entry=store.entry, part=whole[start:end], more=end < len(whole))
+            self.ask(CacheOp(cache=operation.cache, store=part))
 
 
 class RemoteCache:
@@ -163,9 +170,22 @@ class RemoteCache:
         fetched = []
         for entry in range(self._query().entries):
             operation = CacheOp(cache=self.number, fetch=CacheOp.Fetch(entry=entry))
-            state = self.stage.ask(operation).state
+            state = self._fetch_entry(operation)
             fetched.append((decode_tree(state.state), state.kind))
         return fetched
+
+    def _fetch_entry(self, operation: CacheOp) -> CacheState:
+        """The answer to a Fetch, in parts: it may be larger than a frame."""
+        whole = bytearray()
+        operation.fetch.most_bytes = PART_BYTES
+        while True:
+            operation.fetch.offset = len(whole)
+            state = self.stage.ask(operation).state
+            if not state.total:  # a stage of an older version gives all at once
+                return state
+            whole += state.part
+            if len(whole) >= state.total or not state.part:
+                return CacheState.FromString(bytes(whole))
 
     @property
     def offset(self) -> int:

@@ -6,6 +6,10 @@ from unicluster.errors import StageError
 MOST_TOKENS = 2**24
 MOST_ROWS = 4096
 MOST_CACHES = 2**16
+# Of the saved state of one layer, or of one stage of ggml; protobuf takes no more.
+MOST_STATE_BYTES = 2**31 - 1
+# Saved states that are on their way to a session in parts, of so many bytes together.
+MOST_ARRIVING = 16
 # Leaves of one tree of arrays: a stage of many layers whose caches have several arrays each.
 MOST_LEAVES = 2**14
 MOST_DIMENSIONS = 8

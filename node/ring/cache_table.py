@@ -6,7 +6,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
-from node.ring.bounds import MOST_CACHES, MOST_ROWS, MOST_TOKENS, FrameError
+from google.protobuf.message import DecodeError
+
+from node.ring.bounds import (
+    MOST_ARRIVING,
+    MOST_CACHES,
+    MOST_ROWS,
+    MOST_STATE_BYTES,
+    MOST_TOKENS,
+    FrameError,
+)
 from node.ring.leaves import check_leaves
 from unicluster.errors import UniclusterError, in_one_line
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState, StageReport
@@ -146,6 +155,9 @@ class CacheTable(Generic[C]):
     def __init__(self, engine: CacheEngine[C]) -> None:
         self._engine = engine
         self._slots: dict[int, Slot[C]] = {}
+        # Saved states that take several frames, by cache and entry.
+        self._leaving: dict[tuple[int, int], bytes] = {}
+        self._arriving: dict[tuple[int, int], bytearray] = {}
         self._used_up: set[int] = set()  # snapshots that were put back and are still to be freed
 
     def __len__(self) -> int:
@@ -190,6 +202,8 @@ class CacheTable(Generic[C]):
         for slot in self._slots.values():
             self._engine.free(slot.cache)
         self._slots.clear()
+        self._leaving.clear()
+        self._arriving.clear()
         self._used_up.clear()
 
     def make(self, op: CacheOp, report: StageReport) -> None:
@@ -281,6 +295,9 @@ class CacheTable(Generic[C]):
         slot = self._slots.pop(op.cache, None)
         if slot is None:
             raise FrameError("there is no such cache")
+        for parts in (self._leaving, self._arriving):
+            for which in [each for each in parts if each[0] == op.cache]:
+                del parts[which]
         self._engine.free(slot.cache)
 
     def query(self, op: CacheOp, report: StageReport) -> None:
@@ -289,21 +306,58 @@ class CacheTable(Generic[C]):
         report.answer.live = len(self)
 
     def fetch(self, op: CacheOp, report: StageReport) -> None:
-        slot = self._settled(op.cache)
-        self._check("entry", op.fetch.entry, self._engine.entries(slot.cache) - 1)
-        self._engine.fetch(slot.cache, op.fetch.entry, report.state)
+        slot, asked = self._settled(op.cache), op.fetch
+        self._check("entry", asked.entry, self._engine.entries(slot.cache) - 1)
+        if not asked.most_bytes:
+            self._engine.fetch(slot.cache, asked.entry, report.state)
+            return
+        which = (op.cache, asked.entry)
+        whole = self._leaving.get(which)
+        if asked.offset == 0 or whole is None:
+            state = CacheState()
+            self._engine.fetch(slot.cache, asked.entry, state)
+            whole = state.SerializeToString()
+            self._leaving = {which: whole}  # one at a time: another is made anew
+        self._check("offset", asked.offset, len(whole))
+        end = asked.offset + asked.most_bytes
+        report.state.total = len(whole)
+        report.state.part = whole[asked.offset : end]
+        if end >= len(whole):
+            self._leaving.clear()
 
     def store(self, op: CacheOp, report: StageReport) -> None:
         slot, store = self._settled(op.cache), op.store
         self._check("entry", store.entry, self._engine.entries(slot.cache) - 1)
-        check_leaves(store.state)
-        rows, tokens = self._engine.store(slot.cache, store.entry, store.kind, store.state)
+        kind, state = store.kind, store.state
+        if store.part:
+            whole = self._joined(op)
+            if store.more:
+                return
+            kind, state = whole.kind, whole.state
+        check_leaves(state)
+        rows, tokens = self._engine.store(slot.cache, store.entry, kind, state)
         if rows is not None and slot.rows is not None and rows != slot.rows:
             raise FrameError(f"{rows} rows for {slot.rows} rows")
         self._check("rows", rows or 0, MOST_ROWS)
         self._check("tokens", tokens, self._engine.most_tokens)
         slot.rows = slot.rows if rows is None else rows
         slot.tokens = max(slot.tokens, tokens)
+
+    def _joined(self, op: CacheOp) -> CacheState:
+        """The state of which this operation has a part; an empty one while others follow."""
+        which = (op.cache, op.store.entry)
+        arrived = self._arriving.setdefault(which, bytearray())
+        self._check("states in parts", len(self._arriving), MOST_ARRIVING)
+        size = sum(map(len, self._arriving.values())) + len(op.store.part)
+        self._check("bytes", size, MOST_STATE_BYTES)
+        arrived += op.store.part
+        if op.store.more:
+            return CacheState()
+        whole = self._arriving.pop(which)
+        try:
+            return CacheState.FromString(bytes(whole))
+        except DecodeError as error:
+            raise FrameError("parts that are no state") from error
 
     def quantize(self, op: CacheOp, report: StageReport) -> None:
         self._check_new(op.cache)

@@ -30,6 +30,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import unicluster
 from node.mlx.lazy import load_lazy
+from node.pipeline import remote_cache
 from tests.support.deadlines import scaled
 from tests.support.sampled import sampled
 from tests.support.tiny import ARCHITECTURES, tiny_config, write_model
@@ -172,7 +173,15 @@ def test_speculative_decoding(pair: Pair, tmp_path: Path, seed: int) -> None:
     assert [token for token, _ in found(pair.split)] == tokens(pair.plain, prompt, max_tokens=count)
 
 
-def test_a_prompt_cache_is_saved_and_loaded(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("frame_bytes", [remote_cache.FRAME_BYTES, 4000])
+def test_a_prompt_cache_is_saved_and_loaded(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frame_bytes: int
+) -> None:
+    """Also one of which each layer is larger than a frame may be."""
+    if frame_bytes != remote_cache.FRAME_BYTES:
+        monkeypatch.setattr(remote_cache, "FRAME_BYTES", remote_cache.FRAME_OVERHEAD + frame_bytes)
+        monkeypatch.setattr(remote_cache, "PART_BYTES", frame_bytes)
+
     def answers(model: Any, file: str) -> list[int]:
         cache = make_prompt_cache(model)
         found = tokens(model, PROMPT, prompt_cache=cache)

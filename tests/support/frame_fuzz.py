@@ -123,7 +123,9 @@ class FrameFuzz:
             case "copy" | "snapshot":
                 return op(self._new(), name, source=cache)
             case "fetch":
-                return op(cache, name, entry=self._number(0, most=2**32))
+                entry = self._number(0, most=2**32)
+                most = self._random.choice((0, 0, 100, 2**20))
+                return op(cache, name, entry=entry, offset=self._number(0), most_bytes=most)
             case "store":
                 return self._store()
             case "quantize":
@@ -142,8 +144,13 @@ class FrameFuzz:
             saved = self._random.choice(self._saved)
             made.store.kind = saved.kind
             made.store.state.extend(saved.state)
-            if self._random.random() < 0.7:
+            if saved.state and self._random.random() < 0.7:
                 self._change(self._random.choice(made.store.state))
+            if self._random.random() < 0.3:
+                whole = CacheState(kind=saved.kind, state=made.store.state).SerializeToString()
+                size = self._random.randint(1, len(whole))
+                more = self._random.random() < 0.3
+                made.store.CopyFrom(CacheOp.Store(part=whole[:size], more=more))
         return made
 
     def _change(self, changed: Leaf) -> None:

@@ -23,7 +23,7 @@ from tests.support.frame_fuzz import FrameFuzz
 from tests.support.stage_head import StageHead, leaf, op
 from tests.support.tiny import tiny_config, write_model
 from unicluster.errors import StageError
-from unicluster.v1.stage_pb2 import CacheOp, Frame
+from unicluster.v1.stage_pb2 import CacheOp, CacheState, Frame
 from unicluster.v1.tensor_pb2 import Leaf
 
 HIDDEN, VOCABULARY = 64, 264
@@ -49,7 +49,7 @@ def of_mlx(folder: Path, architecture: str) -> Heads:
     return lambda: StageHead(stage, hidden)
 
 
-def of_ggml(folder: Path, architecture: str, first: int) -> Heads:
+def of_ggml(folder: Path, architecture: str, first: int, *, is_last: bool = True) -> Heads:
     pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
     from node.ggml.load import load, open_gguf
     from node.ggml.stage_file import Part, stage_file
@@ -59,7 +59,7 @@ def of_ggml(folder: Path, architecture: str, first: int) -> Heads:
     file = write_gguf(folder / "model.gguf", architecture, 12 if "next" in architecture else 6)
     checkpoint = whole(file)
     gguf = open_gguf(checkpoint)
-    part = Part(first, gguf.layers, has_lm_head=True, context=256, users=2)
+    part = Part(first, gguf.layers, has_lm_head=is_last, context=256, users=2)
     cut = stage_file(gguf, checkpoint, folder / "stages", part)
     stage = load(gguf, folder, cut, part).stage
     return lambda: StageHead(stage, hidden if first else token_ids)
@@ -71,6 +71,7 @@ ENGINES: dict[str, Callable[[Path], Heads]] = {
     "ggml llama": lambda folder: of_ggml(folder, "llama", 2),
     "ggml llama stage 0": lambda folder: of_ggml(folder, "llama", 0),
     "ggml qwen3next": lambda folder: of_ggml(folder, "qwen3next", 4),
+    "ggml llama in the middle": lambda folder: of_ggml(folder, "llama", 2, is_last=False),
 }
 
 
@@ -446,3 +447,68 @@ def test_rows_chosen_by_another_machine_stay_within_the_compressed_cache() -> No
         assert attended(chosen) == attended(last)
     with pytest.raises(FrameError, match="positions"):
         attended(2**30)
+
+
+def parts(state: CacheState, size: int) -> list[CacheOp]:
+    """Operations that store a state in parts of so many bytes."""
+    whole = state.SerializeToString()
+    starts = range(0, len(whole), size)
+    return [
+        op(2, "store", entry=0, part=whole[at : at + size], more=at + size < len(whole))
+        for at in starts
+    ]
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ggml llama stage 0"])
+def test_a_state_goes_and_comes_in_parts(engine: str, tmp_path: Path) -> None:
+    head = ENGINES[engine](tmp_path)()
+    head.forward(1, 1, 5, op(1, "make"))
+    whole = head.report(op(1, "fetch", entry=0)).state
+    received, size = b"", 1000
+    while True:
+        asked = op(1, "fetch", entry=0, offset=len(received), most_bytes=size)
+        answered = head.report(asked).state
+        received += answered.part
+        if len(received) == answered.total:
+            break
+    assert CacheState.FromString(received) == whole
+    head.send(op(2, "make"))
+    for index, part in enumerate(parts(whole, size)):
+        head.send(part, op(3 + index, "make"))  # others' operations come between them
+
+    again = head.report(op(2, "fetch", entry=0)).state
+    assert [leaf.json for leaf in again.state] == [leaf.json for leaf in whole.state]
+    assert again.kind == whole.kind
+    assert [len(leaf.tensor.data) for leaf in again.state] == [
+        len(leaf.tensor.data) for leaf in whole.state
+    ]
+    head.end()
+
+
+PARTS: dict[str, Callable[[list[CacheOp]], list[CacheOp]]] = {
+    "one is missing": lambda ops: [*ops[:1], *ops[2:]],
+    "one twice": lambda ops: [*ops[:2], *ops[1:]],
+    "the last alone": lambda ops: ops[-1:],
+    "of no state": lambda ops: [op(2, "store", entry=0, part=b"\xff" * 99)],
+    "too many at once": lambda ops: [
+        *(op(number, "make") for number in range(3, 20)),
+        *(op(number, "store", entry=0, part=b"x", more=True) for number in range(3, 20)),
+    ],
+    "of an entry too many": lambda ops: [op(2, "store", entry=99, part=b"x", more=True)],
+    "from beyond the end": lambda ops: [op(1, "fetch", entry=0, offset=2**40, most_bytes=9)],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_are_no_state_are_refused(name: str, tmp_path: Path) -> None:
+    heads = ENGINES["ggml llama"](tmp_path)
+    head = heads()
+    head.forward(1, 1, 5, op(1, "make"))
+    state = head.report(op(1, "fetch", entry=0)).state
+    head.send(op(2, "make"))
+
+    with pytest.raises(FrameError):
+        _ = [head.send(each) for each in PARTS[name](parts(state, 1000))]
+
+    head.end()
+    still_works(heads)

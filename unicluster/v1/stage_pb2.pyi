@@ -453,30 +453,46 @@ class CacheOp(_message.Message):
 
     @_typing.final
     class Fetch(_message.Message):
+        """The state of one entry, answered by StageReport.state. most_bytes: only so much of it, from
+        `offset` on: a state may be larger than a frame.
+        """
+
         DESCRIPTOR: _descriptor.Descriptor
 
         ENTRY_FIELD_NUMBER: _builtins.int
+        OFFSET_FIELD_NUMBER: _builtins.int
+        MOST_BYTES_FIELD_NUMBER: _builtins.int
         entry: _builtins.int
+        offset: _builtins.int
+        most_bytes: _builtins.int
         def __init__(
             self,
             *,
             entry: _builtins.int = ...,
+            offset: _builtins.int = ...,
+            most_bytes: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "most_bytes", b"most_bytes", "offset", b"offset"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Store(_message.Message):
+        """part: in place of kind and state, bytes of a CacheState; more: others follow, in order."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         ENTRY_FIELD_NUMBER: _builtins.int
         KIND_FIELD_NUMBER: _builtins.int
         STATE_FIELD_NUMBER: _builtins.int
+        PART_FIELD_NUMBER: _builtins.int
+        MORE_FIELD_NUMBER: _builtins.int
         entry: _builtins.int
         kind: _builtins.str
+        part: _builtins.bytes
+        more: _builtins.bool
         @_builtins.property
         def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Leaf]: ...
         def __init__(
@@ -485,10 +501,12 @@ class CacheOp(_message.Message):
             entry: _builtins.int = ...,
             kind: _builtins.str = ...,
             state: _abc.Iterable[_tensor_pb2.Leaf] | None = ...,
+            part: _builtins.bytes = ...,
+            more: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "kind", b"kind", "state", b"state"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "kind", b"kind", "more", b"more", "part", b"part", "state", b"state"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,8 +744,14 @@ class CacheState(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """class name of the entry"""
+    part: _builtins.bytes
+    """in answer to most_bytes: a part of this message without it,"""
+    total: _builtins.int
+    """and the length of the whole"""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Leaf]: ...
     def __init__(
@@ -735,10 +759,12 @@ class CacheState(_message.Message):
         *,
         kind: _builtins.str = ...,
         state: _abc.Iterable[_tensor_pb2.Leaf] | None = ...,
+        part: _builtins.bytes = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "part", b"part", "state", b"state", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
