@@ -1,6 +1,8 @@
 """Some layers of a GGUF in llama.cpp: hidden states in, hidden states or logits out."""
 
 import ctypes
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,15 @@ from node.ggml.library import (
     llama,
 )
 from node.ggml.tap import Tap
+from node.metering.fastest import Fastest, doublings
 from unicluster.errors import StageError
+
+log = logging.getLogger("unicluster.llama")
 
 # Tokens that llama.cpp computes at once.
 BATCH = 512
+# Tokens of a step of decoding, at most, whose number of threads is tried out.
+DECODED = 16
 # Rows of logits at once: enough for decoding and for checking a speculation.
 OUTPUTS = 64
 # On a CPU attention is faster when its scores are a matrix (`bench.ggml`), which takes no more room
@@ -45,7 +52,7 @@ class Sizes:
     once. states: as many, for a model with recurrent layers, each of which takes memory. entry:
     see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
     devices: names of llama.cpp's, each with the number of layers on it, in order; empty: those
-    that llama.cpp takes by itself.
+    that llama.cpp takes by itself. adaptive: `threads` are the most, fewer if that is faster.
     """
 
     layers: int
@@ -59,6 +66,7 @@ class Sizes:
     exact: bool = False
     heads: int = 0
     devices: tuple[tuple[str, int], ...] = ()
+    adaptive: bool = False
 
     @property
     def score_bytes(self) -> int:
@@ -100,6 +108,11 @@ class Layers:
                 f"llama.cpp has no room for the KV cache of {sizes.cells} tokens{complaint.reason}"
             )
         self._memory = lib.llama_get_memory(self._context)
+        self._threads = sizes.threads
+        self._fastest: Fastest | None = None
+        # The result does not depend on their number, but with flash attention.
+        if sizes.adaptive and self._on_cpu and self._plain_attention:
+            self._fastest = Fastest(doublings(sizes.threads), sizes.threads)
         self._positions = np.zeros(BATCH * self._position_copies, np.int32)
         self._sequences = np.zeros(BATCH, np.int32)
         self._tokens = np.zeros(BATCH, np.int32)
@@ -210,7 +223,7 @@ class Layers:
             batch.embd = _pointer(hidden, ctypes.c_float)
         if self._tap is not None:
             self._tap.open(hidden, into)
-        status = self._lib.llama_decode(self._context, batch)
+        status = self._decode(count)
         if status == 1:
             raise self.full()
         if status:
@@ -221,13 +234,38 @@ class Layers:
             logits = self._lib.llama_get_logits(self._context)
             into[:] = np.ctypeslib.as_array(logits, into.shape)
 
+    def _decode(self, count: int) -> int:
+        """llama.cpp's status of computing the batch of `count` tokens."""
+        fastest = self._fastest if count <= DECODED else None
+        threads = self.sizes.threads if fastest is None else fastest.setting
+        if threads != self._threads:
+            self._lib.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
+        began = time.perf_counter()
+        status = int(self._lib.llama_decode(self._context, self._batch))
+        if fastest is not None:
+            before = fastest.best
+            fastest.note(count, time.perf_counter() - began)
+            if fastest.best != before:
+                log.info("%d threads decode faster than %d here", fastest.best, before)
+        return status
+
+    @property
+    def _on_cpu(self) -> bool:
+        return computes_on_cpu([name for name, _ in self.sizes.devices])
+
+    @property
+    def _plain_attention(self) -> bool:
+        """Whether attention is computed without flash attention, which sums up in float16."""
+        small = self._on_cpu and self.sizes.score_bytes <= MOST_SCORE_BYTES
+        return self.sizes.exact or small
+
     def _parameters(self) -> Any:
         lib, sizes = self._lib, self.sizes
         params = lib.llama_context_default_params()
         params.n_ctx = sizes.cells
         params.n_batch = params.n_ubatch = BATCH
-        on_cpu = computes_on_cpu([name for name, _ in sizes.devices])
-        if on_cpu:
+        if self._on_cpu:
             params.n_ubatch = CPU_STEP
         params.n_seq_max = self.sequences
         params.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
@@ -235,8 +273,7 @@ class Layers:
         params.swa_full = True  # or nothing could be trimmed once the window is full
         params.no_perf = True
         params.type_k = params.type_v = F32 if sizes.exact else F16
-        # Flash attention sums up in float16.
-        if sizes.exact or (on_cpu and sizes.score_bytes <= MOST_SCORE_BYTES):
+        if self._plain_attention:
             params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if sizes.threads:
             params.n_threads = params.n_threads_batch = sizes.threads

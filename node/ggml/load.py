@@ -84,6 +84,7 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
         exact=gguf.is_exact,
         heads=gguf.heads,
         devices=part.devices,
+        adaptive=not _stated_threads(),
     )
     layers = Layers(file if isinstance(file, Path) else file.path, sizes)
     embedding = Embedding(gguf, folder) if part.first == 0 else None
@@ -99,8 +100,12 @@ def cells(context: int, users: int) -> int:
 
 
 def threads() -> int:
-    """Threads that a stage computes with."""
-    return int(os.environ.get(THREADS_ENV, "0")) or cores()
+    """Threads that a stage computes with, at most."""
+    return _stated_threads() or cores()
+
+
+def _stated_threads() -> int:
+    return int(os.environ.get(THREADS_ENV, "0"))
 
 
 def cores() -> int:

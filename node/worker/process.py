@@ -55,6 +55,12 @@ class Exit:
     out_of_memory: bool
 
 
+# Threads of llama.cpp wait for one another some hundred times a token, spinning for milliseconds:
+# where anything else runs, a token takes ten times as long. So they sleep after some microseconds,
+# about what it costs to be woken. The first is GNU's OpenMP, the second any other.
+SHORT_SPINS = {"GOMP_SPINCOUNT": "300", "OMP_WAIT_POLICY": "passive"}
+
+
 class WorkerProcess:
     """One child process. `events` ends when the process does; then `exit` says why."""
 
@@ -227,7 +233,7 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The worker's environment, without secrets; gRPC prints refused clients only for debugging."""
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
     ours = {name: value for name, value in child_environment(extra).items() if name not in SECRETS}
-    return {**quiet, **ours}
+    return {**quiet, **SHORT_SPINS, **ours}
 
 
 def _oom_kills() -> int:
