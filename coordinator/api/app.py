@@ -29,6 +29,7 @@ from coordinator.protocols.ollama import read_chat as read_ollama_chat
 from coordinator.protocols.ollama import read_generate as read_ollama_generate
 from coordinator.protocols.openai_chat import read_chat
 from coordinator.protocols.openai_completions import read_completion
+from coordinator.protocols.openai_responses import read_response
 from coordinator.serving.gateway import Gateway
 from unicluster import __version__
 from unicluster.errors import InputError, UniclusterError
@@ -62,6 +63,7 @@ def make_app(
             Route("/api/ps", door.ollama_running),
             Route("/api/show", door.ollama_show, methods=["POST"]),
             Route("/api/version", door.ollama_version),
+            Route("/v1/responses", door.generating(read_response), methods=["POST"]),
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[

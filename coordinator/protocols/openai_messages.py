@@ -11,11 +11,14 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"dev
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_messages(items: Sequence[Any], path: str = "messages") -> list[Message]:
-    """Messages of a conversation. Raises InputError that begins with a message's path."""
+def read_messages(items: Sequence[Any], path: str = "messages", first: int = 0) -> list[Message]:
+    """Messages of a conversation. Raises InputError that begins with a message's path.
+
+    first: the number of the first one in the list at `path`.
+    """
     if not items:
         raise InputError(f"{path}: must not be empty")
-    return [_message(Fields(item, f"{path}[{at}]")) for at, item in enumerate(items)]
+    return [_message(Fields(item, f"{path}[{at}]")) for at, item in enumerate(items, first)]
 
 
 def _message(fields: Fields) -> Message:

@@ -142,6 +142,24 @@ async def test_the_client_of_anthropic_gets_answers_counts_and_errors(door: Door
     assert counted.input_tokens == 3
 
 
+async def test_responses_whole_and_streamed(ask: openai.AsyncOpenAI) -> None:
+    whole = await ask.responses.create(model="parrot", input="hello there")
+    async with ask.responses.stream(model="parrot", input="think") as stream:
+        streamed = await stream.get_final_response()
+    with pytest.raises(openai.RateLimitError):
+        await ask.responses.create(model="parrot", input="refuse RESOURCE_EXHAUSTED full")
+    broken = await ask.responses.create(
+        model="parrot", input="break UNAVAILABLE machine ann is gone", stream=True
+    )
+    *_, last = [event async for event in broken]
+
+    assert last.type == "error"
+    assert "machine ann is gone" in last.message
+    assert whole.output_text == "You said: hello there"
+    assert streamed.output_text == "Eight."
+    assert [item.type for item in streamed.output] == ["reasoning", "message"]
+
+
 async def test_the_client_of_ollama_chats_generates_and_lists(door: Door) -> None:
     client = ollama.AsyncClient(host=door.url, timeout=scaled(DEADLINE))
     asks: Any = {"model": "parrot:latest", "options": {"num_ctx": 4096}, "keep_alive": -1}

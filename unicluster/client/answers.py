@@ -134,6 +134,7 @@ class Answer:
     trace: Trace | None = None
     calls: tuple[ToolCall, ...] = ()
     stop_string: str = ""
+    reasoning_tokens: int = 0  # of usage.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,4 +317,5 @@ def collect(events: Iterable[Event]) -> Answer:
         trace=finish.trace,
         calls=tuple(call for piece in pieces for call in piece.calls),
         stop_string=finish.stop_string,
+        reasoning_tokens=sum(len(piece.token_ids) for piece in pieces if piece.reasoning),
     )
