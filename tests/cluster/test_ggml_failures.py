@@ -1,6 +1,8 @@
 """Stages of ggml keep the promises of the others when a machine is lost in mid-answer."""
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from tests.support.strikes import (
     assert_sleep_is_survived,
     status_while_answering,
 )
-from tests.support.tiny_gguf import from_checkpoint
+from tests.support.tiny_gguf import from_checkpoint, write_gguf
 
 # Three of these machines hold the model, two do not.
 MACHINES = ("ann", "bob", "cat", "dee")
@@ -37,6 +39,19 @@ def server(
     file = from_checkpoint(endless_model(folder / "llama"), folder / "llama.gguf")
     with cluster.serve(file, "--context", str(CONTEXT), "--users", "2") as server:
         yield server
+
+
+def test_llama_cpp_s_reason_reaches_who_typed_serve(cluster: LocalCluster, tmp_path: Path) -> None:
+    """That there are as many rows as heads, nobody but llama.cpp looks at."""
+    file = write_gguf(tmp_path / "odd.gguf", metadata={"attention.head_count_kv": 3})
+
+    told = cluster.serve(file, "--context", "64", "--nodes", "ann,bob").result()
+
+    assert told.code == 1
+    assert re.search(
+        r"machine \w+: llama\.cpp can't load .*: .*'blk\.0\.attn_k\.weight' has wrong shape",
+        " ".join(told.err.split()),
+    )
 
 
 def stage(cluster: LocalCluster, server: ServeProgram, place: int) -> AgentProgram:
