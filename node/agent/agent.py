@@ -30,7 +30,7 @@ from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
 from unicluster.cluster.background import going_on
-from unicluster.cluster.channels import host_of, join_address, peer_name
+from unicluster.cluster.channels import host_of, join_address, peer_name, without_scope
 from unicluster.cluster.discovery import one_address
 from unicluster.cluster.interfaces import own_addresses
 from unicluster.cluster.records import MOST_ADDRESSES
@@ -259,7 +259,8 @@ class Agent(NodeServicer):
     async def _described(self, request: InspectRequest, context: Context) -> InspectRequest:
         """The request for files that are on this machine by then."""
         addresses, vouching = _dialled(request.sources, context)
-        async with Sources(addresses, self._identity, vouching) as sources:
+        elsewhere = self.peers.elsewhere(addresses)
+        async with Sources(addresses, self._identity, vouching, elsewhere) as sources:
             checkpoint = await describe(request.model, request.revision, sources)
             if request.drafts_for:
                 await describe(request.drafts_for, request.drafts_for_revision, sources)
@@ -305,6 +306,7 @@ class Agent(NodeServicer):
             identity=self._identity.current.to_dict(),
             sources=addresses,
             vouching=vouching,
+            elsewhere=self.peers.elsewhere(addresses),
         )
         try:
             async with contextlib.aclosing(self._run(config)) as events:
@@ -398,7 +400,10 @@ def _dialled(sources: Iterable[str], context: Context) -> tuple[tuple[str, ...],
     The caller vouches for the files that it offers itself.
     """
     host = host_of(context)
-    dialled = {s: join_address(host, int(s[1:])) if s.startswith(":") else s for s in sources}
+    dialled = {
+        s: join_address(host, int(s[1:])) if s.startswith(":") else without_scope(s)
+        for s in sources
+    }
     return tuple(dialled.values()), tuple(dialled[s] for s in dialled if s.startswith(":"))
 
 

@@ -7,13 +7,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from unicluster.cluster.background import going_on
-from unicluster.cluster.channels import as_error, connect, without_scope
+from unicluster.cluster.channels import as_error, connect, split_address, without_scope
 from unicluster.cluster.discovery import Browser
 from unicluster.dialing.dialer import history
 from unicluster.errors import BusyError, InputError, UniclusterError
@@ -77,6 +77,19 @@ class Peers:
             for name, addresses in sorted(found.items())
         ]
         return machines + [KnownMachine(addresses=[address]) for address in self._named]
+
+    def elsewhere(self, addresses: Iterable[str]) -> dict[str, list[str]]:
+        """Where else the machines at `addresses` may be, as far as this agent knows.
+
+        An IPv6 address of a link, which is dialled on each, is among them.
+        """
+        known = [list(machine.addresses) for machine in self.known()]
+        found = {}
+        for address in addresses:
+            others = [a for each in known if address in each for a in each if a != address]
+            if others or split_address(address)[0].startswith("fe80:"):
+                found[address] = others
+        return found
 
     def _alive(self) -> list[_Greeter]:
         oldest = time.monotonic() - FORGET_SECONDS

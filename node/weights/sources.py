@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
-from types import TracebackType
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -13,7 +13,8 @@ from node.weights.pull import ANSWER_SECONDS, LOOK_SECONDS, OnBytes, Source, Wor
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest, is_weights
 from unicluster.checkpoints.ranges import Ranges
 from unicluster.cluster.channels import as_error, connect
-from unicluster.errors import InputError
+from unicluster.dialing.dialer import Dialer, Reached
+from unicluster.errors import InputError, UniclusterError
 from unicluster.trust.identity import Credentials, Identity
 from unicluster.v1.weights_pb2 import HaveRequest, Holdings, ModelFiles
 from unicluster.v1.weights_pb2_grpc import WeightsStub
@@ -28,16 +29,25 @@ class Sources:
     """The machines that may have a model's files, by address. An async context manager.
 
     vouching: the trusted ones among them, whose files are authoritative: the source that the
-    coordinator trusts, which is itself for a directory that it offers.
+    coordinator trusts, which is itself for a directory that it offers. elsewhere: other addresses
+    of the machine at an address, which is used at the best of them.
     """
 
     def __init__(
-        self, addresses: Iterable[str], identity: Credentials, vouching: Collection[str] = ()
+        self,
+        addresses: Iterable[str],
+        identity: Credentials,
+        vouching: Collection[str] = (),
+        elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         self._sources = {address: _Source(address, identity) for address in addresses}
         self._vouching = [address for address in self._sources if address in vouching]
+        self._elsewhere = {a: elsewhere[a] for a in self._sources if a in elsewhere}
+        self._dialer = Dialer(identity)
 
     async def __aenter__(self) -> Self:
+        reaching = [self._reach(address, others) for address, others in self._elsewhere.items()]
+        await asyncio.gather(*reaching)
         return self
 
     async def __aexit__(
@@ -48,6 +58,15 @@ class Sources:
     ) -> None:
         for source in self._sources.values():
             await source.close()
+
+    async def _reach(self, address: str, others: Sequence[str]) -> None:
+        """Where nobody answers the address stays, whose calls then say so."""
+        try:
+            reached = await self._dialer.reach([address, *others], f"machine at {address}")
+        except UniclusterError as error:
+            log.info("%s", error)
+            return
+        self._sources[address].move_to(reached)
 
     async def manifest(self, model: str, revision: str) -> Manifest | None:
         """Manifest of a model, as reported by the first machine that can describe it in full.
@@ -144,14 +163,20 @@ class _Source:
 
     def __init__(self, address: str, identity: Credentials) -> None:
         self._address = address
+        self._machine = ""  # its id; empty: any member's
         self._identity = identity
         self._shown: Identity | None = None
         self._channels: list[grpc.aio.Channel] = []
 
+    def move_to(self, reached: Reached) -> None:
+        """Uses the address at which the machine answered, before the first call."""
+        self._address = reached.address
+        self._machine = reached.machine if reached.is_pinned else ""
+
     def stub(self) -> "WeightsAsyncStub":
         """The machine's service; connects when it is first called."""
         if (now := self._identity.current) is not self._shown:
-            self._channels.append(connect(self._address, now))
+            self._channels.append(connect(self._address, now, machine=self._machine))
             self._shown = now
         return WeightsStub(self._channels[-1])
 

@@ -133,7 +133,8 @@ async def fetch_stage(
     """
     spec, report = config.spec, download_reporter()
     await failpoints.reach_async("worker.fetch")
-    async with Sources(config.sources, identity, config.vouching) as sources:
+    asked = Sources(config.sources, identity, config.vouching, config.elsewhere)
+    async with asked as sources:
         checkpoint = await describe(spec.model, spec.revision, sources)
         engine = choose(checkpoint, spec.engine)
         if not is_whole(checkpoint):

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from unicluster.v1.node_pb2 import StageSpec
 
@@ -12,8 +12,9 @@ class WorkerConfig:
     """A stage as the coordinator specified it, and settings that only the worker's starter knows.
 
     spec: read where its options act; nothing of it is copied. sources: addresses in the spec, as
-    this machine dials them. vouching: the trusted ones among them. alone: no other machine has
-    files, so all that is missing comes from the hub, whatever the spec says.
+    this machine dials them. vouching: the trusted ones among them. elsewhere: other addresses of
+    the machines at some of them. alone: no other machine has files, so all that is missing comes
+    from the hub, whatever the spec says.
     prebuilt: decode steps are built before their input arrives; see mlx/prebuilt.
     """
 
@@ -24,6 +25,7 @@ class WorkerConfig:
     identity: dict[str, str]
     sources: tuple[str, ...] = ()
     vouching: tuple[str, ...] = ()
+    elsewhere: dict[str, list[str]] = field(default_factory=dict)
     alone: bool = False
     prebuilt: bool = True
 

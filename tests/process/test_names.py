@@ -157,6 +157,15 @@ def test_an_agent_refuses_the_second_of_a_name_with_both_addresses() -> None:
     assert [list(each.addresses) for each in peers.known()] == [["10.0.0.1:47600"]]
 
 
+def test_a_source_is_looked_for_at_all_addresses_of_its_machine() -> None:
+    peers = Peers((), Browser(Kind.NODE, "0" * 16, host=HOST))
+    peers.note("studio", "1" * 32, ["10.0.0.1:47600", "[fe80::1%eth0]:47600"])
+
+    found = peers.elsewhere(["10.0.0.1:47600", "10.0.0.9:47600", "[fe80::9]:47600"])
+
+    assert found == {"10.0.0.1:47600": ["[fe80::1]:47600"], "[fe80::9]:47600": []}
+
+
 def test_who_greets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.agent.peers.MOST_GREETERS", 3)
     peers = Peers((), Browser(Kind.NODE, "0" * 16, host=HOST))

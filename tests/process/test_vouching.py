@@ -126,6 +126,21 @@ async def test_the_trusted_source_s_bytes_win(
     assert contents(copy) == contents(offering.whole)
 
 
+async def test_a_machine_is_asked_at_another_of_its_addresses(
+    offering: Offering, tmp_path: Path
+) -> None:
+    """Where the one that the coordinator knows leads nowhere from here."""
+    honest = await offering.open(WeightsService(offering.find))
+    copy = offering.empty_copy(tmp_path / "copy")
+    dead = f"{HOST}:9"
+    sources = Sources([dead], offering.cluster.issue("worker"), (dead,), {dead: [honest]})
+
+    async with asyncio.timeout(60), sources:
+        await sources.fetch(copy, {WEIGHTS: copy.all_of(WEIGHTS)})
+
+    assert contents(copy) == contents(offering.whole)
+
+
 async def test_a_liar_is_asked_no_more(
     offering: Offering, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
