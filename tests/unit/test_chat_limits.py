@@ -26,7 +26,7 @@ from unicluster.chat_limits import (
 )
 from unicluster.errors import InputError
 from unicluster.v1 import chat_pb2
-from unicluster.v1.chat_pb2 import GenerateRequest, Message
+from unicluster.v1.chat_pb2 import GenerateRequest, Message, Tool, ToolCall
 
 CONTEXT = 64
 FIELDS = tuple(
@@ -94,12 +94,34 @@ def test_too_much_of_a_field_is_refused_by_its_name(request_: GenerateRequest) -
 
 
 NUMBERS = st.floats() | st.floats(0, 2)
+JSON = st.just("") | st.sampled_from(["{}", '{"a": [1]}', "[]", '{"a"']) | st.text(max_size=3)
 REQUESTS = st.builds(
     GenerateRequest,
     messages=st.lists(
-        st.builds(Message, role=st.sampled_from([*ROLES, "", "robot"]), content=st.text()),
+        st.builds(
+            Message,
+            role=st.sampled_from([*ROLES, *ROLES, "", "robot"]),
+            content=st.text(),
+            name=st.text(max_size=2),
+            tool_call_id=st.sampled_from(["", "a", "b"]),
+            reasoning_content=st.text(max_size=2),
+            tool_calls=st.lists(
+                st.builds(
+                    ToolCall,
+                    id=st.sampled_from(["", "a", "b"]),
+                    name=st.text(max_size=2),
+                    arguments=JSON,
+                ),
+                max_size=2,
+            ),
+        ),
         max_size=3,
     ),
+    tools=st.lists(
+        st.builds(Tool, name=st.text(max_size=2), description=st.text(), parameters=JSON),
+        max_size=2,
+    ),
+    template_arguments=JSON,
     token_ids=st.lists(st.integers(0, 300), max_size=4),
     prompt=st.none() | st.text(),
     stop=st.lists(st.text(), max_size=3),
