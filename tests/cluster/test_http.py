@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import anthropic
 import httpx
+import ollama
 import openai
 import pydantic
 import pytest
@@ -105,6 +106,20 @@ def test_anthropic_counts_streams_and_names_the_stop(server: ServeProgram) -> No
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "=")
     usage = whole.usage
     assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+def test_ollama_and_responses_say_the_same(server: ServeProgram, ask: openai.OpenAI) -> None:
+    expected = ask.responses.create(model="demo", input=SUM, max_output_tokens=20)
+    client = ollama.Client(host=server.http, timeout=scaled(60))
+    options: Any = {"num_predict": 20}
+    whole = client.chat(model="demo", messages=said(SUM), options=options)
+    lines = client.generate(model="demo", prompt=SUM, options=options, stream=True)
+    (listed,) = client.list().models
+
+    assert whole.message.content == expected.output_text
+    assert "".join(line.response for line in lines) == expected.output_text
+    assert whole.prompt_eval_count == (expected.usage.input_tokens if expected.usage else None)
+    assert (listed.model, (listed.size or 0) > 1_000_000) == ("demo:latest", True)
 
 
 def test_seeds_choices_and_biases_work(ask: openai.OpenAI) -> None:
