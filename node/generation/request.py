@@ -16,7 +16,7 @@ from node.prompts.written import written_prompt
 from node.tools.formats import Dialect
 from node.tools.reader import CallReader
 from unicluster.chat_limits import check_limits, content_bytes
-from unicluster.errors import InputError, in_one_line
+from unicluster.errors import BusyError, InputError, UnavailableError, in_one_line
 from unicluster.v1 import chat_pb2
 
 
@@ -151,7 +151,7 @@ def _render(
                 *(tokenizing.most_bytes, cancellation),
             )
             tokens = tokenizing.encode(text, cancellation)
-    except (InputError, AbandonedError):
+    except (InputError, AbandonedError, BusyError, UnavailableError):
         raise
     except Exception as error:  # such a format may raise anything
         reason = in_one_line(error)

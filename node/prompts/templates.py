@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from node.prompts.cancellation import Cancellation
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "node.prompts.render"
 # Of one prompt; far more than its limit of CPU time, because the machine may be busy.
 DEADLINE_S = 30.0
-# Real templates take milliseconds.
+# Of CPU time: real templates take milliseconds.
 SLOW_SECONDS = 0.25
 MOST_SLOW = 4
 MOST_AT_ONCE = 2 * MOST_SLOW
@@ -69,8 +70,8 @@ def _plain(value: Any) -> Any:
 class Templates:
     """Renders each prompt in a child of its own, forked from one process that stands ready.
 
-    A render that has taken SLOW_SECONDS goes on at a low priority, as one of MOST_SLOW at most: so
-    those that loop leave time to others. `render` may be called from MOST_AT_ONCE threads.
+    A render that has taken SLOW_SECONDS of CPU time goes on at a low priority, as one of MOST_SLOW
+    at most: so those that loop leave time to others. Call `render` from MOST_AT_ONCE threads.
     """
 
     def __init__(self) -> None:
@@ -130,11 +131,20 @@ class Templates:
     def _slowness(self, child: "_Child", deadline_s: float) -> Iterator[None]:
         """Looks after a child that does not answer soon, while the block runs."""
         counted = ended = False
+        timers: list[threading.Timer] = []
+
+        def after(seconds: float, action: Callable[[], None]) -> None:
+            timers.append(timer := threading.Timer(seconds, action))
+            timer.daemon = True
+            timer.start()
 
         def slow() -> None:
             nonlocal counted
             with self._lock:
                 if ended:
+                    return
+                if child.cpu_seconds() < SLOW_SECONDS:
+                    after(SLOW_SECONDS, slow)  # it is the machine that is slow
                     return
                 if self._slow >= MOST_SLOW:
                     child.crowded_out = True
@@ -144,18 +154,16 @@ class Templates:
                 counted = True
                 child.yield_to_others()
 
-        timers = [threading.Timer(SLOW_SECONDS, slow), threading.Timer(deadline_s, child.kill)]
-        for timer in timers:
-            timer.daemon = True
-            timer.start()
+        after(SLOW_SECONDS, slow)
+        after(deadline_s, child.kill)
         try:
             yield
         finally:
-            for timer in timers:
-                timer.cancel()
             with self._lock:
                 ended = True
                 self._slow -= counted
+            for timer in timers:
+                timer.cancel()
 
     def _fork(self) -> "_Child":
         """A child that waits for a request."""
@@ -228,6 +236,14 @@ class _Child:
             return read(self._stream, most_bytes)
         except (BrokenPipeError, ConnectionResetError):
             return None
+
+    def cpu_seconds(self) -> float:
+        """CPU time that it has taken."""
+        try:
+            times = psutil.Process(self._pid).cpu_times() if self._pid else None
+        except psutil.NoSuchProcess:
+            times = None
+        return times.user + times.system if times is not None else 0.0
 
     def yield_to_others(self) -> None:
         """Lowers its priority."""
