@@ -8,7 +8,7 @@ from typing import Any, cast
 import click
 
 from unicluster.chat.screen import Screen
-from unicluster.client.answers import Delta, Options
+from unicluster.client.answers import Delta, Options, deadline_of, request_to_wire
 from unicluster.client.client import AsyncClient
 from unicluster.cluster.idle import idle
 from unicluster.command_line import Argument, Command, Option, server_option
@@ -77,14 +77,18 @@ async def chat(
 ) -> None:
     """Answers `prompt`, or holds a conversation, within a running event loop."""
     options = options or Options()
+    messages = _messages(prompt, system)
+    if messages:  # what can't be asked is said before anything is looked for
+        request_to_wire(messages, options)
+        deadline_of(options)
     async with AsyncClient(server) as client:
         if not server:
             with doing("Looking for what is served"):
                 if not await client.find_here() and await idle(Store().load()):
                     raise UnavailableError(NOTHING)
                 await client.find()
-        if prompt is not None:
-            await _answer(client, prompt, system, options, trace)
+        if messages:
+            await _answer(client, messages, options, trace)
             return
         # Here, because one answer to a pipe needs no prompt_toolkit.
         from unicluster.chat.repl import Conversation, Repl, terminal_session
@@ -94,13 +98,18 @@ async def chat(
         await Repl(client, session, screen, Conversation(system), options).run()
 
 
+def _messages(prompt: str | None, system: str | None) -> list[dict[str, str]]:
+    """The messages of one question; none where there is no prompt."""
+    if prompt is None:
+        return []
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
 async def _answer(
-    client: AsyncClient, prompt: str, system: str | None, options: Options, trace: str | None
+    client: AsyncClient, messages: list[dict[str, str]], options: Options, trace: str | None
 ) -> None:
     """Only the answer: no reasoning, no numbers."""
-    messages = [{"role": "user", "content": prompt}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
     screen = Screen(sys.stdout)
     try:
         async for event in client.stream(messages, **options):
