@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,8 +31,10 @@ from coordinator.protocols.ollama import read_generate as read_ollama_generate
 from coordinator.protocols.openai_chat import read_chat
 from coordinator.protocols.openai_completions import read_completion
 from coordinator.protocols.openai_responses import read_response
+from coordinator.serving.exposition import DeploymentCollector
 from coordinator.serving.gateway import Gateway
 from unicluster import __version__
+from unicluster.client.metrics import metrics_from_wire
 from unicluster.errors import InputError, UniclusterError
 from unicluster.trust.role import audit
 
@@ -52,6 +55,7 @@ def make_app(
         routes=[
             Route("/healthz", door.healthy),
             Route("/readyz", door.ready),
+            Route("/metrics", door.metrics),
             Route("/v1/models", door.models),
             Route("/v1/models/{name:path}", door.model),
             Route("/v1/chat/completions", door.generating(read_chat), methods=["POST"]),
@@ -100,6 +104,14 @@ class _Door:
         if not reason:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": self._gateway.info().state, "reason": reason}, 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Metrics of the deployment for Prometheus, which sends a key as its bearer token."""
+        self._doorman.key_of(request)
+        measured = metrics_from_wire(await self._gateway.measure())
+        registry = CollectorRegistry()
+        registry.register(DeploymentCollector(lambda: measured))
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
         self._doorman.key_of(request)

@@ -20,7 +20,7 @@ from tests.support.chat_server import ScriptedChat
 from unicluster.cluster.channels import bind, connect, make_server
 from unicluster.cluster.sizes import CHAT_BYTES
 from unicluster.trust.cluster import Cluster
-from unicluster.v1.chat_pb2 import ChatInfo, Finish
+from unicluster.v1.chat_pb2 import ChatInfo, Finish, Measured
 from unicluster.v1.chat_pb2_grpc import ChatStub, add_ChatServicer_to_server
 
 
@@ -57,6 +57,9 @@ class Parrot:
     @contextlib.contextmanager
     def answer(self) -> Iterator[Callable[[Finish], None]]:
         yield self.finished.append
+
+    async def measure(self) -> Measured:
+        return Measured(info=self.info())
 
     def info(self) -> ChatInfo:
         return ChatInfo(

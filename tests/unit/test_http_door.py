@@ -10,6 +10,7 @@ import httpx
 import ollama
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.api import body, responding, server
 from tests.support import cluster
@@ -206,6 +207,14 @@ async def test_while_the_model_loads_the_reason_is_said(
     assert "3 of 12 GB" in ready.json()["reason"]
     assert (await http.get("/healthz")).status_code == 200
     assert (await http.get("/readyz")).status_code == 200
+
+
+async def test_metrics_are_those_of_prometheus(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/metrics")
+    families = {family.name for family in text_string_to_metric_families(answer.text)}
+
+    assert families
+    assert all(name.startswith("unicluster_") for name in families)
 
 
 async def test_before_anything_is_known_of_the_model_it_is_loading(

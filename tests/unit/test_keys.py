@@ -213,7 +213,7 @@ async def test_only_good_keys_are_let_in(caplog: pytest.LogCaptureFixture) -> No
             assert refused.json()["error"]["code"] == "invalid_api_key"
         assert (await ask(door, other)).status_code == 403
         async with httpx.AsyncClient(base_url=door.url) as client:
-            for path in ("/v1/models", "/v1/models/parrot"):
+            for path in ("/v1/models", "/v1/models/parrot", "/api/tags", "/metrics"):
                 assert (await client.get(path)).status_code == 401
                 answer = await client.get(path, headers={"x-api-key": secret})
                 assert answer.status_code == 200
