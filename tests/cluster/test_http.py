@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
@@ -220,3 +221,23 @@ def test_curl_without_a_type_is_understood(server: ServeProgram) -> None:
         timeout=scaled(60),
     )
     assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.sweep
+def test_with_a_key_other_machines_may_ask_where_that_is_chosen(tmp_path: Path) -> None:
+    """Starts `serve` twice."""
+    body = {"messages": said(SUM), "max_tokens": 4}
+    with LocalCluster(tmp_path) as cluster:
+        cluster.start_agents("ann")
+        secret = cluster.run("key", "create", "webui").out.strip()
+        for flags, who in (
+            ((), "this machine only, with a key"),
+            (("--http-plain",), "with a key"),
+        ):
+            with cluster.serve("demo", "--context", "512", "--nodes", "ann", *flags) as server:
+                assert f"OpenAI's API, {'from ' if not flags else ''}{who}" in server.out
+                for headers, status in (({}, 401), ({"x-api-key": secret}, 200)):
+                    answer = httpx.post(
+                        server.http + CHAT, json=body, headers=headers, timeout=scaled(60)
+                    )
+                    assert answer.status_code == status
