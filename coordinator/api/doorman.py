@@ -21,7 +21,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclass
 class _Use:
-    """Of one key: answers that run, and tokens of the last minute with their times."""
+    """Use of one key: answers that run, and tokens of the last minute with their times."""
 
     running: int = 0
     tokens: deque[tuple[float, int]] = field(default_factory=deque)

@@ -28,8 +28,9 @@ Name = Literal["slowest", "fullest"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a placement may take: seconds a token and stages, and of each stage, seconds and a
-    part of its machine's usable memory."""
+    """Limits of a placement: seconds a token and stages; of each stage, seconds and a part of its
+    machine's usable memory.
+    """
 
     seconds: float
     most: int

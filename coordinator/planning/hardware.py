@@ -83,7 +83,7 @@ def _box(row: Mapping[str, Any], option: int) -> Box:
 
 
 def _carved(box: Box, carved: int) -> Box:
-    """The same box where the firmware carves out so many GiB for the GPU.
+    """A box whose firmware carves out so many GiB for the GPU.
 
     By default the kernel lets the GPU map half of the rest besides. It has no price: it is not
     what one would buy.

@@ -29,7 +29,7 @@ class Reply(Protocol):
         """The JSON of complete answers, one for each choice."""
 
     def begin(self) -> bytes:
-        """What a stream begins with."""
+        """The first bytes of a stream."""
 
     def event(self, index: int, event: GenerateEvent) -> bytes:
         """The part of the stream for one event of the answer number `index`."""

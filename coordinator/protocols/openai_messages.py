@@ -40,7 +40,7 @@ def _message(fields: Fields) -> Message:
 
 
 def _read_turn(fields: Fields, message: Message) -> None:
-    """What an assistant's message has beside its content."""
+    """Reads what an assistant's message has beside its content."""
     for name in ("reasoning_content", "reasoning"):
         message.reasoning_content += fields.text(name) or ""
     for at, item in enumerate(fields.items("tool_calls") or []):

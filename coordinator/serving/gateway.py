@@ -116,7 +116,7 @@ class Gateway:
         return await self.service.measure()
 
     def info(self) -> ChatInfo:
-        """What is known here, without asking any machine."""
+        """Describes the deployment without asking any machine."""
         if self.service is None:
             return ChatInfo(model=self.display, state="loading", detail=self.why_not)
         return self.service.info()

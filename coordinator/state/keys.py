@@ -17,7 +17,7 @@ NAME_CHARACTERS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What a key allows; None: as much as the door does. Seconds are since 1970 UTC."""
+    """Limits of a key; None: as much as the door allows. Seconds are since 1970 UTC."""
 
     most_running: int | None = None
     tokens_per_minute: int | None = None

@@ -20,7 +20,7 @@ from unicluster.v1.node_pb2 import NodeInfo
 
 
 def devices_table(nodes: Iterable[tuple[NodeInfo, str]]) -> Table | None:
-    """What each engine computes on, of machines that have more than one memory; None: no such."""
+    """Devices of engines, for machines that have more than one memory; None: there are none."""
     table = new_table("Devices")
     add_names(table, "machine", "device")
     add_words(table, "engine")

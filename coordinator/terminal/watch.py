@@ -1,4 +1,4 @@
-"""What `--watch` shows: one table in place on a screen, one after another in a pipe or a file."""
+"""Output of `--watch`: one table in place on a screen, one after another in a pipe or a file."""
 
 import contextlib
 import io

@@ -75,7 +75,7 @@ class Hardware:
         )
 
     def read(self, reserved: Mapping[str, int] | None = None) -> Reading:
-        """What is free now; cheap: every few seconds. reserved: see Memories.read."""
+        """Free memory now; cheap: every few seconds. reserved: see Memories.read."""
         return self.memories.read(self.devices, reserved or {})
 
     def available(self) -> int:

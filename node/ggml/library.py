@@ -71,7 +71,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 class Complaint:
-    """What llama.cpp says while something is tried: `reason` begins with ": ", or is empty."""
+    """Lines of llama.cpp while something is tried: `reason` begins with ": ", or is empty."""
 
     def __init__(self) -> None:
         self._errors: list[str] = []

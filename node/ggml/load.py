@@ -176,7 +176,7 @@ def check_layers(folder: Path, headers: Mapping[str, Header]) -> None:
 
 
 def _kinds(header: Header, count: int) -> list[tuple[bool, ...]]:
-    """What layers of a model may differ by, each."""
+    """Properties by which layers of a model may differ, each."""
     flags = layer_kinds(header)
     dense = int(header.arch("leading_dense_block_count", 0))
     recurrent, indexed = (flags.get(key, []) for key in (RECURRENT_KEY, INDEXER_KEY))

@@ -47,7 +47,7 @@ def name_of(node: str, info: StageInfo) -> str:
 
 
 async def _ask(stop: RouteStop, identity: Credentials) -> ClockReading | None:
-    """What a stage is at; None if it does not answer."""
+    """Asks what a stage is at; None if it does not answer."""
     try:
         connected, _ = await Dialer(identity).connect_stop(stop)
         async with connected as channel:

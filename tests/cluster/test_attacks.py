@@ -102,7 +102,7 @@ def at_once(calls: list[Callable[[], Any]]) -> None:
 
 
 def all_methods(of: Field, role: Role) -> None:
-    """What a role may not call is refused at each port."""
+    """Methods that a role may not call are refused at each port."""
     refused = {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
     for method, roles in WHO_MAY_CALL.items():
         if role not in roles:

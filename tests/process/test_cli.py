@@ -221,7 +221,7 @@ cli.main()
 def test_a_standard_file_that_was_closed_is_not_taken_by_another(
     closed: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """What is printed must not go into the next file or connection that is opened."""
+    """Printed text must not go into the next file or connection that is opened."""
     out = tmp_path / "files"
     words = [sys.executable, "-c", CLOSE, repr(closed), LOOK, str(out), "models"]
     ended = subprocess.run(words, input=b"", capture_output=True, cwd=ROOT, timeout=60, check=False)

@@ -56,7 +56,7 @@ def commands(
 
 
 def answer(facts: Any) -> str:
-    """What a child process prints, with what a library says before and after."""
+    """Output of a child process, with what a library says before and after."""
     return f"ggml: hello\n{ANSWER}{json.dumps(facts)}\nbye\n"
 
 

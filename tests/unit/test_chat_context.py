@@ -1,4 +1,4 @@
-"""What a chat says of a context that fills up, and what it forgets."""
+"""A chat whose context fills up: its messages, and what it forgets."""
 
 import pytest
 

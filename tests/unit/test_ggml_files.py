@@ -103,7 +103,7 @@ def test_a_layer_without_any_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_s_own_reason_is_passed_on(tmp_path: Path) -> None:
-    """What it insists on, no check here knows: that there are as many heads as the rows say."""
+    """A rule of its own, which no check here knows: as many heads as the rows say."""
     file = write_gguf(tmp_path / "model.gguf")
     data = file.read_bytes()
     key = b"llama.attention.head_count_kv"

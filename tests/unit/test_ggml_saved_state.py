@@ -63,7 +63,7 @@ class Bystander:
         return StageHead(self._stage, token_ids)
 
     def logits(self) -> bytes:
-        """Of one token more, which is taken back."""
+        """A state of one token more, which is taken back."""
         self._head.send(op(2, "copy", source=1))
         data = self._head.forward(2, 1, 1).hidden[0].tensor.data
         self._head.send(op(2, "free"))

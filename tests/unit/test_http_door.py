@@ -304,7 +304,7 @@ async def test_who_reads_nothing_does_not_hold_an_answer_for_ever(
 
 
 async def raw(door: Door, data: bytes) -> bytes:
-    """What comes back for bytes, until the door hangs up."""
+    """Bytes that come back for others, until the door hangs up."""
     host, port = door.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:

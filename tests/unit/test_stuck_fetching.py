@@ -212,7 +212,7 @@ async def test_a_download_that_nobody_waits_for_ends(served: Hub) -> None:
 async def test_of_a_header_no_more_is_read_than_it_has_and_not_on_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a file that is here but for its last byte, which may have many gigabytes."""
+    """A part of a file that is here but for its last byte, which may have many gigabytes."""
     file = write_gguf(tmp_path / "model.gguf", "llama")
     data, size = file.read_bytes(), 64 << 20
     name = "model.gguf"

@@ -160,7 +160,7 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], To
 def answer(
     tokenizer: Any, tokens: list[int], *, single: bool = False, with_tools: bool = True
 ) -> tuple[Delta, str]:
-    """What is made of an answer's tokens: its pieces in one, and the reason of its end."""
+    """An answer made of its tokens: its pieces in one, and the reason of its end."""
     dialect = Vocabulary(tokenizer).dialect
     state = dialect.initial_state or "normal"
     text = TextStream(tokenizer, (), dialect.marks(state, with_tools=with_tools))
@@ -391,7 +391,7 @@ TEMPLATE = (
 async def test_an_answer_has_the_calls_that_were_asked_for(
     choice: ToolChoice, tmp_path: Path
 ) -> None:
-    """Of a model that speaks at random."""
+    """The model speaks at random."""
     tiny = await Tiny.load(write_model(tmp_path / "m", tiny_config("llama"), marks=True))
     tiny.tokenizer.chat_template = TEMPLATE
     engine = await tiny.engine(context=2048)

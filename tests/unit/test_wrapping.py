@@ -12,7 +12,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then once more over all
 
 
 def shown(text: str, width: int, dice: random.Random | None = None) -> str:
-    """What a terminal of that width gets of a text that comes in pieces."""
+    """Text on a terminal of that width, which comes in pieces."""
     wrap = WordWrap(lambda: width)
     pieces, at = [], 0
     while at < len(text):

@@ -154,7 +154,7 @@ class Repl:
         return True
 
     async def _agreed(self, question: str) -> bool:
-        """What the person says; Ctrl-C and Ctrl-D are a no."""
+        """Asks the person; Ctrl-C and Ctrl-D are a no."""
         session: PromptSession[str] = PromptSession(
             history=InMemoryHistory(), input=self._session.input, output=self._session.output
         )

@@ -27,7 +27,7 @@ class WordWrap:
         self._code = False
 
     def feed(self, text: str) -> str:
-        """What can be shown now that `text` has come."""
+        """Text that can be shown now that `text` has come."""
         width = self._columns()
         if width < NARROWEST:
             return self.flush() + text

@@ -120,7 +120,7 @@ def _flat(where: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _fields(where: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those fields of a dict that are not None. Raises InputError for unknown ones."""
+    """Fields of a dict that are not None. Raises InputError for unknown ones."""
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must be a dict: got {value!r}")
     if unknown := [key for key in value if key not in names]:

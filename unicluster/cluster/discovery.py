@@ -365,7 +365,7 @@ class _Multicast(AsyncZeroconf):
 
 
 def _usable(interfaces: list[str | int], version: IPVersion | None) -> list[str | int]:
-    """Those that mDNS can use: none of IPv6 where this machine has none."""
+    """Addresses that mDNS can use: none of IPv6 where this machine has none."""
     return [each for each in interfaces if version is not None or isinstance(each, str)]
 
 

@@ -44,7 +44,7 @@ def greeting_of(
 
 
 def parse_greeting(greeting: Greeting, name: str, caller: str) -> ParsedGreeting:
-    """What a greeting says. Raises InputError where anything about it is invalid.
+    """Reads a greeting. Raises InputError where anything about it is invalid.
 
     name: that of the caller's certificate. caller: the IP address that it calls from.
     """
