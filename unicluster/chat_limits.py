@@ -3,6 +3,9 @@
 The gateway and the head both check them before they do anything with the request.
 """
 
+from collections.abc import Iterable
+from itertools import chain
+
 from unicluster.errors import InputError, shown
 from unicluster.v1.chat_pb2 import GenerateRequest, Message
 
@@ -64,25 +67,23 @@ def check_limits(request: GenerateRequest) -> None:
 def content_bytes(request: GenerateRequest) -> int:
     """Bytes of the prompt and of the contents of all messages, in UTF-8."""
     contents = (message.content for message in request.messages)
-    return sum(len(text.encode()) for text in (request.prompt, *contents))
+    return _bytes_of(chain([request.prompt], contents))
 
 
 def text_bytes(request: GenerateRequest) -> int:
     """Bytes of all that the chat template gets, in UTF-8."""
-    spoken = sum(
-        len(text.encode())
+    spoken = _bytes_of(
+        getattr(message, field)
         for message in request.messages
-        for text in (message.name, message.tool_call_id, message.reasoning_content)
+        for field in ("name", "tool_call_id", "reasoning_content")
     )
-    names = sum(
-        len(text.encode())
+    names = _bytes_of(
+        text
         for message in request.messages
         for call in message.tool_calls
         for text in (call.id, call.name)
     )
-    tools = sum(
-        len(text.encode()) for tool in request.tools for text in (tool.name, tool.description)
-    )
+    tools = _bytes_of(text for tool in request.tools for text in (tool.name, tool.description))
     return content_bytes(request) + spoken + names + tools + json_bytes(request)
 
 
@@ -90,8 +91,12 @@ def json_bytes(request: GenerateRequest) -> int:
     """Bytes of all JSON that the head parses for the chat template, in UTF-8."""
     arguments = (call.arguments for message in request.messages for call in message.tool_calls)
     parameters = (tool.parameters for tool in request.tools)
-    texts = (*arguments, *parameters, request.template_arguments)
-    return sum(len(text.encode()) for text in texts)
+    return _bytes_of(chain(arguments, parameters, [request.template_arguments]))
+
+
+def _bytes_of(texts: Iterable[str]) -> int:
+    """Their bytes in UTF-8; of one text at a time, and without a copy of what is ASCII."""
+    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
 def _check_message(number: int, message: Message) -> None:
