@@ -32,6 +32,7 @@ from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.ring.compute_thread import MLXThread, Signal
 from node.ring.ring import PrefillWindow
 from tests.support.tiny import write_tokenizer
+from unicluster.deadlines import OTHER, Work
 from unicluster.v1.chat_pb2 import GenerateEvent
 from unicluster.v1.node_pb2 import StageSpec
 
@@ -109,7 +110,7 @@ class Thread(MLXThread):
     def __init__(self) -> None:
         self._due: deque[Callable[[], object]] = deque()
 
-    def post(self, action: Callable[[], object]) -> None:
+    def post(self, action: Callable[[], object], work: Work = OTHER) -> None:
         self._due.append(action)
 
     def run_one(self) -> bool:

@@ -283,7 +283,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Hub], object], str]] = {
     "private": (REPO, lambda hub: setattr(hub, "token", "hf_x"), "no such repository on the hub"),
     "missing": ("org/none", lambda hub: None, "org/none: no such repository on the hub"),
     "no hub": (REPO, lambda hub: hub.close(), "org/tiny: the hub can't be reached"),
-    "no repository id": ("a/b/c", lambda hub: None, "neither a directory nor a valid repository"),
+    "no repository id": ("a/b/c", lambda hub: None, "neither a directory nor a valid name"),
 }
 
 

@@ -74,7 +74,7 @@ class ModelName(str):
         elif valid:
             valid = _REPOSITORY.fullmatch(text) is not None and ".." not in text
         if not valid:
-            raise InputError(f"{shown(text)}: invalid name of a model")
+            raise InputError(f"{shown(text)}: neither a directory nor a valid name of a model")
         return super().__new__(cls, text)
 
 
