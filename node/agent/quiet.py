@@ -19,8 +19,8 @@ QUIET_PERCENT = 15.0
 AGAIN_SECONDS = 1800.0
 # Agents that start together on one host don't measure together.
 SPREAD_SECONDS = 20.0
-# A smaller change of the bandwidth is noise.
-NOTICEABLE = 0.03
+# A smaller change of the bandwidth gains less than it costs: it moves layers, which are fetched.
+NOTICEABLE = 0.1
 
 
 @dataclass

@@ -196,13 +196,15 @@ def test_a_second_start_fetches_nothing_and_needs_no_hub(
 ) -> None:
     start(cluster, "ann", "bob", memory=memory_for(model, 2))
     with cluster.serve(REPO, "--context", "256") as server:
-        first = answer(server)
+        first, cut = answer(server), server.describe().stages
     hub.close()
     with cluster.serve(REPO, "--context", "256") as server:
-        again = answer(server)
+        again, cut_again = answer(server), server.describe().stages
 
     assert again == first
-    assert "fetching" not in server.out
+    # Speeds that were measured meanwhile may move a layer, which its machine then lacks.
+    fetching = "fetching" in server.out
+    assert fetching == (cut_again != cut), (cut, cut_again)
 
 
 def test_a_machine_that_joins_takes_its_part_from_the_others(
