@@ -1,7 +1,8 @@
-"""Handlers of gRPC methods that first look at the call, and a limit on calls by it."""
+"""Handlers of gRPC methods that first look at the call, and interceptors that make them."""
 
 import contextlib
 import inspect
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -71,15 +72,12 @@ def _wrapped(
     return made
 
 
-class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Refuses more than `most` calls at once of a certificate, with RESOURCE_EXHAUSTED.
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
+    """Puts something round the handler of each method of a server."""
 
-    So one peer leaves some of the server's calls to others.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._open: Counter[bytes] = Counter()
+    @abstractmethod
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        """The handler to use in place of a method's; `method` is its full name."""
 
     async def intercept_service(
         self,
@@ -89,6 +87,20 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not ge
         handler: Handler | None = await continuation(handler_call_details)
         if handler is None:
             return handler  # type: ignore[return-value]  # gRPC says that there is no such method
+        return self.wrapped(handler, handler_call_details.method)
+
+
+class CallLimit(Interceptor):
+    """Refuses more than `most` calls at once of a certificate, with RESOURCE_EXHAUSTED.
+
+    So one peer leaves some of the server's calls to others.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: Counter[bytes] = Counter()
+
+    def wrapped(self, handler: Handler, method: str) -> Handler:
         return checked(handler, self._admit)
 
     async def _admit(self, request: Any, context: Context) -> None:

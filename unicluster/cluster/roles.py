@@ -4,15 +4,13 @@ A role is the authority that issued a certificate. It is read from the issuer's 
 has proven by then: a certificate verifies only against the authority that it names.
 """
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-import grpc.aio
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from unicluster.cluster.handlers import Context, Handler, checked
+from unicluster.cluster.handlers import Context, Handler, Interceptor, checked
 from unicluster.trust.identity import machine_id
 from unicluster.trust.role import Role, audit
 from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
@@ -73,18 +71,10 @@ def _role_of_issuer(certificate: x509.Certificate) -> Role | None:
     return None
 
 
-class RoleCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
+class RoleCheck(Interceptor):
     """Refuses calls that the caller's role does not allow, before anything is read of them."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler: Handler | None = await continuation(handler_call_details)
-        if handler is None:  # gRPC says that there is no such method
-            return handler  # type: ignore[return-value]
-        method: str = handler_call_details.method
+    def wrapped(self, handler: Handler, method: str) -> Handler:
         return _checked(handler, method, roles_for(method))
 
 

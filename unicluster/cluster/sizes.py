@@ -5,15 +5,13 @@ here, on the bytes: a few bytes of a message can become a hundred when they are 
 """
 
 import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import grpc.aio
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from unicluster.cluster.handlers import Context, Handler, checked
+from unicluster.cluster.handlers import Context, Handler, Interceptor, checked
 from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
 
 log = logging.getLogger(__name__)
@@ -67,26 +65,20 @@ class TooLarge:
     reason: str
 
 
-class SizeCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
+class SizeCheck(Interceptor):
     """Refuses requests larger than those of their service with RESOURCE_EXHAUSTED.
 
     A stream with such a message ends there: it is read as TooLarge, which no service knows.
     """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler: Handler | None = await continuation(handler_call_details)
-        known = _METHODS.get(handler_call_details.method)
-        if handler is None or known is None:
-            return handler  # type: ignore[return-value]  # gRPC says that there is no such method
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        if (known := _METHODS.get(method)) is None:
+            return handler
         parse, (most, descriptor) = handler.request_deserializer, known
 
         def deserialize(data: bytes) -> Any:
             if reason := too_large(data, descriptor, most):
-                log.warning("%s: refused: %s", handler_call_details.method, reason)
+                log.warning("%s: refused: %s", method, reason)
                 return TooLarge(reason)
             return parse(data) if parse is not None else data
 

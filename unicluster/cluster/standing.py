@@ -16,12 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from unicluster.cluster.background import going_on
-from unicluster.cluster.handlers import Context, Handler, guarded
+from unicluster.cluster.handlers import Context, Handler, Interceptor, guarded
 from unicluster.cluster.roles import role_of
 from unicluster.trust.identity import Credentials
 from unicluster.trust.keyring import LOOK_SECONDS
@@ -53,7 +52,7 @@ def _issuer_and_key(pem: bytes) -> tuple[str, bytes]:
     return certificate.issuer.rfc4514_string(), key
 
 
-class GenerationCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
+class GenerationCheck(Interceptor):
     """Refuses and ends calls of those whose generation of the cluster has ended.
 
     For one event loop. Knows nothing, and so refuses nobody, before `trust`.
@@ -72,14 +71,7 @@ class GenerationCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         self._trusted = trusted
         self._seen |= trusted()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler: Handler | None = await continuation(handler_call_details)
-        if handler is None:
-            return handler  # type: ignore[return-value]  # gRPC says that there is no such method
+    def wrapped(self, handler: Handler, method: str) -> Handler:
         return guarded(handler, self._guard)
 
     @contextlib.asynccontextmanager
