@@ -10,6 +10,7 @@ from types import TracebackType
 
 import grpc
 
+from coordinator.fleet.descriptions import nonsense
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
@@ -288,6 +289,11 @@ class Members:
             log.warning(
                 "machine %s (%s) calls itself %s: it is left out",
                 *(reached.name, reached.address, shown(info.name)),
+            )
+            return None
+        if wrong := nonsense(info):
+            log.warning(
+                "machine %s (%s) states %s: it is left out", reached.name, reached.address, wrong
             )
             return None
         wrong = mismatch(f"machine {info.name}", info.version, info.protocol, info.oldest_protocol)

@@ -39,6 +39,7 @@ SPARE_STATES = 4
 # Prefix caches may be many, where they take no more memory than their tokens do.
 SEQUENCES_PER_USER = 16
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
+MOST_THREADS = 1024
 # Names of tensors that layers of a kind have in common: some quantizations have scales beside the
 # matrices of some layers only.
 _SUFFIXES = (".weight", ".bias")
@@ -105,7 +106,11 @@ def threads() -> int:
 
 
 def _stated_threads() -> int:
-    return int(os.environ.get(THREADS_ENV, "0"))
+    """0: none are stated. Raises InputError for what is no number of threads."""
+    stated = os.environ.get(THREADS_ENV) or "0"
+    if not (stated.isascii() and stated.isdigit() and int(stated) <= MOST_THREADS):
+        raise InputError(f"{THREADS_ENV}={stated[:20]!r}: must be from 0 to {MOST_THREADS}")
+    return int(stated)
 
 
 def cores() -> int:

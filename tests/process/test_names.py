@@ -1,6 +1,7 @@
 """Two machines of one name: refused or reported with both addresses, whoever meets them."""
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ HOST = "127.0.0.1"
 class Described(NodeServicer):
     """An agent that calls itself whatever it likes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bandwidth: float = 0.0) -> None:
         self._name = name
+        self._bandwidth = bandwidth
 
     async def Describe(  # noqa: N802
         self, request: DescribeNodeRequest, context: Any
     ) -> NodeInfo:
         return NodeInfo(
             name=self._name,
+            bandwidth=self._bandwidth,
             version=__version__,
             protocol=PROTOCOL,
             oldest_protocol=OLDEST_PROTOCOL,
@@ -48,10 +51,10 @@ class Agents:
         self.cluster = Cluster.new()
         self._servers: list[grpc.aio.Server] = []
 
-    async def start(self, name: str, says: str = "") -> str:
+    async def start(self, name: str, says: str = "", bandwidth: float = 0.0) -> str:
         """Its address."""
         server = make_server()
-        add_NodeServicer_to_server(Described(says or name), server)
+        add_NodeServicer_to_server(Described(says or name, bandwidth), server)
         port = bind(server, HOST, 0, self.cluster.issue(name))
         await server.start()
         self._servers.append(server)
@@ -118,6 +121,17 @@ async def test_a_machine_is_called_what_its_certificate_says(
 
     assert [(machine.name, machine.address) for machine in machines] == [("studio", honest)]
     assert f"machine liar ({liar}) calls itself 'studio'" in caplog.text
+
+
+async def test_a_machine_that_states_nonsense_costs_only_itself(
+    agents: Agents, caplog: pytest.LogCaptureFixture
+) -> None:
+    liar = await agents.start("liar", bandwidth=math.nan)
+    honest = await agents.start("studio")
+    members = agents.members(agents.record("studio", honest), peers=(liar,))
+
+    assert [machine.name for machine in await members.machines()] == ["studio"]
+    assert f"machine liar ({liar}) states a bandwidth of nan bytes per second" in caplog.text
 
 
 async def test_addresses_that_can_not_be_are_not_believed(agents: Agents) -> None:

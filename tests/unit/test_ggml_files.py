@@ -11,7 +11,7 @@ from node.constraints.vocabulary import Vocabulary
 from node.engines.ggml_engine import GgmlEngine
 from node.generation.request import check_request
 from node.generation.sampling import Sampling
-from node.ggml.load import check_layers, context_limit, open_gguf
+from node.ggml.load import THREADS_ENV, check_layers, context_limit, open_gguf, threads
 from node.prompts.cancellation import Cancellation
 from node.prompts.tokenizing import Tokenizing
 from tests.support.tiny import tiny_config, write_model
@@ -177,3 +177,12 @@ def test_a_gguf_of_any_path_is_loaded(tmp_path: Path, name: str) -> None:
     inspect(file)
     assert GgmlEngine().tokenizer(checkpoint).encode("ab")
     assert GgmlEngine().load(checkpoint, spec).weight_bytes > 0
+
+
+@pytest.mark.parametrize("stated", ["abc", "-1", "1.5", "99999", "²"])
+def test_a_number_of_threads_that_is_none_is_refused(
+    stated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(THREADS_ENV, stated)
+    with pytest.raises(InputError, match=rf"^{THREADS_ENV}=.*: must be from 0 to "):
+        threads()
