@@ -1,9 +1,9 @@
 """Attacks on a running cluster from outside, by each role, beside a client who goes on chatting.
 
-Nothing outside is read, no process ends, none grows to more than twice its memory, and the client
-waits no more than twice as long, which is measured in the same run. `-s` prints the figures. Chats
-of 15 MB, which are within the limit, make a process of 100 MB grow by three quarters for a moment;
-all else stays below 1.1 x.
+Nothing outside is read, no process ends, none grows to more than twice its memory, and the client's
+answers never stand still. How much longer they take is a figure, which `-s` prints, and no
+condition: it says as much of what else this machine does. Chats of 15 MB, which are within the
+limit, make a process of 100 MB grow by three quarters for a moment; all else stays below 1.1 x.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.deadlines import scaled
 from unicluster.client.client import Client
 from unicluster.cluster.channels import connect_sync, split_address
 from unicluster.cluster.roles import WHO_MAY_CALL
@@ -36,9 +37,11 @@ from unicluster.v1.stage_pb2 import HopMessage, Open
 from unicluster.v1.weights_pb2 import ByteRange, HaveRequest, ModelFiles, ReadRequest
 
 MARK = "nobody may read this"
-# A process may grow by so much, and a wait be as long, before it counts.
+# A process may grow by so much before it counts.
 MOST_GROWTH, SMALL_BYTES = 2.0, 40 << 20
-MOST_SLOWER, SHORT_SECONDS = 2.0, 0.25
+# Longest that four tokens may take beside an attack. The faults that these attacks once showed held
+# everybody for 6 to 35 s.
+STANDSTILL_SECONDS = 5.0
 LEAST_ANSWERS = 12
 ATTACK_SECONDS = 60.0
 LOOP = "loop for ever"
@@ -227,14 +230,14 @@ class Bystander:
         self._enough.set()
         self._thread.join()
 
-    def measured(self, while_: Callable[[], object]) -> float:
-        """Median seconds of the answers that came in while the call lasted, and a few after."""
+    def measured(self, while_: Callable[[], object]) -> list[float]:
+        """Seconds of the answers that came in while the call lasted, and of a few after."""
         before = len(self.seconds)
         while_()
         until(lambda: len(self.seconds) >= before + LEAST_ANSWERS or self.error, "answers")
         if self.error is not None:
             raise self.error
-        return statistics.median(self.seconds[before:])
+        return self.seconds[before:]
 
 
 @contextlib.contextmanager
@@ -265,7 +268,7 @@ def test_attacks_from_outside_harm_nobody(tmp_path: Path) -> None:
         lasting = [*of.cluster.workers(), *(psutil.Process(each.pid) for each in programs)]
         processes = {process.pid: process for process in lasting}
         for name, attack in ATTACKS.items():
-            alone = bystander.measured(lambda: None)
+            alone = statistics.median(bystander.measured(lambda: None))
             memory = {pid: process.memory_info().rss for pid, process in processes.items()}
             peaks, watching = dict(memory), threading.Event()
 
@@ -282,16 +285,16 @@ def test_attacks_from_outside_harm_nobody(tmp_path: Path) -> None:
             watching.set()
             watcher.join()
             grown = max(peaks[pid] / max(memory[pid], SMALL_BYTES) for pid in memory)
-            slower = beside / max(alone, SHORT_SECONDS / MOST_SLOWER)
-            rows.append((name, time.monotonic() - began, alone, beside, slower, grown))
-            figures = f"{alone:.3f} -> {beside:.3f} s ({slower:.2f} x), memory {grown:.2f} x"
-            print(f"{name:32} {rows[-1][1]:5.1f} s, {figures}", flush=True)
+            rows.append((name, max(beside), grown))
+            took, slower = time.monotonic() - began, statistics.median(beside)
+            figures = f"{alone:.3f} -> {slower:.3f} s, {max(beside):.2f} at most"
+            print(f"{name:32} {took:5.1f} s, {figures}, memory {grown:.2f} x", flush=True)
             gone = [pid for pid, process in processes.items() if not process.is_running()]
             assert not gone, name
 
     assert not any(MARK.encode() in answer for answer in of.answers)
     assert of.secret.read_text() == MARK
     assert [path.name for path in of.secret.parent.iterdir()] == [of.secret.name]
-    for name, _, _, _, slower, grown in rows:
+    for name, longest, grown in rows:
         assert grown < MOST_GROWTH, name
-        assert slower < MOST_SLOWER, name
+        assert longest < scaled(STANDSTILL_SECONDS), name
