@@ -5,7 +5,6 @@ import contextlib
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -76,20 +75,6 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except OSError as error:
         raise InputError(f"can't listen on {host}:{port}: {error.strerror}: {FLAG}") from error
-
-
-def tls_of(file: Path) -> ssl.SSLContext:
-    """TLS with the certificate and the key in a PEM file. Raises InputError where it has none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # Else OpenSSL would ask on the terminal for the password of an encrypted key.
-        context.load_cert_chain(file, password=lambda: "")
-    except (OSError, ValueError) as error:
-        reason = "no certificate with its key, unencrypted, in PEM"
-        if not isinstance(error, ssl.SSLError) and isinstance(error, OSError):
-            reason = error.strerror or reason
-        raise InputError(f"--http-cert {file}: {reason}") from None
-    return context
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import secrets
 import signal
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -197,7 +196,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
-        _http(options, gateway) as http,
+        _http(options, gateway, membership) as http,
         _measured(options, membership, gateway) as metrics,
         Members(membership, identity, options.peers, options.host) as members,
         contextlib.AsyncExitStack() as stack,
@@ -262,20 +261,28 @@ async def _measured(
 
 
 @contextlib.asynccontextmanager
-async def _http(options: ServeOptions, gateway: Gateway) -> AsyncIterator[HttpAddress | None]:
+async def _http(
+    options: ServeOptions, gateway: Gateway, membership: Membership
+) -> AsyncIterator[HttpAddress | None]:
     """The HTTP door while the block runs, if asked for: at which address."""
     if options.http is None:
         yield None
         return
     # Here, because not all ask for it.
     from coordinator.api.app import make_app
+    from coordinator.api.certificate import CLUSTER, ClusterTls, names_here, tls_of
     from coordinator.api.doorman import Doorman
-    from coordinator.api.server import LOOPBACK, listen, serving, tls_of
+    from coordinator.api.server import LOOPBACK, listen, serving
     from coordinator.state.database import Database
     from coordinator.state.keys import Keys
 
     door = options.http
-    tls = tls_of(door.certificate) if door.certificate is not None else None
+    names = names_here(door.names)
+    tls = None
+    if door.certificate == CLUSTER:
+        tls = ClusterTls(membership, names).context
+    elif door.certificate is not None:
+        tls = tls_of(door.certificate)
     with contextlib.closing(Database()) as database:
         keys = Keys(database)
         has_keys = keys.any()
@@ -283,7 +290,7 @@ async def _http(options: ServeOptions, gateway: Gateway) -> AsyncIterator[HttpAd
         listener = listen(LOOPBACK if is_private else options.host, door.port)
         port = listener.getsockname()[1]
         doorman = Doorman(keys, is_open=is_private)
-        app = make_app(gateway, doorman, [*door.names, socket.gethostname()], door.origins)
+        app = make_app(gateway, doorman, names, door.origins)
         async with serving(app, listener, tls):
             host = LOOPBACK if is_private else options.host or LOOPBACK
             url = f"{'http' if tls is None else 'https'}://{join_address(host, port)}"
@@ -376,8 +383,8 @@ command = Command(
             ),
             Option(
                 "--http-cert",
-                "a PEM file with certificate and key: TLS, for other machines too, with a key "
-                "of `unicluster key`",
+                "TLS, for other machines too, with a key of `unicluster key`: a PEM file with "
+                "certificate and key, or cluster, for one of the cluster's own authority",
                 type=click.Path(path_type=Path),
                 metavar="FILE",
             ),

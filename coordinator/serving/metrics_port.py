@@ -9,12 +9,10 @@ import contextlib
 import logging
 import socket
 import ssl
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -127,11 +125,7 @@ def _server_side(identity: Identity, admitted: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=identity.ca_pem + admitted)
-    # Python reads a key only from a file: this one is its owner's, and gone at once.
-    with tempfile.TemporaryDirectory() as folder:
-        pair = Path(folder, "pair.pem")
-        pair.write_text(identity.key_pem + identity.cert_pem)
-        context.load_cert_chain(pair)
+    identity.load_into(context)
     return context
 
 

@@ -23,8 +23,9 @@ DEFAULT_HTTP_PORT = 8080
 class HttpOptions:
     """The HTTP door.
 
-    certificate: a PEM file with key, for TLS. plain: whether other machines may ask without.
-    names: of this machine, for the Host header. origins: pages whose scripts may ask.
+    certificate: a PEM file with key, for TLS; "cluster": of the cluster's authority.
+    plain: whether other machines may ask without. names: of this machine, for the Host header.
+    origins: pages whose scripts may ask.
     """
 
     port: int = DEFAULT_HTTP_PORT

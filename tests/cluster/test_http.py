@@ -1,6 +1,7 @@
 """Real clients against the demo model, served over two machines: one cluster for all of them."""
 
 import json
+import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,19 +226,25 @@ def test_curl_without_a_type_is_understood(server: ServeProgram) -> None:
 
 @pytest.mark.sweep
 def test_with_a_key_other_machines_may_ask_where_that_is_chosen(tmp_path: Path) -> None:
-    """Starts `serve` twice."""
+    """Starts `serve` three times."""
     body = {"messages": said(SUM), "max_tokens": 4}
     with LocalCluster(tmp_path) as cluster:
         cluster.start_agents("ann")
         secret = cluster.run("key", "create", "webui").out.strip()
+        authority = ssl.create_default_context(cadata=cluster.run("token", "ca").out)
         for flags, who in (
             ((), "this machine only, with a key"),
             (("--http-plain",), "with a key"),
+            (("--http-cert", "cluster"), "with a key"),
         ):
             with cluster.serve("demo", "--context", "512", "--nodes", "ann", *flags) as server:
                 assert f"OpenAI's API, {'from ' if not flags else ''}{who}" in server.out
                 for headers, status in (({}, 401), ({"x-api-key": secret}, 200)):
                     answer = httpx.post(
-                        server.http + CHAT, json=body, headers=headers, timeout=scaled(60)
+                        server.http + CHAT,
+                        json=body,
+                        headers=headers,
+                        timeout=scaled(60),
+                        verify=authority,
                     )
                     assert answer.status_code == status

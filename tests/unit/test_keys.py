@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from coordinator.api.certificate import tls_of
 from coordinator.api.doorman import Doorman
-from coordinator.api.server import tls_of
 from coordinator.commands import key
 from coordinator.commands.key import duration
 from coordinator.protocols.errors import HttpError

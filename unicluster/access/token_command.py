@@ -1,4 +1,4 @@
-"""`unicluster token show|client|rotate|cert`."""
+"""`unicluster token show|client|ca|rotate|cert`."""
 
 import asyncio
 import sys
@@ -30,6 +30,17 @@ def client() -> int:
     print(
         "It opens chats and nothing else. Whoever gets it runs `unicluster login` and pastes it "
         f"there, or has it in {CLIENT_VARIABLE} or in a file (--token-file).",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def authority() -> int:
+    certificates = Store().authorities()
+    print("".join(certificates), end="")
+    print(
+        "Public. Clients know `serve --http-cert cluster` by it: curl --cacert FILE, "
+        "SSL_CERT_FILE=FILE, NODE_EXTRA_CA_CERTS=FILE.",
         file=sys.stderr,
     )
     return 0
@@ -109,6 +120,11 @@ command = CommandGroup(
     [
         Command(show, name="show", summary="Print the join token."),
         Command(client, name="client", summary="Print a token that opens chats and no more."),
+        Command(
+            authority,
+            name="ca",
+            summary="Print the certificate by which clients of HTTPS know the cluster.",
+        ),
         Command(
             rotate,
             name="rotate",

@@ -1,6 +1,8 @@
 """Certificate authorities: one a role, each derived from a secret of its own."""
 
 import hashlib
+import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -11,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from unicluster.errors import InputError
 from unicluster.trust.identity import (
     CURVE,
     SERVER_NAME,
@@ -61,15 +64,38 @@ class Authority:
         A negative `valid_seconds` gives one that has expired. Raises InputError for a bad name.
         """
         key = key or new_key()
-        end = datetime.now(UTC) + timedelta(seconds=valid_seconds)
-        # A day's grace: the clocks of a home's machines are seldom equal.
-        start = min(datetime.now(UTC), end) - timedelta(days=1)
         usage = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        names = []
+        names: list[x509.GeneralName] = []
         if self.role is Role.MEMBER:  # the only ones that have ports
             usage.append(ExtendedKeyUsageOID.SERVER_AUTH)
             names.append(x509.DNSName(SERVER_NAME))
             names.append(x509.DNSName(server_name_of(machine_id(key.public_key()))))
+        return self._issue(name, valid_seconds, trusted_ca_pem, key, usage, names)
+
+    def issue_for_hosts(
+        self, name: str, hosts: Iterable[str], valid_seconds: float, key: ec.EllipticCurvePrivateKey
+    ) -> Identity:
+        """A certificate for a server of HTTPS on machine `name`, whom clients know by `hosts`.
+
+        hosts: host names in ASCII, and addresses. It opens no port of the cluster, and no member
+        takes its holder for one. Raises InputError for a bad name.
+        """
+        names = [_general_name(host) for host in dict.fromkeys(hosts)]
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH]
+        return self._issue(name, valid_seconds, self.ca_pem, key, usage, names)
+
+    def _issue(
+        self,
+        name: str,
+        valid_seconds: float,
+        trusted_ca_pem: str,
+        key: ec.EllipticCurvePrivateKey,
+        usage: list[x509.ObjectIdentifier],
+        names: list[x509.GeneralName],
+    ) -> Identity:
+        end = datetime.now(UTC) + timedelta(seconds=valid_seconds)
+        # A day's grace: the clocks of a home's machines are seldom equal.
+        start = min(datetime.now(UTC), end) - timedelta(days=1)
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.public_key)
         builder = (
             x509.CertificateBuilder()
@@ -98,6 +124,17 @@ class Authority:
     @cached_property
     def _key(self) -> ec.EllipticCurvePrivateKey:
         return authority_key(self.secret)
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host)
+    except ValueError:
+        raise InputError(f"{host!r} can't be in a certificate: give a host name in ASCII") from None
 
 
 def derived(secret: bytes, purpose: bytes, length: int) -> bytes:

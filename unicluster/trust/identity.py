@@ -4,8 +4,11 @@ import hashlib
 import os
 import re
 import socket
+import ssl
+import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -126,6 +129,14 @@ class Identity:
         return grpc.ssl_channel_credentials(
             self.ca_pem.encode(), self.key_pem.encode(), self.cert_pem.encode()
         )
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Has a server's side of TLS show this certificate."""
+        # Python reads a key only from a file: this one is its owner's, and gone at once.
+        with tempfile.TemporaryDirectory() as folder:
+            pair = Path(folder, "pair.pem")
+            pair.write_text(self.key_pem + self.cert_pem)
+            context.load_cert_chain(pair)
 
     def to_dict(self) -> dict[str, str]:
         """For a child process. Holds the key: pass it through a pipe, not a command line."""

@@ -9,14 +9,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from unicluster.errors import TrustError
 from unicluster.trust.cluster import ClientAccess, Cluster
-from unicluster.trust.identity import Identity, new_key
+from unicluster.trust.identity import Identity, lifetime, new_key
 from unicluster.trust.role import audit
 from unicluster.trust.store import Store
 
@@ -55,10 +55,18 @@ class Membership:
     def issue(self, name: str, key: ec.EllipticCurvePrivateKey) -> Identity:
         """A certificate of the newest generation, which the members of all accept."""
         newest, *older = self.generations
-        identity = newest.issue(name, key=key)
-        trusted = "".join(cluster.ca_pem for cluster in (newest, *older))
-        chain = "".join(newest.introduction(old) for old in older)
-        return replace(identity, ca_pem=trusted, cert_pem=identity.cert_pem + chain)
+        return _introduced(newest.issue(name, key=key), newest, older)
+
+    def issue_for_hosts(
+        self, name: str, hosts: Iterable[str], key: ec.EllipticCurvePrivateKey
+    ) -> Identity:
+        """A certificate for HTTPS, which whoever trusts any of the generations accepts.
+
+        hosts: as of Authority.issue_for_hosts, which it raises as.
+        """
+        newest, *older = self.generations
+        identity = newest.members.issue_for_hosts(name, hosts, lifetime(), key)
+        return _introduced(identity, newest, older)
 
     def clients_ca_pem(self) -> str:
         """Authorities of those who may chat."""
@@ -82,6 +90,13 @@ class Membership:
             names = " and ".join(each.fingerprint for each in generations)
             audit.info("members of cluster %s are trusted now", names)
             self._generations = generations
+
+
+def _introduced(identity: Identity, newest: Cluster, older: Iterable[Cluster]) -> Identity:
+    """An identity of the `newest` generation that those of the older ones accept, and it them."""
+    trusted = "".join(cluster.ca_pem for cluster in (newest, *older))
+    chain = "".join(newest.introduction(old) for old in older)
+    return replace(identity, ca_pem=trusted, cert_pem=identity.cert_pem + chain)
 
 
 class Keyring:

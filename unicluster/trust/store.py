@@ -68,6 +68,15 @@ class Store:
         access = self.load_access()
         return [access] if access is not None else []
 
+    def authorities(self) -> list[str]:
+        """PEM of the members' authorities by which servers are known: two in a rotation.
+
+        Raises TrustError where there is no access to any cluster.
+        """
+        if self.load() is not None:
+            return [cluster.ca_pem for cluster in self.generations()]
+        return [self.require_access().member_ca_pem]
+
     def require_access(self) -> ClientAccess:
         """Access to a cluster's chat. Raises TrustError when there is none."""
         access = self.load_access()
