@@ -57,6 +57,10 @@ from unicluster.trust.identity import Credentials, default_name
 from unicluster.trust.keyring import Keyring, Membership
 from unicluster.trust.store import Store
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
+from unicluster.v1.node_pb2 import StageSpec
+
+# As long as agents allow.
+MOST_GRACE_SECONDS = 3600.0
 
 
 def run(
@@ -79,6 +83,7 @@ def run(
     http_origin: tuple[str, ...],
     metrics_port: int | None,
     mqtt: str | None,
+    orphan_grace: float,
     **generation: Any,
 ) -> int:
     if context < 0 or context == 1:
@@ -91,6 +96,10 @@ def run(
         raise InputError(f"--http-port {http_port}: between 0 and 65535")
     if metrics_port is not None and not 0 <= metrics_port <= 65535:
         raise InputError(f"--metrics-port {metrics_port}: between 0 and 65535")
+    if not 0 <= orphan_grace <= MOST_GRACE_SECONDS:
+        raise InputError(
+            f"--orphan-grace {orphan_grace:g}: between 0 and {MOST_GRACE_SECONDS:g} seconds"
+        )
     names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
     if names is not None and not all(names):
         raise InputError(f"--nodes {nodes}: names no machine; write it like ann,bob")
@@ -109,6 +118,7 @@ def run(
         port=grpc_port,
         broker=chosen_broker(mqtt),
         metrics_port=metrics_port,
+        orphan_grace_s=orphan_grace,
         http=None
         if no_http
         else HttpOptions(http_port, http_cert, http_plain, http_name, http_origin),
@@ -198,7 +208,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         _started(server),
         _http(options, gateway, membership) as http,
         _measured(options, membership, gateway) as metrics,
-        Members(membership, identity, options.peers, options.host) as members,
+        Members(membership, identity, options.peers, options.host, options.service) as members,
         contextlib.AsyncExitStack() as stack,
     ):
         service = await _inspected(options, members, identity, events, offered)
@@ -314,6 +324,8 @@ async def _inspected(
     events.publish(Inspecting(source.display))
     inspection = await inspected(options, members, offered.revisions, sources)
     events.publish(Inspected(source.display, inspection.variants))
+    template = StageSpec(service=options.service, orphan_grace_s=options.orphan_grace_s)
+    template.MergeFrom(options.generation)
     return Service(
         source,
         gguf,
@@ -324,7 +336,7 @@ async def _inspected(
         options.objective,
         options.nodes,
         events,
-        options.generation,
+        template,
     )
 
 
@@ -362,6 +374,14 @@ command = Command(
             nodes_option("only these machines (default: all)"),
             peer_option("an agent that multicast does not reach"),
             objective_option(),
+            Option(
+                "--orphan-grace",
+                "how long machines keep their layers when this command is lost, for the next one "
+                "to adopt (default: 120; 0: not at all)",
+                type=float,
+                default=120.0,
+                metavar="SECONDS",
+            ),
         ],
         "Network": [
             Option("--host", "address to listen at (default: all)", default=""),

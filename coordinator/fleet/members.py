@@ -11,6 +11,7 @@ from types import TracebackType
 import grpc
 
 from coordinator.fleet.descriptions import nonsense
+from coordinator.fleet.left_stages import LeftStage
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
@@ -69,12 +70,16 @@ class Members:
         identity: Credentials,
         peers: Sequence[str] = (),
         host: str = "",
+        service: str = "",
     ) -> None:
+        """service: usable memory is stated as if its stages had ended: it is planned anew."""
         fingerprints = (
             cluster.fingerprint if isinstance(cluster, Cluster) else lambda: cluster.fingerprints
         )
         self._identity = identity
         self._peers = tuple(peers)
+        self._asked = DescribeNodeRequest(without_service=service)
+        self.orphans: list[LeftStage] = []  # of the service, when `machines` asked last
         self._browser = Browser(Kind.NODE, fingerprints, host=host)
         self._dialer = Dialer(identity)
         self._remembered: dict[str, str] = {}
@@ -149,7 +154,7 @@ class Members:
         answering = await self._answering()
         if not answering:
             raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
-        return [
+        machines = [
             Machine.from_proto(
                 info,
                 reached.address,
@@ -158,6 +163,14 @@ class Members:
             )
             for info, reached in answering
         ]
+        service = self._asked.without_service
+        self.orphans = [
+            LeftStage(machine, spec, gone=False)
+            for machine, (info, _) in zip(machines, answering, strict=True)
+            for spec in info.stages
+            if service and spec.service == service and spec.deployment in info.orphaned
+        ]
+        return machines
 
     def _addresses_of(self, info: NodeInfo) -> list[str]:
         """All addresses at which a machine may be."""
@@ -280,7 +293,7 @@ class Members:
             return None
         async with self._dialer.connect(reached) as channel:
             try:
-                info = await NodeStub(channel).Describe(DescribeNodeRequest(), timeout=timeout)
+                info = await NodeStub(channel).Describe(self._asked, timeout=timeout)
             except grpc.aio.AioRpcError as error:
                 who = f"machine {reached.name} ({reached.address})"
                 log.log(level, "%s", as_error(error, who))

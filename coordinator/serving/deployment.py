@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from coordinator.fleet.head_watch import HeadWatch
+from coordinator.fleet.left_stages import LeftStage
 from coordinator.models.catalog import Source
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
@@ -126,6 +127,8 @@ def _prefill_seconds(stage: Stage, plan: Plan) -> float:
 class Deployment:
     """Stages as planned, from loading to unloading.
 
+    stages_stay: its stages are left to the next deployment, which adopts those that it has too;
+    so it is after a loss, and not when the deployment is ended from outside. left: those, then.
     `state` is loading, ready or recovering, `detail` why in a sentence. Both are published to
     `events`; `served` are the stages that answered before these, none for the first.
     """
@@ -147,6 +150,8 @@ class Deployment:
         self.detail = f"loading {display}"
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
+        self.stages_stay = False
+        self.left: list[LeftStage] = []
         self._identity = identity
         self._dialer = Dialer(identity)
         self._display = display
@@ -158,8 +163,8 @@ class Deployment:
         self._was_ready = asyncio.Event()
         self._stirred = asyncio.Event()
         self._answers = 0
-        self._specs = _specs(layout, plan, files, generation)
-        self.watch = HeadWatch(self._specs[0].ring_prefill_s, plan.chunk_tokens)
+        self.specs = _specs(layout, plan, files, generation)
+        self.watch = HeadWatch(self.specs[0].ring_prefill_s, plan.chunk_tokens)
         self._leases: list[Lease] = []
 
     @property
@@ -180,12 +185,15 @@ class Deployment:
         async with self._channels:
             try:
                 await self._supervise()
+            except UniclusterError:
+                self.stages_stay = True
+                raise
             finally:
                 self.chat = None
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
-                await self._unload()
+                await self._let_go()
 
     async def until_ready(self) -> None:
         """Returns when the model answers for the first time."""
@@ -213,7 +221,7 @@ class Deployment:
             await self._stirred.wait()
 
     async def _supervise(self) -> None:
-        for stage, spec in zip(self.plan.stages, self._specs, strict=True):
+        for stage, spec in zip(self.plan.stages, self.specs, strict=True):
             channel, agent = await self._connect(stage.machine)
             lease = Lease(stage, spec, channel, agent)
             self._leases.append(lease)
@@ -248,14 +256,24 @@ class Deployment:
         self._changed.set()
         self._stirred.set()
 
-    async def _unload(self) -> None:
-        """Waits, for a while, until what comes next finds the memory and the ports free."""
-        unloading = (lease.until_unloaded() for lease in self._leases)
-        for error in await asyncio.gather(*unloading, return_exceptions=True):
+    async def _let_go(self) -> None:
+        """Waits, for a while, until what comes next finds the stages, or their memory, free."""
+        ends = (self._end(*pair) for pair in zip(self._leases, self.specs, strict=False))
+        for error in await asyncio.gather(*ends, return_exceptions=True):
             if isinstance(error, UnavailableError):
                 log.warning("%s; going on", error)
             elif error is not None:
                 raise error
+
+    async def _end(self, lease: Lease, spec: StageSpec) -> None:
+        """Ends or leaves a stage. One whose machine has gone is left: it may come back with it."""
+        gone = lease.lost is not None and not lease.faulty
+        stays = self.stages_stay and not (lease.faulty or lease.draining)
+        if spec.orphan_grace_s and (gone or stays):
+            self.left.append(LeftStage(lease.stage.machine, spec, gone))
+        elif spec.orphan_grace_s:
+            await lease.release()
+        await lease.until_left()
 
     async def _all_ready(self) -> list[RouteStop]:
         while True:
@@ -284,7 +302,13 @@ class Deployment:
             log.warning("%s", error)
             return False
         async with connected as channel, known_at(at.address, self._identity, _describe_chat):
-            ring = HeadStub(channel).HoldRing(HoldRingRequest(route=route))
+            ring = HeadStub(channel).HoldRing(
+                HoldRingRequest(
+                    route=route,
+                    decode_s=self.specs[0].ring_decode_s,
+                    prefill_s=self.specs[0].ring_prefill_s,
+                )
+            )
             chat = ChatStub(channel)
             stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
             try:
@@ -299,6 +323,7 @@ class Deployment:
             except grpc.aio.AioRpcError as error:
                 reason = str(as_error(error, f"machine {self.head_name} (head)"))
             except StageError as error:  # only a new worker can be of help
+                self._leases[0].faulty = True
                 self._lose(str(error))
                 raise
             finally:

@@ -72,6 +72,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StageAdopted:
+    """A machine holds a stage already, of a deployment before: nothing is loaded again."""
+
+    machine: str
+
+
+@dataclass(frozen=True)
 class StageReady:
     """A stage has loaded all its layers."""
 
@@ -155,6 +162,7 @@ Event = (
     | Inspected
     | Planned
     | Progress
+    | StageAdopted
     | StageReady
     | StageFailed
     | Ready

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import grpc
 
 from coordinator.planning.placement import Stage
-from coordinator.serving.events import Events, Progress, StageFailed, StageReady
+from coordinator.serving.events import Events, Progress, StageAdopted, StageFailed, StageReady
 from unicluster.cluster.channels import as_error, join_address, split_address
 from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds, next_bytes
 from unicluster.errors import (
@@ -22,6 +22,7 @@ from unicluster.stall import within
 from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
     LoadProgress,
+    ReleaseRequest,
     StageEvent,
     StageExit,
     StageSpec,
@@ -44,6 +45,7 @@ class Lease:
     """One stage on one machine.
 
     worker: where its worker is, None unless that is ready. lost: the error that ended the lease.
+    adopted: it had loaded before. faulty: its worker must not be adopted.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Lease:
         self.worker: RouteStop | None = None
         self.lost: UniclusterError | None = None
         self.draining = False
+        self.adopted = False
+        self.faulty = False
         self._spec = spec
         self._agent = agent
         self._node = NodeStub(channel)
@@ -80,7 +84,7 @@ class Lease:
         except grpc.aio.AioRpcError as error:
             self.lost = as_error(error, f"machine {self.name} ({self._agent})")
         except StageError as error:
-            self.lost = error
+            self.lost, self.faulty = error, True
         except Exception as error:  # whoever waits for the stage must not wait for ever
             log.exception("%s", self.long_name)
             kind = type(error).__name__
@@ -91,24 +95,40 @@ class Lease:
         events.publish(StageFailed(self.name, str(self.lost)))
         changed()
 
-    async def until_unloaded(self) -> None:
-        """Returns when the machine, if it is still there, has its memory back.
+    async def release(self) -> None:
+        """Ends the stage on its machine, which would keep it for its grace else; as `until_left`.
 
-        Raises UnavailableError naming it when that takes too long.
+        An older machine knows no grace: there the end of the stream has ended the stage.
+        """
+        try:
+            request = ReleaseRequest(deployment=self._spec.deployment)
+            await self._node.Release(request, timeout=UNLOAD_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if _is_late(error):
+                raise self._late() from None
+
+    def _late(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self.long_name} has not unloaded its stage within {UNLOAD_SECONDS:.0f} s"
+        )
+
+    async def until_left(self) -> None:
+        """Returns when the machine, if it is still there, knows that nobody holds the stage.
+
+        By then its memory is free, or another deployment can adopt it. Raises UnavailableError
+        naming the machine when that takes too long.
         """
         request = DescribeNodeRequest(unless_deployment=self._spec.deployment)
         try:
             async with asyncio.timeout(UNLOAD_SECONDS):
                 while self.lost is None:
                     info = await self._node.Describe(request, timeout=UNLOAD_SECONDS)
-                    if self._spec not in info.stages:
+                    if self._spec not in info.stages or self._spec.deployment in info.orphaned:
                         return
                     await asyncio.sleep(LOOK_SECONDS)
         except (TimeoutError, grpc.aio.AioRpcError) as error:
             if isinstance(error, TimeoutError) or _is_late(error):
-                raise UnavailableError(
-                    f"{self.long_name} has not unloaded its stage within {UNLOAD_SECONDS:.0f} s"
-                ) from None
+                raise self._late() from None
             # Else it has gone, and the stage with it.
 
     async def _next(self, call: grpc.aio.UnaryStreamCall[StageSpec, StageEvent]) -> object:
@@ -134,6 +154,9 @@ class Lease:
             events.publish(StageReady(self.name))
         elif event.HasField("draining"):
             self.draining = True
+        elif event.HasField("adopted"):
+            self.adopted = True
+            events.publish(StageAdopted(self.name))
         else:
             self._ended(event.exit)
 

@@ -52,6 +52,12 @@ class ServeOptions:
     broker: BrokerUrl | None = None
     metrics_port: int | None = None
     http: HttpOptions | None = None
+    orphan_grace_s: float = 0.0  # that stages live on without their coordinator
+
+    @property
+    def service(self) -> str:
+        """Name of the service, by which machines know its stages."""
+        return self.source.display
 
 
 def objective_option() -> Option:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import grpc
 
+from coordinator.fleet.left_stages import LeftStages
 from coordinator.fleet.measured import Measurements
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
@@ -19,6 +20,7 @@ from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.trust.identity import Credentials
@@ -78,6 +80,7 @@ class Service:
         self._nodes = nodes
         self._events = events
         self._served: tuple[Stage, ...] = ()  # that answered last
+        self._left = LeftStages(Dialer(identity))
         self._generation = generation
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
@@ -170,6 +173,12 @@ class Service:
 
     async def run(self) -> None:
         """Serves until cancelled. Raises what keeps the first deployment from getting ready."""
+        try:
+            await self._run()
+        finally:
+            await self._left.close()
+
+    async def _run(self) -> None:
         async for attempt in attempts(
             f"serving {self.display}",
             lambda error: isinstance(error, UniclusterError) and self._ready.is_set(),
@@ -224,6 +233,8 @@ class Service:
             self._generation,
             self._served,
         )
+        self._left.add(self._members.orphans)
+        await self._left.release_but(placed.stages, deployment.specs)
         self.deployment = deployment
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
@@ -241,6 +252,7 @@ class Service:
                 drained_error = DrainedError(f"machine {deployment.draining} is being drained")
                 if deployment.state == "ready":
                     self._events.publish(Recovering(self.display, str(drained_error)))
+                deployment.stages_stay = True
                 raise drained_error
             await running
         finally:
@@ -248,6 +260,7 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._left.add(deployment.left)
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
         inspected, draft = self._inspected.by_engine, self._inspected.draft

@@ -31,6 +31,7 @@ _STATE_STYLES = {
     "waiting": "dim",
     "fetching": "",
     "loading": "",
+    "adopted": "green",
     "ready": "green",
     "failed": "bold red",
 }
@@ -100,11 +101,19 @@ class LoadingBars:
             layers, size = layer_range(stage.first, stage.end), format_bytes(stage.weight_bytes)
             self._enter(load, "loading", f"{machine}: loading layers {layers}, {size}")
 
+    def adopted(self, machine: str) -> None:
+        """A machine has its layers in memory since before."""
+        load = self._loads[machine]
+        layers = layer_range(load.stage.first, load.stage.end)
+        self._enter(load, "adopted", f"{machine}: adopted layers {layers}, loaded before")
+
     def ready(self, machine: str) -> None:
-        """A machine has loaded all its layers."""
+        """A machine has loaded all its layers, or had when it was adopted."""
         load = self._loads[machine]
         load.layers_done = load.stage.end - load.stage.first
         load.bytes_done = load.stage.weight_bytes
+        if load.state == "adopted":
+            return
         seconds = time.monotonic() - load.started
         self._enter(load, "ready", f"{machine}: ready after {seconds:.1f} s")
 

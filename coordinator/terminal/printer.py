@@ -26,6 +26,7 @@ from coordinator.serving.events import (
     Recovered,
     Recovering,
     Searching,
+    StageAdopted,
     StageFailed,
     StageReady,
     Unloading,
@@ -75,6 +76,8 @@ class Printer:
                 self._load(event.plan)
             case Progress() if self._bars is not None:
                 self._bars.update(event.machine, event.progress)
+            case StageAdopted() if self._bars is not None:
+                self._bars.adopted(event.machine)
             case StageReady() if self._bars is not None:
                 self._bars.ready(event.machine)
                 self._loading.discard(event.machine)

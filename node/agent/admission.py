@@ -19,6 +19,8 @@ MOST_DEVICES = 64
 CONFIG_BYTES = 4 << 20
 WORD_CHARACTERS = 256
 MOST_TOKEN_SECONDS = 3600.0
+# A stage that nobody uses holds its memory for so long at most.
+MOST_GRACE_SECONDS = 3600.0
 # A child that inspects takes a core for seconds, and some hundred megabytes.
 INSPECTED_AT_ONCE = 2
 MOST_INSPECTIONS = 16
@@ -75,13 +77,17 @@ def check_stage(spec: StageSpec, running: int) -> None:
     running: stages that this agent runs. Whether there is memory for it is `Ledger.check`.
     """
     check_model(spec.model, spec.revision)
-    for field in ("deployment", "quant", "engine"):
+    for field in ("deployment", "quant", "engine", "service"):
         _check_word(field, getattr(spec, field))
     _check_at_most("context", spec.context, MOST_CONTEXT)
     _check_at_most("users", spec.users, MOST_USERS)
     for field in ("decode_s", "prefill_s", "ring_decode_s", "ring_prefill_s"):
         if not 0 <= (seconds := getattr(spec, field)) <= MOST_TOKEN_SECONDS:
             raise InputError(f"{field}: {seconds}, and not seconds that a token takes")
+    if not 0 <= spec.orphan_grace_s <= MOST_GRACE_SECONDS:
+        raise InputError(
+            f"orphan_grace_s: {spec.orphan_grace_s:g}, and at most {MOST_GRACE_SECONDS:g}"
+        )
     _check_at_most("lanes", spec.lanes, MOST_USERS)
     _check_at_most("end_layer", spec.end_layer, MOST_LAYERS)
     if spec.first_layer > spec.end_layer:

@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +19,16 @@ from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.agent.quiet import QuietMeasuring
-from node.agent.restarts import Restarts
+from node.supervision.running import RunningStage, keep_renewed
 from node.weights import hub
 from node.weights.fetch import describe
 from node.weights.sources import Sources
 from node.worker.config import WorkerConfig
-from node.worker.process import REASON_CHARS, WorkerProcess
+from node.worker.process import WorkerProcess
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
-from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import host_of, join_address, peer_name, without_scope
 from unicluster.cluster.discovery import one_address
 from unicluster.cluster.interfaces import own_addresses
@@ -42,7 +41,6 @@ from unicluster.errors import (
     TrustError,
     UnavailableError,
     UniclusterError,
-    shortened,
     shown,
 )
 from unicluster.trust.cluster import Cluster
@@ -56,14 +54,13 @@ from unicluster.v1.node_pb2 import (
     DrainRequest,
     Greeting,
     InspectRequest,
-    LoadProgress,
     ModelLayout,
     NodeInfo,
+    Released,
+    ReleaseRequest,
     Rotated,
     Rotation,
     StageEvent,
-    StageExit,
-    StageReady,
     StageSpec,
     TryHubReply,
     TryHubRequest,
@@ -83,7 +80,7 @@ ENDED_SECONDS = 6.0
 
 
 class Agent(NodeServicer):
-    """Runs each stage as a child process for as long as its stream lives."""
+    """Runs each stage as a child process for as long as its stream lives, or its grace lasts."""
 
     def __init__(
         self,
@@ -103,7 +100,7 @@ class Agent(NodeServicer):
         self._stage_port = stage_port
         self._ledger = Ledger(hardware, memory_cap)
         self._quiet = QuietMeasuring()
-        self._stages: dict[int, StageSpec] = {}
+        self._stages: list[RunningStage] = []
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._inspections = Inspections()
         self._drain = asyncio.Event()
@@ -118,7 +115,7 @@ class Agent(NodeServicer):
     @property
     def stages(self) -> list[StageSpec]:
         """Specs of the stages that run now."""
-        return list(self._stages.values())
+        return [stage.spec for stage in self._stages]
 
     @property
     def draining(self) -> bool:
@@ -150,11 +147,17 @@ class Agent(NodeServicer):
         """
         return max(_by_engine(self.offers()).values(), default=0)
 
-    def offers(self) -> list[tuple[Device, int]]:
-        """Bytes that new stages may take now of each device; may run a command to find out."""
+    def offers(self, without: str = "") -> list[tuple[Device, int]]:
+        """Bytes that new stages may take now of each device; may run a command to find out.
+
+        without: a service whose stages are to be replaced.
+        """
         if self._drain.is_set():
             return [(device, 0) for device in self.hardware.devices]
-        return self._ledger.usable(self.stages)
+        leaving = [stage for stage in self._stages if without and stage.spec.service == without]
+        staying = [stage.spec for stage in self._stages if stage not in leaving]
+        freed = [(stage.spec, stage.loaded_bytes) for stage in leaving]
+        return self._ledger.usable(staying, freed)
 
     async def Describe(  # noqa: N802
         self, request: DescribeNodeRequest, context: Context
@@ -162,7 +165,7 @@ class Agent(NodeServicer):
         if request.unless_deployment:
             await self._until_ended(request.unless_deployment)
         hardware = self.hardware
-        offers = await asyncio.to_thread(self.offers)
+        offers = await asyncio.to_thread(self.offers, request.without_service)
         known = self.peers.known()
         return NodeInfo(
             name=self._identity.name,
@@ -176,7 +179,8 @@ class Agent(NodeServicer):
             bandwidth=hardware.bandwidth,
             bandwidth_measured=hardware.bandwidth_measured,
             platform=hardware.platform,
-            stages=self._stages.values(),
+            stages=self.stages,
+            orphaned=[s.spec.deployment for s in self._stages if s.is_orphaned],
             peers=[each.addresses[0] for each in known],
             known=known,
             addresses=self.addresses(),
@@ -190,10 +194,12 @@ class Agent(NodeServicer):
         )
 
     async def _until_ended(self, deployment: str) -> None:
-        """Returns when no stage of a deployment runs here any more, or after ENDED_SECONDS."""
+        """Returns when no stage of a deployment is held any more, or after ENDED_SECONDS."""
         clock = asyncio.get_running_loop().time
         until = clock() + ENDED_SECONDS
-        while clock() < until and any(s.deployment == deployment for s in self.stages):
+        while clock() < until and any(
+            s.spec.deployment == deployment and not s.is_orphaned for s in self._stages
+        ):
             await self.changed(until - clock())
 
     async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
@@ -201,6 +207,7 @@ class Agent(NodeServicer):
             self._drain.clear()
         else:
             self._drain.set()
+            await self._end([stage for stage in self._stages if stage.is_orphaned])
         self._changed.set()
         audit.info("draining%s, asked by %s", " ends" if request.off else "", peer_name(context))
         return await self.Describe(DescribeNodeRequest(), context)
@@ -277,29 +284,87 @@ class Agent(NodeServicer):
     # Not a generator: gRPC closes one that is cancelled while it yields only when it is collected.
     async def RunStage(self, request: StageSpec, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         try:
-            check_stage(request, len(self._stages))
-            self._ledger.check(request, self.stages)
+            adopted = next((s for s in self._stages if s.can_be(request)), None)
+            if adopted is None:
+                await self._end(self._replaced_by(request))
+            others = [stage.spec for stage in self._stages if stage is not adopted]
+            check_stage(request, len(others))
+            self._ledger.check(request, others)
         except UniclusterError as error:
             audit.warning("refused a stage to %s: %s", peer_name(context), error)
             await abort(context, error)
         audit.info(
-            "stage: layers %d-%d of %s (%s) for %s",
+            "stage%s: layers %d-%d of %s (%s) for %s",
+            "" if adopted is None else " adopted",
             request.first_layer,
             request.end_layer - 1,
             request.model,
             format_bytes(request.memory),
             peer_name(context),
         )
-        key = id(request)
-        # A second model on the same machine takes any free port beside the known one.
-        port = 0 if self._stages else self._stage_port
-        self._stages[key] = request
+        if adopted is None:
+            # A second model on the same machine takes any free port beside the known one.
+            port = 0 if self._stages else self._stage_port
+            stage = self._begin(self._config(request, port, context))
+            follower = stage.follow()
+        else:
+            stage = adopted
+            follower = stage.follow(self._config(request, stage.port, context))
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
         reporting = asyncio.create_task(self._report_draining(context, writing))
-        addresses, vouching = _dialled(request.sources, context)
-        config = WorkerConfig(
-            spec=request,
+        try:
+            async for event in follower.events():
+                async with writing:
+                    await context.write(event)
+        finally:
+            reporting.cancel()
+            await stage.leave(follower)
+            self._changed.set()
+
+    async def Release(self, request: ReleaseRequest, context: Context) -> Released:  # noqa: N802
+        named = [s for s in self._stages if s.spec.deployment == request.deployment]
+        if named:
+            audit.info("released by %s: %d stages", peer_name(context), len(named))
+        await self._end(named)
+        return Released(stages=len(named))
+
+    async def close(self) -> None:
+        """Ends all stages."""
+        await self._end(self._stages)
+
+    def _begin(self, config: WorkerConfig) -> RunningStage:
+        environment = self._ledger.parts(config.spec)[0].device.environment
+
+        async def start(current: WorkerConfig) -> WorkerProcess:
+            fresh = replace(current, identity=self._identity.current.to_dict())
+            return await WorkerProcess.start(fresh, extra=environment)
+
+        def ended(stage: RunningStage) -> None:
+            self._stages.remove(stage)
+            self._changed.set()
+            spec = stage.spec
+            log.info("stage ended: layers %d-%d", spec.first_layer, spec.end_layer - 1)
+
+        def count(tokens: int) -> None:
+            self.computed_tokens += tokens
+
+        stage = RunningStage(config, start, self._renew, count, ended)
+        self._stages.append(stage)
+        return stage
+
+    def _replaced_by(self, spec: StageSpec) -> list[RunningStage]:
+        """Orphans of the same service, which nobody will adopt once it has another stage here."""
+        orphans = [stage for stage in self._stages if stage.is_orphaned]
+        return [s for s in orphans if spec.service and s.spec.service == spec.service]
+
+    async def _end(self, stages: Iterable[RunningStage]) -> None:
+        await asyncio.gather(*(stage.stop() for stage in list(stages)))
+
+    def _config(self, spec: StageSpec, port: int, context: Context) -> WorkerConfig:
+        addresses, vouching = _dialled(spec.sources, context)
+        return WorkerConfig(
+            spec=spec,
             node=self._identity.name,
             host=self._host,
             port=port,
@@ -308,74 +373,18 @@ class Agent(NodeServicer):
             vouching=vouching,
             elsewhere=self.peers.elsewhere(addresses),
         )
-        try:
-            async with contextlib.aclosing(self._run(config)) as events:
-                async for event in events:
-                    async with writing:
-                        await context.write(event)
-        finally:
-            reporting.cancel()
-            del self._stages[key]
-            self._changed.set()
-            log.info("stage ended: layers %d-%d", request.first_layer, request.end_layer - 1)
 
     async def _report_draining(self, context: Context, writing: asyncio.Lock) -> None:
         await self._drain.wait()
         async with writing:
             await context.write(StageEvent(draining=Draining()))
 
-    async def _run(self, config: WorkerConfig) -> AsyncGenerator[StageEvent]:
-        spec = config.spec
-        environment = self._ledger.parts(spec)[0].device.environment
-        restarts = Restarts()
-        while True:
-            ready, began = False, time.monotonic()
-            fresh = replace(config, identity=self._identity.current.to_dict())
-            worker = await WorkerProcess.start(fresh, extra=environment)
-            renewing = asyncio.create_task(self._renew(worker))
-            try:
-                async for event in worker.events():
-                    ready = ready or event["event"] == "ready"
-                    if event["event"] == "tokens":
-                        self.computed_tokens += event["more"]
-                    if (progress := _stage_event(event)) is not None:
-                        yield progress
-                ended = await worker.exit()
-            finally:
-                renewing.cancel()
-                # The coordinator may have gone in the middle: the worker must not stay.
-                await asyncio.shield(worker.stop())
-            pause = restarts.after(began, time.monotonic(), ready=ready)
-            log.warning(
-                "worker for layers %d-%d: %s%s",
-                spec.first_layer,
-                spec.end_layer - 1,
-                ended.reason,
-                "" if pause is None else f"; starting it again in {pause:.2g} s",
-            )
-            yield StageEvent(
-                exit=StageExit(
-                    reason=shortened(ended.reason, REASON_CHARS),
-                    stderr_tail=ended.stderr_tail,
-                    out_of_memory=ended.out_of_memory,
-                    restarting=pause is not None,
-                )
-            )
-            if pause is None:
-                return
-            await asyncio.sleep(pause)
-
     async def _renew(self, worker: WorkerProcess) -> None:
-        """Hands a worker new certificates before its old ones expire."""
-        while True:
-            with going_on("renewing a worker's certificate"):
-                async for identity in self._identity.renewals():
-                    worker.renew(identity.to_dict())
-            await asyncio.sleep(RENEW_SECONDS)
+        await keep_renewed(worker, self._identity.renewals, RENEW_SECONDS)
 
     def in_flight(self, model: str, revision: str) -> set[str]:
         """Files of a model that stages here are fetching from the hub."""
-        fetching = [part for spec in self._stages.values() for part in (spec, spec.draft)]
+        fetching = [part for spec in self.stages for part in (spec, spec.draft)]
         matching = [part for part in fetching if (part.model, part.revision) == (model, revision)]
         return {name for part in matching for name in part.hub_files}
 
@@ -414,23 +423,3 @@ def _here(request: InspectRequest, manifest: Manifest) -> InspectRequest:
     here.model, here.revision = manifest.model, manifest.revision
     here.ClearField("sources")
     return here
-
-
-def _stage_event(event: dict[str, Any]) -> StageEvent | None:
-    """A worker's event as the coordinator gets it, if it is for the coordinator."""
-    if event["event"] == "progress":
-        return StageEvent(
-            progress=LoadProgress(
-                layers_done=event["layers"],
-                layers_total=event["layers_total"],
-                bytes_done=event["bytes"],
-                bytes_total=event["bytes_total"],
-            )
-        )
-    if event["event"] == "fetching":
-        return StageEvent(
-            progress=LoadProgress(fetched=event["fetched"], to_fetch=event["to_fetch"])
-        )
-    if event["event"] == "ready":
-        return StageEvent(ready=StageReady(port=event["port"], weight_bytes=event["weight_bytes"]))
-    return None

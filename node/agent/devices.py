@@ -4,8 +4,8 @@ What is free is read from the operating system and the drivers, because that is 
 what other programs take.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -110,6 +110,27 @@ class Reading:
     host: int
     host_total: int
     free: Mapping[Device, Free]
+
+    def with_freed(self, freed: Iterable[tuple[Device, int]]) -> "Reading":
+        """As it would be with so many bytes more free of each of these devices."""
+        reading = self
+        for device, size in freed:
+            reading = reading._with(device, size)
+        return reading
+
+    def _with(self, freed: Device, size: int) -> "Reading":
+        """Memory of its own is filled first, and so is freed last."""
+        shared = min(size, self.host_total - self.host) if freed.in_host else 0
+        free = {
+            device: Free(
+                min(known.alone + size - shared, device.alone)
+                if device.unit == freed.unit
+                else known.alone,
+                min(known.shared + shared, device.total - device.alone),
+            )
+            for device, known in self.free.items()
+        }
+        return replace(self, host=self.host + shared, free=free)
 
     def usable(self, devices: Sequence[Device]) -> list[int]:
         """Bytes that new stages of one engine may take on each of its devices, all at once.

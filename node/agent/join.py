@@ -188,6 +188,7 @@ async def _run_agent(
             notify("STOPPING=1")
     finally:
         await server.stop(grace=0.5)
+        await agent.close()
     print(f"{args.name} has left the cluster.", flush=True)
     return 0
 

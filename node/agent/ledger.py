@@ -52,17 +52,26 @@ class Ledger:
             raise InputError(f"devices: no split for {engine}: {len(spec.devices)} shares")
         return [Part(_named(share.name, devices), share.memory) for share in spec.devices]
 
-    def usable(self, stages: Sequence[StageSpec]) -> list[tuple[Device, int]]:
+    def usable(
+        self, stages: Sequence[StageSpec], leaving: Sequence[tuple[StageSpec, int]] = ()
+    ) -> list[tuple[Device, int]]:
         """Bytes that new stages may take now of each device, beside `stages`; may run a command.
 
         Devices of one engine can be taken all at once, those of two engines instead of each other.
+        leaving: stages, with their bytes in memory now, that count as ended. As much as they were
+        promised can be promised again: it was free before they came.
         """
         parts = self._held(stages)
-        reading = self.hardware.read(_by_unit(parts))
+        freed = [part for spec, size in leaving for part in self._loaded(spec, size)]
+        promised: Counter[Device] = Counter()
+        for part in self._held([spec for spec, _ in leaving]):
+            promised[part.device] += part.bytes
+        reading = self.hardware.read(_by_unit(parts)).with_freed(freed)
         offers: list[tuple[Device, int]] = []
         for engine in self.hardware.engines:
             devices, left = self.hardware.of(engine), self._left(parts)
-            for device, free in zip(devices, reading.usable(devices), strict=True):
+            for device, read in zip(devices, reading.usable(devices), strict=True):
+                free = max(read, promised[device])
                 usable = free if left is None else min(free, left)
                 left = None if left is None else left - usable
                 offers.append((device, usable))
@@ -87,6 +96,12 @@ class Ledger:
 
     def _held(self, stages: Sequence[StageSpec]) -> list[Part]:
         return [part for spec in stages for part in self.parts(spec)]
+
+    def _loaded(self, spec: StageSpec, size: int) -> list[tuple[Device, int]]:
+        """Bytes that a stage has in memory, by device, in the proportions of its plan."""
+        parts = self.parts(spec)
+        planned = sum(part.bytes for part in parts) or 1
+        return [(p.device, min(size * p.bytes // planned, p.bytes)) for p in parts]
 
     def _left(self, held: Iterable[Part]) -> int | None:
         """Bytes of the cap that are not reserved; None without a cap."""

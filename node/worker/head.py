@@ -16,7 +16,7 @@ from node.ring.ring import Ring
 from node.worker.chat_service import ChatService
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
-from unicluster.deadlines import WorkDeadlines
+from unicluster.deadlines import DECODE, PREFILL, WorkDeadlines
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import (
@@ -30,6 +30,9 @@ from unicluster.v1.chat_pb2_grpc import HeadServicer
 from unicluster.v1.stage_pb2 import Opened, StageInfo
 
 log = logging.getLogger(__name__)
+
+# Seconds that no token takes.
+FOR_EVER = 3600.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -76,8 +79,9 @@ class Head(HeadServicer):
                 stages = [self._info]
                 if request.route:
                     # At once, so that a step that waits for the ring fails with the reason.
+                    deadlines = _planned(request) or self._deadlines
                     ring = await Ring.open(
-                        list(request.route), self._identity, self.fail, self._deadlines
+                        list(request.route), self._identity, self.fail, deadlines
                     )
                     stages.extend(ring.stages.stages)
                 self.model = PipelineModel(
@@ -99,6 +103,16 @@ class Head(HeadServicer):
                     await asyncio.gather(following, return_exceptions=True)
                 if ring is not None:
                     await ring.close()
+
+
+def _planned(request: HoldRingRequest) -> WorkDeadlines | None:
+    """Deadlines of a ring by its plan; None where the request says nothing of that.
+
+    What another ring has taught this head does not hold for a ring of other machines.
+    """
+    if not (0 < request.decode_s < FOR_EVER and 0 < request.prefill_s < FOR_EVER):
+        return None
+    return WorkDeadlines({DECODE.kind: request.decode_s, PREFILL: request.prefill_s})
 
 
 class HeadChat(ChatService):

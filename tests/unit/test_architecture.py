@@ -32,7 +32,7 @@ FLOORS = {
         *("planning.search", "."),
     ],
     "node": [
-        *("doctor", "agent", "inprocess", "inspect", "worker", "generation"),
+        *("doctor", "agent", "supervision", "inprocess", "inspect", "worker", "generation"),
         *(
             "constraints",
             "tools",

@@ -1,6 +1,6 @@
 """When a worker that ended is started again."""
 
-from node.agent.restarts import LAST_PAUSE_SECONDS, STEADY_SECONDS, Restarts
+from node.supervision.restarts import LAST_PAUSE_SECONDS, STEADY_SECONDS, Restarts
 
 
 def test_a_worker_that_could_not_load_is_not_started_again() -> None:

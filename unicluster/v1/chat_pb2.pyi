@@ -25,6 +25,14 @@ class HoldRingRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    decode_s: _builtins.float
+    """As planned for this ring, from which its first deadlines follow; 0: as in the stage's spec.
+    seconds a token of an answer
+    """
+    prefill_s: _builtins.float
+    """seconds a token of a prompt"""
     @_builtins.property
     def route(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.RouteStop]:
         """stages 1..S-1"""
@@ -33,10 +41,12 @@ class HoldRingRequest(_message.Message):
         self,
         *,
         route: _abc.Iterable[_stage_pb2.RouteStop] | None = ...,
+        decode_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "prefill_s", b"prefill_s", "route", b"route"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

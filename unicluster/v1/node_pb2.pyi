@@ -110,20 +110,63 @@ class DescribeNodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UNLESS_DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    WITHOUT_SERVICE_FIELD_NUMBER: _builtins.int
     unless_deployment: _builtins.str
-    """Answered once no stage of that deployment runs there any more, or after some seconds."""
+    """Answered once no coordinator holds a stage of that deployment any more, or after some seconds."""
+    without_service: _builtins.str
+    """Usable memory is stated as if the stages of this service had ended: who asks plans them anew."""
     def __init__(
         self,
         *,
         unless_deployment: _builtins.str = ...,
+        without_service: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["unless_deployment", b"unless_deployment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unless_deployment", b"unless_deployment", "without_service", b"without_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeNodeRequest: _TypeAlias = DescribeNodeRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+
+@_typing.final
+class Released(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGES_FIELD_NUMBER: _builtins.int
+    stages: _builtins.int
+    """that were ended"""
+    def __init__(
+        self,
+        *,
+        stages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Released: _TypeAlias = Released  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
@@ -170,6 +213,7 @@ class NodeInfo(_message.Message):
     GGML_BACKEND_FIELD_NUMBER: _builtins.int
     GGML_BANDWIDTH_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    ORPHANED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     chip: _builtins.str
     backend: _builtins.str
@@ -215,6 +259,12 @@ class NodeInfo(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """what its engines compute on; empty: older than this field, and"""
 
+    @_builtins.property
+    def orphaned(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the memory above is every engine's
+        deployments in `stages` whose coordinator has gone
+        """
+
     def __init__(
         self,
         *,
@@ -239,10 +289,11 @@ class NodeInfo(_message.Message):
         ggml_backend: _builtins.str = ...,
         ggml_bandwidth: _builtins.float = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
+        orphaned: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "orphaned", b"orphaned", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -602,6 +653,8 @@ class StageSpec(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     RING_DECODE_S_FIELD_NUMBER: _builtins.int
     RING_PREFILL_S_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    ORPHAN_GRACE_S_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -637,6 +690,10 @@ class StageSpec(_message.Message):
     ring_decode_s: _builtins.float
     """both of all stages and hops together"""
     ring_prefill_s: _builtins.float
+    service: _builtins.str
+    """the model's name at its coordinator, for which stages run"""
+    orphan_grace_s: _builtins.float
+    """seconds to live on when the stream breaks; 0: none"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -682,10 +739,12 @@ class StageSpec(_message.Message):
         prefill_s: _builtins.float = ...,
         ring_decode_s: _builtins.float = ...,
         ring_prefill_s: _builtins.float = ...,
+        service: _builtins.str = ...,
+        orphan_grace_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "orphan_grace_s", b"orphan_grace_s", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "service", b"service", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -758,6 +817,7 @@ class StageEvent(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     EXIT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ADOPTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress: ...
     @_builtins.property
@@ -766,6 +826,10 @@ class StageEvent(_message.Message):
     def exit(self) -> Global___StageExit: ...
     @_builtins.property
     def draining(self) -> Global___Draining: ...
+    @_builtins.property
+    def adopted(self) -> Global___Adopted:
+        """the first message, where it comes"""
+
     def __init__(
         self,
         *,
@@ -773,16 +837,34 @@ class StageEvent(_message.Message):
         ready: Global___StageReady | None = ...,
         exit: Global___StageExit | None = ...,
         draining: Global___Draining | None = ...,
+        adopted: Global___Adopted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit", "draining", "adopted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___StageEvent: _TypeAlias = StageEvent  # noqa: Y015
+
+@_typing.final
+class Adopted(_message.Message):
+    """The stage runs already, and nothing is loaded again: what is known of it follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adopted: _TypeAlias = Adopted  # noqa: Y015
 
 @_typing.final
 class LoadProgress(_message.Message):

@@ -55,6 +55,11 @@ class NodeStub:
                 request_serializer=unicluster_dot_v1_dot_node__pb2.StageSpec.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_node__pb2.StageEvent.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/unicluster.v1.Node/Release',
+                request_serializer=unicluster_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_node__pb2.Released.FromString,
+                _registered_method=True)
         self.Greet = channel.unary_unary(
                 '/unicluster.v1.Node/Greet',
                 request_serializer=unicluster_dot_v1_dot_node__pb2.Greeting.SerializeToString,
@@ -97,8 +102,17 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RunStage(self, request, context):
-        """Runs one stage for as long as the stream lives: cancelling it, or losing the
-        coordinator, ends the worker and gives its memory back.
+        """Runs one stage for as long as the stream lives, and for orphan_grace_s after it breaks: until
+        then the next call for an equal stage adopts its worker, which has loaded already. Without
+        that grace the end of the stream ends the worker and gives its memory back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Ends the stages of a deployment at once, grace or not: answered when their memory is free, or
+        after some seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +163,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.RunStage,
                     request_deserializer=unicluster_dot_v1_dot_node__pb2.StageSpec.FromString,
                     response_serializer=unicluster_dot_v1_dot_node__pb2.StageEvent.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=unicluster_dot_v1_dot_node__pb2.ReleaseRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_node__pb2.Released.SerializeToString,
             ),
             'Greet': grpc.unary_unary_rpc_method_handler(
                     servicer.Greet,
@@ -275,6 +294,33 @@ class Node:
             '/unicluster.v1.Node/RunStage',
             unicluster_dot_v1_dot_node__pb2.StageSpec.SerializeToString,
             unicluster_dot_v1_dot_node__pb2.StageEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Node/Release',
+            unicluster_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
+            unicluster_dot_v1_dot_node__pb2.Released.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,8 +39,13 @@ class NodeStub:
     TryHub: _grpc.UnaryUnaryMultiCallable[_node_pb2.TryHubRequest, _node_pb2.TryHubReply]
     """Fails with the reason when the hub does not give this machine the files of a repository."""
     RunStage: _grpc.UnaryStreamMultiCallable[_node_pb2.StageSpec, _node_pb2.StageEvent]
-    """Runs one stage for as long as the stream lives: cancelling it, or losing the
-    coordinator, ends the worker and gives its memory back.
+    """Runs one stage for as long as the stream lives, and for orphan_grace_s after it breaks: until
+    then the next call for an equal stage adopts its worker, which has loaded already. Without
+    that grace the end of the stream ends the worker and gives its memory back.
+    """
+    Release: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReleaseRequest, _node_pb2.Released]
+    """Ends the stages of a deployment at once, grace or not: answered when their memory is free, or
+    after some seconds.
     """
     Greet: _grpc.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
@@ -64,8 +69,13 @@ class NodeAsyncStub(NodeStub):
     TryHub: _aio.UnaryUnaryMultiCallable[_node_pb2.TryHubRequest, _node_pb2.TryHubReply]  # type: ignore[assignment]
     """Fails with the reason when the hub does not give this machine the files of a repository."""
     RunStage: _aio.UnaryStreamMultiCallable[_node_pb2.StageSpec, _node_pb2.StageEvent]  # type: ignore[assignment]
-    """Runs one stage for as long as the stream lives: cancelling it, or losing the
-    coordinator, ends the worker and gives its memory back.
+    """Runs one stage for as long as the stream lives, and for orphan_grace_s after it breaks: until
+    then the next call for an equal stage adopts its worker, which has loaded already. Without
+    that grace the end of the stream ends the worker and gives its memory back.
+    """
+    Release: _aio.UnaryUnaryMultiCallable[_node_pb2.ReleaseRequest, _node_pb2.Released]  # type: ignore[assignment]
+    """Ends the stages of a deployment at once, grace or not: answered when their memory is free, or
+    after some seconds.
     """
     Greet: _aio.UnaryUnaryMultiCallable[_node_pb2.Greeting, _node_pb2.Greeting]  # type: ignore[assignment]
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
@@ -110,8 +120,19 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.StageSpec,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.StageEvent], _abc.AsyncIterator[_node_pb2.StageEvent]]:
-        """Runs one stage for as long as the stream lives: cancelling it, or losing the
-        coordinator, ends the worker and gives its memory back.
+        """Runs one stage for as long as the stream lives, and for orphan_grace_s after it breaks: until
+        then the next call for an equal stage adopts its worker, which has loaded already. Without
+        that grace the end of the stream ends the worker and gives its memory back.
+        """
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _node_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Released, _abc.Awaitable[_node_pb2.Released]]:
+        """Ends the stages of a deployment at once, grace or not: answered when their memory is free, or
+        after some seconds.
         """
 
     @_abc_1.abstractmethod
