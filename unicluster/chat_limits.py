@@ -60,6 +60,9 @@ def check_limits(request: GenerateRequest) -> None:
             raise InputError(
                 f"logit_bias: must be between {-MOST_BIAS:g} and {MOST_BIAS:g}, got {bias:g}"
             )
+    _at_most("resume", len(request.resume.token_ids), MOST_TOKENS, "tokens")
+    if request.HasField("resume") and not request.token_ids:
+        raise InputError("resume: it goes with token_ids, which are the answer's prompt")
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise InputError("max_tokens: must be at least 1, got 0")
 
@@ -139,6 +142,8 @@ def _check_tools(request: GenerateRequest) -> None:
         raise InputError(f"tool_choice: there is no tool {shown(request.tool_choice.name)}")
     if request.single_tool_call and not request.tools:
         raise InputError("single_tool_call: there are no tools to call")
+    if request.HasField("resume"):
+        return  # its token_ids were made of messages, perhaps
     for prompt in ("token_ids", "prompt"):
         for field in ("tools", "template_arguments"):
             if getattr(request, prompt) and getattr(request, field):

@@ -68,3 +68,7 @@ class NotFoundError(UniclusterError):
 
 class StageError(UniclusterError):
     """A stage could not load, or failed while computing. The message names the machine."""
+
+
+class AnswerError(StageError):
+    """One answer can't go on, wherever it is computed: others are not touched."""

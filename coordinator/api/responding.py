@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from coordinator.api.answering import Answers, answering
 from coordinator.api.doorman import Meter
-from coordinator.protocols.asked import Asked, as_json
+from coordinator.protocols.asked import EVENTS, Asked, as_json, comment
 from coordinator.protocols.errors import failure_of
 from coordinator.serving.gateway import Gateway
 from unicluster.client.answers import Event, collect, event_from_wire
@@ -79,7 +79,8 @@ class Respond:
         events: list[list[Event]] = [[] for _ in range(self._asked.count)]
         while (item := await answers.next()) is not None:
             index, event = item
-            events[index].append(event_from_wire(event))
+            if not event.HasField("status"):
+                events[index].append(event_from_wire(event))
         return _Compact(self._asked.reply.whole([collect(each) for each in events]))
 
     async def _stream(self, answers: Answers, send: Send) -> None:
@@ -118,7 +119,14 @@ class Respond:
             else:
                 if item is None:
                     break
-                yield (b"" if begun else reply.begin()) + reply.event(*item)
+                index, event = item
+                if event.HasField("status"):
+                    if not begun or reply.media_type != EVENTS:
+                        continue
+                    part = comment(f"{event.status.state} {event.status.detail}")
+                else:
+                    part = reply.event(index, event)
+                yield (b"" if begun else reply.begin()) + part
             begun = True
             patience = KEEP_ALIVE_SECONDS
         yield reply.end()

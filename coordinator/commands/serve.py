@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import signal
 from collections.abc import AsyncIterator
@@ -33,6 +34,7 @@ from coordinator.serving.offer import Offered, offer
 from coordinator.serving.options import (
     DEFAULT_HTTP_PORT,
     DEFAULT_PORT,
+    RECOVER_SECONDS,
     HttpOptions,
     ServeOptions,
     objective_option,
@@ -81,6 +83,7 @@ def run(
     http_plain: bool,
     http_name: tuple[str, ...],
     http_origin: tuple[str, ...],
+    recover: float,
     metrics_port: int | None,
     mqtt: str | None,
     orphan_grace: float,
@@ -100,6 +103,8 @@ def run(
         raise InputError(
             f"--orphan-grace {orphan_grace:g}: between 0 and {MOST_GRACE_SECONDS:g} seconds"
         )
+    if not 0 <= recover < math.inf:
+        raise InputError(f"--recover {recover:g}: a number of seconds, 0 or more")
     names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
     if names is not None and not all(names):
         raise InputError(f"--nodes {nodes}: names no machine; write it like ann,bob")
@@ -119,6 +124,7 @@ def run(
         broker=chosen_broker(mqtt),
         metrics_port=metrics_port,
         orphan_grace_s=orphan_grace,
+        recover_s=recover,
         http=None
         if no_http
         else HttpOptions(http_port, http_cert, http_plain, http_name, http_origin),
@@ -197,7 +203,7 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         admitted=membership.clients_ca_pem,
         flag="--grpc-port",
     )
-    gateway = Gateway(options.source.display)
+    gateway = Gateway(options.source.display, options.recover_s)
     add_ChatServicer_to_server(ChatDoor(gateway), server)
     named = (options.source, options.gguf)
     models = [source.model for source in named if source is not None]
@@ -380,6 +386,14 @@ command = Command(
                 "to adopt (default: 120; 0: not at all)",
                 type=float,
                 default=120.0,
+                metavar="SECONDS",
+            ),
+            Option(
+                "--recover",
+                "how long answers that a lost machine breaks off may wait to go on "
+                f"(default: {RECOVER_SECONDS:g}; 0: they end)",
+                type=float,
+                default=RECOVER_SECONDS,
                 metavar="SECONDS",
             ),
         ],

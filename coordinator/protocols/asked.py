@@ -19,6 +19,11 @@ LINES = "application/x-ndjson"
 COMMENT = b": waiting\n\n"
 
 
+def comment(text: str) -> bytes:
+    """A line of a stream of EVENTS that is for people: clients pass over it."""
+    return f": {' '.join(text.split())}\n\n".encode()
+
+
 class Reply(Protocol):
     """One protocol's form of the answer to one request. Holds the state of its stream."""
 

@@ -34,7 +34,8 @@ class ChatDoor(ChatServicer):
         try:
             async with aclosing(events):
                 async for event in events:
-                    await context.write(event)
+                    if request.statuses or not event.HasField("status"):
+                        await context.write(event)
         except UniclusterError as error:
             await abort(context, error)
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,8 @@ class Deployment:
     stages_stay: its stages are left to the next deployment, which adopts those that it has too;
     so it is after a loss, and not when the deployment is ended from outside. left: those, then.
     `state` is loading, ready or recovering, `detail` why in a sentence. Both are published to
-    `events`; `served` are the stages that answered before these, none for the first.
+    `events`; `served` are the stages that answered before these, none for the first. `turned` is
+    called when it begins to answer, and when it no longer does.
     """
 
     def __init__(
@@ -143,8 +144,13 @@ class Deployment:
         files: Files,
         generation: StageSpec,
         served: Sequence[Stage] = (),
+        turned: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan = plan
+        # By the event loop's clock, the latter of the newest ring.
+        self.planned_at = asyncio.get_running_loop().time()
+        self.opened_at = 0.0
+        self._turned = turned
         self.timing = Timing(display, plan.stages)
         self.state = "loading"
         self.detail = f"loading {display}"
@@ -346,12 +352,14 @@ class Deployment:
         if self.state == "ready":
             self._events.publish(Recovering(self._display, reason))
         self.chat, self.state, self.detail = None, "recovering", reason
+        self._turned()
 
     def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:
         self.stages = list(opened.stages)
-        self.chat = chat
+        self.chat, self.opened_at = chat, asyncio.get_running_loop().time()
         was, self.state, self.detail = self.state, "ready", ""
         self._was_ready.set()
+        self._turned()
         if was == "ready":
             return
         if self._served:

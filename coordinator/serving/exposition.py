@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from unicluster.client.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+from unicluster.client.metrics import Histogram, HopMetrics, Metrics, Recoveries, StageMetrics
 
 STATES = ("loading", "ready", "recovering", "failed")
 STAGE = ("stage", "machine")
@@ -29,6 +29,7 @@ class DeploymentCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         metrics = self._read()
         yield from _served(metrics)
+        yield from _recoveries(metrics.recoveries)
         if metrics.stages:  # else there is no head, and nothing that counts
             yield from _answers(metrics)
             yield from _stages(metrics.stages)
@@ -57,6 +58,30 @@ def _served(metrics: Metrics) -> Iterator[Metric]:
         weights.add_metric((str(index), stage.node), stage.weight_bytes)
     yield layers
     yield weights
+
+
+def _recoveries(recoveries: Recoveries) -> Iterator[Metric]:
+    gaps = CounterMetricFamily(
+        "unicluster_recoveries",
+        "Answers that a lost machine broke off, and that went on or did not.",
+        labels=("outcome",),
+    )
+    gaps.add_metric(("resumed",), recoveries.resumed)
+    gaps.add_metric(("failed",), recoveries.failed)
+    yield gaps
+    seconds = CounterMetricFamily(
+        "unicluster_recovery_seconds",
+        "Time that answers stood still until they went on, by what for.",
+        labels=("part",),
+    )
+    for part in ("detect", "plan", "load", "replay"):
+        seconds.add_metric((part,), getattr(recoveries, f"{part}_s"))
+    yield seconds
+    yield CounterMetricFamily(
+        "unicluster_replayed_tokens",
+        "Tokens of prompts and answers computed again for answers that went on.",
+        value=recoveries.replayed_tokens,
+    )
 
 
 def _answers(metrics: Metrics) -> Iterator[Metric]:

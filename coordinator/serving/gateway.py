@@ -1,17 +1,39 @@
-"""The gateway behind all doors: passes a request to the head, and the answer's events back."""
+"""The gateway behind all doors: passes a request to the head, and the answer's events back.
+
+An answer that breaks off goes on with the next head, behind what its client has.
+"""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
 import grpc
 
+from coordinator.recovery.recoveries import Gap, RecoveryMeter
+from coordinator.recovery.transcript import Transcript
 from coordinator.serving.deployment import Deployment
+from coordinator.serving.options import RECOVER_SECONDS
 from coordinator.serving.service import Service
 from unicluster.chat_limits import check_limits
 from unicluster.cluster.channels import as_error, channel_was_closed
-from unicluster.errors import BusyError, NotFoundError, UnavailableError
-from unicluster.v1.chat_pb2 import ChatInfo, GenerateEvent, GenerateRequest, Measured
+from unicluster.errors import (
+    AnswerError,
+    BusyError,
+    InputError,
+    NotFoundError,
+    StageError,
+    UnavailableError,
+    UniclusterError,
+)
+from unicluster.v1.chat_pb2 import (
+    ChatInfo,
+    Finish,
+    GenerateEvent,
+    GenerateRequest,
+    Measured,
+    Status,
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +43,34 @@ MOVE_SECONDS = 60.0
 COUNT_SECONDS = 30.0
 # At once, the waiting ones included; the head's own queue is shorter.
 MOST_ANSWERS = 1024
+# Heads that an answer is tried on with no more of it for its client than before.
+MOST_TRIES = 5
+# Before an answer is tried again where the last try came to nothing; doubles.
+TRY_SECONDS = 0.25
+
+
+class _BrokenOffError(Exception):
+    """An answer broke off for a `reason` that may pass."""
+
+    def __init__(self, reason: UniclusterError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class Gateway:
     """Answers of the model that is served, whatever machines stand behind it at the moment.
 
     `service` is set once it is known what is served. `display` names the model until then.
+    recover_s: how long an answer that broke off may wait for the model; 0: it ends.
     """
 
-    def __init__(self, display: str) -> None:
+    def __init__(self, display: str, recover_s: float = RECOVER_SECONDS) -> None:
         self.service: Service | None = None
         self.display = display
         self.tokens = 0  # that clients have got
         self.running = 0  # answers
+        self.recoveries = RecoveryMeter()
+        self._recover_s = recover_s
         self._waiting = 0  # for the model to move
 
     @property
@@ -48,44 +85,128 @@ class Gateway:
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Events of one answer, to the Finish. Changes `request`.
 
+        Where the answer breaks off, a Status says so, and another when it goes on.
         caller: for the log. timeout: seconds for the whole answer. Whoever leaves early closes
         the iterator (`contextlib.aclosing`): then the head stops computing for it.
 
         Raises InputError that begins with a field's name, NotFoundError for another model,
         BusyError when too many answers run or wait, UnavailableError while no model can answer
-        and when a machine is lost, StageError when one fails.
+        and when none could in time after a machine was lost, DoesNotFitError where none can any
+        more, StageError when a machine fails again and again.
         """
         deployment = await self._admitted(request)
         request.ClearField("model")
-        if deployment.chat is None:
-            raise UnavailableError(deployment.ending)
-        call = deployment.chat.Generate(request, timeout=timeout)
+        transcript = Transcript(request)
+        clock = asyncio.get_running_loop().time
+        ends = None if timeout is None else clock() + timeout
+        gap: Gap | None = None
+        began = heard = clock()
+        first, tries = 0.0, 0
         self.running += 1
+        try:
+            while True:
+                chat, had, alone = deployment.chat, transcript.count, gap is None
+                try:
+                    attempt = self._attempt(deployment, transcript, ends, alone=alone)
+                    async with contextlib.aclosing(attempt) as events:
+                        async for event in events:
+                            heard = clock()
+                            if gap is not None:
+                                self.recoveries.resumed(gap, heard, transcript.replayed)
+                                gap = None
+                                yield _status("resumed", "")
+                            first = first or heard
+                            if not alone and event.HasField("finish"):
+                                _time(event.finish, began, first, heard)
+                            self.tokens += len(event.delta.token_ids)
+                            yield event
+                    if transcript.finished:
+                        return
+                    raise UnavailableError(f"the head of {self.display} ended without a Finish")
+                except _BrokenOffError as broken:
+                    reason = broken.reason
+                log.info("answer for %s broke off: %s", caller, reason)
+                tries = 1 if transcript.count > had else tries + 1
+                if not self._recover_s or not transcript.can_resume:
+                    raise reason
+                if gap is None:
+                    gap = Gap(heard, clock())
+                    yield _status("recovering", str(reason))
+                deployment = await self._recovered(chat, reason, tries, gap, ends)
+        except UniclusterError as error:
+            if gap is not None:
+                self.recoveries.failed()
+            log.info("answer for %s ended: %s", caller, error)
+            raise
+        finally:
+            self.running -= 1
+
+    async def _attempt(
+        self, deployment: Deployment, transcript: Transcript, ends: float | None, *, alone: bool
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """Events of an answer by one head. Raises _BrokenOffError where another may go on.
+
+        alone: no other head has had a part in it, so its times say something of the machines.
+        """
+        if deployment.chat is None:
+            raise _BrokenOffError(UnavailableError(deployment.ending))
+        left = None if ends is None else max(ends - asyncio.get_running_loop().time(), 0.0)
+        call = deployment.chat.Generate(transcript.request(), timeout=left)
         try:
             with deployment.answering(), deployment.timing.answer() as finished:
                 while True:
-                    with deployment.watch.answer():
-                        event = await call.read()
+                    try:
+                        with deployment.watch.answer():
+                            event = await call.read()
+                    except grpc.aio.AioRpcError as broken:
+                        raise _meaning(broken, deployment) from None
+                    except asyncio.CancelledError:
+                        if not channel_was_closed():
+                            raise  # the client has gone
+                        raise _BrokenOffError(UnavailableError(deployment.ending)) from None
                     if not isinstance(event, GenerateEvent):
-                        break
-                    self.tokens += len(event.delta.token_ids)
-                    if event.HasField("finish"):
-                        finished(event.finish)
-                    yield event
-        except grpc.aio.AioRpcError as broken:
-            ended = as_error(broken, f"machine {deployment.head_name} (head)")
-            if broken.code() is grpc.StatusCode.CANCELLED:  # as below, but gRPC was quicker
-                ended = UnavailableError(deployment.ending)
-            log.info("answer for %s ended: %s", caller, ended)
-            raise ended from None
-        except asyncio.CancelledError:
-            if not channel_was_closed():
-                raise  # the client has gone
-            raise UnavailableError(deployment.ending) from None
+                        return
+                    for ready in transcript.take(event):
+                        if alone and ready.HasField("finish"):
+                            finished(ready.finish)
+                        yield ready
         finally:
-            self.running -= 1
             # The client may have gone: the head must stop computing for it.
             call.cancel()
+
+    async def _recovered(
+        self,
+        lost: object,
+        reason: UniclusterError,
+        tries: int,
+        gap: Gap,
+        ends: float | None,
+    ) -> Deployment:
+        """The deployment that an answer goes on with. Raises what keeps it from that, in time.
+
+        lost: the head's stub on which it broke off.
+        """
+        clock = asyncio.get_running_loop().time
+        until = gap.broke + self._recover_s
+        if ends is not None:
+            until = min(until, ends)
+        if self.service is None:
+            raise reason
+        if tries > MOST_TRIES:
+            kind = type(reason)
+            raise kind(f"{reason}; the answer was given up after {tries - 1} attempts to go on")
+        if tries > 1:
+            await asyncio.sleep(TRY_SECONDS * 2 ** (tries - 2))
+        try:
+            async with asyncio.timeout(max(until - clock(), 0.0)):
+                deployment = await self.service.until_serving(lost, gap.broke, reason)
+        except TimeoutError:
+            raise UnavailableError(
+                f"{reason}; the answer has waited {clock() - gap.broke:.0f} s for the model: "
+                f"{self.service.why_not}"
+            ) from None
+        gap.planned, gap.loaded = deployment.planned_at, deployment.opened_at
+        return deployment
 
     async def count_tokens(self, request: GenerateRequest, timeout: float | None = None) -> int:
         """Tokens of a request's prompt, with its chat template. Changes and raises as `answer`."""
@@ -113,7 +234,9 @@ class Gateway:
         """Metrics of the deployment; its state alone while there is no service."""
         if self.service is None:
             return Measured(info=self.info())
-        return await self.service.measure()
+        measured = await self.service.measure()
+        measured.recoveries.CopyFrom(self.recoveries.to_wire())
+        return measured
 
     def info(self) -> ChatInfo:
         """Describes the deployment without asking any machine."""
@@ -127,6 +250,8 @@ class Gateway:
         if service is None:
             raise UnavailableError(self.why_not)
         check_limits(request)
+        if request.HasField("resume") or request.begun:
+            raise InputError("resume: only the coordinator asks a head to go on with an answer")
         if self.running + self._waiting >= MOST_ANSWERS:
             raise BusyError(f"{MOST_ANSWERS} answers run or wait here: try again later")
         if request.model and request.model not in service.names:
@@ -141,3 +266,27 @@ class Gateway:
         if deployment is None or deployment.chat is None:
             raise UnavailableError(service.why_not)
         return deployment
+
+
+def _meaning(broken: grpc.aio.AioRpcError, deployment: Deployment) -> Exception:
+    """What an answer ends with, or breaks off with, that the head has ended so."""
+    reason = as_error(broken, f"machine {deployment.head_name} (head)")
+    if broken.code() is grpc.StatusCode.CANCELLED:
+        return _BrokenOffError(UnavailableError(deployment.ending))
+    if broken.code() is grpc.StatusCode.DEADLINE_EXCEEDED or isinstance(reason, AnswerError):
+        return reason
+    if isinstance(reason, UnavailableError | StageError):
+        return _BrokenOffError(reason)
+    return reason
+
+
+def _status(state: str, detail: str) -> GenerateEvent:
+    return GenerateEvent(status=Status(state=state, detail=detail))
+
+
+def _time(finish: Finish, began: float, first: float, last: float) -> None:
+    """Times of an answer of several heads, gaps included: each head knows its own part alone."""
+    seconds, tokens = last - first, finish.usage.completion_tokens
+    finish.timings.time_to_first_token_s = first - began
+    finish.timings.decode_s = seconds
+    finish.timings.tokens_per_s = (tokens - 1) / seconds if seconds > 0 and tokens else 0.0

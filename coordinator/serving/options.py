@@ -17,6 +17,8 @@ from unicluster.v1.node_pb2 import StageSpec
 
 DEFAULT_PORT = DEFAULT_PORTS[Kind.CHAT]
 DEFAULT_HTTP_PORT = 8080
+# How long an answer that broke off may wait for the model.
+RECOVER_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ServeOptions:
     port: int = DEFAULT_PORT
     broker: BrokerUrl | None = None
     metrics_port: int | None = None
+    recover_s: float = RECOVER_SECONDS  # that an answer which broke off may wait
     http: HttpOptions | None = None
     orphan_grace_s: float = 0.0  # that stages live on without their coordinator
 

@@ -21,7 +21,7 @@ from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.dialing.dialer import Dialer
-from unicluster.errors import UnavailableError, UniclusterError
+from unicluster.errors import DoesNotFitError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
@@ -34,6 +34,12 @@ FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
 # For the head to say how it is.
 HEAD_SECONDS = 5.0
+# A head that failed one answer and goes on: until the answer is tried on it again.
+SAME_SECONDS = 3.0
+# Between two looks at the clock for those two.
+LOOK_SECONDS = 0.5
+# What was lost may come back, or its memory, within this; then answers end for lack of it.
+FIT_SECONDS = 3.0
 
 T = TypeVar("T")
 
@@ -87,6 +93,8 @@ class Service:
         self._ready = asyncio.Event()
         self._moving = False  # away from a machine that was drained, and not yet there
         self._turned = asyncio.Event()  # there is another deployment, or none
+        self._no_fit: DoesNotFitError | None = None  # what the last plan came to
+        self._ending = False
 
     @property
     def display(self) -> str:
@@ -134,6 +142,29 @@ class Service:
             async with asyncio.timeout(timeout):
                 while self.moving:
                     self._turned.clear()
+                    await self._turned.wait()
+
+    async def until_serving(
+        self, lost: object, broke: float, reason: UniclusterError
+    ) -> Deployment:
+        """The deployment once it answers again, for an answer that broke off for `reason`.
+
+        lost: the head's stub that it had. broke: when, by the event loop's clock. Raises
+        DoesNotFitError once the model has no room any more, and UnavailableError at the end.
+        """
+        clock = asyncio.get_running_loop().time
+        while True:
+            deployment, waited = self.deployment, clock() - broke
+            if self._ending:
+                raise UnavailableError("the model is being unloaded")
+            if deployment is not None and deployment.chat is not None:
+                if deployment.chat is not lost or waited > SAME_SECONDS:
+                    return deployment
+            elif self._no_fit is not None and waited > FIT_SECONDS:
+                raise DoesNotFitError(f"{reason}; {self.display} can't go on: {self._no_fit}")
+            self._turned.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
                     await self._turned.wait()
 
     async def describe(self) -> ChatInfo:
@@ -199,6 +230,7 @@ class Service:
         lost = self.deployment is not None and self.deployment.was_ready
         self.deployment = None
         self._problem, self._stuck = str(error), not lost
+        self._no_fit = error if isinstance(error, DoesNotFitError) else None
         self._moving = isinstance(error, DrainedError)
         self._turned.set()
         log.warning("not serving: %s", error)
@@ -232,10 +264,11 @@ class Service:
             files,
             self._generation,
             self._served,
+            self._turned.set,
         )
         self._left.add(self._members.orphans)
         await self._left.release_but(placed.stages, deployment.specs)
-        self.deployment = deployment
+        self.deployment, self._no_fit = deployment, None
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
         drained = asyncio.create_task(deployment.until_drained())
@@ -255,6 +288,10 @@ class Service:
                 deployment.stages_stay = True
                 raise drained_error
             await running
+        except asyncio.CancelledError:
+            self._ending = True
+            self._turned.set()
+            raise
         finally:
             tasks = running, first, drained, keeping
             for task in tasks:

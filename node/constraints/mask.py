@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from node.constraints.grammar import shortened
-from unicluster.errors import StageError
+from unicluster.errors import AnswerError
 
 Allowed = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -23,7 +23,7 @@ class Mask(ABC):
 
     def __init__(self, matcher: LLMatcher, prompt_tokens: int, vocabulary: int) -> None:
         """`vocabulary`: tokens that the matcher knows; logits may be wider."""
-        self.error: StageError | None = None
+        self.error: AnswerError | None = None
         self.taken = prompt_tokens  # tokens of prompt and answer that are taken in
         self._matcher = matcher
         self._vocabulary = vocabulary
@@ -79,4 +79,4 @@ class Mask(ABC):
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = shortened(self._matcher.get_error())
-            self.error = StageError(f"the answer's constraint can't be followed: {reason}")
+            self.error = AnswerError(f"the answer's constraint can't be followed: {reason}")

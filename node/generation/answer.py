@@ -5,34 +5,36 @@ from typing import Any
 
 import mlx.core as mx
 
+from node.answers.progress import events_of
 from node.generation.request import Job
-from node.generation.text import Segment, TextStream
 from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline
 from node.prompts.token_bytes import TokenBytes
-from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Timings, TokenLogprob, Usage
-
-_FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
+from unicluster.v1.chat_pb2 import (
+    Begun,
+    Delta,
+    Finish,
+    GenerateEvent,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 
 
 class Answer:
     """The events of one request. `asked` is when it came, by time.perf_counter.
 
-    `cached_tokens`: prompt tokens that needed no prefill, set by the scheduler. `timeline` exists
-    if the request asks for a trace.
+    `cached_tokens`: tokens that needed no prefill, of the prompt and of what is resumed, set by the
+    scheduler. `timeline` exists if the request asks for a trace.
     """
 
     def __init__(self, job: Job, tokenizer: Any, asked: float, meter: AnswerMeter) -> None:
-        self.finished = False
         self.cached_tokens = 0
         self._drafted = self._accepted = 0
         self._job = job
-        self._text = TextStream(
-            tokenizer, job.stop, job.marks, constrained=job.constraint is not None
-        )
+        self._progress = job.progress(tokenizer)
         self._bytes = TokenBytes(tokenizer) if job.logprobs is not None else None
-        self._end_tokens: set[int] = set() if job.ignore_eos else tokenizer.eos_token_ids
-        self._count = self._steps = 0
+        self._steps = 0
         self._asked = asked
         self._meter = meter
         self._begun = time.perf_counter()
@@ -41,6 +43,18 @@ class Answer:
             self.timeline = Timeline(asked)
             self.timeline.add("waiting", asked, self._begun)
         self._first = self._last = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._progress.reason)
+
+    def begun(self) -> list[GenerateEvent]:
+        """The event that says what is computed first, where the request asks for one."""
+        if not self._job.begun:
+            return []
+        prompt = [] if self._job.resumed is not None else self._job.tokens
+        begun = Begun(prompt_token_ids=prompt, cached_tokens=self.cached_tokens)
+        return [GenerateEvent(begun=begun)]
 
     def count_drafted(self, drafted: int, accepted: int) -> None:
         """Counts tokens that were drafted, and how many of them the model accepted."""
@@ -56,19 +70,15 @@ class Answer:
             self._meter.between_tokens.note(self._last - before)
         else:
             self._first = self._last
-            self._meter.time_to_first_token.note(self._first - self._asked)
+            if not self._progress.count:  # else the client has had it long since
+                self._meter.time_to_first_token.note(self._first - self._asked)
         self._steps += 1
-        if token in self._end_tokens:
-            return [*_events(self._text.finish()), self._finish("stop")]
-        self._count += 1
+        events = events_of(self._progress.add(token))
+        if self._progress.is_end(token):
+            return [*events, self.finish()]
         self._meter.generated_tokens += 1
-        segments = self._text.add(token)
-        called = self._job.single_tool_call and any(each.kind == "tool" for each in segments)
-        self.finished = self._text.stopped or called or self._count == self._job.max_tokens
-        if self.finished:
-            segments += self._text.finish()
-        # The token goes into the last event of its text, so that neither is seen without the other.
-        events = _events(segments) or [GenerateEvent(delta=Delta())]
+        # The token goes into the last event of its text: who has the token has all of that.
+        events = events or [GenerateEvent(delta=Delta())]
         events[-1].delta.token_ids.append(token)
         if self._bytes is not None:
             best: Any = mx.argsort(-logprobs)[: self._job.logprobs].tolist()
@@ -76,17 +86,19 @@ class Answer:
             chosen.top.extend(top)
             events[-1].delta.logprobs.append(chosen)
         if self.finished:
-            events.append(self._finish("stop" if self._text.stopped or called else "length"))
+            events.append(self.finish())
         return events
 
-    def _finish(self, reason: str) -> GenerateEvent:
-        self.finished = True
+    def finish(self) -> GenerateEvent:
+        """The last event of an answer that has finished."""
+        reason = self._progress.reason
         self._meter.ended[reason] += 1
         decode = self._last - self._first
+        resumed = self._job.resumed
         usage = Usage(
             prompt_tokens=len(self._job.tokens),
-            completion_tokens=self._count,
-            cached_tokens=self.cached_tokens,
+            completion_tokens=self._progress.count,
+            cached_tokens=self.cached_tokens if resumed is None else resumed.cached_tokens,
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
         )
@@ -103,18 +115,9 @@ class Answer:
                 usage=usage,
                 timings=timings,
                 trace=trace,
-                stop_string=self._text.stop_string,
+                stop_string=self._progress.stop_string,
             )
         )
-
-
-def _events(segments: list[Segment]) -> list[GenerateEvent]:
-    events = []
-    for kind, text in segments:
-        delta = Delta()
-        setattr(delta, _FIELD_OF[kind], text)
-        events.append(GenerateEvent(delta=delta))
-    return events
 
 
 def _look_up(logprobs: mx.array, tokens: list[int], texts: TokenBytes) -> list[TokenLogprob]:

@@ -32,14 +32,13 @@ class BatchDecoder:
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence."""
-        sampling = sequence.job.sampling
         (self._numbers[sequence],) = self._generator.insert(
             [sequence.prompt[-1:]],
             # The answer says when it is finished. mlx-lm would also extract its cache then.
             max_tokens=[sequence.job.max_tokens + 1],
             caches=[sequence.cache],
             all_tokens=[sequence.prompt[:-1]],
-            samplers=[sampling.sampler()],
+            samplers=[sequence.job.sampler()],
             logits_processors=[sequence.job.processors()],
         )
         sequence.cache = []

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -70,6 +71,8 @@ class GenerationEngine:
         self._failure: UniclusterError | None = UnavailableError(f"{self._name} is still loading")
 
         self.meter = AnswerMeter()
+        # Called on the MLX thread once the model has failed: it is of no more use.
+        self.on_failure: Callable[[UniclusterError], None] = lambda error: None
         # Only for the MLX thread, but for its counters:
         self.scheduler: Scheduler | None = None
 
@@ -233,8 +236,10 @@ class GenerationEngine:
         """An error of the model leaves a batch in pieces: all requests end with it."""
         if isinstance(error, UniclusterError):
             # Its traceback references the batch and with it the caches.
-            self.fail(error.with_traceback(None))
-            return
-        log.error("the model failed", exc_info=error)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self.fail(StageError(f"{self._name} failed while computing: {reason}"))
+            failure = error.with_traceback(None)
+        else:
+            log.error("the model failed", exc_info=error)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            failure = StageError(f"{self._name} failed while computing: {reason}")
+        self.fail(failure)
+        self.on_failure(failure)

@@ -9,7 +9,7 @@ from node.generation.batch import BatchDecoder
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.metering.timeline import Timeline
-from unicluster.errors import StageError
+from unicluster.errors import AnswerError
 
 log = logging.getLogger("unicluster.lane")
 
@@ -97,7 +97,8 @@ class Lane:
                 ticket.send(answer.add(token, logprobs))
             except Exception as error:  # one answer's odd text must not end the others
                 log.exception("an answer's text failed")
-                ticket.end(StageError(f"the answer can't be read: {type(error).__name__}: {error}"))
+                reason = f"{type(error).__name__}: {error}"
+                ticket.end(AnswerError(f"the answer can't be read: {reason}"))
                 ended.append(sequence)
             else:
                 if answer.finished:

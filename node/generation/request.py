@@ -1,13 +1,15 @@
 """From a GenerateRequest to what the engine runs: everything is checked here, by field."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from node.answers.progress import AnswerProgress
+from node.answers.resumed import Resumed, check_resume, read_again
 from node.constraints.build import constraint_of
 from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
-from node.generation.sampling import LogitsProcessor, Sampling
+from node.generation.sampling import LogitsProcessor, Sampler, Sampling
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import conversation_of, offers_tools
 from node.prompts.templates import TEMPLATES, template_of, variables_of
@@ -22,7 +24,10 @@ from unicluster.v1 import chat_pb2
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request. `marks` is the state of mlx-lm's TextStateMachine that it begins in."""
+    """A checked request. `marks` is the state of mlx-lm's TextStateMachine that it begins in.
+
+    begun: whether its first event is a Begun. resumed: what another head has generated of it.
+    """
 
     tokens: list[int]
     max_tokens: int
@@ -36,6 +41,26 @@ class Job:
     constraint: Mask | None = None
     calls: CallReader | None = None
     single_tool_call: bool = False
+    begun: bool = False
+    resumed: Resumed | None = None
+
+    def progress(self, tokenizer: Any) -> AnswerProgress:
+        """What reads the answer's tokens: those of the resumed part are read already."""
+        if self.resumed is not None:
+            return self.resumed.progress
+        return AnswerProgress(
+            tokenizer,
+            self.stop,
+            self.marks,
+            max_tokens=self.max_tokens,
+            end_tokens=() if self.ignore_eos else tokenizer.eos_token_ids,
+            constrained=self.constraint is not None,
+            single_tool_call=self.single_tool_call,
+        )
+
+    def sampler(self) -> Sampler | None:
+        """The sampler of the answer's next token; None when greedy."""
+        return self.sampling.sampler(0 if self.resumed is None else len(self.resumed.tokens))
 
     def processors(self) -> list[LogitsProcessor]:
         """Logits processors of the answer; the constraint's mask comes last."""
@@ -63,7 +88,7 @@ def check_request(
     tokens = _prompt_tokens(request, tokenizer, context, tokenizing, cancellation)
     state = _initial_state(tokens, tokenizer, vocabulary.dialect)
     with_tools = offers_tools(request)
-    return Job(
+    job = Job(
         tokens=tokens,
         max_tokens=_max_tokens(request, room=context - len(tokens)),
         sampling=sampling,
@@ -76,7 +101,14 @@ def check_request(
         constraint=constraint_of(request, vocabulary, state, len(tokens)),
         calls=_call_reader(request, vocabulary.dialect) if with_tools else None,
         single_tool_call=request.single_tool_call,
+        begun=request.begun,
     )
+    if not request.HasField("resume"):
+        return job
+    check_resume(request.resume, tokens, len(tokenizer))
+    progress = job.progress(tokenizer)
+    resumed = read_again(request.resume, progress, job.calls, job.constraint, cancellation)
+    return replace(job, resumed=resumed)
 
 
 def _prompt_tokens(

@@ -16,6 +16,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 # Below this the division by the temperature leaves the range of a float.
 GREEDY_BELOW = 1e-5
+# Of PCG64, for one seed of a token: its range is half that of a step, so none is drawn again.
+STEPS_PER_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Sampling:
             values["logit_bias"] = dict(sampling.logit_bias)
         return replace(self, **values)
 
-    def sampler(self) -> Sampler | None:
+    def sampler(self, drawn: int = 0) -> Sampler | None:
         """Log-probabilities (1, vocabulary) to a token (1,); None when greedy.
+
+        `drawn` tokens of the answer have been sampled before, by another one.
 
         None and not a function of its own, so that a batch's greedy rows are taken in one go.
         """
-        return None if self.temperature < GREEDY_BELOW else _Draw(self)
+        return None if self.temperature < GREEDY_BELOW else _Draw(self, drawn)
 
     def processors(self) -> list[LogitsProcessor]:
         """The bias, then mlx-lm's penalties, each over its window of recent tokens.
@@ -89,9 +93,11 @@ class _Draw:
     MLX's random state can be set but not swapped: each token gets a seed from the request's.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, drawn: int) -> None:
         self._sampling = sampling
-        self._seeds = np.random.default_rng(sampling.seed)
+        self._seeds = np.random.Generator(
+            np.random.PCG64(sampling.seed).advance(drawn * STEPS_PER_SEED)
+        )
         self._sampler: Sampler | None = None
 
     def __call__(self, logprobs: mx.array) -> mx.array:

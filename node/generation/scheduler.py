@@ -97,8 +97,19 @@ class Scheduler:
         self._closed = False
 
     def add(self, ticket: Ticket) -> None:
-        """Queues a request."""
-        self.waiting.append(ticket)
+        """Queues a request: behind those that are resumed, which have waited before."""
+        resumed = ticket.job.resumed
+        if resumed is not None and resumed.progress.reason:  # nothing but its Finish was lost
+            answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
+            ticket.send([answer.finish()])
+            ticket.end()
+            self._on_end(ticket)
+            return
+        if resumed is None:
+            self.waiting.append(ticket)
+        else:
+            before = sum(each.job.resumed is not None for each in self.waiting)
+            self.waiting.insert(before, ticket)
         self._schedule()
 
     def drop(self, ticket: Ticket) -> None:
@@ -178,8 +189,10 @@ class Scheduler:
             sequence.cache, sequence.prefix = entry.copy_prefix(sequence.cached), None
             sequence.answer.cached_tokens = sequence.cached
         self._first_chunks.append(sequence.first_chunks)
-        self.meter.prompt_tokens += len(sequence.prompt)
-        self.meter.reused_tokens += sequence.cached
+        sequence.ticket.send(sequence.answer.begun())
+        if sequence.job.resumed is None:
+            self.meter.prompt_tokens += len(sequence.prompt)
+            self.meter.reused_tokens += sequence.cached
 
     def _compute(self, sequence: Sequence, most: int) -> None:
         """Computes one chunk of a prompt here; other machines continue after this returns."""

@@ -14,6 +14,8 @@ from node.generation.ticket import Ticket
 class Sequence:
     """One prompt and its answer; `cache` holds the first `cached` tokens of the prompt.
 
+    The prompt is what is to be computed before the next token: a resumed answer's first part too.
+
     prefix: a cached prefix to begin with, and how many of its tokens are common, until prefill
     begins. first_chunks: measured times of its prefill.
     """
@@ -24,19 +26,20 @@ class Sequence:
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
     first_chunks: FirstChunks = field(default_factory=FirstChunks)
+    prompt: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        resumed = self.job.resumed
+        self.prompt = self.job.tokens if resumed is None else [*self.job.tokens, *resumed.tokens]
 
     @property
     def job(self) -> Job:
         return self.ticket.job
 
     @property
-    def prompt(self) -> list[int]:
-        return self.job.tokens
-
-    @property
     def most(self) -> int:
         """Tokens of the sequence at its longest, prompt included."""
-        return len(self.prompt) + self.job.max_tokens
+        return len(self.job.tokens) + self.job.max_tokens
 
     @property
     def left(self) -> int:

@@ -29,7 +29,7 @@ class _Decoding:
         self.cached = len(self.tokens) - 1
         self.draft_length = FIRST_DRAFT_LENGTH
         self._seen = mx.array(self.tokens)
-        self._sampler = sequence.job.sampling.sampler() or _greedy
+        self._sampler = sequence.job.sampler() or _greedy
         self._processors = sequence.job.processors()
         self._constraint = sequence.job.constraint
 

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -66,13 +68,19 @@ class Head(HeadServicer):
     def fail(self, error: UniclusterError) -> None:
         """Ends the ring and all answers with `error`."""
         self._engine.fail(error)
+        self._break(error)
+
+    def _break(self, error: UniclusterError) -> None:
         if self._broken is not None and not self._broken.done():
             self._broken.set_result(error)
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         log.info("ring of %d stages for %s", len(request.route) + 1, peer_name(context))
         async with self._one_ring:
-            broken = self._broken = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            broken = self._broken = loop.create_future()
+            # A failure of the head's own layers ends the ring too: it is opened again.
+            self._engine.on_failure = lambda e: _later(loop, partial(self._break, e))
             ring: Ring | None = None
             following: asyncio.Task[None] | None = None
             try:
@@ -113,6 +121,10 @@ def _planned(request: HoldRingRequest) -> WorkDeadlines | None:
     if not (0 < request.decode_s < FOR_EVER and 0 < request.prefill_s < FOR_EVER):
         return None
     return WorkDeadlines({DECODE.kind: request.decode_s, PREFILL: request.prefill_s})
+
+
+def _later(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(work)
 
 
 class HeadChat(ChatService):

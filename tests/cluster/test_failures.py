@@ -27,7 +27,8 @@ from unicluster.errors import UnavailableError
 # Three machines hold the model, two do not: the others take the place of those that are lost.
 MACHINES = ("ann", "bob", "cat", "dee", "eve", "fay", "gus", "hal")
 MEMORY = 5_500_000
-SERVE = ("--context", str(CONTEXT), "--users", "2")
+# Errors are looked at here; how answers go on is in test_recovery.py.
+SERVE = ("--context", str(CONTEXT), "--users", "2", "--recover", "0")
 
 
 @pytest.fixture(scope="module")

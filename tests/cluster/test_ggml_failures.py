@@ -21,6 +21,7 @@ from tests.support.tiny_gguf import from_checkpoint, write_gguf
 # Three of these machines hold the model, two do not.
 MACHINES = ("ann", "bob", "cat", "dee")
 MEMORY = 6_500_000
+SERVE = ("--context", str(CONTEXT), "--users", "2", "--recover", "0")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def server(
 ) -> Iterator[ServeProgram]:
     folder = tmp_path_factory.mktemp("models")
     file = from_checkpoint(endless_model(folder / "llama"), folder / "llama.gguf")
-    with cluster.serve(file, "--context", str(CONTEXT), "--users", "2") as server:
+    with cluster.serve(file, *SERVE) as server:
         yield server
 
 

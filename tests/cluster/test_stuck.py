@@ -20,6 +20,7 @@ from unicluster.errors import StageError, UnavailableError
 MEMORY = 9_000_000
 FLOOR = 2.0
 NOTICED = 15.0
+SERVE = ("--context", str(CONTEXT), "--users", "2", "--recover", "0")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ async def test_a_stuck_stage_is_named_and_started_anew(tmp_path: Path, fault: st
     env = {VARIABLE: str(scaled(FLOOR)), failpoints.VARIABLE: fault}
     with LocalCluster(tmp_path / "cluster", **env) as cluster:
         cluster.start_agents("ann", "bob", memory=MEMORY)
-        with cluster.serve(model, "--context", str(CONTEXT), "--users", "2") as server:
+        with cluster.serve(model, *SERVE) as server:
             async with server.async_client() as client:
                 began = time.monotonic()
                 answers = [hear_out(client, asyncio.Event()) for _ in range(2)]

@@ -84,7 +84,7 @@ async def http_door(
 ) -> AsyncIterator[Door]:
     """A door on a free port, with no keys yet; options are those of `make_app`."""
     cluster, head = Cluster.new(), ScriptedChat()
-    gateway = Gateway(Parrot.display)
+    gateway = Gateway(Parrot.display, recover_s=0)
     server = make_server(most_bytes=CHAT_BYTES)
     add_ChatServicer_to_server(head, server)
     port = bind(server, LOOPBACK, 0, cluster.issue("ann"))

@@ -24,6 +24,7 @@ FLOORS = {
             "protocols",
             "terminal",
             "serving",
+            "recovery",
             "state",
             "fleet",
             "models",
@@ -34,6 +35,7 @@ FLOORS = {
     "node": [
         *("doctor", "agent", "supervision", "inprocess", "inspect", "worker", "generation"),
         *(
+            "answers",
             "constraints",
             "tools",
             "prompts",

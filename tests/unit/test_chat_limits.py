@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import TextStateMachine
 
+from node.answers.text import StopSearch, TextStream
 from node.constraints.vocabulary import Vocabulary
 from node.generation.request import Job, check_request
 from node.generation.sampling import Sampling
-from node.generation.text import StopSearch, TextStream
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.tokenizing import LONG, STEP, Tokenizing
 from unicluster.chat_limits import (

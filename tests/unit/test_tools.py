@@ -12,10 +12,10 @@ import pytest
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
+from node.answers.text import TextStream
 from node.constraints.build import constraint_of
 from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
-from node.generation.text import TextStream
 from node.tools.reader import CallReader
 from tests.support.constrained import POINT
 from tests.support.engines import Tiny

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -46,6 +46,7 @@ class Options(TypedDict, total=False):
     tool_choice: str | None  # auto, none, required, or the name of a tool that must be called
     single_tool_call: bool | None  # the answer ends after its first call
     template_arguments: Mapping[str, Any] | None  # more variables of the model's chat template
+    on_status: "Callable[[Status], None] | None"  # called when the answer breaks off, or goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,14 @@ class Finish:
     stop_string: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A gap in an answer: its `state` is recovering, and then resumed. `detail`: why."""
+
+    state: str
+    detail: str
+
+
 Event = Delta | Finish
 
 
@@ -177,7 +186,7 @@ class ChatInfo:
 
 
 # Options whose field on the wire is not set to their value.
-_APART = ("deadline", "tools", "template_arguments", "tool_choice")
+_APART = ("deadline", "tools", "template_arguments", "tool_choice", "on_status")
 
 
 def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
@@ -190,6 +199,7 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
         request.template_arguments = object_to_json("template_arguments", arguments)
     if (choice := options.get("tool_choice")) is not None:
         request.tool_choice.CopyFrom(tool_choice_to_wire(choice))
+    request.statuses = options.get("on_status") is not None
     for name, value in options.items():
         if value is None or name in _APART:
             continue

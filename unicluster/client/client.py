@@ -26,6 +26,7 @@ from unicluster.client.answers import (
     Event,
     Finish,
     Options,
+    Status,
     collect,
     deadline_of,
     event_from_wire,
@@ -46,6 +47,9 @@ from unicluster.v1.chat_pb2_grpc import ChatStub
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
+
+
+OnStatus = Callable[[Status], None] | None
 
 
 class Client:
@@ -82,7 +86,8 @@ class Client:
 
         Closing the generator before that stops the answer, and so does dropping it.
         """
-        return self._events(request_to_wire(messages, options), deadline_of(options))
+        request = request_to_wire(messages, options)
+        return self._events(request, deadline_of(options), options.get("on_status"))
 
     def describe(self) -> ChatInfo:
         """The deployment and its state."""
@@ -123,13 +128,16 @@ class Client:
                 unused.close()
 
     def _events(
-        self, request: wire.GenerateRequest, deadline: float | None
+        self, request: wire.GenerateRequest, deadline: float | None, on_status: OnStatus
     ) -> Generator[Event, None, None]:
         event: Event | None = None
         with self._stub() as stub:
             call = stub.Generate(request, timeout=deadline)
             try:
                 for message in call:
+                    if message.HasField("status"):
+                        _report(message.status, on_status)
+                        continue
                     event = event_from_wire(message)
                     yield event
             except grpc.RpcError as error:
@@ -161,7 +169,8 @@ class AsyncClient:
 
         Closing the generator before that stops the answer, and so does dropping it.
         """
-        return self._events(request_to_wire(messages, options), deadline_of(options))
+        request = request_to_wire(messages, options)
+        return self._events(request, deadline_of(options), options.get("on_status"))
 
     async def find(self) -> str:
         """The address of the server, which is looked for if it was not named."""
@@ -212,13 +221,16 @@ class AsyncClient:
                 await unused.close(None)
 
     async def _events(
-        self, request: wire.GenerateRequest, deadline: float | None
+        self, request: wire.GenerateRequest, deadline: float | None, on_status: OnStatus
     ) -> AsyncGenerator[Event, None]:
         event: Event | None = None
         async with self._stub() as stub:
             call = stub.Generate(request, timeout=deadline)
             try:
                 async for message in call:
+                    if message.HasField("status"):
+                        _report(message.status, on_status)
+                        continue
                     event = event_from_wire(message)
                     yield event
             except grpc.RpcError as error:
@@ -349,6 +361,11 @@ class _Target:
             return Store().require_access()
         # A member too shows a client's certificate here: it needs no more.
         return self._cluster.client_access if isinstance(self._cluster, Cluster) else self._cluster
+
+
+def _report(status: wire.Status, on_status: OnStatus) -> None:
+    if on_status is not None:
+        on_status(Status(status.state, status.detail))
 
 
 def _check_finished(last: Event | None, server: str) -> None:

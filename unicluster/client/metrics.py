@@ -59,6 +59,24 @@ class HopMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Recoveries:
+    """Gaps of answers since the server started: those that went on, and those that did not.
+
+    Seconds are sums over the former: since the last token until the loss was known, until other
+    stages were chosen, until the model answered again, and until the next token. `replayed_tokens`
+    of prompts and answers were computed again.
+    """
+
+    resumed: int = 0
+    failed: int = 0
+    replayed_tokens: int = 0
+    detect_s: float = 0.0
+    plan_s: float = 0.0
+    load_s: float = 0.0
+    replay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """Counters since the head's process started, `now_s` by its clock, and how it is now.
 
@@ -86,6 +104,7 @@ class Metrics:
     reserved_bytes: int = 0
     cache_bytes: int = 0
     tokens_per_s: float = 0.0
+    recoveries: Recoveries = field(default_factory=Recoveries)
 
     def since(self, before: "Metrics") -> "Metrics":
         """This reading with rates and shares of the time since an earlier one.
@@ -111,6 +130,7 @@ def _since(now: StageMetrics, old: StageMetrics, seconds: float) -> StageMetrics
 
 def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
     info, meters = info_from_wire(measured.info), measured.meters
+    gaps = measured.recoveries
     machines = [stage.machine for stage in meters.stages]
     return Metrics(
         info=info,
@@ -139,6 +159,15 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
         cached_bytes=meters.kept_bytes,
         reserved_bytes=meters.promised_bytes,
         cache_bytes=meters.cache_bytes,
+        recoveries=Recoveries(
+            resumed=gaps.resumed,
+            failed=gaps.failed,
+            replayed_tokens=gaps.replayed_tokens,
+            detect_s=gaps.detect_s,
+            plan_s=gaps.plan_s,
+            load_s=gaps.load_s,
+            replay_s=gaps.replay_s,
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from unicluster.cluster.roles import RoleCheck
 from unicluster.cluster.sizes import CONTROL_BYTES, SizeCheck
 from unicluster.cluster.standing import GenerationCheck, authorities, kept_known
 from unicluster.errors import (
+    AnswerError,
     BusyError,
     DoesNotFitError,
     InputError,
@@ -287,6 +288,7 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (AnswerError, grpc.StatusCode.ABORTED),
     (StageError, grpc.StatusCode.INTERNAL),
     (UniclusterError, grpc.StatusCode.UNKNOWN),
 ]

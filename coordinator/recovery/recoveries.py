@@ -1,0 +1,57 @@
+"""Recoveries of answers, counted, with the times of their parts."""
+
+from dataclasses import dataclass
+
+from unicluster.v1.chat_pb2 import Recoveries
+
+
+@dataclass
+class Gap:
+    """A gap in an answer, by one clock in seconds.
+
+    heard: the last event before. broke: when it was known. planned, loaded: when other stages
+    were planned and the model answered again, if either was.
+    """
+
+    heard: float
+    broke: float
+    planned: float = 0.0
+    loaded: float = 0.0
+
+    def parts(self, now: float) -> dict[str, float]:
+        """Seconds of each part of a gap that ends now. Together they are the gap."""
+        planned = min(max(self.planned, self.broke), now)
+        loaded = min(max(self.loaded, planned), now)
+        return {
+            "detect": self.broke - self.heard,
+            "plan": planned - self.broke,
+            "load": loaded - planned,
+            "replay": now - loaded,
+        }
+
+
+class RecoveryMeter:
+    """Counts since this process started: gaps of answers, not losses of machines."""
+
+    def __init__(self) -> None:
+        self._counts = Recoveries()
+
+    def resumed(self, gap: Gap, now: float, replayed: int) -> None:
+        """An answer goes on after a gap; `replayed` of its tokens were computed again."""
+        counts = self._counts
+        counts.resumed += 1
+        counts.replayed_tokens += replayed
+        parts = gap.parts(now)
+        counts.detect_s += parts["detect"]
+        counts.plan_s += parts["plan"]
+        counts.load_s += parts["load"]
+        counts.replay_s += parts["replay"]
+
+    def failed(self) -> None:
+        """An answer ends in its gap."""
+        self._counts.failed += 1
+
+    def to_wire(self) -> Recoveries:
+        copy = Recoveries()
+        copy.CopyFrom(self._counts)
+        return copy
