@@ -15,6 +15,7 @@ from coordinator.models.catalog import Source
 from coordinator.planning.placement import Objective, Plan, Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import scaled
+from coordinator.recovery.keeping import keeping
 from coordinator.serving.deployment import Deployment, Files
 from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.inspected import Inspected
@@ -253,6 +254,9 @@ class Service:
             network=fleet.network,
             alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
         )
+        if self._served:
+            allowed = [m for m in fleet.machines if names is None or m.name in names]
+            placed = keeping(placed, self._served, self.variants, allowed, fleet.network)
         self._events.publish(Planned(self.display, self.variants, placed))
         files = await self._files(placed, [machine.address for machine in machines])
         deployment = Deployment(
@@ -272,7 +276,7 @@ class Service:
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
         drained = asyncio.create_task(deployment.until_drained())
-        keeping = asyncio.create_task(deployment.timing.keep(self.measure))
+        storing = asyncio.create_task(deployment.timing.keep(self.measure))
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
@@ -293,7 +297,7 @@ class Service:
             self._turned.set()
             raise
         finally:
-            tasks = running, first, drained, keeping
+            tasks = running, first, drained, storing
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -214,10 +214,13 @@ async def test_a_machine_is_lost(
     undisturbed: dict[str, Heard],
     place: int,
 ) -> None:
-    agent = stages(cluster, server)[place]
+    held = stages(cluster, server)
+    agent = held.pop(place)
+    workers = {other.name: other.worker.pid for other in held}
 
     await strike_at_all(client, undisturbed, lambda: agent.send(signal.SIGKILL))
 
+    assert {other.name: other.worker.pid for other in held} == workers  # nothing loaded again
     assert agent.name not in {stage.node for stage in server.describe().stages}
 
 
