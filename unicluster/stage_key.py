@@ -7,7 +7,7 @@ from unicluster.v1.node_pb2 import StageSpec
 # What may differ: how a stage is called, where its files are, and what was planned of it. All other
 # fields matter, and so will those to come.
 _IRRELEVANT = (
-    *("deployment", "sources", "hub_files", "memory", "orphan_grace_s"),
+    *("deployment", "sources", "hub_files", "memory", "orphan_grace_s", "coordinator"),
     *("decode_s", "prefill_s", "ring_decode_s", "ring_prefill_s"),
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import grpc
 
+from coordinator.commands.lasting import Lasting, lasting
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import QUANTS, model_names
 from coordinator.planning.placement import Objective
@@ -87,6 +88,7 @@ def run(
     metrics_port: int | None,
     mqtt: str | None,
     orphan_grace: float,
+    service: str | None,
     **generation: Any,
 ) -> int:
     if context < 0 or context == 1:
@@ -105,6 +107,8 @@ def run(
         )
     if not 0 <= recover < math.inf:
         raise InputError(f"--recover {recover:g}: a number of seconds, 0 or more")
+    if service is not None and not (service.strip() and service.isprintable()):
+        raise InputError("--service: a name of printable characters")
     names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
     if names is not None and not all(names):
         raise InputError(f"--nodes {nodes}: names no machine; write it like ann,bob")
@@ -123,6 +127,7 @@ def run(
         port=grpc_port,
         broker=chosen_broker(mqtt),
         metrics_port=metrics_port,
+        service=service or source.display,
         orphan_grace_s=orphan_grace,
         recover_s=recover,
         http=None
@@ -194,6 +199,14 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
     Progress is published to `events`. The port is taken first, so that a taken one is reported
     before anything loads.
     """
+    async with lasting(options) as lasts, _served(options, cluster, events, lasts) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def _served(
+    options: ServeOptions, cluster: Cluster, events: Events, lasts: Lasting | None
+) -> AsyncIterator[Running]:
     membership = Membership(cluster, Store())
     identity = Keyring.of_member(membership, default_name())
     raise_file_limit()
@@ -203,6 +216,8 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         admitted=membership.clients_ca_pem,
         flag="--grpc-port",
     )
+    if lasts is not None:
+        lasts.claim.at(_where(options, port))
     gateway = Gateway(options.source.display, options.recover_s)
     add_ChatServicer_to_server(ChatDoor(gateway), server)
     named = (options.source, options.gguf)
@@ -217,7 +232,8 @@ async def served(options: ServeOptions, cluster: Cluster, events: Events) -> Asy
         Members(membership, identity, options.peers, options.host, options.service) as members,
         contextlib.AsyncExitStack() as stack,
     ):
-        service = await _inspected(options, members, identity, events, offered)
+        where = _where(options, port)
+        service = await _inspected(options, members, identity, events, offered, lasts, where)
         gateway.service = service
         if options.broker is not None:
             publisher = Publisher(options.broker, cluster, root_of(options.source.display))
@@ -319,18 +335,29 @@ async def _inspected(
     identity: Credentials,
     events: Events,
     offered: Offered,
+    lasts: Lasting | None,
+    where: str,
 ) -> Service:
     """The service of a model whose sizes are known, over the machines that answer."""
-    events.publish(Searching())
-    await members.search(options.nodes)
-    machines = await members.machines()
-    events.publish(MachinesFound(tuple(machines)))
     source, gguf = options.source, options.gguf
-    sources = [*offered.sources, *(machine.address for machine in machines)]
-    events.publish(Inspecting(source.display))
-    inspection = await inspected(options, members, offered.revisions, sources)
+    events.publish(Searching())
+    resumed = await lasts.resume(members, offered) if lasts is not None else None
+    if resumed is not None:
+        inspection, cut = resumed
+        events.publish(MachinesFound(tuple(await members.machines())))
+    else:
+        await members.search(options.nodes)
+        machines = await members.machines()
+        events.publish(MachinesFound(tuple(machines)))
+        if lasts is not None:
+            await lasts.until_free(members)
+        sources = [*offered.sources, *(machine.address for machine in machines)]
+        events.publish(Inspecting(source.display))
+        inspection, cut = await inspected(options, members, offered.revisions, sources), None
     events.publish(Inspected(source.display, inspection.variants))
-    template = StageSpec(service=options.service, orphan_grace_s=options.orphan_grace_s)
+    template = StageSpec(
+        service=options.service, orphan_grace_s=options.orphan_grace_s, coordinator=where
+    )
     template.MergeFrom(options.generation)
     return Service(
         source,
@@ -343,7 +370,14 @@ async def _inspected(
         options.nodes,
         events,
         template,
+        cut,
+        (lambda plan: lasts.keep(inspection, plan)) if lasts is not None else lambda plan: None,
     )
+
+
+def _where(options: ServeOptions, port: int) -> str:
+    """Who serves it and where, for people at other machines."""
+    return f"{default_name()} ({join_address(options.host or default_name(), port)})"
 
 
 command = Command(
@@ -380,6 +414,12 @@ command = Command(
             nodes_option("only these machines (default: all)"),
             peer_option("an agent that multicast does not reach"),
             objective_option(),
+            Option(
+                "--service",
+                "a name for what is served, to serve a model twice in one cluster "
+                "(default: the model's)",
+                metavar="NAME",
+            ),
             Option(
                 "--orphan-grace",
                 "how long machines keep their layers when this command is lost, for the next one "

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +79,10 @@ class Members:
         self._identity = identity
         self._peers = tuple(peers)
         self._asked = DescribeNodeRequest(without_service=service)
-        self.orphans: list[LeftStage] = []  # of the service, when `machines` asked last
+        # Of the service, when `machines` asked last: stages that nobody holds; who holds others.
+        self.orphans: list[LeftStage] = []
+        self.holders: list[str] = []
+        self._expected: set[str] = set()
         self._browser = Browser(Kind.NODE, fingerprints, host=host)
         self._dialer = Dialer(identity)
         self._remembered: dict[str, str] = {}
@@ -164,13 +167,19 @@ class Members:
             for info, reached in answering
         ]
         service = self._asked.without_service
-        self.orphans = [
-            LeftStage(machine, spec, gone=False)
+        stages = [
+            (LeftStage(machine, spec, gone=False), spec.deployment in info.orphaned)
             for machine, (info, _) in zip(machines, answering, strict=True)
             for spec in info.stages
-            if service and spec.service == service and spec.deployment in info.orphaned
+            if service and spec.service == service
         ]
+        self.orphans = [stage for stage, orphaned in stages if orphaned]
+        self.holders = [stage.spec.coordinator for stage, orphaned in stages if not orphaned]
         return machines
+
+    def expect(self, addresses: Iterable[str]) -> None:
+        """Machines are asked at these addresses too, where they were before."""
+        self._expected.update(valid_addresses(addresses))
 
     def _addresses_of(self, info: NodeInfo) -> list[str]:
         """All addresses at which a machine may be."""
@@ -180,7 +189,7 @@ class Members:
 
     async def _answering(self) -> list[_Member]:
         waiting = {_Hint(m.name, m.addresses) for m in self._browser.found.values()}
-        waiting |= {_Hint("", (peer,)) for peer in (*self._peers, *self._here)}
+        waiting |= {_Hint("", (peer,)) for peer in (*self._peers, *self._here, *self._expected)}
         asked: set[str] = set()  # addresses
         answered: dict[str, _Member] = {}
         while waiting:

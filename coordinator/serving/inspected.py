@@ -1,8 +1,12 @@
 """Sizes of a model that is to be served, in all its variants, as the machines compute them."""
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from coordinator.fleet import local
 from coordinator.fleet.members import Members
@@ -11,6 +15,7 @@ from coordinator.planning.engines import DEFAULT
 from coordinator.planning.placement import Layout
 from coordinator.planning.variants import ModelVariants, check_same
 from coordinator.serving.options import ServeOptions
+from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import Draft, InspectRequest, ModelLayout, StageSpec
 
 
@@ -21,6 +26,36 @@ class Inspected:
     model: ModelLayout
     gguf: ModelLayout | None = None
     draft: ModelLayout | None = None
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        layouts = (self.model, self.gguf, self.draft)
+        return json.dumps(
+            [
+                None if each is None else base64.b64encode(each.SerializeToString()).decode()
+                for each in layouts
+            ]
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Inspected":
+        """Undoes `to_json`. Raises ValueError for anything else."""
+        try:
+            layouts = [
+                None if each is None else ModelLayout.FromString(base64.b64decode(each))
+                for each in json.loads(text)
+            ]
+            model, gguf, draft = layouts
+        except (TypeError, DecodeError) as error:
+            raise ValueError(f"no layouts: {error}") from error
+        if model is None:
+            raise ValueError("no layouts: the model's is missing")
+        known = cls(model, gguf, draft)
+        try:
+            _ = known.variants
+        except InputError as error:
+            raise ValueError(f"no layouts: {error}") from error
+        return known
 
     @property
     def variants(self) -> ModelVariants:

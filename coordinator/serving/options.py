@@ -55,12 +55,8 @@ class ServeOptions:
     metrics_port: int | None = None
     recover_s: float = RECOVER_SECONDS  # that an answer which broke off may wait
     http: HttpOptions | None = None
+    service: str = ""  # its name, by which machines know its stages; empty: nobody takes it up
     orphan_grace_s: float = 0.0  # that stages live on without their coordinator
-
-    @property
-    def service(self) -> str:
-        """Name of the service, by which machines know its stages."""
-        return self.source.display
 
 
 def objective_option() -> Option:

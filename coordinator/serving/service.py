@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import grpc
@@ -12,6 +12,7 @@ from coordinator.fleet.left_stages import LeftStages
 from coordinator.fleet.measured import Measurements
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
+from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Objective, Plan, Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import scaled
@@ -20,6 +21,7 @@ from coordinator.serving.deployment import Deployment, Files
 from coordinator.serving.events import Events, Planned, Recovering
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
+from coordinator.state.cut import Cut
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import DoesNotFitError, UnavailableError, UniclusterError
@@ -68,7 +70,13 @@ class Service:
         nodes: list[str] | None,
         events: Events,
         generation: StageSpec,
+        resume: Cut | None = None,
+        on_ready: Callable[[Plan], None] = lambda plan: None,
     ) -> None:
+        """resume: where the layers are that a coordinator before has left, for the first plan.
+
+        on_ready: called with each plan whose model answers.
+        """
         self.source = source
         self.variants = inspected.variants
         self.layout = self.variants.layout
@@ -88,6 +96,8 @@ class Service:
         self._events = events
         self._served: tuple[Stage, ...] = ()  # that answered last
         self._left = LeftStages(Dialer(identity))
+        self._resume = resume
+        self._on_ready = on_ready
         self._generation = generation
         self._problem = ""  # why there was a loss, or no deployment
         self._stuck = False
@@ -242,21 +252,7 @@ class Service:
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
-        fleet = Measurements.load().fleet(machines, self.display, self.variants)
-        # A search over many machines takes a second; answers go on meanwhile.
-        placed = await asyncio.to_thread(
-            plan,
-            self.variants,
-            fleet.machines,
-            self._objective,
-            model=self.display,
-            nodes=names,
-            network=fleet.network,
-            alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
-        )
-        if self._served:
-            allowed = [m for m in fleet.machines if names is None or m.name in names]
-            placed = keeping(placed, self._served, self.variants, allowed, fleet.network)
+        placed = self._resumed(machines) or await self._plan(machines, names)
         self._events.publish(Planned(self.display, self.variants, placed))
         files = await self._files(placed, [machine.address for machine in machines])
         deployment = Deployment(
@@ -282,6 +278,7 @@ class Service:
             if first.done():
                 self._problem, self._stuck, self._moving = "", False, False
                 self._served = placed.stages
+                self._on_ready(placed)
                 self._ready.set()
                 self._turned.set()
             await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
@@ -302,6 +299,30 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._left.add(deployment.left)
+
+    async def _plan(self, machines: list[Machine], names: list[str] | None) -> Plan:
+        """The best plan over these machines; `names`: of those that may be used, None for all."""
+        fleet = Measurements.load().fleet(machines, self.display, self.variants)
+        # A search over many machines takes a second; answers go on meanwhile.
+        placed = await asyncio.to_thread(
+            plan,
+            self.variants,
+            fleet.machines,
+            self._objective,
+            model=self.display,
+            nodes=names,
+            network=fleet.network,
+            alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
+        )
+        if not self._served:
+            return placed
+        allowed = [m for m in fleet.machines if names is None or m.name in names]
+        return keeping(placed, self._served, self.variants, allowed, fleet.network)
+
+    def _resumed(self, machines: list[Machine]) -> Plan | None:
+        """The plan of the coordinator before, once, where its machines are there."""
+        resume, self._resume = self._resume, None
+        return resume.on(machines) if resume is not None else None
 
     async def _files(self, placed: Plan, addresses: list[str]) -> Files:
         inspected, draft = self._inspected.by_engine, self._inspected.draft

@@ -28,6 +28,15 @@ MIGRATIONS: Sequence[str] = (
     ) STRICT;
     CREATE UNIQUE INDEX key_names ON keys (name) WHERE revoked_s IS NULL;
     """,
+    """
+    CREATE TABLE services (
+        name TEXT PRIMARY KEY,
+        options TEXT NOT NULL,
+        since_s REAL NOT NULL,
+        inspected TEXT,
+        cut TEXT
+    ) STRICT;
+    """,
 )
 
 

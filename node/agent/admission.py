@@ -77,7 +77,7 @@ def check_stage(spec: StageSpec, running: int) -> None:
     running: stages that this agent runs. Whether there is memory for it is `Ledger.check`.
     """
     check_model(spec.model, spec.revision)
-    for field in ("deployment", "quant", "engine", "service"):
+    for field in ("deployment", "quant", "engine", "service", "coordinator"):
         _check_word(field, getattr(spec, field))
     _check_at_most("context", spec.context, MOST_CONTEXT)
     _check_at_most("users", spec.users, MOST_USERS)
