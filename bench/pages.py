@@ -1,4 +1,4 @@
-"""The pages of docs/ that come from plans: `python -m bench.pages [memory] [machines] [published]`.
+"""The generated pages of docs/, most of them from plans: `python -m bench.pages [PAGE ...]`.
 
 Each page says by which command it is made. Figures of others are in docs/published.json.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gguf_page import gguf_architectures
 from coordinator.fleet import fleet
 from coordinator.models.catalog import Entry, entries
 from coordinator.models.inspect_child import layouts
@@ -224,7 +225,12 @@ def _percent(one: float, other: float) -> str:
     return f"{share:+.3f} %" if abs(share) < 0.1 else f"{share:+.1f} %"
 
 
-PAGES = {"memory": memory, "machines": machines, "published": published_page}
+PAGES = {
+    "memory": memory,
+    "machines": machines,
+    "published": published_page,
+    "gguf_architectures": gguf_architectures,
+}
 
 
 def main() -> None:

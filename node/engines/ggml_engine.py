@@ -9,6 +9,7 @@ from mlx_lm.utils import load_config, load_tokenizer
 
 from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
 from node.ggml.cut import Gguf
+from node.ggml.cutting.kinds import check_cut
 from node.ggml.layout import inspect
 from node.ggml.load import load, open_gguf
 from node.ggml.stage_file import (
@@ -79,7 +80,7 @@ class GgmlEngine:
         part, folder = _part(spec), caches.stages(checkpoint.manifest.model)
         file: StageFile | None = None
         if _is_all(gguf, part) and is_whole(checkpoint):
-            gguf.check_cut(first, end)
+            check_cut(gguf.header, first, end)
             whole = checkpoint.root / checkpoint.manifest.weights[0]
             loaded = load(gguf, checkpoint.root, whole, part)
         else:

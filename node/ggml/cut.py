@@ -3,48 +3,34 @@
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from gguf import GGMLQuantizationType
 
-from node.ggml.architectures import (
-    INDEXER_KEY,
-    PATTERN_KEY,
-    RECURRENT_KEY,
-    WINDOW_KEY,
-    known,
-    layer_count,
-    layer_kinds,
-)
+from node.ggml.cutting.kinds import check_cut, known, layer_count
+from node.ggml.cutting.metadata import stage_metadata, text
 from unicluster.checkpoints.gguf import (
     ALIGNMENT,
-    ARRAY,
-    BOOL,
     MAGIC,
-    PLAIN,
-    STRING,
-    UINT32,
     Header,
     TensorInfo,
     Value,
     nbytes,
 )
 from unicluster.checkpoints.ranges import Range
-from unicluster.errors import InputError, StageError
+from unicluster.errors import InputError
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+OF_OUTPUT = "output."  # such as its bias, of as many numbers as there are tokens
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
-# Tensors outside the layers that later stages need, all of them small.
-_EVERYWHERE = ("output_norm.", "rope_")
-# Arrays whose length is not the number of layers, even where it happens to be the same.
-_NOT_BY_LAYER = ("rope.dimension_sections",)
-
 F32, IQ1_S = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.IQ1_S)
+I32 = int(GGMLQuantizationType.I32)
+# Some models have positions that are added to the embedding, of an architecture that may.
+POSITIONS, WITH_POSITIONS = "position_embd.weight", "inpL"
 COPY_BYTES = 1 << 24
-ENDLESS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ class Gguf:
     @property
     def is_exact(self) -> bool:
         """Whether the matrices are in full precision, so that the computation should be too."""
-        return all(t.type == F32 for _, t in self.tensors.values() if len(t.shape) > 1)
+        return all(t.type in (F32, I32) for _, t in self.tensors.values() if len(t.shape) > 1)
 
     def of_layer(self, layer: int) -> list[str]:
         """The names of its tensors."""
@@ -115,7 +101,7 @@ class Gguf:
     def of_stage(self, first: int, end: int, has_lm_head: bool) -> dict[str, list[Range]]:
         """Byte ranges by file that a stage needs, with the embedding for the first stage."""
         names = [p.source for p in self.pieces(first, end, has_lm_head) if p.source is not None]
-        if first == 0:
+        if first == 0 and EMBEDDING not in names:
             names.append(EMBEDDING)
         ranges: dict[str, list[Range]] = {}
         for name in names:
@@ -123,109 +109,79 @@ class Gguf:
             ranges.setdefault(file, []).append(tensor.bytes)
         return ranges
 
-    def check_cut(self, first: int, end: int) -> None:
-        """Raises StageError if llama.cpp can't take the layers [first, end) for a model."""
-        name, rule = self.header.architecture, known(self.header)
-        if not 0 <= first < end <= self.layers:
-            raise StageError(f"{name}: no layers {first} to {end} in a model of {self.layers}")
-        if end - first == self.layers:
-            return
-        if self.layers in rule.whole:
-            raise StageError(
-                f"{name} of {self.layers} layers is known to llama.cpp by that number, so it "
-                "can't be cut: run it on one machine"
-            )
-        recurrent = layer_kinds(self.header).get(RECURRENT_KEY, [])[first:end]
-        if len(set(recurrent)) == 1:
-            missing = "attention" if recurrent[0] else "a recurrent state"
-            raise StageError(
-                f"{name}: llama.cpp needs layers of both kinds in each stage, and of {first} to "
-                f"{end - 1} none has {missing}"
-            )
-        chooses = layer_kinds(self.header).get(INDEXER_KEY, [])
-        if chooses and not chooses[first]:
-            raise StageError(
-                f"{name}: layer {first} attends to what a layer before it chose, so a stage "
-                "can't begin with it"
-            )
-        if end - first in rule.whole:
-            raise StageError(
-                f"{name}: a stage of {end - first} layers would be taken for another model by "
-                "llama.cpp: use other machines, or more or fewer of them (--nodes)"
-            )
-
     def pieces(self, first: int, end: int, has_lm_head: bool) -> list[Piece]:
         """The tensors of a stage; `has_lm_head`: it also has the final norm and the lm_head."""
-        self.check_cut(first, end)
-        pieces = list(self._outer_pieces(has_lm_head))
+        check_cut(self.header, first, end)
+        pieces = list(self._outer_pieces(has_lm_head, self.takes_tokens(first, end)))
         for name, (_, tensor) in self.tensors.items():
             if (match := _LAYER.fullmatch(name)) and first <= int(match[1]) < end:
                 renamed = f"blk.{int(match[1]) - first}.{match[2]}"
                 pieces.append(Piece(renamed, tensor.shape, tensor.type, name))
         return pieces
 
-    def _outer_pieces(self, has_lm_head: bool) -> Iterator[Piece]:
+    def _outer_pieces(self, has_lm_head: bool, tokens: bool) -> Iterator[Piece]:
         """llama.cpp insists on an embedding and an lm_head: where unused, they are of one row.
 
         What is fed to a stage are hidden states, so a stage that has_lm_head has its lm_head in
-        place of the embedding, as tied models have, and needs no other.
+        place of the embedding, as tied models have, and needs no other. The other tensors outside
+        the layers are small, and llama.cpp wants them everywhere.
         """
         for name in self.outside():
             _, tensor = self.tensors[name]
             if name == EMBEDDING:
-                if not has_lm_head:
-                    yield Piece(name, (self.hidden_size, 1), F32, None)
-                elif not self._needs_output:
-                    _, output = self.tensors[self.output_name]
-                    yield Piece(name, output.shape, output.type, self.output_name)
-                else:
-                    kind = IQ1_S if self.hidden_size % 256 == 0 else F32
-                    yield Piece(name, tensor.shape, kind, None)
-            elif name == OUTPUT:
-                if has_lm_head and self._needs_output:
-                    yield Piece(name, tensor.shape, tensor.type, name)
-                elif self._needs_output:
-                    yield Piece(name, (self.hidden_size, 1), F32, None)
-            elif name.startswith(_EVERYWHERE) or has_lm_head:
+                yield self._embedding_piece(has_lm_head, tokens)
+            elif name.startswith(OF_OUTPUT) and name != OUTPUT and not has_lm_head and not tokens:
+                shape = tuple(1 if size == self.vocabulary else size for size in tensor.shape)
+                yield Piece(name, shape, F32, None)
+            elif name != OUTPUT or (has_lm_head and (self._needs_output or tokens)):
                 yield Piece(name, tensor.shape, tensor.type, name)
+            elif self._needs_output:
+                shape = (self.hidden_size, self.vocabulary if tokens else 1)
+                kind = IQ1_S if tokens and self.hidden_size % 256 == 0 else F32
+                yield Piece(name, shape, kind, None)
+
+    def _embedding_piece(self, has_lm_head: bool, tokens: bool) -> Piece:
+        _, tensor = self.tensors[EMBEDDING]
+        if tokens:
+            return Piece(EMBEDDING, tensor.shape, tensor.type, EMBEDDING)
+        if not has_lm_head:
+            return Piece(EMBEDDING, (self.hidden_size, 1), F32, None)
+        if not self._needs_output:
+            _, output = self.tensors[self.output_name]
+            return Piece(EMBEDDING, output.shape, output.type, self.output_name)
+        kind = IQ1_S if self.hidden_size % 256 == 0 else F32
+        return Piece(EMBEDDING, tensor.shape, kind, None)
 
     @property
     def _needs_output(self) -> bool:
         """Some architectures are never tied."""
-        return self.header.architecture in ("gpt-oss", "qwen2moe")
+        return known(self.header).untied and OUTPUT in self.tensors
+
+    def takes_tokens(self, first: int, end: int) -> bool:
+        """Whether llama.cpp looks up the embedding: of a whole model, or where layers need ids."""
+        rule = known(self.header)
+        leading = int(self.header.arch(rule.leading, 0)) if rule.leading else 0
+        return first == 0 and (end == self.layers or leading > 0)
+
+    def entry(self, first: int, end: int) -> str:
+        """The tensor that a stage's input is put into; empty: llama.cpp takes it as its own."""
+        rule = known(self.header)
+        if self.takes_tokens(first, end) or (first == 0 and not rule.refuses_rows):
+            return ""
+        if rule.entry == WITH_POSITIONS and POSITIONS not in self.tensors:
+            return ""
+        return rule.entry
+
+    @property
+    def width(self) -> int:
+        """Numbers that a layer outputs for each token."""
+        streams = known(self.header).streams
+        return self.hidden_size * (int(self.header.arch(streams, 1)) if streams else 1)
 
     def metadata(self, first: int, end: int, has_lm_head: bool) -> dict[str, Value]:
         """Metadata of a stage's file."""
-        name = self.header.architecture
-        blocks = int(self.header.arch("block_count"))
-        metadata = {}
-        for key, value in self.header.metadata.items():
-            field = key.removeprefix(f"{name}.")
-            if key.startswith(("tokenizer.", "split.")) or key == "general.alignment":
-                continue
-            if field != key and field not in _NOT_BY_LAYER and value.length == blocks:
-                value = _array(_kind(value), value.read()[first:end])
-            metadata[key] = value
-        for field, flags in layer_kinds(self.header).items():
-            flags = flags[first:end]
-            if field == PATTERN_KEY and not any(flags):
-                # llama.cpp insists on a windowed layer: one whose window is never full.
-                flags = [True for _ in flags]
-                metadata[f"{name}.{WINDOW_KEY}"] = _uint32(ENDLESS)
-                base = metadata.get(f"{name}.rope.freq_base")
-                if base is not None:
-                    metadata[f"{name}.rope.freq_base_swa"] = base
-            metadata[f"{name}.{field}"] = _array(BOOL, flags)
-        dense = self.header.arch("leading_dense_block_count")
-        if dense is not None:
-            metadata[f"{name}.leading_dense_block_count"] = _uint32(
-                min(max(dense - first, 0), end - first)
-            )
-        metadata.pop(f"{name}.nextn_predict_layers", None)
-        metadata[f"{name}.block_count"] = _uint32(end - first)
-        metadata[f"{name}.vocab_size"] = _uint32(self.vocabulary if has_lm_head else 1)
-        metadata["tokenizer.ggml.model"] = Value(STRING, _string("no_vocab"))
-        return metadata
+        rows = self.vocabulary if has_lm_head or self.takes_tokens(first, end) else 1
+        return stage_metadata(self.header, first, end, rows)
 
 
 def write(
@@ -259,31 +215,11 @@ def _copy(file: Path, where: Range, to: int, at: int) -> None:
 def _header(metadata: Mapping[str, Value], pieces: list[Piece]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(pieces), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), struct.pack("<I", value.type), value.raw]
+        parts += [text(key), struct.pack("<I", value.type), value.raw]
     at = 0
     for piece in pieces:
         shape = struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape)
-        parts += [_string(piece.name), shape, struct.pack("<IQ", piece.type, at)]
+        parts += [text(piece.name), shape, struct.pack("<IQ", piece.type, at)]
         at = -(-(at + piece.size) // ALIGNMENT) * ALIGNMENT
     header = b"".join(parts)
     return header + b"\0" * (-len(header) % ALIGNMENT)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _uint32(number: int) -> Value:
-    return Value(UINT32, struct.pack("<I", number))
-
-
-def _kind(array: Value) -> int:
-    return int(struct.unpack_from("<I", array.raw)[0])
-
-
-def _array(kind: int, values: Sequence[object]) -> Value:
-    head = struct.pack("<IQ", kind, len(values))
-    if kind == STRING:
-        return Value(ARRAY, head + b"".join(_string(str(value)) for value in values))
-    return Value(ARRAY, head + struct.pack(f"<{len(values)}{PLAIN[kind]}", *values))

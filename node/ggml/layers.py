@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from node.ggml.library import (
     MULTIPLE_POSITIONS,
     Complaint,
     Floats,
+    Inputs,
     amx_is_broken,
     computes_on_cpu,
     llama,
@@ -37,11 +38,11 @@ OUTPUTS = 64
 # than the planner keeps for the runtime: so steps are of few tokens, and not for a long context.
 CPU_STEP = 64
 MOST_SCORE_BYTES = 128 * 2**20
+# Tokens of a KV cache in which one is computed for a trial.
+SHORT = 256
 # Sequences that llama.cpp can tell apart at most; with each step it looks at all pairs of those
 # that it is to tell apart.
 MOST_SEQUENCES = 256
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Sizes:
     """cells: tokens that all sequences together may have. threads: 0 for llama.cpp's choice.
 
     vocabulary: 0 for a stage that outputs hidden states. sequences: how many there may be at
-    once. states: as many, for a model with recurrent layers, each of which takes memory. entry:
-    see Architecture. exact: attention in float32 throughout. heads: of attention in a layer.
+    once. states: as many, for a model with recurrent layers, each of which takes memory. tokens:
+    the input are token ids; else hidden states of `inputs` numbers, which are put into the tensor
+    `entry`, if it has a name. exit: the name of a layer's output, with its number. exact:
+    attention in float32 throughout. heads: of attention in a layer.
     devices: names of llama.cpp's, each with the number of layers on it, in order; empty: those
     that llama.cpp takes by itself. adaptive: `threads` are the most, fewer if that is faster.
     """
@@ -62,7 +65,10 @@ class Sizes:
     sequences: int = 32
     states: int = 4
     threads: int = 0
+    inputs: int = 0
+    tokens: bool = False
     entry: str = ""
+    exit: str = "l_out-%d"
     exact: bool = False
     heads: int = 0
     devices: tuple[tuple[str, int], ...] = ()
@@ -98,8 +104,10 @@ class Layers:
         )
         rope = int(lib.llama_model_rope_type(self._model))
         self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
-        leave = "" if sizes.vocabulary else f"l_out-{sizes.layers - 1}"
-        self._tap = Tap(sizes.entry, leave, sizes.hidden) if sizes.entry or leave else None
+        leave = "" if sizes.vocabulary else sizes.exit.replace("%d", str(sizes.layers - 1))
+        self._widths = sizes.inputs or sizes.hidden, sizes.hidden
+        self._tap = Tap(sizes.entry, leave, self._widths) if sizes.entry or leave else None
+        self._leave = leave
         with Complaint() as complaint:
             self._context = lib.llama_init_from_model(self._model, self._parameters())
         if not self._context:
@@ -125,7 +133,7 @@ class Layers:
         self._batch.seq_id = ctypes.cast(
             self._pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
         )
-        if sizes.entry:
+        if sizes.entry or sizes.tokens:
             self._batch.token = _pointer(self._tokens, ctypes.c_int32)
             self._position_copies = 1
         self._batch.logits = _pointer(self._wanted, ctypes.c_int8)
@@ -136,10 +144,16 @@ class Layers:
         wanted = self.sizes.states if self.recurrent else self.sizes.sequences
         return min(wanted, MOST_SEQUENCES)
 
+    def blank(self, tokens: int) -> Inputs:
+        """An input of zeros, for something that any would do for."""
+        if self.sizes.tokens:
+            return np.zeros(tokens, np.int32)
+        return np.zeros((tokens, self.sizes.inputs or self.sizes.hidden), np.float32)
+
     def forward(
-        self, hidden: Floats, positions: Sequence[int], sequences: Sequence[int], wanted: bool
+        self, hidden: Inputs, positions: Sequence[int], sequences: Sequence[int], wanted: bool
     ) -> Floats:
-        """Computes hidden states (tokens, hidden), row by row, at their positions.
+        """Computes hidden states (tokens, hidden), or token ids, row by row, at their positions.
 
         A sequence's tokens follow one another. Returns (tokens, hidden), or logits (tokens,
         vocabulary) of a stage with the lm_head; an empty array, if not `wanted`.
@@ -152,6 +166,29 @@ class Layers:
             piece = slice(start, min(start + step, len(hidden)))
             self._compute(hidden[piece], positions[piece], sequences[piece], wanted, result[piece])
         return result
+
+    def trace(self, watcher: Callable[[int], None]) -> None:
+        """Computes one token, apart from all sequences; see Tap for the watcher.
+
+        Raises StageError when llama.cpp can't.
+        """
+        context, tap = self._context, self._tap
+        self._tap = Tap(self.sizes.entry, self._leave, self._widths)
+        self._tap.watcher = watcher
+        params = self._parameters()
+        params.n_ctx, params.n_seq_max, params.n_outputs_max = SHORT, 1, 1
+        params.n_batch = params.n_ubatch = 1
+        params.cb_eval = self._tap.callback
+        with Complaint() as complaint:
+            self._context = self._lib.llama_init_from_model(self._model, params)
+        try:
+            if not self._context:
+                raise StageError(f"llama.cpp can't compute these layers{complaint.reason}")
+            self.forward(self.blank(1), [0], [0], True)
+        finally:
+            if self._context:
+                self._lib.llama_free(self._context)
+            self._context, self._tap = context, tap
 
     def copy(self, source: int, to: int, tokens: int) -> None:
         """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""
@@ -202,14 +239,18 @@ class Layers:
 
     def _compute(
         self,
-        hidden: Floats,
+        hidden: Inputs,
         positions: Sequence[int],
         sequences: Sequence[int],
         wanted: bool,
         into: Floats,
     ) -> None:
         count = len(hidden)
-        hidden = np.ascontiguousarray(hidden, np.float32)
+        rows: Floats = np.empty((0, 0), np.float32)
+        if self.sizes.tokens:
+            self._tokens[:count] = hidden
+        else:
+            rows = np.ascontiguousarray(hidden, np.float32)
         for copy in range(min(self._position_copies, 3)):
             self._positions[copy * count : (copy + 1) * count] = positions
         if self._position_copies > 3:
@@ -219,10 +260,10 @@ class Layers:
         self._wanted[:count] = wanted or not self.sizes.vocabulary
         batch = self._batch
         batch.n_tokens = count
-        if not self.sizes.entry:
-            batch.embd = _pointer(hidden, ctypes.c_float)
+        if not self.sizes.entry and not self.sizes.tokens:
+            batch.embd = _pointer(rows, ctypes.c_float)
         if self._tap is not None:
-            self._tap.open(hidden, into)
+            self._tap.open(rows, into)
         status = self._decode(count)
         if status == 1:
             raise self.full()

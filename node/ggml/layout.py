@@ -4,8 +4,9 @@ from math import prod
 
 from gguf import LlamaFileType
 
-from node.ggml.architectures import INDEXER_KEY, RECURRENT_KEY, forbidden_cuts, known, layer_kinds
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
+from node.ggml.cutting import caches
+from node.ggml.cutting.kinds import forbidden_counts, forbidden_cuts
 from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, cells, context_limit, open_gguf
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import InputError
@@ -49,11 +50,11 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         kv_bytes_per_layer=cache_bytes(gguf, context, users),
         context=context,
         users=users,
-        hidden_bytes=SINGLE * gguf.hidden_size,
+        hidden_bytes=SINGLE * gguf.width,
         quant=_quant(gguf),
         max_context=limit,
-        forbidden_cuts=_forbidden(gguf),
-        forbidden_counts=known(gguf.header).whole,
+        forbidden_cuts=forbidden_cuts(gguf.header),
+        forbidden_counts=forbidden_counts(gguf.header),
         embed_bytes=gguf.embedding.size,
         head_active_bytes=gguf.embedding.size // gguf.vocabulary,
         parameters=sum(prod(tensor.shape) for _, tensor in gguf.tensors.values()),
@@ -72,46 +73,12 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
 
 def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     """Bytes of KV cache of each layer, for all users at the full context, as allocated."""
-    header = gguf.header
-    number = SINGLE if gguf.is_exact else HALF
-    recurrent = layer_kinds(header).get(RECURRENT_KEY, [False] * gguf.layers)
-    tokens = cells(context, users)
-    sizes_by_layer = []
-    for layer in range(gguf.layers):
-        if recurrent[layer]:
-            sizes_by_layer.append((2 * users + SPARE_STATES) * _state_bytes(gguf))
-        else:
-            sizes_by_layer.append(tokens * number * _kv_width(gguf, layer))
-    return sizes_by_layer
-
-
-def _kv_width(gguf: Gguf, layer: int) -> int:
-    """Numbers that an attention layer caches for each token."""
-    header = gguf.header
-    heads = header.arch("attention.head_count")
-    kv_heads = header.arch("attention.head_count_kv", heads)
-    kv = kv_heads[layer] if isinstance(kv_heads, list) else kv_heads
-    usual = gguf.hidden_size // (heads[layer] if isinstance(heads, list) else heads)
-    keys = header.arch("attention.key_length", usual)
-    if header.arch("attention.key_length_mla") is not None:
-        # The values are a part of the keys; beside them are keys to choose by.
-        chooses = layer_kinds(header).get(INDEXER_KEY, [True] * gguf.layers)[layer]
-        return int(keys) + chooses * int(header.arch("attention.indexer.key_length", 0))
-    return int(kv * (keys + header.arch("attention.value_length", usual)))
-
-
-def _state_bytes(gguf: Gguf) -> int:
-    """Bytes of a recurrent layer's state of one sequence, which llama.cpp keeps in float32."""
-    arch = gguf.header.arch
-    inner, state = arch("ssm.inner_size", 0), arch("ssm.state_size", 0)
-    shift = (arch("ssm.conv_kernel", 1) - 1) * (inner + 2 * arch("ssm.group_count", 0) * state)
-    return int(SINGLE * (shift + inner * state))
-
-
-def _forbidden(gguf: Gguf) -> list[int]:
-    if gguf.layers in known(gguf.header).whole:
-        return list(range(1, gguf.layers))
-    return forbidden_cuts(gguf.header)
+    return caches.cache_bytes(
+        gguf.header,
+        cells(context, users),
+        2 * users + SPARE_STATES,
+        SINGLE if gguf.is_exact else HALF,
+    )
 
 
 def _active(gguf: Gguf, name: str) -> int:

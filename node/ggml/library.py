@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +37,8 @@ _PREFIX = re.compile(r"(?:\w+: )?(?:error loading model(?: \w+)*: )?")
 _listening: list[list[str]] = []
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+# Hidden states, or token ids.
+Inputs = Floats | np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Tensor(ctypes.Structure):
@@ -112,10 +115,14 @@ def tensor_name(address: int) -> bytes:
     return ctypes.string_at(address + Tensor.name.offset)
 
 
-def tensor_shape(address: int) -> tuple[int, int]:
-    """(width, rows) of the ggml_tensor at an address: its first two sizes."""
-    tensor = Tensor.from_address(address)
-    return int(tensor.ne[0]), int(tensor.ne[1])
+def tensor_sources(address: int) -> list[int]:
+    """Addresses of the tensors that the ggml_tensor at an address is computed of."""
+    return [source for source in Tensor.from_address(address).src if source]
+
+
+def tensor_elements(address: int) -> int:
+    """How many numbers the ggml_tensor at an address has."""
+    return prod(Tensor.from_address(address).ne)
 
 
 @functools.cache

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import psutil
 
-from node.ggml.architectures import (
-    INDEXER_KEY,
-    KNOWN,
-    RECURRENT_KEY,
+from node.ggml.cut import Gguf
+from node.ggml.cutting.architectures import KNOWN
+from node.ggml.cutting.kinds import (
     known,
     layer_count,
     layer_kinds,
+    period,
+    recurrent_layers,
 )
-from node.ggml.cut import Gguf
-from node.ggml.embedding import Embedding
+from node.ggml.cutting.metadata import LEADING
+from node.ggml.embedding import Embedding, Lookup
 from node.ggml.front import GgmlFront
+from node.ggml.graph_check import check_graph
 from node.ggml.layers import Layers, Sizes
 from node.ggml.stage import GgmlStage
 from node.ggml.stage_file import Part, StageFile
@@ -73,22 +75,29 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
 
     Raises StageError when llama.cpp can't load it.
     """
+    rule = known(gguf.header)
     sizes = Sizes(
         layers=part.end - part.first,
-        hidden=gguf.hidden_size,
+        hidden=gguf.width,
+        inputs=gguf.width if part.first else gguf.hidden_size,
+        tokens=gguf.takes_tokens(part.first, part.end),
         cells=cells(part.context or DEFAULT_CONTEXT, part.users),
         vocabulary=gguf.vocabulary if part.has_lm_head else 0,
         sequences=SEQUENCES_PER_USER * (part.users + 1),
         states=2 * part.users + SPARE_STATES,
         threads=threads(),
-        entry=known(gguf.header).entry,
+        entry=gguf.entry(part.first, part.end),
+        exit=rule.exit,
         exact=gguf.is_exact,
         heads=gguf.heads,
         devices=part.devices,
         adaptive=not _stated_threads(),
     )
     layers = Layers(file if isinstance(file, Path) else file.path, sizes)
-    embedding = Embedding(gguf, folder) if part.first == 0 else None
+    check_graph(layers, gguf, part)
+    embedding: Lookup | None = None
+    if part.first == 0:
+        embedding = Lookup(gguf) if sizes.tokens else Embedding(gguf, folder)
     stage = GgmlStage(layers, embedding, file)
     front = GgmlFront(layers, stage, is_whole=part.has_lm_head) if embedding is not None else None
     return Loaded(stage, front, layers.weight_bytes)
@@ -164,7 +173,7 @@ def check_layers(folder: Path, headers: Mapping[str, Header]) -> None:
             block, _, tensor = name.removeprefix("blk.").partition(".")
             if name.startswith("blk.") and block.isdigit() and int(block) < len(layers):
                 layers[int(block)].add(tensor)
-    by_kind: dict[tuple[bool, ...], Counter[frozenset[str]]] = {}
+    by_kind: dict[tuple[object, ...], Counter[frozenset[str]]] = {}
     kinds = _kinds(header, len(layers))
     essential = [frozenset(t for t in layer if t.endswith(_SUFFIXES)) for layer in layers]
     for kind, tensors in zip(kinds, essential, strict=True):
@@ -180,16 +189,21 @@ def check_layers(folder: Path, headers: Mapping[str, Header]) -> None:
             )
 
 
-def _kinds(header: Header, count: int) -> list[tuple[bool, ...]]:
+def _kinds(header: Header, count: int) -> list[tuple[object, ...]]:
     """Properties by which layers of a model may differ, each."""
-    flags = layer_kinds(header)
-    dense = int(header.arch("leading_dense_block_count", 0))
-    recurrent, indexed = (flags.get(key, []) for key in (RECURRENT_KEY, INDEXER_KEY))
+    flags = [*layer_kinds(header).values(), recurrent_layers(header)]
+    arrays = [
+        value.read()
+        for key, value in header.metadata.items()
+        if key.startswith(f"{header.architecture}.") and (value.length or 0) >= count
+    ]
+    leading = [int(header.arch(key, 0)) for key in LEADING]
+    groups = period(header)
     return [
-        (layer < dense, layer in _numbers(recurrent), layer in _numbers(indexed))
+        (
+            layer % groups,
+            *(layer < number for number in leading),
+            *(values[layer] for values in (*flags, *arrays)),
+        )
         for layer in range(count)
     ]
-
-
-def _numbers(flags: list[bool]) -> set[int]:
-    return {number for number, flag in enumerate(flags) if flag}

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from node.ggml.embedding import Embedding
+from node.ggml.embedding import Lookup
 from node.ggml.layers import Layers
-from node.ggml.library import Floats
+from node.ggml.library import Floats, Inputs
 from node.ggml.rows import Cache, Row, Sequences
 from node.ggml.saved_state import StateFormat
-from node.ggml.wire import decode, encode
+from node.ggml.wire import Array, decode, encode
 from node.ring.bounds import FrameError
 from node.ring.cache_table import Extent
 from node.ring.frame_server import FrameServer
@@ -38,7 +38,7 @@ class DeferredResult:
 
     result: Floats | None = None
     before: Cache | None = None
-    hidden: Floats | None = None
+    hidden: Inputs | None = None
 
 
 class GgmlStage(FrameServer[Cache, DeferredResult]):
@@ -50,7 +50,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     engine: ClassVar[str] = "ggml"
 
     def __init__(
-        self, layers: Layers, embedding: Embedding | None = None, file: object = None
+        self, layers: Layers, embedding: Lookup | None = None, file: object = None
     ) -> None:
         self._layers = layers
         self._file = file
@@ -110,6 +110,10 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     def drop(self, deferred: DeferredResult) -> None:
         if deferred.before is not None:
             deferred.before.free()
+
+    def close(self) -> None:
+        """Frees everything. It is of no use afterwards."""
+        self._layers.close()
 
     def make(self) -> Cache:
         return Cache(self._sequences)
@@ -194,8 +198,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     def _state_format(self, row: Row) -> StateFormat:
         """The format of saved states, by an example that is computed in an empty row."""
         if self._format is None:
-            width = self._layers.sizes.hidden
-            self._layers.forward(np.zeros((1, width), np.float32), [0], [row.sequence], True)
+            self._layers.forward(self._layers.blank(1), [0], [row.sequence], True)
             example = self._layers.state(row.sequence)
             self._layers.trim(row.sequence, 0)
             self._format = StateFormat.of(example)
@@ -216,7 +219,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     def size(self, cache: Cache) -> int:
         return cache.size
 
-    def _taken(self, hidden: "Leaves") -> tuple[Floats, str]:
+    def _taken(self, hidden: "Leaves") -> tuple[Inputs, str]:
         """The frame's hidden states, removed from it, and their dtype on the wire."""
         received, dtype = decode(hidden)
         del hidden[:]
@@ -230,8 +233,8 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             raise FrameError(f"token ids {received.min()}-{received.max()}, not within 0-{most}")
         return self._embedding.rows(received), dtype
 
-    def _compute(self, rows: list[Row], hidden: Floats, wanted: bool) -> Floats:
-        """Runs the layers: (batch, columns, hidden) to hidden states or logits.
+    def _compute(self, rows: list[Row], hidden: Inputs, wanted: bool) -> Floats:
+        """Runs the layers: (batch, columns, hidden), or token ids, to hidden states or logits.
 
         Of columns that are padding the result is zero. llama.cpp gives rows of unequal length
         to recurrent layers in an order of its own, so those are computed one after the other.
@@ -245,7 +248,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         alone = self._layers.recurrent and columns > 1
         groups = [[index] for index in range(batch)] if alone else [list(range(batch))]
         for group in groups:
-            parts = [hidden[i, taken[i][0] : taken[i][1]] for i in group]
+            parts: list[Array] = [hidden[i, taken[i][0] : taken[i][1]] for i in group]
             counts = [len(part) for part in parts]
             if not sum(counts):
                 continue

@@ -4,31 +4,36 @@ llama.cpp asks a callback of every tensor whether it is wanted, some 20 times a 
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from node.ggml.library import Floats, read_tensor, tensor_name, tensor_shape, write_tensor
+from node.ggml.library import Floats, read_tensor, tensor_elements, tensor_name, write_tensor
 from unicluster.errors import StageError
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 
 
 class Tap:
-    """Overwrites the tensor `entry`, and gets the rows of `width` floats of the tensor `final`.
+    """Overwrites the tensor `entry`, and gets the rows of the tensor `final`.
 
+    widths: floats of a row of each; in llama.cpp a row may have several dimensions.
+
+    `watcher` is called with the address of every tensor before it is computed; it must not raise.
     After `final` nothing more is computed. Either name may be empty: then that is not done.
     `callback` is for llama.cpp; it must live as long as the context.
     """
 
-    def __init__(self, entry: str, final: str, width: int) -> None:
+    def __init__(self, entry: str, final: str, widths: tuple[int, int]) -> None:
         self.callback = _Callback(self._answer)
         self._entry, self._final = entry.encode(), final.encode()
         self._names = {name for name in (self._entry, self._final) if name}
-        self._width = width
-        self._inputs: Floats = np.empty((0, width), np.float32)
-        self._into = self._inputs
+        self._widths = widths
+        self._inputs: Floats = np.empty((0, widths[0]), np.float32)
+        self._into: Floats = np.empty((0, widths[1]), np.float32)
         self._put = self._got = 0
+        self.watcher: Callable[[int], None] | None = None
 
     def open(self, inputs: Floats, into: Floats) -> None:
         """Sets input and output arrays of the next computation."""
@@ -37,8 +42,9 @@ class Tap:
 
     def check(self) -> None:
         """Raises StageError unless all rows went in and came out."""
-        wanted = len(self._inputs)
-        for name, rows in ((self._entry, self._put), (self._final, self._got)):
+        both = (self._entry, self._put, self._inputs), (self._final, self._got, self._into)
+        for name, rows, array in both:
+            wanted = len(array)
             if name and rows != wanted:
                 raise StageError(
                     f"llama.cpp had {rows} of {wanted} rows of {name.decode()}: this version "
@@ -49,21 +55,23 @@ class Tap:
         """Whether a tensor is wanted; and once it is computed, whether to go on."""
         name = tensor_name(address)
         if ask:
+            if self.watcher is not None:
+                self.watcher(address)
             return name in self._names
-        width, rows = tensor_shape(address)
+        count = tensor_elements(address)
         # An exception would be lost in a callback: the counts tell.
         if name == self._entry:
-            if self._fits(self._inputs, self._put, rows, width):
-                write_tensor(address, self._at(self._inputs, self._put), rows * width * 4)
-                self._put += rows
+            if at := self._place(self._inputs, self._put, count, self._widths[0]):
+                write_tensor(address, at, count * 4)
+                self._put += count // self._widths[0]
             return True
-        if self._fits(self._into, self._got, rows, width):
-            read_tensor(address, self._at(self._into, self._got), rows * width * 4)
-            self._got += rows
+        if at := self._place(self._into, self._got, count, self._widths[1]):
+            read_tensor(address, at, count * 4)
+            self._got += count // self._widths[1]
         return False
 
-    def _fits(self, array: Floats, at: int, rows: int, width: int) -> bool:
-        return width == self._width and at + rows <= len(array)
-
-    def _at(self, array: Floats, row: int) -> int:
-        return int(array.ctypes.data) + row * self._width * 4
+    def _place(self, array: Floats, row: int, count: int, width: int) -> int:
+        """The address of the rows from `row` on; 0 where `count` numbers don't fit there."""
+        if count % width or row + count // width > len(array):
+            return 0
+        return int(array.ctypes.data) + row * width * 4

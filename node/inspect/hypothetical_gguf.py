@@ -1,6 +1,7 @@
 """Layout of a hypothetical GGUF with about as many bits a weight as the model has in MLX."""
 
-from node.ggml.architectures import KNOWN, OF_MLX, choosing
+from node.ggml.cutting.architectures import KNOWN, OF_MLX
+from node.ggml.cutting.kinds import choosing
 from unicluster.v1.node_pb2 import ModelLayout
 
 # By MLX's quantization: the ggml type with about as many bits a weight, and the ratio of bytes.
@@ -45,7 +46,7 @@ def hypothetical_gguf(mlx: ModelLayout) -> ModelLayout | None:
         quant=quant,
         max_context=mlx.max_context,
         forbidden_cuts=_forbidden(name, len(sizes), mlx.max_context),
-        forbidden_counts=KNOWN[name].whole,
+        forbidden_counts=KNOWN[name].total,
         embed_bytes=round(scale * mlx.embed_bytes),
         # A row of the embedding; where it is tied, MLX reads it all, which its layout doesn't show.
         head_active_bytes=mlx.hidden_size if tied else mlx.head_active_bytes - rest,
@@ -68,6 +69,6 @@ def _forbidden(name: str, layers: int, context: int) -> list[int]:
     rule = KNOWN[name]
     if rule.indexer:
         return [cut for cut, chooses in enumerate(choosing(layers, context)) if not chooses]
-    if layers in rule.whole:
+    if layers in rule.total:
         return list(range(1, layers))
     return [cut for cut in range(1, layers) if rule.interval and cut % rule.interval]

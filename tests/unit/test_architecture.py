@@ -41,6 +41,7 @@ FLOORS = {
             "prompts",
             "engines",
             "ggml",
+            "ggml.cutting",
             "pipeline",
             "mlx",
             "mlx.saved",

@@ -15,9 +15,9 @@ from node.ggml.load import open_gguf
 from node.ggml.stage_file import Part
 from node.mlx.hollow import HollowModel
 from node.mlx.lazy import load_lazy
+from tests.support.ggml_stages import CHUNKS, Hop, Tiny, make, unsplit
 from tests.support.tiny import tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint
-from tests.unit.test_ggml_stages import CHUNKS, Hop, Tiny, make, unsplit
 from unicluster.checkpoints.fingerprint import whole
 
 LAYERS = 6

@@ -21,3 +21,8 @@ def test_the_page_of_machines_is_fresh() -> None:
     for row in pages.machine_rows(some):
         assert row in page
     assert page.count("\n| ") == 1 + sum(len(set(e.quants) & set(pages.QUANTS)) for e in entries())
+
+
+def test_the_page_of_ggufs_is_fresh() -> None:
+    name = "gguf_architectures"
+    assert (pages.DOCS / f"{name}.md").read_text("utf-8") == pages.PAGES[name]()

@@ -1,0 +1,58 @@
+"""docs/gguf_architectures.md: what the sweep of tiny GGUFs cuts, where, and what is not cut."""
+
+from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, REFUSED, Architecture
+from tests.support.any_gguf import SPECS
+
+
+def gguf_architectures() -> str:
+    cut = sorted(name for name, rule in KNOWN.items() if not rule.uncut)
+    uncut = {name: rule.uncut for name, rule in KNOWN.items() if rule.uncut}
+    lines = [
+        "# Architectures of GGUFs",
+        "",
+        "Written by `python -m bench.pages gguf_architectures`, for llama.cpp as in",
+        f"llama-cpp-python 0.3.36: {len(cut)} architectures are cut, all tried by the sweep",
+        "([tests/unit/test_ggml_architectures.py](../tests/unit/test_ggml_architectures.py)): of a",
+        "tiny random model of each, whose tensors and metadata llama.cpp itself asked for, the",
+        "logits of prefill in two chunks and of decode past the windows are the whole file's at",
+        "every cut, on a CPU bit for bit; sequences of unequal length agree with each alone to",
+        "1e-3.",
+        "",
+        "| architecture | layers of the tiny model | where it can be cut |",
+        "|---|---:|---|",
+    ]
+    lines += [f"| {name} | {SPECS[name].layers} | {_where(KNOWN[name])} |" for name in cut]
+    lines += [
+        "",
+        "These run on one machine only, as does any that is not known here, in which something may",
+        "depend on a layer's number (metadata with a value for each layer is not all there is):",
+        "",
+        "| architecture | why it is not cut |",
+        "|---|---|",
+        *(f"| {name} | {reason} |" for name, reason in sorted(uncut.items())),
+        "",
+        "Refused:",
+        "",
+        *(f"- {name}: {reason}." for name, reason in sorted(REFUSED.items())),
+        f"- No models of answers: {', '.join(sorted(NOT_CAUSAL))}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _where(rule: Architecture) -> str:
+    parts = []
+    if rule.hybrid or rule.interval:
+        parts.append("each stage has attention and a recurrent state")
+    if rule.distinct:
+        parts.append("each stage has a windowed layer")
+    if rule.every:
+        parts.append(f"at multiples of {' and '.join(str(step) for step in rule.every)}")
+    if rule.indexer:
+        parts.append("before layers that choose what to attend to")
+    if rule.leading:
+        parts.append(f"after the first {rule.leading} layers")
+        parts.append("each stage has attention of each compression")
+    if rule.total:
+        parts.append(f"no stage of {' or '.join(str(count) for count in rule.total)} layers")
+    return "; ".join(parts) or "anywhere"
