@@ -193,18 +193,27 @@ class _Nodes:
         add_words(table, *["layers"] * serving, *["version"] * version, *["address"] * (not stack))
         for info, address in sorted(self.nodes, key=lambda node: node[0].name):
             machine = Machine.from_proto(info, address)
-            usable, total = format_bytes(machine.usable), format_bytes(info.total_memory)
-            layers = ", ".join(layer_range(s.first_layer, s.end_layer) for s in info.stages)
+            usable = "drained" if info.draining else format_bytes(machine.usable)
+            total = format_bytes(info.total_memory)
+            layers = ", ".join(_held(spec, info) for spec in info.stages)
             table.add_row(
                 *who(info.name, info.chip, wide, *[address] * stack),
                 Text(stacked(_installed(info)) if stack else _installed(info)),
-                Text(usable).append(f"{' ' if wide else chr(10)}of {total}", "dim"),
+                Text("drained" if info.draining else usable).append(
+                    f"{' ' if wide else chr(10)}of {total}", "dim"
+                ),
                 format_rate(info.bandwidth) + (" " if info.bandwidth_measured else "*"),
                 *[layers] * serving,
                 *[Text(info.version)] * version,
                 *[Text(address)] * (not stack),
             )
         return table
+
+
+def _held(spec: node_pb2.StageSpec, info: node_pb2.NodeInfo) -> str:
+    """`10-19`, or `10-19 (orphaned)` where no coordinator holds them any more."""
+    layers = layer_range(spec.first_layer, spec.end_layer)
+    return f"{layers} (orphaned)" if spec.deployment in info.orphaned else layers
 
 
 @dataclass(frozen=True)

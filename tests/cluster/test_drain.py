@@ -1,6 +1,7 @@
 """`unicluster drain`: a machine is emptied while the model goes on answering."""
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,47 @@ def test_a_drained_machine_is_empty_and_the_others_take_over(tmp_path: Path) -> 
         with cluster.serve(model, "--context", "512") as server, server.client() as client:
             busy = next(name for name in cluster.agents if stages_on(cluster, name))
 
-            drained = cluster.run("drain", "--agent", cluster.agents[busy].address)
+            drained = cluster.run("drain", busy)
+            nodes = cluster.run("nodes").out
             answer = client.chat("hello", max_tokens=8)
             empty = stages_on(cluster, busy) == 0
-            back = cluster.run("drain", "--off", "--agent", cluster.agents[busy].address)
+            back = cluster.run("drain", "--undo", busy)
+            cluster.run("drain", "--off", "--agent", cluster.agents[busy].address)
 
     assert (drained.code, back.code) == (0, 0), drained.err + back.err
-    assert drained.out == f"{busy} is empty and takes nothing new until it is restarted.\n"
+    taken, emptied = drained.out.splitlines()
+    assert re.fullmatch(rf"Others take over layers \d+-\d+ of .*/model from {busy}\.", taken)
+    assert emptied == f"{busy} is empty and takes nothing new until it is restarted."
+    (line,) = (line for line in nodes.splitlines() if line.startswith(f"{busy} "))
+    assert "drained of" in line
+    assert back.out == f"{busy} offers its memory again.\n"
     assert answer.usage.completion_tokens == 8
     assert empty
+
+
+def test_a_model_is_taken_down_only_on_purpose(tmp_path: Path) -> None:
+    model = endless_model(tmp_path / "model")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        cluster.start_agents("ann", "bob", memory=MEMORY)
+        with cluster.serve(model, "--context", "512") as server:
+            refused = cluster.run("drain", "bob")
+            answers = server.describe().state
+            unknown = cluster.run("drain", "bobby")
+            drained = cluster.run("drain", "bob", "--yes")
+            until(lambda: server.describe().state == "failed", "the model has stopped")
+            cluster.run("drain", "bob", "--undo")
+            until(lambda: server.describe().state == "ready", "the model is back")
+
+    assert refused.code == 2
+    assert re.fullmatch(
+        r"unicluster: .*/model stops: the other machines have \S+ kB too little for "
+        r"layers \d+-\d+ of .*/model: --yes drains bob anyway\n",
+        refused.err,
+    )
+    assert answers == "ready"
+    assert unknown.code == 2
+    assert "no machine 'bobby' answers in this cluster: there are ann, bob" in unknown.err
+    assert drained.code == 0, drained.err
 
 
 @pytest.mark.parametrize("seconds", ["-3", "nan"])
