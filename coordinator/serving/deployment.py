@@ -25,14 +25,14 @@ from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.stall import within
 from unicluster.trust.identity import Credentials
-from unicluster.v1.chat_pb2 import DescribeChatRequest, HoldRingRequest
+from unicluster.v1.chat_pb2 import DescribeChatRequest, HoldRingRequest, SavePrefixesRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DeviceShare, Draft, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
 from unicluster.v1.stage_pb2 import Opened, RouteStop, StageInfo
 
 if TYPE_CHECKING:
-    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
+    from unicluster.v1.chat_pb2_grpc import ChatAsyncStub, HeadAsyncStub
 
     RingCall = grpc.aio.UnaryStreamCall[HoldRingRequest, Opened]
 
@@ -43,6 +43,8 @@ FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 1.0
 # If it takes longer to open a ring over stages that are ready, something is wrong with them.
 OPEN_SECONDS = 15.0
+# For writing caches of prompts to disk before the stages end.
+SAVE_SECONDS = 15.0
 # For the head's model to be set before it says that the ring is open.
 SET_FLOORS = 5.0
 
@@ -158,6 +160,7 @@ class Deployment:
         self.chat: ChatAsyncStub | None = None
         self.stages_stay = False
         self.left: list[LeftStage] = []
+        self._head: HeadAsyncStub | None = None
         self._identity = identity
         self._dialer = Dialer(identity)
         self._display = display
@@ -246,7 +249,7 @@ class Deployment:
                 began = began or clock()
                 ring = asyncio.create_task(self._hold_ring(workers))
                 try:
-                    await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+                    await self._until_ended(ring)
                     self._raise_if_lost()
                     if ring.result():
                         began = None
@@ -257,6 +260,26 @@ class Deployment:
                 finally:
                     ring.cancel()
                     await asyncio.gather(ring, return_exceptions=True)
+
+    async def _until_ended(self, ring: "asyncio.Task[bool]") -> None:
+        """Returns when the ring or a stage ends; cancelled, has prefixes saved before that."""
+        try:
+            await asyncio.wait([ring, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self._save_prefixes()
+            raise
+
+    async def _save_prefixes(self) -> None:
+        """Has the machines write the caches of prompts to their disks, if they are to."""
+        if self._head is None or self.state != "ready" or not self.specs[0].cache_disk:
+            return
+        request = SavePrefixesRequest(seconds=SAVE_SECONDS)
+        try:
+            await self._head.SavePrefixes(request, timeout=SAVE_SECONDS + floor_seconds())
+        except grpc.aio.AioRpcError as error:
+            log.warning(
+                "prompt caches were not saved: %s", as_error(error, f"machine {self.head_name}")
+            )
 
     def _stir(self) -> None:
         self._changed.set()
@@ -315,7 +338,7 @@ class Deployment:
                     prefill_s=self.specs[0].ring_prefill_s,
                 )
             )
-            chat = ChatStub(channel)
+            chat, self._head = ChatStub(channel), HeadStub(channel)
             stuck = asyncio.create_task(self.watch.until_stuck(chat, self._leases[0].long_name))
             try:
                 opened = await self._opened(stuck, ring)
@@ -351,7 +374,8 @@ class Deployment:
     def _lose(self, reason: str) -> None:
         if self.state == "ready":
             self._events.publish(Recovering(self._display, reason))
-        self.chat, self.state, self.detail = None, "recovering", reason
+        self.chat = self._head = None
+        self.state, self.detail = "recovering", reason
         self._turned()
 
     def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:

@@ -102,6 +102,8 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
             "Prompt tokens from the prefix cache.",
             metrics.reused_tokens,
         ),
+        ("disk_hits", "Prompts whose beginning came from disk.", metrics.disk_hits),
+        ("prompt_tokens_from_disk", "Prompt tokens reused from disk.", metrics.disk_tokens),
         ("drafted_tokens", "Tokens drafted.", metrics.drafted_tokens),
         ("accepted_tokens", "Drafted tokens that were accepted.", metrics.accepted_tokens),
     ):
@@ -129,6 +131,11 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
         "Memory for KV caches, all machines.",
         metrics.cache_bytes,
     )
+    yield _gauge(
+        "unicluster_disk_limit_bytes",
+        "Disk for prompt caches, each machine.",
+        metrics.disk_limit_bytes,
+    )
 
 
 def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
@@ -144,14 +151,18 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
         "Time to decode one token of one answer: the median of recent ones.",
         labels=STAGE,
     )
+    disk = GaugeMetricFamily(
+        "unicluster_stage_disk_bytes", "Prompt caches on the machine's disk.", labels=STAGE
+    )
     for index, stage in enumerate(stages):
         labels = str(index), stage.machine
+        disk.add_metric(labels, stage.disk_bytes)
         frames.add_metric(labels, stage.frames)
         busy.add_metric(labels, stage.busy_s)
         queue.add_metric(labels, stage.queue_s)
         if stage.decode_s:
             decode.add_metric(labels, stage.decode_s)
-    yield from (frames, busy, queue, decode)
+    yield from (frames, busy, queue, decode, disk)
 
 
 def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:

@@ -7,11 +7,13 @@ import click
 from coordinator.models.catalog import model_names, resolve
 from unicluster.command_line import Option
 from unicluster.errors import InputError
+from unicluster.units import format_bytes, parse_bytes
 from unicluster.v1.node_pb2 import Draft, StageSpec
 
 KV_BITS = (4, 8)
 # So many tokens and one more are checked in one trip through the machines.
 MOST_DRAFTED = 15
+MOST_DISK_BYTES = 2**50
 
 
 def generation_options() -> list[Option]:
@@ -37,6 +39,12 @@ def generation_options() -> list[Option]:
             type=int,
             metavar="N",
         ),
+        Option(
+            "--cache-disk",
+            "keep caches of prompts on disk, at most so many bytes on each machine, in the "
+            "directory of `join --cache-dir` (default: none)",
+            metavar="50GB",
+        ),
     ]
 
 
@@ -54,12 +62,21 @@ def take_generation(options: dict[str, Any]) -> StageSpec:
     """
     values = {name: options.pop(name) for option in generation_options() if (name := option.name)}
     draft = values.pop("draft")
+    cache_disk = values.pop("cache_disk")
     _check(draft, **values)
-    spec = StageSpec(**values)
+    spec = StageSpec(**values, cache_disk=_disk_bytes(cache_disk))
     if draft is not None:
         source = resolve(draft)
         spec.draft.CopyFrom(Draft(model=source.model, quant=source.quant))
     return spec
+
+
+def _disk_bytes(text: str | None) -> int:
+    """Bytes of --cache-disk; 0: nothing is kept on disk. Raises InputError."""
+    size = parse_bytes(text) if text is not None else 0
+    if not 0 <= size <= MOST_DISK_BYTES:
+        raise InputError(f"--cache-disk {text}: between 0 and {format_bytes(MOST_DISK_BYTES)}")
+    return size
 
 
 def _check(

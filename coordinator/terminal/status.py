@@ -118,6 +118,11 @@ class _Status:
             reserved = format_bytes(metrics.reserved_bytes)
             total = format_bytes(metrics.cache_bytes)
             yield "KV cache", f"{reserved} reserved for answers, {cached} cached, of {total}"
+        if metrics.disk_limit_bytes:
+            used = ", ".join(f"{s.machine} {format_bytes(s.disk_bytes)}" for s in metrics.stages)
+            limit = format_bytes(metrics.disk_limit_bytes)
+            hits = f"{counted(metrics.disk_hits, 'hit')}, {metrics.disk_tokens} tokens"
+            yield "on disk", f"{used}, of {limit} each; {hits}"
 
 
 _ENDED = {

@@ -16,6 +16,7 @@ MOST_LAYERS = 4096
 MOST_USERS = 4096
 MOST_CONTEXT = 1 << 30
 MOST_DEVICES = 64
+MOST_DISK_BYTES = 2**50
 CONFIG_BYTES = 4 << 20
 WORD_CHARACTERS = 256
 MOST_TOKEN_SECONDS = 3600.0
@@ -89,6 +90,7 @@ def check_stage(spec: StageSpec, running: int) -> None:
             f"orphan_grace_s: {spec.orphan_grace_s:g}, and at most {MOST_GRACE_SECONDS:g}"
         )
     _check_at_most("lanes", spec.lanes, MOST_USERS)
+    _check_at_most("cache_disk", spec.cache_disk, MOST_DISK_BYTES)
     _check_at_most("end_layer", spec.end_layer, MOST_LAYERS)
     if spec.first_layer > spec.end_layer:
         raise InputError(f"layers {spec.first_layer} to {spec.end_layer}: invalid range")

@@ -92,7 +92,10 @@ class Agent(NodeServicer):
         port: int,
         stage_port: int,
         memory_cap: int | None,
+        cache_dir: str = "",
     ) -> None:
+        """cache_dir: where stages may keep prompt caches on disk; empty: nowhere."""
+        self._cache_dir = cache_dir
         self.peers = peers
         self._identity = identity
         self._host = host
@@ -372,6 +375,7 @@ class Agent(NodeServicer):
             sources=addresses,
             vouching=vouching,
             elsewhere=self.peers.elsewhere(addresses),
+            cache_dir=self._cache_dir,
         )
 
     async def _report_draining(self, context: Context, writing: asyncio.Lock) -> None:

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from node.agent.devices import Device
 from node.agent.peers import Peers
 from node.agent.probe import Hardware, probe
 from node.agent.telemetry import publish
+from node.prefixes.folder import default_directory
 from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
 from unicluster.access.token_input import JOIN_VARIABLE, join_token_options, read_join_token
@@ -66,6 +68,7 @@ class JoinOptions:
     peer: tuple[str, ...]
     engine: str
     device: tuple[str, ...]
+    cache_dir: str
     token: str | None
     token_file: str | None
     replace: bool
@@ -82,6 +85,7 @@ def run(**options: Any) -> int:
     if not 0 <= args.port <= 65534:
         raise InputError(f"--port {args.port}: between 0 and 65534")
     token = read_join_token(args.token, args.token_file)
+    args = replace(args, cache_dir=os.path.abspath(args.cache_dir or default_directory()))
     if args.replace and token is None:
         raise InputError("--replace: needs --token")
     if args.engine != "auto" and importlib.util.find_spec(_PACKAGES[args.engine]) is None:
@@ -136,6 +140,7 @@ async def _run_agent(
         port=port,
         stage_port=port + 1 if args.port else 0,
         memory_cap=cap,
+        cache_dir=args.cache_dir,
     )
     add_NodeServicer_to_server(agent, server)
     add_WeightsServicer_to_server(WeightsService(offered, agent.in_flight), server)
@@ -299,6 +304,13 @@ command = Command(
                 "(default: all GPUs, or the CPU)",
                 multiple=True,
                 metavar="NAME",
+            ),
+            Option(
+                "--cache-dir",
+                "directory on a fast disk for the prompt caches of `serve --cache-disk` "
+                "(default: ~/.cache/unicluster)",
+                metavar="DIR",
+                default="",
             ),
         ],
         "Network": [

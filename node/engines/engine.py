@@ -80,5 +80,8 @@ class Engine(Protocol):
         StageError.
         """
 
+    def cache_settings(self, spec: StageSpec) -> str:
+        """All but checkpoint and layers that saved caches of a stage depend on, as text."""
+
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         """The checkpoint's tokenizer, as mlx-lm wraps one. Raises InputError where none is."""

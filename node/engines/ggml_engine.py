@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from gguf import TokenType
@@ -94,6 +95,12 @@ class GgmlEngine:
         if loaded.front is not None:
             return LoadedHead(loaded.front, size, prebuilt=False)
         return LoadedStage(loaded.stage, size)
+
+    def cache_settings(self, spec: StageSpec) -> str:
+        """Context, users and devices decide how llama.cpp lays its caches out."""
+        devices = [(share.name, share.layers) for share in spec.devices]
+        of_llama = f"llama.cpp {version('llama-cpp-python')}, last {spec.finishes}"
+        return f"{of_llama}, context {spec.context}, users {spec.users}, devices {devices}"
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         """Tokenizer and chat template: the repository's files, or else those in the GGUF."""

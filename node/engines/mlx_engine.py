@@ -1,6 +1,7 @@
 """MLX: stages of mlx-lm's own model classes, from safetensors."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from mlx_lm.utils import load_config, load_tokenizer
@@ -67,6 +68,9 @@ class MLXEngine:
         if first == 0:
             return LoadedHead(hollow, total, prebuilt)
         return LoadedStage(MLXStage(hollow, prebuilt=prebuilt), total)
+
+    def cache_settings(self, spec: StageSpec) -> str:
+        return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, kv_bits {spec.kv_bits}"
 
     def tokenizer(self, checkpoint: Checkpoint) -> Any:
         ends = load_config(checkpoint.root).get("eos_token_id")

@@ -8,6 +8,7 @@ from typing import Any
 
 from node.generation.drafting import Speculation
 from node.generation.sampling import Sampling
+from node.prefixes.index import PrefixIndex
 from unicluster.checkpoints.small_files import GENERATION_CONFIG, check_small_files
 from unicluster.v1.node_pb2 import StageSpec
 
@@ -26,6 +27,7 @@ class GenerationConfig:
     read where they act. model_name: as requests call it. prefill_step: prompt tokens in a chunk,
     at most. defaults: the model's generation_config.json. speculation: how tokens are drafted
     ahead, if they are. queue_limit: requests that wait, at most; None: four times the users.
+    prefixes: those on disk; None: nothing is kept there.
     """
 
     spec: StageSpec
@@ -34,10 +36,16 @@ class GenerationConfig:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     speculation: Speculation | None = None
     queue_limit: int | None = None
+    prefixes: PrefixIndex | None = None
 
     @classmethod
     def of(
-        cls, spec: StageSpec, path: Path, hidden_bytes: int, speculation: Speculation | None
+        cls,
+        spec: StageSpec,
+        path: Path,
+        hidden_bytes: int,
+        speculation: Speculation | None,
+        prefixes: PrefixIndex | None = None,
     ) -> "GenerationConfig":
         """The settings for a model in `path`, one token of which has `hidden_bytes` in a frame.
 
@@ -49,6 +57,7 @@ class GenerationConfig:
             prefill_step=chunk_tokens(hidden_bytes),
             defaults=_defaults(path),
             speculation=speculation,
+            prefixes=prefixes,
         )
 
     @property

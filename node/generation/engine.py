@@ -131,6 +131,16 @@ class GenerationEngine:
         """
         await self._thread.run(partial(self._install, model))
 
+    async def save_prefixes(self, seconds: float) -> int:
+        """Has all stages save their cached prefixes; how many there are.
+
+        Returns when that is done, or after `seconds`.
+        """
+        scheduler = self.scheduler
+        if scheduler is None:
+            return 0
+        return await self._thread.run(partial(scheduler.save_all, seconds))
+
     def fail(self, error: UniclusterError) -> None:
         """Ends every request with `error` and refuses others until `set_model`; any thread."""
         with self._lock:
@@ -159,6 +169,11 @@ class GenerationEngine:
                 kept_bytes=scheduler.prefix_cache.nbytes if scheduler is not None else 0,
             )
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of prefixes on this machine's disk."""
+        return self._config.prefixes.store.nbytes if self._config.prefixes is not None else 0
+
     def measure(self) -> Meters:
         """Counters of the engine, and the requests that run and wait now."""
         meters, scheduler = self.meter.to_wire(), self.scheduler
@@ -169,6 +184,8 @@ class GenerationEngine:
             meters.kept_bytes = scheduler.prefix_cache.nbytes
             meters.promised_bytes = scheduler.reserved
             meters.cache_bytes = scheduler.kv_budget.total
+        if self._config.prefixes is not None:
+            meters.disk_limit_bytes = self._config.prefixes.store.most
         return meters
 
     def _check_room(self) -> None:

@@ -5,12 +5,15 @@ for six of 8000 tokens, on the thread that computes.
 """
 
 import copy
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
+
+from node.prefixes.index import common_prefix, covers
 
 # Copying a cache for fewer tokens costs more than it saves.
 MIN_TOKENS = 16
@@ -27,17 +30,22 @@ class CachedPrefix:
 
     def common_prefix(self, prompt: "np.ndarray[Any, Any]") -> int:
         """Reusable tokens of a prompt, whose last token must always be computed."""
-        limit = min(len(self.tokens), len(prompt) - 1)
-        different = np.flatnonzero(self.tokens[:limit] != prompt[:limit])
-        common = int(different[0]) if len(different) else limit
-        return common if self.trimmable or common == len(self.tokens) else 0
+        return common_prefix(self.tokens, prompt, trimmable=self.trimmable)
+
+    def covers(self, old: "CachedPrefix") -> bool:
+        """Whether it is of use wherever an older entry is."""
+        return covers(self.tokens, old.tokens, trimmable=self.trimmable)
 
     def copy_prefix(self, tokens: int) -> list[Any]:
         """Copies the cache of the first `tokens`. May wait for other machines."""
-        cache = copy.deepcopy(self.cache)
-        if tokens < len(self.tokens):
-            trim_prompt_cache(cache, len(self.tokens) - tokens)
-        return cache
+        return trimmed(copy.deepcopy(self.cache), len(self.tokens), tokens)
+
+
+def trimmed(cache: list[Any], tokens: int, first: int) -> list[Any]:
+    """A cache of so many tokens, of which it keeps the first. May wait for other machines."""
+    if first < tokens:
+        trim_prompt_cache(cache, tokens - first)
+    return cache
 
 
 class PrefixCache:
@@ -66,19 +74,23 @@ class PrefixCache:
 
     def add(self, new: CachedPrefix) -> None:
         """Adds an entry and removes those that it covers."""
-        self._entries = [entry for entry in self._entries if not _covers(new, entry)]
+        self._entries = [
+            entry
+            for entry in self._entries
+            if not covers(new.tokens, entry.tokens, trimmable=new.trimmable)
+        ]
         self._entries.append(new)
 
-    def shrink(self, nbytes: int) -> None:
-        """Evicts entries until they take at most `nbytes`."""
+    def shrink(self, nbytes: int) -> list[CachedPrefix]:
+        """Evicts entries until they take at most `nbytes`; returns these."""
+        evicted = []
         while self._entries and self.nbytes > nbytes:
-            del self._entries[0]
+            evicted.append(self._entries.pop(0))
+        return evicted
+
+    def __iter__(self) -> Iterator[CachedPrefix]:
+        """All entries, the least recently used first."""
+        return iter(list(self._entries))
 
     def clear(self) -> None:
         self._entries.clear()
-
-
-def _covers(new: CachedPrefix, old: CachedPrefix) -> bool:
-    count = len(old.tokens)
-    reusable = new.trimmable or len(new.tokens) == count
-    return reusable and np.array_equal(new.tokens[:count], old.tokens)

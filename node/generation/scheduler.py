@@ -5,6 +5,7 @@ then its answer decodes in the lane. Prefill is one fiber and each lane another:
 one lane is on other machines, the others compute.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from node.generation.chunking import CROSSOVER_TOKENS, GPU_CROSSOVER_TOKENS, Chu
 from node.generation.config import GenerationConfig
 from node.generation.kv_budget import KVBudget
 from node.generation.lane import Lane
-from node.generation.prefix_cache import CachedPrefix, PrefixCache
+from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.generation.ticket import Ticket
@@ -29,8 +30,12 @@ from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline, recorded
 from node.mlx.kv_quant import quantize
 from node.mlx.memory import give_all_back, give_back
+from node.pipeline.disk_prefixes import DiskPrefixes
 from node.pipeline.pending_logits import PendingLogits
+from node.prefixes.index import MIN_TOKENS, DiskPrefix
 from node.ring.compute_thread import MLXThread, give_way, rested
+
+log = logging.getLogger("unicluster.scheduler")
 
 
 class Scheduler:
@@ -95,6 +100,8 @@ class Scheduler:
         # The last chunks of a prompt may come back while other prompts begin.
         self._first_chunks: deque[FirstChunks] = deque(maxlen=users)
         self._closed = False
+        prefixes = config.prefixes if spec.kv_bytes else None
+        self._disk = DiskPrefixes(model, prefixes, spec.ring_prefill_s) if prefixes else None
 
     def add(self, ticket: Ticket) -> None:
         """Queues a request: behind those that are resumed, which have waited before."""
@@ -146,14 +153,37 @@ class Scheduler:
             answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
             sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
-            sequence.prefix = (
-                None if ticket.job.no_reuse else self.prefix_cache.find(sequence.prompt)
-            )
-            self.prefix_cache.shrink(self.kv_budget.total - self.reserved)
-            self._prompts.append((sequence, lane))
-            if not self._prefilling:
-                self._prefilling = True
-                self._start(self._prefill)
+            prefix = None
+            if not ticket.job.no_reuse:
+                sequence.prefix = self.prefix_cache.find(sequence.prompt)
+                prefix = self._find_on_disk(sequence)
+            self._shrink()
+            if prefix is not None:
+                self._start(partial(self._recall, sequence, lane, *prefix))
+            else:
+                self._queue_prompt(sequence, lane)
+
+    def _queue_prompt(self, sequence: Sequence, lane: Lane) -> None:
+        self._prompts.append((sequence, lane))
+        if not self._prefilling:
+            self._prefilling = True
+            self._start(self._prefill)
+
+    def _find_on_disk(self, sequence: Sequence) -> tuple[DiskPrefix, int] | None:
+        if self._disk is None:
+            return None
+        in_memory = sequence.prefix[1] if sequence.prefix is not None else 0
+        return self._disk.find(np.array(sequence.prompt), more_than=in_memory)
+
+    def _recall(self, sequence: Sequence, lane: Lane, prefix: DiskPrefix, tokens: int) -> None:
+        """Gives a sequence a cache from the disks of all stages; other prompts go on meanwhile."""
+        cache = self._disk.recall(prefix) if self._disk is not None else None
+        if self._closed:
+            return
+        if cache is not None:
+            cache = trimmed(cache, len(prefix.tokens), tokens)
+            sequence.recalled = cache, tokens
+        self._queue_prompt(sequence, lane)
 
     def _prefill(self) -> None:
         while self._prompts and not self._closed:
@@ -182,12 +212,17 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> None:
         """Gives a sequence its cache: a copy of a common prefix, or an empty one."""
-        if sequence.prefix is None:
+        if sequence.recalled is not None:
+            (sequence.cache, sequence.cached), sequence.recalled = sequence.recalled, None
+            self.meter.disk_hits += 1
+            self.meter.disk_tokens += sequence.cached
+        elif sequence.prefix is None:
             sequence.cache = make_prompt_cache(self._model)
         else:
             entry, sequence.cached = sequence.prefix
-            sequence.cache, sequence.prefix = entry.copy_prefix(sequence.cached), None
-            sequence.answer.cached_tokens = sequence.cached
+            sequence.cache = entry.copy_prefix(sequence.cached)
+        sequence.prefix = None
+        sequence.answer.cached_tokens = sequence.cached
         self._first_chunks.append(sequence.first_chunks)
         sequence.ticket.send(sequence.answer.begun())
         if sequence.job.resumed is None:
@@ -252,7 +287,7 @@ class Scheduler:
         bound = self.kv_budget.answer_bytes(len(tokens))
         entry = CachedPrefix(np.array(tokens), cache, nbytes=bound, trimmable=self.kv_budget.grows)
         self.prefix_cache.add(entry)
-        self.prefix_cache.shrink(self.kv_budget.total - self.reserved)
+        self._shrink()
         self._start(partial(self._measure_entry, entry))
 
     def _measure_entry(self, entry: CachedPrefix) -> None:
@@ -260,6 +295,30 @@ class Scheduler:
         nbytes = sum(layer.nbytes for layer in entry.cache)
         trimmable = can_trim_prompt_cache(entry.cache)
         entry.nbytes, entry.trimmable = nbytes, trimmable
+
+    def _shrink(self) -> None:
+        """Evicts cached prefixes for which there is no memory; they go to the disks."""
+        for entry in self.prefix_cache.shrink(self.kv_budget.total - self.reserved):
+            self._save(entry)
+
+    def _save(self, entry: CachedPrefix) -> None:
+        if self._disk is not None and len(entry.tokens) >= MIN_TOKENS:
+            self._disk.save(entry.tokens, entry.cache, trimmable=entry.trimmable)
+
+    def save_all(self, seconds: float) -> int:
+        """Saves all cached prefixes on the disks; returns how many, after `seconds` at most.
+
+        On the compute thread, as a fiber.
+        """
+        if self._disk is None:
+            return 0
+        entries = list(self.prefix_cache)
+        for entry in entries:
+            self._save(entry)
+            give_way()
+        if not self._disk.settle(seconds):
+            log.warning("not all prompt caches were written to disk within %.0f s", seconds)
+        return len(entries)
 
     def _finish(self, sequence: Sequence, lane: Lane) -> None:
         lane.sequences.discard(sequence)

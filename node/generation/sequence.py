@@ -17,12 +17,14 @@ class Sequence:
     The prompt is what is to be computed before the next token: a resumed answer's first part too.
 
     prefix: a cached prefix to begin with, and how many of its tokens are common, until prefill
-    begins. first_chunks: measured times of its prefill.
+    begins. recalled: in place of that, a cache of its first tokens from disk, and how many.
+    first_chunks: measured times of its prefill.
     """
 
     ticket: Ticket
     answer: Answer
     prefix: tuple[CachedPrefix, int] | None = None
+    recalled: tuple[list[Any], int] | None = None
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
     first_chunks: FirstChunks = field(default_factory=FirstChunks)

@@ -15,6 +15,7 @@ from node.ggml.wire import decode
 from node.mlx.compat_caches import growing_cache, members, recurrent_cache
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.prefixes.store import PrefixStore
 from unicluster.errors import InputError, StageError
 from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
@@ -42,6 +43,10 @@ class GgmlFront:
         self._stage = RemoteStage(0, self._ask, lambda: None)
         self._dropped: deque[int] = deque()
         self._frames = 0
+
+    def keep_prefixes(self, store: PrefixStore | None) -> None:
+        """Its handle's operations Save and Recall are carried out here."""
+        self._engine.prefixes = store
 
     def make_cache(self) -> RemoteCache:
         return self._stage.make()

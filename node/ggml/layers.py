@@ -206,10 +206,14 @@ class Layers:
 
     def state(self, sequence: int) -> bytes:
         """Saved state of a sequence: its KV cells and recurrent states."""
-        size = self.state_size(sequence)
-        data = (ctypes.c_uint8 * size)()
-        written = self._lib.llama_state_seq_get_data(self._context, data, size, sequence)
-        return bytes(data[:written])
+        return self.saved(sequence).tobytes()
+
+    def saved(self, sequence: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Saved state of a sequence, as an array of bytes, which was copied once."""
+        data = np.empty(self.state_size(sequence), np.uint8)
+        pointer = _pointer(data, ctypes.c_uint8)
+        written = self._lib.llama_state_seq_get_data(self._context, pointer, data.size, sequence)
+        return data[:written]
 
     def restore(self, sequence: int, state: bytes) -> None:
         """Raises StageError if it is the state of another model, or there is no room for it."""

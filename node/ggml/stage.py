@@ -12,19 +12,21 @@ from node.ggml.library import Floats, Inputs
 from node.ggml.rows import Cache, Row, Sequences
 from node.ggml.saved_state import StateFormat
 from node.ggml.wire import Array, decode, encode
+from node.prefixes.saved import SavedArray, SavedEntry
 from node.ring.bounds import FrameError
-from node.ring.cache_table import Extent
+from node.ring.cache_engine import Extent
 from node.ring.frame_server import FrameServer
 from node.ring.leaves import FLOATS
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
-from unicluster.v1.tensor_pb2 import Tensor
 
 if TYPE_CHECKING:
-    from node.ring.cache_table import Leaves
+    from node.ring.cache_engine import Leaves
 
 # Class name of a saved cache: mlx-lm has to know it to load one. Its state is a list of arrays
 # and two values that may be None.
 STATE_KIND = "ArraysCache"
+# Names of its two arrays in a file.
+LENGTH, STATE = "length", "state"
 TOKEN_TYPES = frozenset({"uint32", "int32"})
 
 
@@ -176,23 +178,44 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             raise FrameError("a saved state of other parts than ggml's")
         with self._sequences.rows(len(tensors) // 2) as rows:
             for row, length, saved in zip(rows, tensors[::2], tensors[1::2], strict=True):
-                self._load(row, length, saved)
+                if (length.dtype, list(length.shape), saved.dtype) != ("uint32", [1], "uint8"):
+                    raise FrameError(
+                        f"a saved length of {length.dtype}, with a state of {saved.dtype}"
+                    )
+                self._load(row, int.from_bytes(length.data, "little"), saved.data)
         loaded = Cache(self._sequences, rows)
         cache.take(loaded)
         return Extent(len(rows), cache.size)
 
-    def _load(self, row: Row, length: Tensor, saved: Tensor) -> None:
-        if (length.dtype, list(length.shape), saved.dtype) != ("uint32", [1], "uint8"):
-            raise FrameError(f"a saved length of {length.dtype}, with a state of {saved.dtype}")
-        tokens = int.from_bytes(length.data, "little")
+    def save(self, cache: Cache) -> list[SavedEntry]:
+        (row,) = cache.rows
+        length = np.array([row.length], np.uint32)
+        leaves = (
+            (LENGTH, SavedArray("uint32", length)),
+            (STATE, SavedArray("uint8", self._layers.saved(row.sequence))),
+        )
+        return [SavedEntry(STATE_KIND, leaves)]
+
+    def revive(self, entries: Sequence[SavedEntry]) -> tuple[Cache, Extent]:
+        (entry,) = entries if len(entries) == 1 else (None,)
+        leaves = dict(entry.leaves) if entry is not None else {}
+        length, state = leaves.get(LENGTH), leaves.get(STATE)
+        if not isinstance(length, SavedArray) or not isinstance(state, SavedArray):
+            raise FrameError("a saved state of other parts than ggml's")
+        with self._sequences.rows(1) as rows:
+            self._load(rows[0], int(length.values[0]), state.values.tobytes())
+        cache = Cache(self._sequences, rows)
+        return cache, Extent(1, cache.size)
+
+    def _load(self, row: Row, tokens: int, state: bytes) -> None:
         if tokens > self.most_tokens:
             raise FrameError(f"{tokens} saved tokens, of {self.most_tokens} at most")
         if tokens:
-            self._state_format(row).check(saved.data, tokens)
-            self._layers.restore(row.sequence, saved.data)
+            self._state_format(row).check(state, tokens)
+            self._layers.restore(row.sequence, state)
             row.length = tokens
             restored = self._layers.last_position(row.sequence) + 1
-            if restored != tokens or self._layers.state_size(row.sequence) != len(saved.data):
+            if restored != tokens or self._layers.state_size(row.sequence) != len(state):
                 raise FrameError(f"a saved state of {restored} tokens, not of {tokens}")
 
     def _state_format(self, row: Row) -> StateFormat:

@@ -57,12 +57,16 @@ class Recent:
 
 @dataclass
 class StageMeter:
-    """Work of one machine. `decode`: compute seconds of frames with one token of one answer."""
+    """Work of one machine. `decode`: compute seconds of frames with one token of one answer.
+
+    disk_bytes: of prefixes on its disk.
+    """
 
     frames: int = 0
     busy_s: float = 0.0
     queue_s: float = 0.0
     decode: Recent = field(default_factory=Recent)
+    disk_bytes: int = 0
 
     def to_wire(self, machine: str) -> wire.StageMeter:
         return wire.StageMeter(
@@ -71,6 +75,7 @@ class StageMeter:
             busy_s=self.busy_s,
             queue_s=self.queue_s,
             decode_s=self.decode.median,
+            disk_bytes=self.disk_bytes,
         )
 
 
@@ -111,6 +116,8 @@ class AnswerMeter:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -127,4 +134,6 @@ class AnswerMeter:
             reused_tokens=self.reused_tokens,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            disk_hits=self.disk_hits,
+            disk_tokens=self.disk_tokens,
         )

@@ -58,6 +58,7 @@ class Trips:
             meter.frames += 1
             meter.busy_s += report.compute_s
             meter.queue_s += report.queue_s
+            meter.disk_bytes = report.disk_bytes
             if trip.single:
                 meter.decode.note(report.compute_s)
         self.head.frames += 1

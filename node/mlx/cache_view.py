@@ -6,6 +6,12 @@ from typing import Any
 import mlx.core as mx
 
 from node.mlx.compat_caches import Caches, count_tokens, interchangeable_kind, make_counter
+from node.mlx.saved.state import cache_from_state
+from node.mlx.tensors import save_trees, saved_tree
+from node.prefixes.saved import SavedEntry
+from node.ring.bounds import FrameError
+from node.ring.cache_engine import Extent
+from unicluster.errors import in_one_line
 
 
 class CacheView:
@@ -58,3 +64,33 @@ class CacheView:
         for ghost in ghosts:
             count_tokens(ghost, batch, tokens)
         return [ghost.state for ghost in ghosts]
+
+
+def save(caches: Caches) -> list[SavedEntry]:
+    """The states of caches for a file, which share their memory until the caches are written to."""
+    trees = save_trees([cache.state for cache in caches])
+    pairs = zip(caches, trees, strict=True)
+    return [SavedEntry(type(cache).__name__, leaves) for cache, leaves in pairs]
+
+
+def revive(fresh: Caches, entries: Sequence[SavedEntry]) -> tuple[Caches, Extent]:
+    """Caches of saved states, in place of fresh ones of their layers, and the largest extent.
+
+    Raises FrameError where they are of others.
+    """
+    if len(entries) != len(fresh):
+        raise FrameError(f"{len(entries)} saved caches for {len(fresh)} layers")
+    made, extents = [], []
+    for cache, entry in zip(fresh, entries, strict=True):
+        try:
+            revived, extent = cache_from_state(cache, entry.kind, saved_tree(entry.leaves))
+        except FrameError:
+            raise
+        except Exception as error:  # MLX's are of many kinds
+            raise FrameError(f"a saved {entry.kind}: {in_one_line(error)}") from error
+        made.append(revived)
+        extents.append(extent)
+    rows = {extent.rows for extent in extents if extent.rows is not None}
+    if len(rows) > 1:
+        raise FrameError(f"saved caches of {sorted(rows)} rows")
+    return made, Extent(next(iter(rows), None), max((e.tokens for e in extents), default=0))

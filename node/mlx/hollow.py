@@ -35,6 +35,7 @@ from node.mlx.dataflow import (
     trace_dataflow,
 )
 from node.mlx.tree import children, find, pack, put, unpack, write
+from node.prefixes.store import PrefixStore
 from node.ring.stage_input import StageInput
 from unicluster.errors import StageError
 
@@ -133,6 +134,9 @@ class HollowModel:
         sample = find(self._received.tree, last.token_path or ())
         shape = sample.shape[last.token_axis : last.token_axis + 2]
         return self._run(mx.zeros(shape, mx.int32), caches)
+
+    def keep_prefixes(self, store: PrefixStore | None) -> None:
+        """Nothing: its caches are in the head's hands, which saves them itself."""
 
     def front(self, tokens: mx.array, caches: Caches, **inputs: Any) -> tuple[Any, list[Any]]:
         """The head's first half: embedding and layers [0, end) for tokens (batch, tokens)."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 
+from node.mlx.cache_view import revive, save
 from node.mlx.compat_caches import Caches, token_count
 from node.mlx.hollow import HollowModel
 from node.mlx.kv_quant import quantized
@@ -14,14 +15,15 @@ from node.mlx.prebuilt import Build, Kind, PrebuiltStep, StepBuilder, kind_of_le
 from node.mlx.rollback import restore, snapshot
 from node.mlx.saved.state import BITS, GROUP_SIZES, cache_from_state, check_alike
 from node.mlx.tensors import decode_tree, encode_tree
+from node.prefixes.saved import SavedEntry
 from node.ring.bounds import FrameError
-from node.ring.cache_table import Extent
+from node.ring.cache_engine import Extent
 from node.ring.frame_server import FrameServer
 from node.ring.stage_input import check_indexes
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
 
 if TYPE_CHECKING:
-    from node.ring.cache_table import Leaves
+    from node.ring.cache_engine import Leaves
 
 
 class StageCache:
@@ -168,6 +170,15 @@ class MLXStage(FrameServer[StageCache, Any]):
         cache.entries[entry] = made
         cache.unchecked.add(entry)
         return extent
+
+    def save(self, cache: StageCache) -> list[SavedEntry]:
+        return save(cache.entries)
+
+    def revive(self, entries: Sequence[SavedEntry]) -> tuple[StageCache, Extent]:
+        made, extent = revive(self._hollow.cache_view.make(), entries)
+        cache = StageCache(made)
+        cache.unchecked.update(range(len(made)))
+        return cache, extent
 
     def quantize(self, cache: StageCache, bits: int, group_size: int) -> StageCache:
         if bits not in BITS or group_size not in GROUP_SIZES:

@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from node.mlx.compat import memory, separate
+from node.prefixes.saved import SavedArray, SavedLeaves
 from node.ring.leaves import check_leaves
 from unicluster.v1.tensor_pb2 import Leaf, Tensor
 
@@ -73,6 +75,34 @@ def decode_tree(leaves: Sequence[Leaf]) -> Any:
     """
     check_leaves(leaves)
     return tree_unflatten([(leaf.key, _decode_leaf(leaf)) for leaf in leaves])
+
+
+def save_trees(trees: Sequence[Any]) -> list[SavedLeaves]:
+    """Trees for a file. Evaluates their arrays, whose memory is shared until one is written to."""
+    flat: list[list[tuple[str, Any]]] = [tree_flatten(tree) for tree in trees]
+    bits = [[_bits(separate(v)) if isinstance(v, mx.array) else None for _, v in f] for f in flat]
+    mx.eval(bits)
+    return [
+        tuple(
+            (key, json.dumps(value))
+            if raw is None
+            else (key, SavedArray(NAMES[value.dtype], np.asarray(memory(raw))))
+            for (key, value), raw in zip(leaves, raws, strict=True)
+        )
+        for leaves, raws in zip(flat, bits, strict=True)
+    ]
+
+
+def saved_tree(leaves: SavedLeaves) -> Any:
+    """A tree of a file again; tuples come back as lists."""
+    return tree_unflatten([(key, _saved_leaf(leaf)) for key, leaf in leaves])
+
+
+def _saved_leaf(leaf: SavedArray | str) -> Any:
+    if isinstance(leaf, str):
+        return json.loads(leaf)
+    array = mx.array(leaf.values)
+    return array.view(mx.bfloat16) if leaf.dtype == "bfloat16" else array
 
 
 def _bits(array: mx.array) -> Any:

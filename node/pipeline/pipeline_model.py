@@ -17,11 +17,13 @@ from node.mlx.prebuilt import Kind, PrebuiltStep, StepBuilder, kind_of_array, ki
 from node.mlx.tensors import decode_tree, encode_tree
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.prefixes.store import PrefixStore
 from node.ring.compute_thread import begin
 from node.ring.leaves import leaf_bytes
 from node.ring.ring import PrefillWindow, Reply, Ring, Window
 from unicluster import failpoints
 from unicluster.deadlines import DECODE, PREFILL, Work
+from unicluster.errors import UniclusterError
 from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
@@ -63,6 +65,9 @@ class Front(Protocol):
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's layer output."""
+
+    def keep_prefixes(self, store: PrefixStore | None) -> None:
+        """Tells it where its own prefixes on disk are, if they are its own affair."""
 
     def front(self, inputs: mx.array, caches: list[Any], /) -> tuple[Any, list[Any]]:
         """Output of its last layer, and further arrays to evaluate with it."""
@@ -119,6 +124,22 @@ class PipelineModel(nn.Module):
     def stages(self) -> int:
         """Number of machines that compute, this one included."""
         return len(self._remotes) + 1
+
+    @property
+    def cuts(self) -> list[list[Any]]:
+        """Layers [first, end) and engine of each other stage, in order."""
+        stages = self._ring.stages.stages if self._ring is not None else []
+        return [[each.first_layer, each.end_layer, each.engine] for each in stages]
+
+    @property
+    def saves(self) -> bool:
+        """Whether all other stages can keep prefixes on their disks."""
+        return self._ring is None or all(stage.saves for stage in self._ring.stages.stages)
+
+    @property
+    def failure(self) -> UniclusterError | None:
+        """Why the ring has ended; None while it goes on."""
+        return self._ring.failure if self._ring is not None else None
 
     def layer_caches(self) -> list[Any]:
         """A fresh cache of each layer of the whole model, which shows their kinds."""

@@ -12,7 +12,16 @@ from typing import Any
 from node.mlx.compat_caches import SAVED_LIST, DeferredState, members
 from node.mlx.tensors import decode_tree, encode_tree
 from unicluster.cluster.sizes import FRAME_BYTES
-from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState, StageReport
+from unicluster.v1.stage_pb2 import (
+    MAKE,
+    THERE,
+    CacheAnswer,
+    CacheOp,
+    CacheState,
+    Recalled,
+    RecallStep,
+    StageReport,
+)
 
 # Bytes of a frame beside its largest operation, for other operations and reports.
 FRAME_OVERHEAD = 1 << 20
@@ -57,6 +66,28 @@ class RemoteStage:
         """Called by the garbage collector at any moment: takes no lock."""
         self.operations.append(CacheOp(cache=number, free=CacheOp.Free()))
         self._on_free()
+
+    def recall(self, name: bytes, step: "RecallStep.ValueType") -> "Recalled.ValueType":
+        """How far the stage is with a prefix on its disk, after a step."""
+        operation = CacheOp(recall=CacheOp.Recall(name=name, step=step))
+        return self.ask(operation).answer.recalled
+
+    def recall_soon(self, name: bytes, step: "RecallStep.ValueType") -> None:
+        """Records a step for the next frame."""
+        self.operations.append(CacheOp(recall=CacheOp.Recall(name=name, step=step)))
+        self._on_free()
+
+    def recalled(self, name: bytes) -> "RemoteCache | None":
+        """The cache of a prefix that the stage has read; None where it can't be made."""
+        number = next(self._numbers)
+        operation = CacheOp(cache=number, recall=CacheOp.Recall(name=name, step=MAKE))
+        made = self.ask(operation).answer.recalled == THERE
+        handle = RemoteCache(self, number)  # one that is dropped frees what is there instead
+        return handle if made else None
+
+    def unwritten(self) -> int:
+        """Bytes of prefixes that the stage has still to write to its disk."""
+        return self.ask(CacheOp(query=CacheOp.Query())).answer.unwritten
 
     def store(self, saved: Any) -> "RemoteCache":
         """Moves a list of caches that is here (SAVED_LIST), one entry a member, to the stage."""
@@ -203,6 +234,10 @@ class RemoteCache:
         handle = self.stage.new(quantize=operation)
         handle._quantized = True
         return handle
+
+    def save(self, name: bytes) -> None:
+        """Has the stage save it on its disk."""
+        self.stage.operations.append(CacheOp(cache=self.number, save=CacheOp.Save(name=name)))
 
     def snapshot(self) -> "RemoteCache":
         """A snapshot of the parts that can't be trimmed, for `restore`."""

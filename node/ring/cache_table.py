@@ -1,10 +1,9 @@
 """The caches of one session by number, and the operations that a frame asks for on them."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Generic
 
 from google.protobuf.message import DecodeError
 
@@ -16,118 +15,20 @@ from node.ring.bounds import (
     MOST_TOKENS,
     FrameError,
 )
+from node.ring.cache_engine import C, CacheEngine
 from node.ring.leaves import check_leaves
+from node.ring.recalls import Recalls, prefix_name
 from unicluster.errors import UniclusterError, in_one_line
-from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState, StageReport
-from unicluster.v1.tensor_pb2 import Leaf
-
-if TYPE_CHECKING:
-    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-
-    Leaves = RepeatedCompositeFieldContainer[Leaf]
-
-C = TypeVar("C")  # an engine's cache: of all layers of the stage together
-
-
-class Extent(NamedTuple):
-    """rows: of a batch; None of an empty cache, which takes any. tokens: at most, in each row."""
-
-    rows: int | None
-    tokens: int
-
-
-class CacheEngine(ABC, Generic[C]):
-    """Cache operations of one engine; each has the name of its field in CacheOp."""
-
-    engine: ClassVar[str]
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens that a row may have."""
-        return MOST_TOKENS
-
-    def touch(self, cache: C) -> None:
-        """Called before an operation reads or changes a cache."""
-
-    @abstractmethod
-    def make(self) -> C:
-        """A new, empty cache."""
-
-    @abstractmethod
-    def merge(self, sources: Sequence[C]) -> C:
-        """A batch of one row a source."""
-
-    @abstractmethod
-    def filter(self, cache: C, rows: Sequence[int]) -> None:
-        """Keeps these rows of a batch, in this order."""
-
-    @abstractmethod
-    def extend(self, cache: C, other: C) -> None:
-        """Adds the rows of another batch."""
-
-    @abstractmethod
-    def extract(self, cache: C, row: int) -> C:
-        """A cache of one row of a batch."""
-
-    @abstractmethod
-    def prepare(self, cache: C, padding: CacheOp.Prepare) -> None:
-        """Announces columns of padding, one number a row in each list that is not empty."""
-
-    @abstractmethod
-    def finalize(self, cache: C) -> None:
-        """Ends the padding that `prepare` announced."""
-
-    @abstractmethod
-    def trim(self, cache: C, tokens: int) -> None:
-        """Trims the last `tokens`."""
-
-    @abstractmethod
-    def copy(self, cache: C) -> C:
-        """A copy of a cache, which changes independently."""
-
-    @abstractmethod
-    def free(self, cache: C) -> None:
-        """Frees the memory of a cache, which is not used again."""
-
-    @abstractmethod
-    def query(self, cache: C) -> CacheAnswer:
-        """State of a cache, without `live`."""
-
-    @abstractmethod
-    def trimmable(self, cache: C) -> bool:
-        """Whether the last tokens of a cache can be trimmed."""
-
-    @abstractmethod
-    def size(self, cache: C) -> int:
-        """Tokens in a cache; 0 of one that does not count them."""
-
-    @abstractmethod
-    def entries(self, cache: C) -> int:
-        """Number of states that a cache is saved as."""
-
-    @abstractmethod
-    def fetch(self, cache: C, entry: int, into: CacheState) -> None:
-        """Writes the state of one entry, to be saved, into an empty message."""
-
-    @abstractmethod
-    def store(self, cache: C, entry: int, kind: str, state: "Leaves") -> Extent:
-        """Replaces one entry by a saved state. Raises FrameError if it does not fit."""
-
-    def quantize(self, cache: C, bits: int, group_size: int) -> C:
-        """A copy with its KV caches quantized."""
-        raise self.unsupported("quantize")
-
-    @abstractmethod
-    def snapshot(self, cache: C) -> C:
-        """The parts of a cache that can't be trimmed, for `restore`."""
-
-    @abstractmethod
-    def restore(self, cache: C, snapshot: C, tokens: int) -> None:
-        """Puts a snapshot back and trims the rest by `tokens`. The snapshot is used up."""
-
-    def unsupported(self, operation: str | None) -> FrameError:
-        """The error for an operation that this engine does not have."""
-        return FrameError(f"{self.engine} has no cache operation {operation or 'of that name'}")
+from unicluster.v1.stage_pb2 import (
+    DROP,
+    MAKE,
+    MISSING,
+    READ,
+    THERE,
+    CacheOp,
+    CacheState,
+    StageReport,
+)
 
 
 @dataclass
@@ -158,6 +59,7 @@ class CacheTable(Generic[C]):
         # Saved states that take several frames, by cache and entry.
         self._leaving: dict[tuple[int, int], bytes] = {}
         self._arriving: dict[tuple[int, int], bytearray] = {}
+        self._recalls = Recalls(engine)
         self._used_up: set[int] = set()  # snapshots that were put back and are still to be freed
 
     def __len__(self) -> int:
@@ -204,6 +106,7 @@ class CacheTable(Generic[C]):
         self._slots.clear()
         self._leaving.clear()
         self._arriving.clear()
+        self._recalls.clear()
         self._used_up.clear()
 
     def make(self, op: CacheOp, report: StageReport) -> None:
@@ -304,6 +207,8 @@ class CacheTable(Generic[C]):
         if op.cache in self._slots:
             report.answer.CopyFrom(self._engine.query(self._usable(op.cache).cache))
         report.answer.live = len(self)
+        if self._engine.prefixes is not None:
+            report.answer.unwritten = self._engine.prefixes.waiting
 
     def fetch(self, op: CacheOp, report: StageReport) -> None:
         slot, asked = self._settled(op.cache), op.fetch
@@ -384,6 +289,29 @@ class CacheTable(Generic[C]):
         self._used_up.add(number)
         self._engine.restore(slot.cache, saved.cache, tokens)
         slot.tokens = saved.tokens
+
+    def save(self, op: CacheOp, report: StageReport) -> None:
+        slot, name = self._settled(op.cache), prefix_name(op.save.name)
+        if self._rows(slot) != 1:
+            raise FrameError(f"a prefix of {slot.rows} rows")
+        if self._engine.prefixes is not None:
+            self._engine.prefixes.put(name, self._engine.save(slot.cache))
+
+    def recall(self, op: CacheOp, report: StageReport) -> None:
+        name, step = op.recall.name, op.recall.step
+        if step == READ:
+            report.answer.recalled = self._recalls.read(name)
+        elif step == MAKE:
+            self._check_new(op.cache)
+            made = self._recalls.make(name)
+            report.answer.recalled = MISSING if made is None else THERE
+            cache, tokens = (made[0], made[1].tokens) if made else (self._engine.make(), 0)
+            self._slots[op.cache] = Slot(cache, 1 if made else None, tokens)
+            report.answer.size = self._engine.size(cache)
+        elif step == DROP:
+            self._recalls.drop(name)
+        else:
+            self._recalls.erase(name)
 
     def _usable(self, number: int, *, touch: bool = True) -> Slot[C]:
         slot = self._slots.get(number)

@@ -9,7 +9,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -171,3 +172,21 @@ def give_way() -> None:
     if isinstance(fiber, _Fiber):
         fiber.wake()
         fiber.rest()
+
+
+def pause(seconds: float) -> None:
+    """In a fiber: returns after so many seconds, in which others run."""
+    over = Signal()
+    threading.Timer(seconds, over.set).start()
+    over.wait()
+
+
+def until_done(future: "Future[Any]", seconds: float) -> None:
+    """In a fiber: returns when a future of another thread is done, or after `seconds`."""
+    over = Signal()
+    timer = threading.Timer(max(seconds, 0.0), over.set)
+    timer.daemon = True
+    timer.start()
+    future.add_done_callback(lambda _: over.set())
+    over.wait()
+    timer.cancel()

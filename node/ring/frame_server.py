@@ -5,13 +5,14 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Generic
 
 from node.ring.bounds import FrameError
-from node.ring.cache_table import C, CacheEngine, CacheTable
+from node.ring.cache_engine import C, CacheEngine
+from node.ring.cache_table import CacheTable
 from node.ring.leaves import check_leaves, leaf_bytes
 from node.ring.session import H, Session
 from unicluster.v1.stage_pb2 import Frame, StagePart, StageReport
 
 if TYPE_CHECKING:
-    from node.ring.cache_table import Leaves
+    from node.ring.cache_engine import Leaves
 
 
 class FrameServer(CacheEngine[C], Generic[C, H]):
@@ -57,6 +58,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             if frame.claim:
                 self._claim(session, frame)
         self.tidy(freed=freed, prefill=frame.hold)
+        if self.prefixes is not None:
+            report.disk_bytes = self.prefixes.nbytes
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session[C, H]) -> None:

@@ -3,7 +3,9 @@
 from collections import deque
 from typing import Any, Generic, Protocol, TypeVar
 
-from node.ring.cache_table import C, CacheTable
+from node.prefixes.store import PrefixStore
+from node.ring.cache_engine import C
+from node.ring.cache_table import CacheTable
 from unicluster.v1.stage_pb2 import Frame
 
 H = TypeVar("H")  # an engine's result that waits until it is claimed
@@ -28,10 +30,12 @@ class Session(Generic[C, H]):
 class StageEngine(Protocol):
     """Computes a stage's layers. All calls but `open` come from one thread.
 
-    `computed_tokens` of prompts and answers went through them until now.
+    `computed_tokens` of prompts and answers went through them until now. `prefixes`: the stage's
+    on disk; None where nothing is kept there.
     """
 
     computed_tokens: int
+    prefixes: PrefixStore | None
 
     def open(self, stage: int, last: bool) -> Session[Any, Any]:
         """A new session, for the stage of that index."""

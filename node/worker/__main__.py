@@ -30,6 +30,8 @@ from node.generation.drafting import Speculation
 from node.generation.engine import GenerationEngine
 from node.metering.meters import AnswerMeter
 from node.pipeline.pipeline_model import Front
+from node.prefixes.index import PrefixIndex
+from node.prefixes.store import PrefixStore
 from node.ring.compute_thread import MLXThread
 from node.ring.compute_watch import watch
 from node.ring.session import StageEngine
@@ -41,6 +43,7 @@ from node.worker.channel import emit, open_channel
 from node.worker.config import WorkerConfig
 from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
+from node.worker.prefixes import open_prefixes
 from unicluster import failpoints
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.background import going_on
@@ -152,11 +155,13 @@ def generation_engine(
     front: Front,
     draft: Path | None,
     thread: MLXThread,
+    prefixes: PrefixIndex | None,
 ) -> GenerationEngine:
     """The engine that generates answers, with its draft model; on the compute thread."""
     model = load_draft(draft, spec.draft.quant) if draft is not None else None
     speculation = Speculation.of(spec, model, len(tokenizer))
-    config = GenerationConfig.of(spec, checkpoint.root, front.hidden_bytes, speculation)
+    hidden_bytes = front.hidden_bytes
+    config = GenerationConfig.of(spec, checkpoint.root, hidden_bytes, speculation, prefixes)
     return GenerationEngine(thread, tokenizer, config)
 
 
@@ -185,7 +190,9 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
     loaded = await thread.run(
         lambda: engine.load(checkpoint, spec, report, prebuilt=config.prebuilt), work
     )
+    prefixes = await open_prefixes(config, engine, checkpoint, identity)
     info = StageInfo(
+        saves=prefixes is not None,
         node=config.node,
         first_layer=spec.first_layer,
         end_layer=spec.end_layer,
@@ -195,8 +202,11 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
     meter: StageEngine | AnswerMeter
     if isinstance(loaded, LoadedHead):
         front = loaded.front
+        index = prefixes if isinstance(prefixes, PrefixIndex) else None
+        front.keep_prefixes(index.store if index is not None else None)
         generation = await thread.run(
-            lambda: generation_engine(spec, tokenizer, checkpoint, front, draft, thread), work
+            lambda: generation_engine(spec, tokenizer, checkpoint, front, draft, thread, index),
+            work,
         )
         meter = generation.meter
         ring = WorkDeadlines({DECODE.kind: spec.ring_decode_s, PREFILL: spec.ring_prefill_s})
@@ -207,6 +217,7 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
         fail = head.fail
     else:
         meter = loaded.stage
+        loaded.stage.prefixes = prefixes if isinstance(prefixes, PrefixStore) else None
         service = StageService(loaded.stage, info, thread, identity)
         add_StageServicer_to_server(service, server)
         fail = service.fail

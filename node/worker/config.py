@@ -15,6 +15,7 @@ class WorkerConfig:
     this machine dials them. vouching: the trusted ones among them. elsewhere: other addresses of
     the machines at some of them. alone: no other machine has files, so all that is missing comes
     from the hub, whatever the spec says.
+    cache_dir: directory of this machine for prefixes on disk; empty: none.
     prebuilt: decode steps are built before their input arrives; see mlx/prebuilt.
     """
 
@@ -27,6 +28,7 @@ class WorkerConfig:
     vouching: tuple[str, ...] = ()
     elsewhere: dict[str, list[str]] = field(default_factory=dict)
     alone: bool = False
+    cache_dir: str = ""
     prebuilt: bool = True
 
     @property

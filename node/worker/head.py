@@ -27,6 +27,8 @@ from unicluster.v1.chat_pb2 import (
     HoldRingRequest,
     Measured,
     MeasureRequest,
+    SavePrefixesReply,
+    SavePrefixesRequest,
 )
 from unicluster.v1.chat_pb2_grpc import HeadServicer
 from unicluster.v1.stage_pb2 import Opened, StageInfo
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Seconds that no token takes.
 FOR_EVER = 3600.0
+# For writing prefixes to disk before the ring is closed.
+MOST_SAVING_SECONDS = 60.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -112,6 +116,15 @@ class Head(HeadServicer):
                 if ring is not None:
                     await ring.close()
 
+    async def SavePrefixes(  # noqa: N802
+        self, request: SavePrefixesRequest, context: Context
+    ) -> SavePrefixesReply:
+        seconds = min(max(request.seconds, 0.0), MOST_SAVING_SECONDS)
+        try:
+            return SavePrefixesReply(saved=await self._engine.save_prefixes(seconds))
+        except UniclusterError as error:
+            return await abort(context, error)
+
 
 def _planned(request: HoldRingRequest) -> WorkDeadlines | None:
     """Deadlines of a ring by its plan; None where the request says nothing of that.
@@ -169,6 +182,7 @@ class HeadChat(ChatService):
                 busy_s=self._thread.busy_s,
                 queue_s=self._thread.queue_s,
                 decode=self._engine.meter.step,
+                disk_bytes=self._engine.disk_bytes,
             )
             meters = zip([head, *trips.stages], trips.machines, strict=True)
             measured.meters.stages.extend(meter.to_wire(machine) for meter, machine in meters)

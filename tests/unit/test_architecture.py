@@ -46,6 +46,7 @@ FLOORS = {
             "mlx",
             "mlx.saved",
             "ring",
+            "prefixes",
             "metering",
             "weights",
             ".",

@@ -31,7 +31,7 @@ class StageMetrics:
 
     `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
     `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
-    average: see Metrics.since.
+    average: see Metrics.since. `disk_bytes` of prompt caches are on its disk.
     """
 
     machine: str
@@ -41,6 +41,7 @@ class StageMetrics:
     decode_s: float
     busy: float = 0.0
     waiting: float = 0.0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Metrics:
     `stages` and `hops` are empty while no head answers. `ended` counts requests by how they
     ended: stop, length, cancelled, failed. Of the memory for KV caches, `cache_bytes`,
     caches of finished answers have `cached_bytes`, and running ones may grow to `reserved_bytes`.
-    `tokens_per_s` is over all answers: see `since`.
+    `tokens_per_s` is over all answers: see `since`. Of `disk_hits` prompts the beginning came from
+    the machines' disks, `disk_tokens` together; each disk has at most `disk_limit_bytes`, 0: none.
     """
 
     info: ChatInfo
@@ -103,6 +105,9 @@ class Metrics:
     cached_bytes: int = 0
     reserved_bytes: int = 0
     cache_bytes: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
+    disk_limit_bytes: int = 0
     tokens_per_s: float = 0.0
     recoveries: Recoveries = field(default_factory=Recoveries)
 
@@ -142,6 +147,7 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
                 busy_s=stage.busy_s,
                 queue_s=stage.queue_s,
                 decode_s=stage.decode_s,
+                disk_bytes=stage.disk_bytes,
             )
             for stage in meters.stages
         ),
@@ -168,6 +174,9 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
             load_s=gaps.load_s,
             replay_s=gaps.replay_s,
         ),
+        disk_hits=meters.disk_hits,
+        disk_tokens=meters.disk_tokens,
+        disk_limit_bytes=meters.disk_limit_bytes,
     )
 
 

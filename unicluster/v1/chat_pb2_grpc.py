@@ -250,6 +250,11 @@ class HeadStub:
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_stage__pb2.Opened.FromString,
                 _registered_method=True)
+        self.SavePrefixes = channel.unary_unary(
+                '/unicluster.v1.Head/SavePrefixes',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.SavePrefixesRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_chat__pb2.SavePrefixesReply.FromString,
+                _registered_method=True)
 
 
 class HeadServicer:
@@ -264,6 +269,13 @@ class HeadServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SavePrefixes(self, request, context):
+        """Before the ring is closed in good order: has all stages write their prefixes to disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HeadServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -271,6 +283,11 @@ def add_HeadServicer_to_server(servicer, server):
                     servicer.HoldRing,
                     request_deserializer=unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_stage__pb2.Opened.SerializeToString,
+            ),
+            'SavePrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.SavePrefixes,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.SavePrefixesRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_chat__pb2.SavePrefixesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -301,6 +318,33 @@ class Head:
             '/unicluster.v1.Head/HoldRing',
             unicluster_dot_v1_dot_chat__pb2.HoldRingRequest.SerializeToString,
             unicluster_dot_v1_dot_stage__pb2.Opened.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SavePrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Head/SavePrefixes',
+            unicluster_dot_v1_dot_chat__pb2.SavePrefixesRequest.SerializeToString,
+            unicluster_dot_v1_dot_chat__pb2.SavePrefixesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -111,6 +111,8 @@ class HeadStub:
     """Opens the ring and keeps it open for as long as the stream lives. The one message says
     what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
     """
+    SavePrefixes: _grpc.UnaryUnaryMultiCallable[_chat_pb2.SavePrefixesRequest, _chat_pb2.SavePrefixesReply]
+    """Before the ring is closed in good order: has all stages write their prefixes to disk."""
 
 @_typing.type_check_only
 class HeadAsyncStub(HeadStub):
@@ -121,6 +123,8 @@ class HeadAsyncStub(HeadStub):
     """Opens the ring and keeps it open for as long as the stream lives. The one message says
     what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
     """
+    SavePrefixes: _aio.UnaryUnaryMultiCallable[_chat_pb2.SavePrefixesRequest, _chat_pb2.SavePrefixesReply]  # type: ignore[assignment]
+    """Before the ring is closed in good order: has all stages write their prefixes to disk."""
 
 class HeadServicer(metaclass=_abc_1.ABCMeta):
     """The head worker's control: called by the coordinator once all stages are loaded."""
@@ -134,5 +138,13 @@ class HeadServicer(metaclass=_abc_1.ABCMeta):
         """Opens the ring and keeps it open for as long as the stream lives. The one message says
         what is connected; UNAVAILABLE with the machine's name ends it when the ring breaks.
         """
+
+    @_abc_1.abstractmethod
+    def SavePrefixes(
+        self,
+        request: _chat_pb2.SavePrefixesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.SavePrefixesReply, _abc.Awaitable[_chat_pb2.SavePrefixesReply]]:
+        """Before the ring is closed in good order: has all stages write their prefixes to disk."""
 
 def add_HeadServicer_to_server(servicer: HeadServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

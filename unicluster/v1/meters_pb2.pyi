@@ -62,6 +62,9 @@ class Meters(_message.Message):
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
     PROMISED_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_HITS_FIELD_NUMBER: _builtins.int
+    DISK_TOKENS_FIELD_NUMBER: _builtins.int
+    DISK_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     now_s: _builtins.float
     """the head's clock: what was counted between two readings was"""
     generated_tokens: _builtins.int
@@ -82,6 +85,12 @@ class Meters(_message.Message):
     """what the caches of running ones may come to"""
     cache_bytes: _builtins.int
     """what there is for both; 0: not known"""
+    disk_hits: _builtins.int
+    """prompts whose beginning came from the disks"""
+    disk_tokens: _builtins.int
+    """of the reused tokens: from the disks"""
+    disk_limit_bytes: _builtins.int
+    """what each machine may have on disk; 0: nothing is kept there"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageMeter]:
         """counted in the difference of these
@@ -119,10 +128,13 @@ class Meters(_message.Message):
         kept_bytes: _builtins.int = ...,
         promised_bytes: _builtins.int = ...,
         cache_bytes: _builtins.int = ...,
+        disk_hits: _builtins.int = ...,
+        disk_tokens: _builtins.int = ...,
+        disk_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["between_tokens", b"between_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "between_tokens", b"between_tokens", "cache_bytes", b"cache_bytes", "drafted_tokens", b"drafted_tokens", "ended", b"ended", "generated_tokens", b"generated_tokens", "hops", b"hops", "kept_bytes", b"kept_bytes", "now_s", b"now_s", "promised_bytes", b"promised_bytes", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens", "running", b"running", "stages", b"stages", "time_to_first_token", b"time_to_first_token", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "between_tokens", b"between_tokens", "cache_bytes", b"cache_bytes", "disk_hits", b"disk_hits", "disk_limit_bytes", b"disk_limit_bytes", "disk_tokens", b"disk_tokens", "drafted_tokens", b"drafted_tokens", "ended", b"ended", "generated_tokens", b"generated_tokens", "hops", b"hops", "kept_bytes", b"kept_bytes", "now_s", b"now_s", "promised_bytes", b"promised_bytes", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens", "running", b"running", "stages", b"stages", "time_to_first_token", b"time_to_first_token", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -137,6 +149,7 @@ class StageMeter(_message.Message):
     BUSY_S_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     frames: _builtins.int
     busy_s: _builtins.float
@@ -145,6 +158,8 @@ class StageMeter(_message.Message):
     """frames were there, and waited for others"""
     decode_s: _builtins.float
     """for one token of one answer: the median of the last ones; 0: none"""
+    disk_bytes: _builtins.int
+    """of prefixes on the machine's disk"""
     def __init__(
         self,
         *,
@@ -153,10 +168,11 @@ class StageMeter(_message.Message):
         busy_s: _builtins.float = ...,
         queue_s: _builtins.float = ...,
         decode_s: _builtins.float = ...,
+        disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "disk_bytes", b"disk_bytes", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -656,6 +656,7 @@ class StageSpec(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     ORPHAN_GRACE_S_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
+    CACHE_DISK_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     model: _builtins.str
     quant: _builtins.str
@@ -697,6 +698,8 @@ class StageSpec(_message.Message):
     """seconds to live on when the stream breaks; 0: none"""
     coordinator: _builtins.str
     """who runs it, for people: name and address"""
+    cache_disk: _builtins.int
+    """bytes of prefixes that the machine may have on disk; 0: none"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where else in the cluster they may be: host:port, or :port at"""
@@ -745,10 +748,11 @@ class StageSpec(_message.Message):
         service: _builtins.str = ...,
         orphan_grace_s: _builtins.float = ...,
         coordinator: _builtins.str = ...,
+        cache_disk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "coordinator", b"coordinator", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "orphan_grace_s", b"orphan_grace_s", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "service", b"service", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_disk", b"cache_disk", "context", b"context", "coordinator", b"coordinator", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "orphan_grace_s", b"orphan_grace_s", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "service", b"service", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from unicluster.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,56 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _RecallStep:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecallStepEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecallStep.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    READ: _RecallStep.ValueType  # 0
+    """begins it, or asks how far it is"""
+    MAKE: _RecallStep.ValueType  # 1
+    """makes the cache, of a file that was read"""
+    DROP: _RecallStep.ValueType  # 2
+    """forgets what was read"""
+    ERASE: _RecallStep.ValueType  # 3
+    """removes the file"""
+
+class RecallStep(_RecallStep, metaclass=_RecallStepEnumTypeWrapper): ...
+
+READ: RecallStep.ValueType  # 0
+"""begins it, or asks how far it is"""
+MAKE: RecallStep.ValueType  # 1
+"""makes the cache, of a file that was read"""
+DROP: RecallStep.ValueType  # 2
+"""forgets what was read"""
+ERASE: RecallStep.ValueType  # 3
+"""removes the file"""
+Global___RecallStep: _TypeAlias = RecallStep  # noqa: Y015
+
+class _Recalled:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecalledEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recalled.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOT_ASKED: _Recalled.ValueType  # 0
+    READING: _Recalled.ValueType  # 1
+    THERE: _Recalled.ValueType  # 2
+    """read, or made"""
+    MISSING: _Recalled.ValueType  # 3
+    """not there, or not usable"""
+
+class Recalled(_Recalled, metaclass=_RecalledEnumTypeWrapper): ...
+
+NOT_ASKED: Recalled.ValueType  # 0
+READING: Recalled.ValueType  # 1
+THERE: Recalled.ValueType  # 2
+"""read, or made"""
+MISSING: Recalled.ValueType  # 3
+"""not there, or not usable"""
+Global___Recalled: _TypeAlias = Recalled  # noqa: Y015
 
 @_typing.final
 class HopMessage(_message.Message):
@@ -155,6 +206,7 @@ class StageInfo(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    SAVES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     first_layer: _builtins.int
     end_layer: _builtins.int
@@ -163,6 +215,8 @@ class StageInfo(_message.Message):
     """mlx (or empty), ggml"""
     address: _builtins.str
     """host:port at which the stage before it reached its worker"""
+    saves: _builtins.bool
+    """it has a disk for prefixes, and knows Save and Recall"""
     def __init__(
         self,
         *,
@@ -172,10 +226,11 @@ class StageInfo(_message.Message):
         weight_bytes: _builtins.int = ...,
         engine: _builtins.str = ...,
         address: _builtins.str = ...,
+        saves: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "saves", b"saves", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,6 +627,49 @@ class CacheOp(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Save(_message.Message):
+        """To a file of the stage's own, soon; where that is not possible, nothing happens."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        name: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            name: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Recall(_message.Message):
+        """Of a file: first it is read, which takes a while and is answered by CacheAnswer.recalled; then
+        a cache is made of it, an empty one where it is missing.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        STEP_FIELD_NUMBER: _builtins.int
+        name: _builtins.bytes
+        step: Global___RecallStep.ValueType
+        def __init__(
+            self,
+            *,
+            name: _builtins.bytes = ...,
+            step: Global___RecallStep.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "step", b"step"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CACHE_FIELD_NUMBER: _builtins.int
     MAKE_FIELD_NUMBER: _builtins.int
     MERGE_FIELD_NUMBER: _builtins.int
@@ -589,6 +687,8 @@ class CacheOp(_message.Message):
     QUANTIZE_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
+    SAVE_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     cache: _builtins.int
     """the cache acted on or made"""
     @_builtins.property
@@ -623,6 +723,10 @@ class CacheOp(_message.Message):
     def snapshot(self) -> Global___CacheOp.Snapshot: ...
     @_builtins.property
     def restore(self) -> Global___CacheOp.Restore: ...
+    @_builtins.property
+    def save(self) -> Global___CacheOp.Save: ...
+    @_builtins.property
+    def recall(self) -> Global___CacheOp.Recall: ...
     def __init__(
         self,
         *,
@@ -643,12 +747,14 @@ class CacheOp(_message.Message):
         quantize: Global___CacheOp.Quantize | None = ...,
         snapshot: Global___CacheOp.Snapshot | None = ...,
         restore: Global___CacheOp.Restore | None = ...,
+        save: Global___CacheOp.Save | None = ...,
+        recall: Global___CacheOp.Recall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "restore", b"restore", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "recall", b"recall", "restore", b"restore", "save", b"save", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "restore", b"restore", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "copy", b"copy", "extend", b"extend", "extract", b"extract", "fetch", b"fetch", "filter", b"filter", "finalize", b"finalize", "free", b"free", "make", b"make", "merge", b"merge", "op", b"op", "prepare", b"prepare", "quantize", b"quantize", "query", b"query", "recall", b"recall", "restore", b"restore", "save", b"save", "snapshot", b"snapshot", "store", b"store", "trim", b"trim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["make", "merge", "filter", "extend", "extract", "prepare", "finalize", "trim", "copy", "free", "query", "fetch", "store", "quantize", "snapshot", "restore"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["make", "merge", "filter", "extend", "extract", "prepare", "finalize", "trim", "copy", "free", "query", "fetch", "store", "quantize", "snapshot", "restore", "save", "recall"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -667,6 +773,7 @@ class StageReport(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     ARRIVED_S_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -678,6 +785,8 @@ class StageReport(_message.Message):
     """when the frame came, by the machine's own clock"""
     received_bytes: _builtins.int
     """of hidden state"""
+    disk_bytes: _builtins.int
+    """of prefixes on the machine's disk, whichever stage they are of"""
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -694,10 +803,11 @@ class StageReport(_message.Message):
         state: Global___CacheState | None = ...,
         arrived_s: _builtins.float = ...,
         received_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -713,6 +823,8 @@ class CacheAnswer(_message.Message):
     EMPTY_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
+    RECALLED_FIELD_NUMBER: _builtins.int
+    UNWRITTEN_FIELD_NUMBER: _builtins.int
     trimmable: _builtins.bool
     size: _builtins.int
     nbytes: _builtins.int
@@ -720,6 +832,9 @@ class CacheAnswer(_message.Message):
     entries: _builtins.int
     live: _builtins.int
     """caches this session holds on the stage"""
+    recalled: Global___Recalled.ValueType
+    unwritten: _builtins.int
+    """bytes of prefixes that are still to be written to its disk"""
     def __init__(
         self,
         *,
@@ -729,10 +844,12 @@ class CacheAnswer(_message.Message):
         empty: _builtins.bool = ...,
         entries: _builtins.int = ...,
         live: _builtins.int = ...,
+        recalled: Global___Recalled.ValueType = ...,
+        unwritten: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["empty", b"empty", "entries", b"entries", "live", b"live", "nbytes", b"nbytes", "size", b"size", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["empty", b"empty", "entries", b"entries", "live", b"live", "nbytes", b"nbytes", "recalled", b"recalled", "size", b"size", "trimmable", b"trimmable", "unwritten", b"unwritten"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

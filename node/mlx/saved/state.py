@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 )
 
 from node.ring.bounds import MOST_TOKENS, FrameError
-from node.ring.cache_table import Extent
+from node.ring.cache_engine import Extent
 
 # Group sizes and bits that MLX can quantize to.
 GROUP_SIZES = (32, 64, 128)

@@ -1,0 +1,126 @@
+"""Prefixes on the disks of all stages: saved by each in its own file, and used if all have it."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.models.cache import make_prompt_cache
+
+from node.mlx.cache_view import revive, save
+from node.pipeline.remote_cache import RemoteCache, RemoteStage
+from node.prefixes.index import DiskPrefix, PrefixIndex
+from node.prefixes.saved import Array
+from node.ring.compute_thread import pause, until_done
+from unicluster.errors import UniclusterError
+from unicluster.v1.stage_pb2 import ERASE, MISSING, READ, THERE
+
+log = logging.getLogger("unicluster.prefixes")
+
+# To read a prefix may take so long, or as long as to compute it.
+READ_SECONDS = 2.0
+# Between two questions to a stage, at first and at most.
+FIRST_ASK_SECONDS = 0.002
+LAST_ASK_SECONDS = 0.05
+
+
+class DiskPrefixes:
+    """Caches of sequences to and from the disks of a model's stages.
+
+    On the compute thread; `recall` and `settle` wait there as fibers do.
+    """
+
+    def __init__(self, model: Any, index: PrefixIndex, prefill_s: float) -> None:
+        """prefill_s: seconds that a token of a prompt takes; 0: not known."""
+        self._model = model
+        self._index = index
+        self._prefill_s = prefill_s
+        self._ring = json.dumps(getattr(model, "cuts", []))
+        self._on = bool(getattr(model, "saves", True))
+        if not self._on:
+            log.warning("prompt caches are not kept on disk: not all machines can do that now")
+
+    def find(self, prompt: Array, more_than: int) -> tuple[DiskPrefix, int] | None:
+        """The prefix that saves most of a prompt, and how many tokens; see PrefixIndex."""
+        return self._index.find(prompt, self._ring, more_than) if self._on else None
+
+    def has(self, tokens: Array) -> bool:
+        return self._index.name_of(tokens, self._ring) in self._index
+
+    def save(self, tokens: Array, cache: Sequence[Any], *, trimmable: bool) -> None:
+        """Has all stages save the cache of `tokens`, soon: it may be freed at once."""
+        name = self._index.name_of(tokens, self._ring)
+        if not self._on or name in self._index:
+            return
+        local = [part for part in cache if not isinstance(part, RemoteCache)]
+        handles = [part for part in cache if isinstance(part, RemoteCache)]
+        for handle in handles:
+            handle.save(name)
+        if local:
+            self._index.store.put(name.hex(), save(local))
+        for covered in self._index.add(tokens, self._ring, trimmable=trimmable):
+            self._erase(covered, [handle.stage for handle in handles])
+
+    def recall(self, prefix: DiskPrefix) -> list[Any] | None:
+        """A cache of all tokens of a prefix; None where a stage does not have it whole."""
+        fresh = make_prompt_cache(self._model)
+        stages = [part.stage for part in fresh if isinstance(part, RemoteCache)]
+        local = [part for part in fresh if not isinstance(part, RemoteCache)]
+        try:
+            return self._recalled(prefix, local, stages)
+        except TimeoutError:
+            self._on = False
+            log.warning("prompt caches on disk are not used any more: the disk is too slow")
+        except UniclusterError as error:
+            if getattr(self._model, "failure", None) is not None:
+                raise
+            log.warning("a prompt cache on disk does not fit, and is removed: %s", error)
+            self._index.remove(prefix)
+            self._erase(prefix, stages)
+        return None
+
+    def settle(self, seconds: float) -> bool:
+        """Waits until all stages have written what they were to save; whether they have."""
+        until = time.monotonic() + seconds
+        stages = [p.stage for p in make_prompt_cache(self._model) if isinstance(p, RemoteCache)]
+        while self._index.store.waiting or any(stage.unwritten() for stage in stages):
+            if time.monotonic() > until:
+                return False
+            pause(LAST_ASK_SECONDS)
+        return True
+
+    def _recalled(
+        self, prefix: DiskPrefix, local: list[Any], stages: Sequence[RemoteStage]
+    ) -> list[Any] | None:
+        until = time.monotonic() + max(READ_SECONDS, self._prefill_s * len(prefix.tokens))
+        name = prefix.name
+        states = [stage.recall(name, READ) for stage in stages]
+        entries = None
+        if local:
+            reading = self._index.store.read(name.hex())
+            until_done(reading, until - time.monotonic())
+            entries = reading.result(0)
+        between = FIRST_ASK_SECONDS
+        there = bool(entries) or not local
+        while there and any(state != THERE for state in states):
+            if MISSING in states:
+                there = False
+            elif time.monotonic() > until:
+                raise TimeoutError
+            else:
+                pause(between)
+                between = min(2 * between, LAST_ASK_SECONDS)
+                states = [stage.recall(name, READ) for stage in stages]
+        handles = [stage.recalled(name) for stage in stages] if there else [None]
+        if None in handles:
+            self._index.remove(prefix)
+            self._erase(prefix, stages)
+            return None
+        made = revive(local, entries)[0] if entries is not None else []
+        return [*made, *handles]
+
+    def _erase(self, prefix: DiskPrefix, stages: Sequence[RemoteStage]) -> None:
+        self._index.store.erase(prefix.name.hex())
+        for stage in stages:
+            stage.recall_soon(prefix.name, ERASE)

@@ -1,0 +1,86 @@
+"""Prefixes on disk, from an engine that answers to the files and back after a restart."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.generation.engine import GenerationEngine
+from tests.support import zoo
+from tests.support.deadlines import scaled
+from tests.support.engines import DEADLINE, THREAD, Completion, Tiny, listen
+from tests.support.prefixes import counted, files_in, index_in
+from tests.support.tiny import tiny_config, write_model
+from unicluster.v1.chat_pb2 import GenerateRequest
+
+PROMPT = [7 + n % 200 for n in range(120)]
+ROOM = {"context": 512, "kv_bytes": 1 << 30}
+
+Load = Callable[[str], Awaitable[Tiny]]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    loaded: dict[str, Tiny] = {}
+
+    async def load(model_type: str) -> Tiny:
+        if model_type not in loaded:
+            path = tmp_path_factory.mktemp(model_type)
+            write_model(path, tiny_config(model_type))
+            loaded[model_type] = await Tiny.load(path)
+        return loaded[model_type]
+
+    return load
+
+
+async def ask(engine: GenerationEngine, tokens: list[int], **fields: Any) -> Completion:
+    request = GenerateRequest(token_ids=tokens, **({"max_tokens": 8} | fields))
+    return await listen(await engine.submit(request))
+
+
+async def saved(engine: GenerationEngine) -> int:
+    """Has everything written, as before the end of a deployment, and ends the engine."""
+    count = await engine.save_prefixes(scaled(DEADLINE))
+    engine.close()
+    return count
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gemma3"])
+async def test_a_second_turn_after_a_restart_goes_on_from_disk(
+    model_type: str, load: Load, tmp_path: Path
+) -> None:
+    tiny = await load(model_type)
+    engine = await tiny.engine(**ROOM, prefixes=index_in(tmp_path))
+    first = await ask(engine, PROMPT)
+    assert await saved(engine) == 1
+    turn = [*PROMPT, *first.tokens, *PROMPT[:20]]
+    again = await tiny.engine(**ROOM, prefixes=index_in(tmp_path))
+    second = await ask(again, turn)
+    measured = again.measure()
+    again.close()
+    assert second.tokens == (await tiny.alone(turn, 8)).tokens
+    cached = second.finish.usage.cached_tokens if second.finish else 0
+    assert cached >= len(PROMPT)
+    assert (measured.disk_hits, measured.disk_tokens) == (1, cached)
+    assert again.disk_bytes == counted(tmp_path) > 0
+    assert len(files_in(tmp_path)) == 2
+
+
+async def test_states_of_recurrent_layers_come_back_whole(load: Load, tmp_path: Path) -> None:
+    tiny = await load("llama")
+    odd = Tiny(await THREAD.run(lambda: zoo.build("qwen3_next")), tiny.tokenizer)
+    prompt = [n % zoo.VOCAB for n in PROMPT]
+    engine = await odd.engine(**ROOM, prefixes=index_in(tmp_path))
+    first = await ask(engine, prompt)
+    await saved(engine)
+    again = await odd.engine(**ROOM, prefixes=index_in(tmp_path))
+    turn = [*prompt, *first.tokens, *prompt[:9]]
+    second = await ask(again, turn)
+    other = await ask(again, [*prompt[:-1], 3, 4])
+    again.close()
+    assert second.tokens == (await odd.alone(turn, 8)).tokens
+    assert [t.finish.usage.cached_tokens for t in (second, other) if t.finish] == [
+        len(prompt) + len(first.tokens),
+        0,
+    ]
