@@ -36,6 +36,10 @@ PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q"
 # Name, numbers in a block and bytes of a block, by ggml's number of the type.
 TYPES: dict[int, tuple[str, int, int]] = {
     int(kind): (kind.name.lower(), *sizes) for kind, sizes in GGML_QUANT_SIZES.items()
+} | {
+    # Of llama.cpp, and not, or otherwise, in this version of the package.
+    9: ("q8_1", 32, 36),
+    42: ("q2_0", 64, 18),
 }
 
 
