@@ -59,11 +59,11 @@ class Watched:
         self._model = model
         self._sent: deque[Shape] = deque()
 
-    def __call__(self, inputs: Any, cache: Any = None) -> Any:
+    def __call__(self, inputs: Any, cache: Any = None, **more: Any) -> Any:
         self._sent.append(inputs.shape)
         window = self._model.prefill_window
         begun = time.perf_counter() - window.waited
-        logits = self._model(inputs, cache=cache)
+        logits = self._model(inputs, cache=cache, **more)
         self.seconds[0][inputs.shape].append(time.perf_counter() - window.waited - begun)
         return logits
 

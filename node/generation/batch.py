@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
+from node.generation.sampling import TokenChooser
 from node.generation.sequence import Sequence
 from node.mlx.compat import decoding_rows
 from node.mlx.compat_caches import can_merge, leaves
 
 
 class Token(NamedTuple):
-    """The next token of an answer, and the log-probabilities (vocabulary,) it was chosen by."""
+    """The next token of an answer, and the log-probabilities (vocabulary,) it was chosen by.
+
+    Those are of no use where they were not asked for: the last stage may have chosen the token.
+    """
 
     sequence: Sequence
     token: int
@@ -26,30 +30,41 @@ class BatchDecoder:
         self._numbers: dict[Sequence, int] = {}
         # Not mlx-lm's own stream: fibers switch in the middle of a step, and streams don't.
         stream = mx.default_stream(mx.default_device())
+        self._chooses = bool(getattr(model, "chooses", False))
+        self._choosers: dict[Sequence, TokenChooser] = {}
         self._generator: Any = BatchGenerator(
-            _LookingAhead(model, self._look_ahead), completion_batch_size=2**16, stream=stream
+            _LookingAhead(model, self._choosers_of, self._look_ahead),
+            completion_batch_size=2**16,
+            stream=stream,
         )
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence."""
+        job = sequence.job
+        processors = job.processors()
+        sampler: Any = job.sampler()
+        if self._chooses:
+            sampler = self._choosers[sequence] = job.chooser()
         (self._numbers[sequence],) = self._generator.insert(
             [sequence.prompt[-1:]],
             # The answer says when it is finished. mlx-lm would also extract its cache then.
-            max_tokens=[sequence.job.max_tokens + 1],
+            max_tokens=[job.max_tokens + 1],
             caches=[sequence.cache],
             all_tokens=[sequence.prompt[:-1]],
-            samplers=[sequence.job.sampler()],
-            logits_processors=[sequence.job.processors()],
+            samplers=[sampler],
+            logits_processors=[processors],
         )
         sequence.cache = []
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
+        self._choosers.pop(sequence, None)
         self._generator.remove([self._numbers.pop(sequence)])
 
     def take(self, sequence: Sequence) -> tuple[list[int], list[Any]]:
         """Removes a sequence; returns the tokens in its cache, answer included, and the cache."""
         number = self._numbers.pop(sequence)
+        self._choosers.pop(sequence, None)
         taken = self._generator.remove([number], return_prompt_caches=True)
         cache, tokens = taken[number]
         return list(tokens), cache
@@ -59,6 +74,14 @@ class BatchDecoder:
         by_number = {number: sequence for sequence, number in self._numbers.items()}
         _, responses = self._generator.next()
         return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]
+
+    def _choosers_of(self, cache: Any) -> list[TokenChooser]:
+        """Those of a decode step's rows; none in an answer's first step."""
+        if not self._chooses:
+            return []
+        by_number = {number: sequence for sequence, number in self._numbers.items()}
+        rows = decoding_rows(self._generator, cache)
+        return [self._choosers[by_number[number]] for number in rows]
 
     def _look_ahead(self, tokens: mx.array, cache: Any) -> None:
         """Makes the masks of constrained answers while logits are computed for tokens (batch, 1).
@@ -82,14 +105,25 @@ class BatchDecoder:
 
 
 class _LookingAhead:
-    """A model that calls `meanwhile` with its input and cache once its step has begun."""
+    """A model whose steps have the choosers of their cache's rows.
 
-    def __init__(self, model: Any, meanwhile: Callable[[mx.array, Any], None]) -> None:
+    It calls `meanwhile` with its input and cache once its step has begun.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        choosers_of: Callable[[Any], list[TokenChooser]],
+        meanwhile: Callable[[mx.array, Any], None],
+    ) -> None:
         self._model = model
+        self._choosers_of = choosers_of
         self._meanwhile = meanwhile
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> Any:
-        logits = self._model(inputs, cache=cache)
+        choosers = self._choosers_of(cache)
+        more = {"choosers": choosers} if choosers else {}
+        logits = self._model(inputs, cache=cache, **more)
         self._meanwhile(inputs, cache)
         return logits
 

@@ -9,7 +9,7 @@ from node.answers.resumed import Resumed, check_resume, read_again
 from node.constraints.build import constraint_of
 from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
-from node.generation.sampling import LogitsProcessor, Sampler, Sampling
+from node.generation.sampling import LogitsProcessor, Sampler, Sampling, TokenChooser
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import conversation_of, offers_tools
 from node.prompts.templates import TEMPLATES, template_of, variables_of
@@ -60,7 +60,17 @@ class Job:
 
     def sampler(self) -> Sampler | None:
         """The sampler of the answer's next token; None when greedy."""
-        return self.sampling.sampler(0 if self.resumed is None else len(self.resumed.tokens))
+        return self.sampling.sampler(self._drawn)
+
+    def chooser(self) -> TokenChooser:
+        """The sampler of a model whose last stage may choose tokens; also greedy."""
+        needs_logits = bool(self.processors()) or self.logprobs is not None
+        return self.sampling.chooser(needs_logits, self._drawn)
+
+    @property
+    def _drawn(self) -> int:
+        """Tokens of the answer that were sampled before it was resumed here."""
+        return 0 if self.resumed is None else len(self.resumed.tokens)
 
     def processors(self) -> list[LogitsProcessor]:
         """Logits processors of the answer; the constraint's mask comes last."""

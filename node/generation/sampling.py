@@ -8,14 +8,15 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from node.mlx.compat import draws_one_number, number_drawn
+from node.ring.choices import GREEDY_BELOW
 from unicluster.errors import InputError
 from unicluster.v1 import chat_pb2
+from unicluster.v1.stage_pb2 import Choice
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-# Below this the division by the temperature leaves the range of a float.
-GREEDY_BELOW = 1e-5
 # Of PCG64, for one seed of a token: its range is half that of a step, so none is drawn again.
 STEPS_PER_SEED = 1
 
@@ -72,6 +73,13 @@ class Sampling:
         """
         return None if self.temperature < GREEDY_BELOW else _Draw(self, drawn)
 
+    def chooser(self, needs_logits: bool, drawn: int = 0) -> "TokenChooser":
+        """A sampler whose tokens the last stage may choose, unless they need all logits here.
+
+        `drawn`: as of `sampler`.
+        """
+        return TokenChooser(self, needs_logits, drawn)
+
     def processors(self) -> list[LogitsProcessor]:
         """The bias, then mlx-lm's penalties, each over its window of recent tokens.
 
@@ -101,9 +109,17 @@ class _Draw:
         self._sampler: Sampler | None = None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
+        return self.drawn(logprobs, self.next_seed())
+
+    def next_seed(self) -> int:
+        """The seed of the next token."""
+        return int(self._seeds.integers(2**63))
+
+    def drawn(self, logprobs: mx.array, seed: int) -> mx.array:
+        """The token (1,) of log-probabilities (1, vocabulary) by a seed."""
         if self._sampler is None:
             self._sampler = self._make(logprobs.shape[-1])
-        mx.random.seed(int(self._seeds.integers(2**63)))
+        mx.random.seed(seed)
         return self._sampler(logprobs)
 
     def _make(self, vocabulary: int) -> Sampler:
@@ -116,6 +132,48 @@ class _Draw:
             top_k=sampling.top_k if sampling.top_k < vocabulary else 0,
         )
         return sampler
+
+
+class TokenChooser:
+    """A sampler of log-probabilities (1, vocabulary) to tokens (1,), and a Chooser.
+
+    Whether the last stage chooses a token or this does, it is the same one.
+    """
+
+    def __init__(self, sampling: Sampling, needs_logits: bool, drawn: int = 0) -> None:
+        self._sampling = sampling
+        self._draw = None if sampling.temperature < GREEDY_BELOW else _Draw(sampling, drawn)
+        self._all = needs_logits or not (self._draw is None or draws_one_number())
+        self._seed: int | None = None  # of the token that was asked for
+        self._token: int | None = None
+
+    def ask(self) -> Choice:
+        self._token = None
+        if self._draw is None:
+            return Choice(all=self._all)
+        self._seed = self._draw.next_seed()
+        if self._all:
+            return Choice(all=True)
+        sampling = self._sampling
+        return Choice(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            top_k=sampling.top_k,
+            draw=number_drawn(self._seed),
+        )
+
+    def settle(self, token: int | None) -> None:
+        self._token = token
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        token, self._token = self._token, None
+        seed, self._seed = self._seed, None
+        if token is not None:
+            return mx.array([token], mx.uint32)
+        if self._draw is None:
+            return mx.argmax(logprobs, axis=-1)
+        return self._draw.drawn(logprobs, self._draw.next_seed() if seed is None else seed)
 
 
 def _check(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,11 +13,12 @@ from node.ggml.layers import Layers
 from node.ggml.stage import GgmlStage
 from node.ggml.wire import decode
 from node.mlx.compat_caches import growing_cache, members, recurrent_cache
+from node.pipeline.choosers import Chooser, settle
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
 from node.prefixes.store import PrefixStore
 from unicluster.errors import InputError, StageError
-from unicluster.v1.stage_pb2 import CacheOp, Frame, StageReport
+from unicluster.v1.stage_pb2 import CacheOp, Choice, Frame, StageReport
 from unicluster.v1.tensor_pb2 import Leaf
 
 # As in the pipeline: the logits of longer inputs are computed only if they are read.
@@ -35,6 +36,7 @@ class GgmlFront:
         self.cache_view = _View(self)
         self.model = _Whole(self)
         self.hidden_bytes = 4 * layers.sizes.hidden
+        self.vocabulary = stage.vocabulary
         self.is_whole = is_whole
         self.start = 0
         self._recurrent = layers.recurrent
@@ -64,25 +66,29 @@ class GgmlFront:
         """The logits, which came from the last stage."""
         return received
 
-    def logits(self, tokens: mx.array, caches: list[Any]) -> Any:
+    def logits(self, tokens: mx.array, caches: list[Any], choosers: Sequence[Chooser] = ()) -> Any:
         """Logits (batch, tokens, vocabulary), of a model all of whose layers are here."""
         hold = tokens.shape[1] > PUSHED_TOKENS
-        frame = self._forward(tokens, caches, hold=hold)
+        choices = [chooser.ask() for chooser in choosers]
+        frame = self._forward(tokens, caches, hold=hold, choices=choices)
         if not hold:
-            return _array(frame)
+            chosen = settle(frame, choosers, tokens.shape, self.vocabulary)
+            return _array(frame) if chosen is None else chosen
         number = frame.id
         return PendingLogits(
             lambda: _array(self._serve(Frame(claim=number))),
             lambda: self._dropped.append(number),
         )
 
-    def _forward(self, tokens: mx.array, caches: list[Any], hold: bool) -> Frame:
+    def _forward(
+        self, tokens: mx.array, caches: list[Any], hold: bool, choices: Sequence[Choice] = ()
+    ) -> Frame:
         (handle,) = caches
         if members(handle) is not None:
             raise InputError("a saved prompt cache can't be loaded into a head of ggml")
         self._frames += 1
         ids = np.array(tokens).astype(np.uint32)
-        frame = Frame(id=self._frames, hold=hold)
+        frame = Frame(id=self._frames, hold=hold, choices=choices)
         leaf = Leaf()
         leaf.tensor.dtype = "uint32"
         leaf.tensor.shape.extend(ids.shape)
@@ -137,8 +143,8 @@ class _Whole(nn.Module):
         self._logits: Callable[..., Any] = front.logits
         self.args = None
 
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> Any:
-        return self._logits(tokens, cache)
+    def __call__(self, tokens: mx.array, cache: list[Any], choosers: Sequence[Chooser] = ()) -> Any:
+        return self._logits(tokens, cache, choosers)
 
 
 def _array(frame: Frame) -> mx.array:

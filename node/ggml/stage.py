@@ -62,6 +62,11 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         self._format: StateFormat | None = None
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens of the model, as far as this stage knows: of its embedding, or of its logits."""
+        return self._embedding.count if self._embedding else self._layers.sizes.vocabulary
+
+    @property
     def most_tokens(self) -> int:
         return self._layers.sizes.cells
 

@@ -133,6 +133,35 @@ def decoding_rows(generator: Any, cache: Any) -> tuple[int, ...]:
     return tuple(batch.uids) if cache is batch.prompt_cache else ()
 
 
+# --- random numbers
+
+
+def number_drawn(seed: int) -> float:
+    """The number in [0, 1) by which `mx.random.categorical` draws just after that seed."""
+    mx.random.seed(seed)
+    number: Any = mx.random.uniform().item()
+    return float(number)
+
+
+@functools.cache
+def draws_one_number() -> bool:
+    """Whether `mx.random.categorical` takes the class at one number's place among all, in order.
+
+    Other versions may add noise to each class.
+    """
+    weights = np.arange(1, 65, dtype=np.float64)
+    ends = np.cumsum(weights) / weights.sum()
+    logits = mx.log(mx.array(weights.astype(np.float32)))[None]
+    for seed in range(16):
+        number = number_drawn(seed)
+        if np.abs(ends - number).min() > 1e-5:
+            mx.random.seed(seed)
+            drawn: Any = mx.random.categorical(logits).item()
+            if drawn != np.searchsorted(ends, number, side="right"):
+                return False
+    return True
+
+
 # --- the lazy graph
 
 

@@ -94,6 +94,7 @@ class HollowModel:
         self.has_lm_head = has_lm_head
         self.outside = self._outside(dataflow, model_type) if has_lm_head else ()
         self.hidden_bytes = token_bytes(dataflow)  # of one token
+        self.vocabulary = 0  # of logits that come from the last stage: here it has none
         self._dataflow = dataflow
         self._before = activations_at(dataflow, start) if start else None
         self._after = activations_at(dataflow, end)

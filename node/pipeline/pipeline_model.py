@@ -15,6 +15,7 @@ from node.metering.trips import Trip, Trips
 from node.mlx.compat_caches import commit, members
 from node.mlx.prebuilt import Kind, PrebuiltStep, StepBuilder, kind_of_array, kind_of_leaves
 from node.mlx.tensors import decode_tree, encode_tree
+from node.pipeline.choosers import Chooser, check_chosen, settle
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
 from node.prefixes.store import PrefixStore
@@ -24,7 +25,7 @@ from node.ring.ring import PrefillWindow, Reply, Ring, Window
 from unicluster import failpoints
 from unicluster.deadlines import DECODE, PREFILL, Work
 from unicluster.errors import UniclusterError
-from unicluster.v1.stage_pb2 import CacheOp, Frame, HopMessage, StageReport
+from unicluster.v1.stage_pb2 import CacheOp, Choice, Frame, HopMessage, StageReport
 
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
 # verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
@@ -65,6 +66,10 @@ class Front(Protocol):
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's layer output."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the last stage has logits of, and can choose from; 0: it has none."""
 
     def keep_prefixes(self, store: PrefixStore | None) -> None:
         """Tells it where its own prefixes on disk are, if they are its own affair."""
@@ -141,6 +146,16 @@ class PipelineModel(nn.Module):
         """Why the ring has ended; None while it goes on."""
         return self._ring.failure if self._ring is not None else None
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of which the last stage has the logits; 0: the head makes them."""
+        return self._hollow.vocabulary
+
+    @property
+    def chooses(self) -> bool:
+        """Whether calls may have choosers: tokens are then chosen where the logits are."""
+        return self.vocabulary > 0
+
     def layer_caches(self) -> list[Any]:
         """A fresh cache of each layer of the whole model, which shows their kinds."""
         fresh: list[Any] = self._hollow.cache_view.fresh()
@@ -150,10 +165,17 @@ class PipelineModel(nn.Module):
         """The caches of the layers here, then one handle for each remote stage."""
         return [*self._hollow.cache_view.make(), *(remote.make() for remote in self._remotes)]
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> Any:
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        choosers: Sequence[Chooser] = (),
+    ) -> Any:
         """Logits (batch, tokens, vocabulary) for token ids (batch, tokens).
 
-        Returns an array, or, when there are remote stages, PendingLogits. Errors of the ring
+        Returns an array, or, when there are remote stages, PendingLogits. With `choosers`, one for
+        each token, row by row, those are settled by the time the logits are there, which are then
+        of use only to choosers that were settled with None. Not for prefill. Errors of the ring
         (StageError, UnavailableError) are raised here or when the logits are touched.
         """
         if cache is None:
@@ -167,7 +189,8 @@ class PipelineModel(nn.Module):
         if self._ring is None:
             began = time.perf_counter()
             self.trips.head.frames += 1
-            logits = self.model(inputs, cache=self._hollow.cache_view.full(local))
+            more = {"choosers": choosers} if choosers else {}
+            logits = self.model(inputs, cache=self._hollow.cache_view.full(local), **more)
             if timelines:
                 mx.eval(logits)
                 _add(timelines, "layers", began)
@@ -178,7 +201,7 @@ class PipelineModel(nn.Module):
         handles = cache[here:]
         if prefill:
             return self._prefill(inputs, local, handles, timelines)
-        return self._step(inputs, local, handles, timelines)
+        return self._step(inputs, local, handles, timelines, choosers)
 
     def _prefill(
         self,
@@ -217,11 +240,13 @@ class PipelineModel(nn.Module):
         local: list[Any],
         handles: list[RemoteCache],
         timelines: Sequence[Timeline],
+        choosers: Sequence[Chooser],
     ) -> PendingLogits:
         """Decodes or verifies drafted tokens; builds the next step while other stages compute."""
         self._steps.enter()
         began = time.perf_counter()
-        message = HopMessage(frame=Frame())
+        choices = [chooser.ask() for chooser in choosers]
+        message = HopMessage(frame=Frame(choices=choices))
         try:
             before, handles[0].expected = handles[0].expected, None
             expected = _ExpectedCall(local, kind_of_array(inputs))
@@ -238,7 +263,7 @@ class PipelineModel(nn.Module):
             self._steps.leave()
             raise
         single = inputs.shape == (1, 1)
-        reply = self._forward(message, handles, self._steps, single, began, timelines)
+        reply = self._forward(message, handles, self._steps, single, began, timelines, choices)
         handles[0].expected = expected
         returned = before.returned if before is not None else ()
 
@@ -255,7 +280,10 @@ class PipelineModel(nn.Module):
             frame = reply.wait()
             woke = _woke(timelines, reply.number)
             expected.returned = kind_of_leaves(frame.hidden)
-            if prebuilt is not None and prebuilt.kind == expected.returned:
+            chosen = settle(frame, choosers, inputs.shape, self._hollow.vocabulary)
+            if chosen is not None:
+                logits = chosen
+            elif prebuilt is not None and prebuilt.kind == expected.returned:
                 prebuilt.placeholder.fill(frame.hidden)
                 logits = prebuilt.result
             else:
@@ -285,6 +313,7 @@ class PipelineModel(nn.Module):
         single: bool,
         began: float,
         timelines: Sequence[Timeline],
+        choices: Sequence[Choice] = (),
     ) -> Reply:
         versions = [handle.before_forward() for handle in handles]
         sent = time.perf_counter()
@@ -296,6 +325,7 @@ class PipelineModel(nn.Module):
         def on_reply(frame: Frame) -> None:
             nonlocal returned
             returned = time.perf_counter()
+            check_chosen(frame, choices, self._hollow.vocabulary)
             for handle, version, report in zip(handles, versions, frame.reports, strict=True):
                 handle.after_forward(version, report)
             for timeline in timelines:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic
 from node.ring.bounds import FrameError
 from node.ring.cache_engine import C, CacheEngine
 from node.ring.cache_table import CacheTable
+from node.ring.choices import check_choices, choose_tokens
 from node.ring.leaves import check_leaves, leaf_bytes
 from node.ring.session import H, Session
 from unicluster.v1.stage_pb2 import Frame, StagePart, StageReport
@@ -114,6 +115,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             rows, tokens = self.extent(frame.hidden)
             cache, length = session.caches.advance(part.cache, rows, tokens)
             self.check_positions(frame.hidden, length)
+            if session.last and frame.choices:
+                check_choices(frame, rows * tokens)
             self._run_layers(session, part.cache, cache, frame)
         self.computed_tokens += rows * tokens
         report.trimmable = self.trimmable(cache)
@@ -124,6 +127,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             session.deferred[frame.id] = self.hold(cache, frame.hidden)
         elif self.forward(cache, frame.hidden, prefill=frame.hold):
             session.due.append(number)
+        if session.last and frame.choices:
+            choose_tokens(frame)
 
     def _claim(self, session: Session[C, H], frame: Frame) -> None:
         with session.caches.named(f"claim of frame {frame.claim}"):

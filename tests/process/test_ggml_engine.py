@@ -3,14 +3,25 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
 import unicluster
+from node.generation.answer import Answer
+from node.generation.batch import BatchDecoder
 from node.generation.drafting import Lookup, Speculation
+from node.generation.request import Job
+from node.generation.sampling import Sampling
+from node.generation.sequence import Sequence
+from node.pipeline.pipeline_model import PipelineModel
 from tests.support.constrained import POINT, point_of
 from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
 from tests.support.tiny_gguf import write_gguf
@@ -107,6 +118,73 @@ async def test_guesses_change_nothing(split: Split) -> None:
     assert told[0].finish is not None
     assert told[0].finish.usage.drafted_tokens > 0
     await split.until_free()
+
+
+# Tokens that the last stage chooses
+
+# Each group decodes together; a model with states has few to spare.
+GROUPS: list[list[dict[str, Any]]] = [
+    [{"temperature": 0.0}, {"temperature": 0.9, "seed": 1}, {"temperature": 1.2, "min_p": 0.1}],
+    [{"temperature": 0.8, "top_p": 0.9, "seed": 2}, {"temperature": 1.5, "top_k": 5, "seed": 3}],
+    [{"temperature": 0.9, "repetition_penalty": 1.3, "seed": 5}, {"logit_bias": {7: 3.0}}, {}],
+]
+
+
+def decoded(model: Any, group: list[dict[str, Any]]) -> list[list[int]]:
+    """20 tokens of each answer of one batch; the first leaves it early. Log probabilities are
+    wanted of the last."""
+    decoder, tokens = BatchDecoder(model), {}
+    for number, sampling in enumerate(group):
+        job = Job(
+            PROMPTS[number + 1],
+            max_tokens=50,
+            sampling=Sampling(**{"seed": 7} | sampling),
+            stop=(),
+            logprobs=2 if number == 2 else None,
+            marks=None,
+        )
+        ticket: Any = SimpleNamespace(job=job)
+        sequence = Sequence(ticket, Answer.__new__(Answer), cache=make_prompt_cache(model))
+        model(mx.array([sequence.prompt[:-1]]), cache=sequence.cache)
+        decoder.add(sequence)
+        tokens[sequence] = list[int]()
+    first, *others = tokens
+    left = False
+    while min(len(tokens[sequence]) for sequence in others) < 20:
+        for sequence, token, logprobs in decoder.step():
+            assert sequence.job.logprobs is None or logprobs.size == model.vocabulary
+            tokens[sequence].append(token)
+        if not left and len(tokens[first]) == 5:
+            left = True
+            decoder.remove(first)
+    for sequence in others:
+        decoder.remove(sequence)
+    decoder.close()
+    return [found[:20] for found in tokens.values()]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=["all", "bounds", "processors"])
+async def test_it_does_not_matter_where_tokens_are_chosen(
+    split: Split, group: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = await THREAD.run(lambda: decoded(split.model, group))
+
+    monkeypatch.setattr(PipelineModel, "chooses", False)
+
+    assert elsewhere == await THREAD.run(lambda: decoded(split.model, group))
+    await split.until_free()
+
+
+async def test_a_greedy_token_comes_back_without_logits(split: Split) -> None:
+    back = split.model.trips.hops[-1]
+    engine = await split.engine(users=1)
+    before = back.bytes
+
+    await ask(engine, PROMPTS[0], max_tokens=40, ignore_eos=True)
+
+    engine.close()
+    logits = 4 * split.model.vocabulary
+    assert back.bytes - before <= len(PROMPTS[0]) * logits, "those of the prompt, at most"
 
 
 # Constrained answers

@@ -147,11 +147,11 @@ class Fragile:
         self._calls = 0
         self._model = model
 
-    def __call__(self, inputs: mx.array, cache: Any = None) -> Any:
+    def __call__(self, inputs: mx.array, cache: Any = None, **more: Any) -> Any:
         self._calls += 1
         if self.error is not None and self._calls >= self.error_at:
             raise self.error
-        return self._model(inputs, cache=cache)
+        return self._model(inputs, cache=cache, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

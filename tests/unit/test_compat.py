@@ -483,6 +483,18 @@ def test_a_family_s_calls_are_known_by_its_template() -> None:
 # --- batches
 
 
+def test_a_class_is_drawn_by_one_number() -> None:
+    logits = mx.array(np.log(np.arange(1, 1001, dtype=np.float32)))[None]
+    ends = np.cumsum(np.arange(1, 1001)) / 500500
+
+    assert compat.draws_one_number()
+    for seed in range(100):
+        number = compat.number_drawn(seed)
+        mx.random.seed(seed)
+        drawn: Any = mx.random.categorical(logits).item()
+        assert abs(drawn - int(np.searchsorted(ends, number, side="right"))) <= 1
+
+
 def test_rows_of_a_decode_step_are_those_of_its_cache() -> None:
     seen: list[tuple[tuple[int, ...], int]] = []
 

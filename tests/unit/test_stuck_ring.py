@@ -234,6 +234,7 @@ class FakeFront:
 
     model = nn.Module()
     hidden_bytes = 16
+    vocabulary = 0
 
     class CacheView:
         def __len__(self) -> int:

@@ -249,6 +249,8 @@ class Frame(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     CLAIM_FIELD_NUMBER: _builtins.int
     REPORTS_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """ascending within the session"""
     hold: _builtins.bool
@@ -269,6 +271,18 @@ class Frame(_message.Message):
 
     @_builtins.property
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReport]: ...
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Choice]:
+        """How the last stage may choose tokens, one for each token of the input, row by row. Absent, or
+        where the stage does not know of it: all logits come back.
+        """
+
+    @_builtins.property
+    def chosen(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The last stage's answer: for each choice the token + 1, or 0 where it is not sure; `hidden` then
+        has the logits (unsure, vocabulary) of those, in order.
+        """
+
     def __init__(
         self,
         *,
@@ -279,14 +293,58 @@ class Frame(_message.Message):
         dropped: _abc.Iterable[_builtins.int] | None = ...,
         claim: _builtins.int = ...,
         reports: _abc.Iterable[Global___StageReport] | None = ...,
+        choices: _abc.Iterable[Global___Choice] | None = ...,
+        chosen: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "dropped", b"dropped", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "chosen", b"chosen", "claim", b"claim", "dropped", b"dropped", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Frame: _TypeAlias = Frame  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    """By which rule a token is chosen of its logits, so that it is the one the head would choose."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALL_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    DRAW_FIELD_NUMBER: _builtins.int
+    all: _builtins.bool
+    """the head needs the logits: chooses by itself"""
+    temperature: _builtins.float
+    """0: greedy"""
+    top_p: _builtins.float
+    """0 and 1: no bound"""
+    min_p: _builtins.float
+    """0: no bound"""
+    top_k: _builtins.int
+    """0: no bound"""
+    draw: _builtins.float
+    """in [0, 1): where in the distribution, in the order of tokens"""
+    def __init__(
+        self,
+        *,
+        all: _builtins.bool = ...,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float = ...,
+        min_p: _builtins.float = ...,
+        top_k: _builtins.int = ...,
+        draw: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "draw", b"draw", "min_p", b"min_p", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class StagePart(_message.Message):
