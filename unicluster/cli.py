@@ -50,6 +50,7 @@ SECTIONS = {
             "coordinator.commands.status",
             "say what is served, and how busy the machines are",
         ),
+        "events": ("coordinator.commands.events", "say what has happened to what was served"),
         "bench": ("coordinator.commands.bench", "measure what is served, or a model cut up here"),
         "demo": (
             "coordinator.commands.demo",

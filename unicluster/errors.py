@@ -70,5 +70,9 @@ class StageError(UniclusterError):
     """A stage could not load, or failed while computing. The message names the machine."""
 
 
+class StuckError(StageError):
+    """A stage lives, and its work does not move. The message names the machine and the work."""
+
+
 class AnswerError(StageError):
     """One answer can't go on, wherever it is computed: others are not touched."""

@@ -42,6 +42,7 @@ from coordinator.serving.options import (
 )
 from coordinator.serving.service import Service
 from coordinator.serving.telemetry import publish_telemetry, root_of
+from coordinator.terminal.event_log import EventLogger
 from coordinator.terminal.printer import printing
 from unicluster.cluster.channels import bind, join_address, make_server
 from unicluster.cluster.descriptors import raise_file_limit
@@ -135,7 +136,8 @@ def run(
         else HttpOptions(http_port, http_cert, http_plain, http_name, http_origin),
     )
     events = Events()
-    with printing(events):
+    logged = events.followed(EventLogger(options.service), "the event log")
+    with printing(events), logged:
         return asyncio.run(_serve(options, events))
 
 

@@ -87,10 +87,20 @@ class StageReady:
 
 @dataclass(frozen=True)
 class StageFailed:
-    """A stage is lost; `reason` is a sentence that names the machine."""
+    """A stage is lost; `reason` is a sentence that names the machine. cause: as in Cause."""
 
     machine: str
     reason: str
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerEnded:
+    """A worker has ended, and its machine starts another. cause: as in Cause."""
+
+    machine: str
+    reason: str
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ Event = (
     | StageAdopted
     | StageReady
     | StageFailed
+    | WorkerEnded
     | Ready
     | Listening
     | Recovering

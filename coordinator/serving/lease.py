@@ -7,7 +7,15 @@ from collections.abc import Callable
 import grpc
 
 from coordinator.planning.placement import Stage
-from coordinator.serving.events import Events, Progress, StageAdopted, StageFailed, StageReady
+from coordinator.serving.events import (
+    Events,
+    Progress,
+    StageAdopted,
+    StageFailed,
+    StageReady,
+    WorkerEnded,
+)
+from unicluster.causes import Cause
 from unicluster.cluster.channels import as_error, join_address, split_address
 from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds, next_bytes
 from unicluster.errors import (
@@ -39,13 +47,15 @@ LOOK_SECONDS = 0.5
 # The agent watches its worker, and starts it again, sooner than the coordinator gives it up.
 PATIENCE_FLOORS = 2.0
 REASON_CHARS = 500
+CAUSE_CHARS = 40
 
 
 class Lease:
     """One stage on one machine.
 
     worker: where its worker is, None unless that is ready. lost: the error that ended the lease.
-    adopted: it had loaded before. faulty: its worker must not be adopted.
+    cause: a word of Cause for that, or a newer agent's. adopted: it had loaded before.
+    faulty: its worker must not be adopted.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class Lease:
         self.stage = stage
         self.worker: RouteStop | None = None
         self.lost: UniclusterError | None = None
+        self.cause = ""
         self.draining = False
         self.adopted = False
         self.faulty = False
@@ -75,25 +86,33 @@ class Lease:
 
     async def hold(self, events: Events, changed: Callable[[], None]) -> None:
         """Follows the stage until it is lost."""
+        who = f"machine {self.name} ({self._agent})"
         call = self._node.RunStage(self._spec)
         try:
             while isinstance(event := await self._next(call), StageEvent):
                 self._note(event, events)
                 changed()
-            self.lost = self.lost or UnavailableError(f"machine {self.name} ended its stage")
+            if self.lost is None:
+                self._lose(UnavailableError(f"machine {self.name} ended its stage"), Cause.LEFT)
         except grpc.aio.AioRpcError as error:
-            self.lost = as_error(error, f"machine {self.name} ({self._agent})")
+            is_silent = "stopped answering" in str(lost := as_error(error, who))
+            self._lose(lost, Cause.UNREACHABLE if is_silent else Cause.LEFT)
         except StageError as error:
-            self.lost, self.faulty = error, True
+            self._lose(error, Cause.FROZEN)
+            self.faulty = True
         except Exception as error:  # whoever waits for the stage must not wait for ever
             log.exception("%s", self.long_name)
             kind = type(error).__name__
-            self.lost = StageError(f"{self.long_name}: {kind}: {in_one_line(error)}")
+            reason = f"{self.long_name}: {kind}: {in_one_line(error)}"
+            self._lose(StageError(reason), Cause.FAILED)
         finally:
             call.cancel()
         self.worker = None
-        events.publish(StageFailed(self.name, str(self.lost)))
+        events.publish(StageFailed(self.name, str(self.lost), self.cause))
         changed()
+
+    def _lose(self, error: UniclusterError, cause: str) -> None:
+        self.lost, self.cause = error, cause
 
     async def release(self) -> None:
         """Ends the stage on its machine, which would keep it for its grace else; as `until_left`.
@@ -158,7 +177,7 @@ class Lease:
             self.adopted = True
             events.publish(StageAdopted(self.name))
         else:
-            self._ended(event.exit)
+            self._ended(event.exit, events)
 
     def _worker_at(self, port: int) -> RouteStop:
         """The worker, wherever its machine may be: other machines may reach it elsewhere."""
@@ -172,10 +191,11 @@ class Lease:
             machine=self.stage.machine.id,
         )
 
-    def _ended(self, ended: StageExit) -> None:
+    def _ended(self, ended: StageExit, events: Events) -> None:
         self.worker, self._progress = None, LoadProgress()
         reason = shortened(printable(ended.reason), REASON_CHARS)
         log.warning("machine %s: worker ended: %s", self.name, reason)
+        cause = shortened(printable(ended.cause), CAUSE_CHARS) or Cause.FAILED
         for line in ended.stderr_tail:
             log.info("machine %s: its last lines: %s", self.name, shortened(printable(line)))
         if not ended.restarting:
@@ -183,7 +203,9 @@ class Lease:
             # A worker that ends itself says which machine it is on.
             named = reason.startswith(f"machine {self.name} ")
             prefix = "" if named else f"machine {self.name}{memory}: "
-            self.lost = StageError(f"{prefix}{reason}")
+            self._lose(StageError(f"{prefix}{reason}"), cause)
+        else:
+            events.publish(WorkerEnded(self.name, reason, cause))
 
 
 async def _read(call: grpc.aio.UnaryStreamCall[StageSpec, StageEvent]) -> object:

@@ -37,6 +37,17 @@ MIGRATIONS: Sequence[str] = (
         cut TEXT
     ) STRICT;
     """,
+    """
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at_s REAL NOT NULL,
+        service TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        machine TEXT NOT NULL,
+        cause TEXT NOT NULL,
+        text TEXT NOT NULL
+    ) STRICT;
+    """,
 )
 
 

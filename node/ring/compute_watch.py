@@ -3,7 +3,7 @@
 import asyncio
 
 from node.ring.compute_thread import MLXThread
-from unicluster.errors import StageError, in_one_line
+from unicluster.errors import StageError, StuckError, in_one_line
 from unicluster.stall import Stall, look_seconds, stuck_reason
 
 
@@ -18,5 +18,5 @@ async def watch(thread: MLXThread, who: str) -> None:
         lap = thread.running
         stuck_s = stall.look(lap)
         if lap is not None and stuck_s > thread.deadlines.limit(lap[1]):
-            raise StageError(stuck_reason(who, stuck_s, lap[1]))
+            raise StuckError(stuck_reason(who, stuck_s, lap[1]))
         await asyncio.sleep(look_seconds())

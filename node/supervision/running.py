@@ -10,6 +10,7 @@ from typing import Any
 from node.supervision.restarts import Restarts
 from node.worker.config import WorkerConfig
 from node.worker.process import REASON_CHARS, WorkerProcess
+from unicluster.causes import Cause, of_error
 from unicluster.cluster.background import going_on
 from unicluster.errors import shortened
 from unicluster.stage_key import stage_key
@@ -161,7 +162,10 @@ class RunningStage:
         except Exception as error:  # whoever follows must not wait for ever
             log.exception("layers %d-%d", self.spec.first_layer, self.spec.end_layer - 1)
             reason = f"{type(error).__name__}: {error}"
-            self._publish(StageEvent(exit=StageExit(reason=shortened(reason, REASON_CHARS))))
+            exit_ = StageExit(
+                reason=shortened(reason, REASON_CHARS), cause=of_error(error) or Cause.FAILED
+            )
+            self._publish(StageEvent(exit=exit_))
         finally:
             self._on_end(self)
             if self._follower is not None:
@@ -200,6 +204,7 @@ class RunningStage:
                         reason=shortened(ended.reason, REASON_CHARS),
                         stderr_tail=ended.stderr_tail,
                         out_of_memory=ended.out_of_memory,
+                        cause=ended.cause,
                         restarting=pause is not None,
                     )
                 )

@@ -44,13 +44,14 @@ from node.worker.config import WorkerConfig
 from node.worker.draft import fetch_draft, load_draft
 from node.worker.head import Head, HeadChat
 from node.worker.prefixes import open_prefixes
-from unicluster import failpoints
+from unicluster import causes, failpoints
+from unicluster.causes import Cause
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import bind, make_server
 from unicluster.cluster.sizes import CHAT_BYTES, FRAME_BYTES
 from unicluster.deadlines import DECODE, LOAD, PREFILL, Work, WorkDeadlines, next_bytes
-from unicluster.errors import InputError, UniclusterError, in_one_line
+from unicluster.errors import InputError, StuckError, UniclusterError, in_one_line
 from unicluster.trust.identity import Credentials, Identity
 from unicluster.trust.keyring import HandedKeyring
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server, add_HeadServicer_to_server
@@ -286,6 +287,12 @@ def _follow_parent(keyring: HandedKeyring) -> None:
     os._exit(0)
 
 
+def _cause(error: Exception) -> str:
+    """The word for why this worker ends."""
+    stuck = Cause.FROZEN if isinstance(error, StuckError) else Cause.FAILED
+    return causes.of_error(error) or stuck
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("node.worker: started by `unicluster join` and unicluster.load only")
@@ -299,11 +306,12 @@ def main() -> None:
         uvloop.run(serve(config, keyring))
         code = 0
     except UniclusterError as error:
-        emit("failed", reason=str(error))
+        emit("failed", reason=str(error), cause=_cause(error))
         code = error.exit_code
     except Exception as error:
         log.exception("worker failed")
-        emit("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        emit("failed", reason=reason, cause=_cause(error))
         code = 1
     # MLX may still be computing for a client that is gone, or a download be under way: nothing
     # is worth waiting for.

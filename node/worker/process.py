@@ -18,6 +18,7 @@ from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
 from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
+from unicluster.causes import Cause, of_exit
 from unicluster.deadlines import floor_seconds
 from unicluster.program import child_environment, module_command
 from unicluster.stall import Stall, look_seconds
@@ -48,11 +49,15 @@ _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "mem
 
 @dataclass(frozen=True)
 class Exit:
-    """Why a worker ended, in one line, with the end of what it logged and printed."""
+    """Why a worker ended, in one line, with the end of what it logged and printed.
+
+    cause: a word of Cause, or of a newer worker's.
+    """
 
     reason: str
     stderr_tail: tuple[str, ...]
     out_of_memory: bool
+    cause: str = ""
 
 
 # Threads of llama.cpp wait for one another some hundred times a token, spinning for milliseconds:
@@ -159,7 +164,11 @@ class WorkerProcess:
             reason = f"exited with code {code}"
             if last := self._report.last_printed or "".join(tail[-1:]):
                 reason += f": {last[:REASON_CHARS]}"
-        return Exit(reason, tail, killed or (printed and not self._stopped))
+        out_of_memory = killed or (printed and not self._stopped)
+        cause = self._report.cause if self._report.failure is not None else ""
+        if out_of_memory or not cause:
+            cause = of_exit(code, tail, out_of_memory=out_of_memory)
+        return Exit(reason, tail, out_of_memory, cause)
 
     async def stop(self) -> None:
         """Ends the process, gently for a few seconds, and waits until it is gone."""
@@ -218,7 +227,8 @@ class WorkerProcess:
             floors = SILENT_FLOORS if report.heard else SILENT_START_FLOORS
             if silent_s > floors * floor_seconds():
                 doing = report.doing or "starting"
-                report.break_off(f"has said nothing for {silent_s:.0f} s while {doing}")
+                reason = f"has said nothing for {silent_s:.0f} s while {doing}"
+                report.break_off(reason, Cause.FROZEN)
 
 
 async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
@@ -237,9 +247,26 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def _oom_kills() -> int:
-    """Processes the Linux kernel has killed for lack of memory since boot; 0 elsewhere."""
+    """Processes killed for lack of memory so far, on this machine or in its control group.
+
+    The kernel counts both on Linux; 0 elsewhere.
+    """
+    return _count(Path("/proc/vmstat")) + _count(_own_group() / "memory.events")
+
+
+def _own_group() -> Path:
+    """The folder of this process's control group (v2), whose memory limit may be the one hit."""
     try:
-        text = Path("/proc/vmstat").read_text()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    return Path("/sys/fs/cgroup") / path.strip("/")
+
+
+def _count(file: Path) -> int:
+    try:
+        text = file.read_text()
     except OSError:
         return 0
     return next(

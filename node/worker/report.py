@@ -7,6 +7,7 @@ from typing import Any
 
 from node.worker.events import is_known, parse_event
 from node.worker.lines import LineReader, Tail
+from unicluster.causes import Cause
 from unicluster.errors import printable
 
 log = logging.getLogger("unicluster.worker")
@@ -28,7 +29,8 @@ class WorkerReport:
     Log records come through the channel and appear in this process's log with their level and
     logger, behind the worker's name; printed lines appear there at level INFO.
 
-    failure: the reason that the worker gave for its end, or the fault of its channel.
+    failure: the reason that the worker gave for its end, or the fault of its channel; cause: its
+    kind.
     broken: whether its channel has failed. heard: events so far, signs of life included.
     doing: what it does, by its last event.
     """
@@ -41,6 +43,7 @@ class WorkerReport:
         self.output = LineReader(PRINTED_BYTES, self._on_printed, self._on_printed)
         self.last_printed = ""
         self.failure: str | None = None
+        self.cause = ""
         self.broken = asyncio.Event()
         self.heard = 0
         self.doing = ""
@@ -60,10 +63,10 @@ class WorkerReport:
         """Ends `events` after those already queued."""
         self._events.put_nowait(None)
 
-    def break_off(self, reason: str) -> None:
+    def break_off(self, reason: str, cause: Cause = Cause.FAILED) -> None:
         """Takes no more events; `reason` is why, unless the worker gave one."""
         if self.failure is None:
-            self.failure = reason
+            self.failure, self.cause = reason, cause
         self.broken.set()
 
     def _on_event(self, line: bytes) -> None:
@@ -88,6 +91,8 @@ class WorkerReport:
     def _on_progress(self, event: dict[str, Any]) -> None:
         if event["event"] == "failed":
             event["reason"] = self.failure = printable(event["reason"])
+            cause = event.get("cause")
+            self.cause = printable(cause) if isinstance(cause, str) else Cause.FAILED
         self.doing = _DOING.get(event["event"], self.doing)
         if self._events.qsize() >= PENDING_EVENTS:
             self._events.get_nowait()

@@ -179,7 +179,7 @@ async def test_a_worker_that_can_not_load_says_why(config: WorkerConfig, tmp_pat
         events, ended = await all_events(worker)
 
     reason = f"{tmp_path}: no config.json in it, so this is no model directory"
-    assert events == [{"event": "failed", "reason": reason}]
+    assert events == [{"event": "failed", "reason": reason, "cause": "failed"}]
     assert ended == Exit(reason, (), out_of_memory=False)
 
 

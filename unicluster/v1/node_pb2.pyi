@@ -959,10 +959,13 @@ class StageExit(_message.Message):
     STDERR_TAIL_FIELD_NUMBER: _builtins.int
     OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
     RESTARTING_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """one line: signal, exit code, out of memory"""
     out_of_memory: _builtins.bool
     restarting: _builtins.bool
+    cause: _builtins.str
+    """killed, out of memory, frozen, disk full, driver fault, ..."""
     @_builtins.property
     def stderr_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -972,10 +975,11 @@ class StageExit(_message.Message):
         stderr_tail: _abc.Iterable[_builtins.str] | None = ...,
         out_of_memory: _builtins.bool = ...,
         restarting: _builtins.bool = ...,
+        cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["out_of_memory", b"out_of_memory", "reason", b"reason", "restarting", b"restarting", "stderr_tail", b"stderr_tail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "out_of_memory", b"out_of_memory", "reason", b"reason", "restarting", b"restarting", "stderr_tail", b"stderr_tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,52 @@
+"""The events of a service on their way to the state file."""
+
+from coordinator.serving.events import (
+    Event,
+    Listening,
+    Recovered,
+    Recovering,
+    StageAdopted,
+    StageFailed,
+    Unloading,
+    WorkerEnded,
+)
+from coordinator.state.database import Database
+from coordinator.state.event_log import EventLog
+from coordinator.terminal.printer import recovered_line
+
+
+class EventLogger:
+    """Follows the events of one service; opens the state file in the thread that follows."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._database: Database | None = None
+        self._log: EventLog | None = None
+
+    def handle(self, event: Event) -> None:
+        """Logs an event that is worth it. Raises InputError where the state file can't be used."""
+        match event:
+            case Listening():
+                self._add("ready", text=f"at {event.address}")
+            case StageAdopted():
+                self._add("adopted", machine=event.machine)
+            case WorkerEnded():
+                self._add("worker ended", event.machine, event.cause, event.reason)
+            case StageFailed():
+                self._add("stage lost", event.machine, event.cause, event.reason)
+            case Recovering():
+                self._add("recovering", text=event.reason)
+            case Recovered():
+                self._add("recovered", text=recovered_line(event).plain)
+            case Unloading():
+                self._add("unloaded")
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    def _add(self, kind: str, machine: str = "", cause: str = "", text: str = "") -> None:
+        if self._log is None:
+            self._database = Database()
+            self._log = EventLog(self._database)
+        self._log.add(self._service, kind, machine=machine, cause=cause, text=text)
