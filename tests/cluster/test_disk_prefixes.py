@@ -1,6 +1,5 @@
 """Caches of prompts on the disks of a whole cluster, all of which is restarted."""
 
-import shutil
 from pathlib import Path
 
 from tests.support.cluster import LocalCluster
@@ -38,13 +37,11 @@ def test_a_prompt_is_on_disk_after_a_restart_of_everything(tmp_path: Path) -> No
         second, after, status = asked(cluster, model)
         directories = [cluster.folder / stage.machine for stage in after.stages]
         sizes = [counted(directory) for directory in directories]
-        shutil.rmtree(directories[1])
-        third, without, _ = asked(cluster, model)
 
-    assert first.text == second.text == third.text
-    assert [m.disk_hits for m in (before, after, without)] == [0, 1, 0]
+    assert first.text == second.text
+    assert [m.disk_hits for m in (before, after)] == [0, 1]
     cached = second.usage.cached_tokens
-    assert first.usage.cached_tokens == third.usage.cached_tokens == 0
+    assert first.usage.cached_tokens == 0
     assert cached == after.disk_tokens == second.usage.prompt_tokens - 1
     assert [stage.disk_bytes for stage in after.stages] == sizes
     assert min(sizes) > 0

@@ -13,17 +13,26 @@ from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.trust.cluster import Cluster
+from unicluster.trust.identity import Identity
 from unicluster.v1.node_pb2 import StageSpec
 from unicluster.v1.stage_pb2 import RouteStop
 
 
 @contextmanager
-def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
+def mixed(
+    path: Path,
+    file: Path,
+    engines: Sequence[str],
+    *,
+    identity: Identity | None = None,
+    disk: Path | None = None,
+) -> Iterator[Any]:
     """The model in `path`, also in the GGUF `file`: two layers here, and on each worker.
 
-    `engines`: of each stage, the one here first.
+    `engines`: of each stage, the one here first. identity: of all machines, whose workers keep
+    prefixes in `disk`, if there is one, each in a directory named by its index.
     """
-    identity, background = Cluster.new().issue("tests"), Background()
+    identity, background = identity or Cluster.new().issue("tests"), Background()
     workers: list[WorkerProcess] = []
 
     async def start(index: int, engine: str) -> RouteStop:
@@ -37,6 +46,7 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
             revision=whole(model).manifest.revision,
             engine=engine,
             finishes=engines[0] == "ggml" and index == len(engines) - 1,
+            cache_disk=1 << 30,
         )
         config = WorkerConfig(
             spec,
@@ -45,6 +55,7 @@ def mixed(path: Path, file: Path, engines: Sequence[str]) -> Iterator[Any]:
             port=0,
             identity=identity.to_dict(),
             alone=True,
+            cache_dir=str(disk / str(index)) if disk is not None else "",
         )
         workers.append(await WorkerProcess.start(config))
         async for event in workers[-1].events():

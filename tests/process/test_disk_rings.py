@@ -1,0 +1,64 @@
+"""Prefixes on the disks of rings of both engines, opened again by other processes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+
+from node.pipeline.disk_prefixes import DiskPrefixes
+from tests.support.deadlines import scaled
+from tests.support.mixed import mixed
+from tests.support.prefixes import files_in, index_in
+from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import from_checkpoint
+from unicluster.trust.cluster import Cluster
+
+TOKENS = np.arange(5, 125)
+SECONDS = 60.0
+
+
+def disks(model: Any, directory: Path) -> DiskPrefixes:
+    """Those of a ring whose head starts now, with its own in `directory`/0."""
+    index = index_in(directory / "0")
+    model._hollow.keep_prefixes(index.store)
+    return DiskPrefixes(model, index, 0.0)
+
+
+def next_logits(model: Any, cache: list[Any]) -> Any:
+    return np.array(model(mx.array([[3, 4]]), cache=cache)[:])
+
+
+@pytest.mark.parametrize("engines", [("mlx", "ggml", "mlx"), ("ggml", "mlx", "ggml")])
+def test_a_ring_goes_on_from_the_disks_of_one_before_if_all_have_it(
+    engines: tuple[str, ...], tmp_path: Path
+) -> None:
+    path, disk = tmp_path / "tiny", tmp_path / "disk"
+    write_model(path, tiny_config("llama"))
+    file = from_checkpoint(path, tmp_path / "tiny.gguf")
+    identity = Cluster.new().issue("tests")
+    with mixed(path, file, engines, identity=identity, disk=disk) as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([TOKENS.tolist()]), cache=cache)
+        before = disks(model, disk)
+        before.save(TOKENS, cache, trimmable=True)
+        assert before.settle(scaled(SECONDS))
+        expected = next_logits(model, cache)
+    prompt = np.append(TOKENS, [3, 4])
+    with mixed(path, file, engines, identity=identity, disk=disk) as model:
+        after = disks(model, disk)
+        found = after.find(prompt, 0)
+        assert found is not None
+        assert found[1] == len(TOKENS)
+        cache = after.recall(found[0]) or []
+        assert np.array_equal(next_logits(model, cache), expected)
+        shutil.rmtree(disk / "1")
+        assert after.recall(found[0]) is None
+        assert after.find(prompt, 0) is None
+        assert after.settle(scaled(SECONDS))
+    assert files_in(disk / "0") == []
