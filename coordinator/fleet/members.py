@@ -1,6 +1,7 @@
 """The machines of this cluster: found by mDNS or named as peers, and asked what they are."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,8 @@ from unicluster.v1.node_pb2_grpc import NodeStub
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
+# One that was lost just now, once it is asked whether it is there.
+LOST_SECONDS = 0.5
 # An agent on this machine answers in milliseconds, unless the machine is very busy.
 HERE_SECONDS = 1.0
 # Machines also name each other, so the first one found is nearly enough.
@@ -152,9 +155,12 @@ class Members:
         """
         return [(info, reached.address) for info, reached in await self._answering()]
 
-    async def machines(self) -> list[Machine]:
-        """All machines that answer, for the planner. Raises UnavailableError when there is none."""
-        answering = await self._answering()
+    async def machines(self, lost: Sequence[Machine] = ()) -> list[Machine]:
+        """All machines that answer, for the planner. Raises UnavailableError when there is none.
+
+        Those that were `lost` just now are not waited for: they answer at once or not at all.
+        """
+        answering = await self._answering(lost)
         if not answering:
             raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
         machines = [
@@ -187,7 +193,9 @@ class Members:
         heard = [*info.addresses, *(record.addresses if record is not None else ())]
         return [*valid_addresses(heard), *self._called.get(info.name, ())]
 
-    async def _answering(self) -> list[_Member]:
+    async def _answering(self, lost: Sequence[Machine] = ()) -> list[_Member]:
+        names = {machine.name for machine in lost}
+        addresses = {a for machine in lost for a in (machine.address, *machine.addresses)}
         waiting = {_Hint(m.name, m.addresses) for m in self._browser.found.values()}
         waiting |= {_Hint("", (peer,)) for peer in (*self._peers, *self._here, *self._expected)}
         asked: set[str] = set()  # addresses
@@ -196,7 +204,12 @@ class Members:
             # What others have heard of may be gone for a while before they forget it.
             level = logging.INFO if asked else logging.WARNING
             asked |= {address for hint in waiting for address in hint.addresses}
-            calls = [self._describe(hint, level) for hint in sorted(waiting)]
+            calls = [
+                self._describe_lost(hint, level)
+                if hint.name in names or addresses.intersection(hint.addresses)
+                else self._describe(hint, level)
+                for hint in sorted(waiting)
+            ]
             answers = [answer for answer in await asyncio.gather(*calls) if answer is not None]
             for info, reached in answers:
                 # Others know an address of this machine that can be reached from there.
@@ -290,6 +303,12 @@ class Members:
         if not hint.name:
             self._called.setdefault(reached.name, set()).update(hint.addresses)
         return reached
+
+    async def _describe_lost(self, hint: _Hint, level: int) -> _Member | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOST_SECONDS):
+                return await self._describe(hint, level)
+        return None
 
     async def _describe(
         self, hint: _Hint, level: int, timeout: float = ANSWER_SECONDS
