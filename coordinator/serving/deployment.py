@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from coordinator.fleet.left_stages import LeftStage
 from coordinator.models.catalog import Source
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
-from coordinator.serving.events import Events, Ready, Recovered, Recovering, moves
+from coordinator.recovery import lifecycle
+from coordinator.serving.events import Events
 from coordinator.serving.lease import Lease
 from coordinator.serving.timing import Timing
 from unicluster.cluster.channels import as_error, known_at, without_scope
@@ -131,9 +132,8 @@ class Deployment:
 
     stages_stay: its stages are left to the next deployment, which adopts those that it has too;
     so it is after a loss, and not when the deployment is ended from outside. left: those, then.
-    `state` is loading, ready or recovering, `detail` why in a sentence. Both are published to
-    `events`; `served` are the stages that answered before these, none for the first. `turned` is
-    called when it begins to answer, and when it no longer does.
+    `report` gets its news: that a ring opened or broke, or that it is lost. `detail` says why it
+    does not answer, in a sentence.
     """
 
     def __init__(
@@ -145,16 +145,14 @@ class Deployment:
         events: Events,
         files: Files,
         generation: StageSpec,
-        served: Sequence[Stage] = (),
-        turned: Callable[[], None] = lambda: None,
+        report: Callable[[lifecycle.Event], object] = lambda news: None,
     ) -> None:
         self.plan = plan
         # By the event loop's clock, the latter of the newest ring.
         self.planned_at = asyncio.get_running_loop().time()
         self.opened_at = 0.0
-        self._turned = turned
+        self._report = report
         self.timing = Timing(display, plan.stages)
-        self.state = "loading"
         self.detail = f"loading {display}"
         self.stages: list[StageInfo] = []
         self.chat: ChatAsyncStub | None = None
@@ -163,9 +161,7 @@ class Deployment:
         self._head: HeadAsyncStub | None = None
         self._identity = identity
         self._dialer = Dialer(identity)
-        self._display = display
         self._events = events
-        self._served = served
         self._changed = asyncio.Event()
         self._channels = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,10 +178,6 @@ class Deployment:
         return self.detail or "the model is being unloaded"
 
     @property
-    def was_ready(self) -> bool:
-        return self._was_ready.is_set()
-
-    @property
     def head_name(self) -> str:
         return self.plan.stages[0].machine.name
 
@@ -194,8 +186,8 @@ class Deployment:
         async with self._channels:
             try:
                 await self._supervise()
-            except UniclusterError:
-                self.stages_stay = True
+            except UniclusterError as error:
+                self._report(lifecycle.Lost(str(error)))
                 raise
             finally:
                 self.chat = None
@@ -271,7 +263,7 @@ class Deployment:
 
     async def _save_prefixes(self) -> None:
         """Has the machines write the caches of prompts to their disks, if they are to."""
-        if self._head is None or self.state != "ready" or not self.specs[0].cache_disk:
+        if self._head is None or self.chat is None or not self.specs[0].cache_disk:
             return
         request = SavePrefixesRequest(seconds=SAVE_SECONDS)
         try:
@@ -372,26 +364,16 @@ class Deployment:
             raise StageError(f"{who} did not open the ring within {seconds:.0f} s") from None
 
     def _lose(self, reason: str) -> None:
-        if self.state == "ready":
-            self._events.publish(Recovering(self._display, reason))
         self.chat = self._head = None
-        self.state, self.detail = "recovering", reason
-        self._turned()
+        self.detail = reason
+        self._report(lifecycle.Broke(reason))
 
     def _open(self, opened: Opened, chat: "ChatAsyncStub") -> None:
         self.stages = list(opened.stages)
         self.chat, self.opened_at = chat, asyncio.get_running_loop().time()
-        was, self.state, self.detail = self.state, "ready", ""
+        self.detail = ""
         self._was_ready.set()
-        self._turned()
-        if was == "ready":
-            return
-        if self._served:
-            moved = moves(self._served, self.plan.stages)
-            self._events.publish(Recovered(self._display, moved))
-        else:
-            self._events.publish(Ready(self._display))
-        self._served = self.plan.stages
+        self._report(lifecycle.Opened())
 
     async def _connect(self, machine: Machine) -> tuple[grpc.aio.Channel, str]:
         """A channel to a machine's agent, and the address that it is at."""

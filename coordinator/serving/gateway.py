@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import grpc
 
+from coordinator.recovery.lifecycle import BrokenOff
 from coordinator.recovery.recoveries import Gap, RecoveryMeter
 from coordinator.recovery.transcript import Transcript
 from coordinator.serving.deployment import Deployment
@@ -43,10 +45,6 @@ MOVE_SECONDS = 60.0
 COUNT_SECONDS = 30.0
 # At once, the waiting ones included; the head's own queue is shorter.
 MOST_ANSWERS = 1024
-# Heads that an answer is tried on with no more of it for its client than before.
-MOST_TRIES = 5
-# Before an answer is tried again where the last try came to nothing; doubles.
-TRY_SECONDS = 0.25
 
 
 class _BrokenOffError(Exception):
@@ -94,7 +92,7 @@ class Gateway:
         and when none could in time after a machine was lost, DoesNotFitError where none can any
         more, StageError when a machine fails again and again.
         """
-        deployment = await self._admitted(request)
+        service, deployment = await self._admitted(request)
         request.ClearField("model")
         transcript = Transcript(request)
         clock = asyncio.get_running_loop().time
@@ -105,7 +103,7 @@ class Gateway:
         self.running += 1
         try:
             while True:
-                chat, had, alone = deployment.chat, transcript.count, gap is None
+                ring, had, alone = service.ring, transcript.count, gap is None
                 try:
                     attempt = self._attempt(deployment, transcript, ends, alone=alone)
                     async with contextlib.aclosing(attempt) as events:
@@ -132,7 +130,10 @@ class Gateway:
                 if gap is None:
                     gap = Gap(heard, clock())
                     yield _status("recovering", str(reason))
-                deployment = await self._recovered(chat, reason, tries, gap, ends)
+                deployment = await service.until_serving(
+                    partial(self._broken_off, ring, reason, tries, gap, clock(), ends)
+                )
+                gap.planned, gap.loaded = deployment.planned_at, deployment.opened_at
         except UniclusterError as error:
             if gap is not None:
                 self.recoveries.failed()
@@ -174,43 +175,23 @@ class Gateway:
             # The client may have gone: the head must stop computing for it.
             call.cancel()
 
-    async def _recovered(
+    def _broken_off(
         self,
-        lost: object,
+        ring: int,
         reason: UniclusterError,
         tries: int,
         gap: Gap,
+        tried: float,
         ends: float | None,
-    ) -> Deployment:
-        """The deployment that an answer goes on with. Raises what keeps it from that, in time.
-
-        lost: the head's stub on which it broke off.
-        """
-        clock = asyncio.get_running_loop().time
-        until = gap.broke + self._recover_s
-        if ends is not None:
-            until = min(until, ends)
-        if self.service is None:
-            raise reason
-        if tries > MOST_TRIES:
-            kind = type(reason)
-            raise kind(f"{reason}; the answer was given up after {tries - 1} attempts to go on")
-        if tries > 1:
-            await asyncio.sleep(TRY_SECONDS * 2 ** (tries - 2))
-        try:
-            async with asyncio.timeout(max(until - clock(), 0.0)):
-                deployment = await self.service.until_serving(lost, gap.broke, reason)
-        except TimeoutError:
-            raise UnavailableError(
-                f"{reason}; the answer has waited {clock() - gap.broke:.0f} s for the model: "
-                f"{self.service.why_not}"
-            ) from None
-        gap.planned, gap.loaded = deployment.planned_at, deployment.opened_at
-        return deployment
+    ) -> BrokenOff:
+        """An answer that waits, as it is now. tried: when its last attempt came to nothing."""
+        now = asyncio.get_running_loop().time()
+        limit = self._recover_s if ends is None else min(self._recover_s, ends - gap.broke)
+        return BrokenOff(ring, reason, tries, now - gap.broke, now - tried, limit)
 
     async def count_tokens(self, request: GenerateRequest, timeout: float | None = None) -> int:
         """Tokens of a request's prompt, with its chat template. Changes and raises as `answer`."""
-        deployment = await self._admitted(request)
+        _, deployment = await self._admitted(request)
         request.ClearField("model")
         if deployment.chat is None:
             raise UnavailableError(deployment.ending)
@@ -244,8 +225,8 @@ class Gateway:
             return ChatInfo(model=self.display, state="loading", detail=self.why_not)
         return self.service.info()
 
-    async def _admitted(self, request: GenerateRequest) -> Deployment:
-        """The deployment that answers, once one can. Raises what keeps it from that."""
+    async def _admitted(self, request: GenerateRequest) -> tuple[Service, Deployment]:
+        """The service and its deployment, once one answers. Raises what keeps it from that."""
         service = self.service
         if service is None:
             raise UnavailableError(self.why_not)
@@ -265,7 +246,7 @@ class Gateway:
         deployment = service.deployment
         if deployment is None or deployment.chat is None:
             raise UnavailableError(service.why_not)
-        return deployment
+        return service, deployment
 
 
 def _meaning(broken: grpc.aio.AioRpcError, deployment: Deployment) -> Exception:

@@ -16,9 +16,17 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Objective, Plan, Stage
 from coordinator.planning.planner import plan
 from coordinator.planning.shortfall import scaled
+from coordinator.recovery import lifecycle
 from coordinator.recovery.keeping import keeping
 from coordinator.serving.deployment import Deployment, Files
-from coordinator.serving.events import Events, Planned, Recovering
+from coordinator.serving.events import (
+    Events,
+    Planned,
+    Ready,
+    Recovered,
+    Recovering,
+    moves,
+)
 from coordinator.serving.inspected import Inspected
 from coordinator.serving.sourcing import hub_files
 from coordinator.state.cut import Cut
@@ -37,18 +45,8 @@ FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
 # For the head to say how it is.
 HEAD_SECONDS = 5.0
-# A head that failed one answer and goes on: until the answer is tried on it again.
-SAME_SECONDS = 3.0
-# Between two looks at the clock for those two.
-LOOK_SECONDS = 0.5
-# What was lost may come back, or its memory, within this; then answers end for lack of it.
-FIT_SECONDS = 3.0
 
 T = TypeVar("T")
-
-
-class DrainedError(UnavailableError):
-    """A machine is let go of because it asked for that."""
 
 
 class Service:
@@ -99,13 +97,10 @@ class Service:
         self._resume = resume
         self._on_ready = on_ready
         self._generation = generation
-        self._problem = ""  # why there was a loss, or no deployment
-        self._stuck = False
+        self._life = lifecycle.State()
         self._ready = asyncio.Event()
-        self._moving = False  # away from a machine that was drained, and not yet there
-        self._turned = asyncio.Event()  # there is another deployment, or none
-        self._no_fit: DoesNotFitError | None = None  # what the last plan came to
-        self._ending = False
+        self._turned = asyncio.Event()  # there is another deployment, or none, or another ring
+        self._lost: list[Machine] = []  # just now, with the deployment that answered
 
     @property
     def display(self) -> str:
@@ -118,24 +113,26 @@ class Service:
 
     @property
     def state(self) -> str:
-        if self._stuck:
-            return "failed"
-        again = self._ready.is_set() and (self.deployment is None or not self.deployment.was_ready)
-        if again:
-            return "recovering"
-        return self.deployment.state if self.deployment is not None else "loading"
+        """loading, ready, recovering or failed."""
+        return self._life.name
+
+    @property
+    def ring(self) -> int:
+        """The number of the ring that was opened last."""
+        return self._life.ring
 
     @property
     def detail(self) -> str:
         """Why the state is what it is, in a sentence; empty when ready."""
-        if self.deployment is not None and (self.deployment.was_ready or not self._problem):
-            return self.deployment.detail
-        return self._problem or "looking for machines"
+        if self._life.problem or self._life.phase is lifecycle.Phase.READY:
+            return self._life.problem
+        loading = self._life.phase is lifecycle.Phase.LOADING
+        return f"loading {self.display}" if loading else "looking for machines"
 
     @property
     def why_not(self) -> str:
         """Reason for clients while the model can't answer."""
-        what = "can't be served" if self._stuck else f"is {self.state}"
+        what = "can't be served" if self._life.stuck else f"is {self.state}"
         return f"{self.display} {what}: {self.detail}"
 
     async def until_ready(self) -> None:
@@ -145,7 +142,7 @@ class Service:
     @property
     def moving(self) -> bool:
         """Whether a machine is being drained and others have not taken over yet."""
-        return self._moving or (self.deployment is not None and bool(self.deployment.draining))
+        return self._life.moving or (self.deployment is not None and bool(self.deployment.draining))
 
     async def until_moved(self, timeout: float) -> None:
         """Returns when others have taken over from a machine that is drained, or can't."""
@@ -155,27 +152,21 @@ class Service:
                     self._turned.clear()
                     await self._turned.wait()
 
-    async def until_serving(
-        self, lost: object, broke: float, reason: UniclusterError
-    ) -> Deployment:
-        """The deployment once it answers again, for an answer that broke off for `reason`.
+    async def until_serving(self, broken: Callable[[], lifecycle.BrokenOff]) -> Deployment:
+        """The deployment with which an answer that broke off goes on. Raises its end otherwise.
 
-        lost: the head's stub that it had. broke: when, by the event loop's clock. Raises
-        DoesNotFitError once the model has no room any more, and UnavailableError at the end.
+        `broken` describes the answer as it is at the moment.
         """
-        clock = asyncio.get_running_loop().time
         while True:
-            deployment, waited = self.deployment, clock() - broke
-            if self._ending:
-                raise UnavailableError("the model is being unloaded")
-            if deployment is not None and deployment.chat is not None:
-                if deployment.chat is not lost or waited > SAME_SECONDS:
-                    return deployment
-            elif self._no_fit is not None and waited > FIT_SECONDS:
-                raise DoesNotFitError(f"{reason}; {self.display} can't go on: {self._no_fit}")
+            decided = lifecycle.fate(self._life, broken(), self.display)
+            if isinstance(decided, lifecycle.End):
+                raise decided.error
+            if isinstance(decided, lifecycle.GoOn) and self.deployment is not None:
+                return self.deployment
+            seconds = decided.seconds if isinstance(decided, lifecycle.Wait) else None
             self._turned.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(seconds):
                     await self._turned.wait()
 
     async def describe(self) -> ChatInfo:
@@ -223,7 +214,7 @@ class Service:
     async def _run(self) -> None:
         async for attempt in attempts(
             f"serving {self.display}",
-            lambda error: isinstance(error, UniclusterError) and self._ready.is_set(),
+            lambda error: isinstance(error, UniclusterError) and self._may_retry,
             first=FIRST_RETRY_SECONDS,
             last=LAST_RETRY_SECONDS,
             pause=self._members.changed,
@@ -232,23 +223,52 @@ class Service:
                 try:
                     await self._deploy_once()
                 except UniclusterError as error:
-                    if self._ready.is_set() and self._lose(error):
+                    if self._lose(error):
                         succeeded(attempt)
                     raise
 
+    @property
+    def _may_retry(self) -> bool:
+        return self._life.phase is not lifecycle.Phase.ENDED
+
     def _lose(self, error: UniclusterError) -> bool:
-        """Notes the loss of the deployment; returns whether it had answered."""
-        lost = self.deployment is not None and self.deployment.was_ready
+        """Carries out the loss of the deployment; returns whether pauses begin anew."""
+        answered = not self._life.stuck
+        if self._life.phase is not lifecycle.Phase.WAITING:  # else the deployment has said it
+            lacks = isinstance(error, DoesNotFitError)
+            actions = self._note(lifecycle.Lost(str(error), lacks_memory=lacks))
+            answered = lifecycle.Action.PAUSE_BRIEFLY in actions
+        if self.deployment is not None and answered:
+            self._lost = [left.machine for left in self.deployment.left if left.gone]
         self.deployment = None
-        self._problem, self._stuck = str(error), not lost
-        self._no_fit = error if isinstance(error, DoesNotFitError) else None
-        self._moving = isinstance(error, DrainedError)
-        self._turned.set()
         log.warning("not serving: %s", error)
-        return lost
+        return answered
+
+    def _note(self, news: lifecycle.Event) -> lifecycle.Actions:
+        """The state machine decides what follows, and it is done, as far as it takes no time."""
+        self._life, actions = lifecycle.apply(self._life, news)
+        deployment = self.deployment
+        for action in actions:
+            match action:
+                case lifecycle.Action.ANNOUNCE_READY:
+                    self._events.publish(Ready(self.display))
+                case lifecycle.Action.ANNOUNCE_RECOVERED if deployment is not None:
+                    moved = moves(self._served, deployment.plan.stages)
+                    self._events.publish(Recovered(self.display, moved))
+                case lifecycle.Action.ANNOUNCE_LOSS:
+                    self._events.publish(Recovering(self.display, self._life.problem))
+                case lifecycle.Action.LEAVE_STAGES if deployment is not None:
+                    deployment.stages_stay = True
+                case lifecycle.Action.WAKE_ANSWERS:
+                    self._turned.set()
+        if self._life.phase is lifecycle.Phase.READY and deployment is not None:
+            self._served = deployment.plan.stages
+        return actions
 
     async def _deploy_once(self) -> None:
-        machines = await self._members.machines()
+        self._note(lifecycle.PauseOver())
+        lost, self._lost = self._lost, []
+        machines = await self._members.machines(lost)
         names = self._nodes
         if names is not None and self._ready.is_set():
             names = [machine.name for machine in machines if machine.name in names]
@@ -263,12 +283,12 @@ class Service:
             self._events,
             files,
             self._generation,
-            self._served,
-            self._turned.set,
+            self._note,
         )
         self._left.add(self._members.orphans)
         await self._left.release_but(placed.stages, deployment.specs)
-        self.deployment, self._no_fit = deployment, None
+        self.deployment = deployment
+        self._note(lifecycle.Planned())
         running = asyncio.create_task(deployment.run())
         first = asyncio.create_task(deployment.until_ready())
         drained = asyncio.create_task(deployment.until_drained())
@@ -276,22 +296,16 @@ class Service:
         try:
             await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
             if first.done():
-                self._problem, self._stuck, self._moving = "", False, False
-                self._served = placed.stages
                 self._on_ready(placed)
                 self._ready.set()
-                self._turned.set()
             await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                drained_error = DrainedError(f"machine {deployment.draining} is being drained")
-                if deployment.state == "ready":
-                    self._events.publish(Recovering(self.display, str(drained_error)))
-                deployment.stages_stay = True
-                raise drained_error
+                reason = f"machine {deployment.draining} is being drained"
+                self._note(lifecycle.Lost(reason, drained=True))
+                raise UnavailableError(reason)
             await running
         except asyncio.CancelledError:
-            self._ending = True
-            self._turned.set()
+            self._note(lifecycle.Stopped())
             raise
         finally:
             tasks = running, first, drained, storing

@@ -30,6 +30,7 @@ class Parrot:
     display = "parrot q4"
     names = frozenset({"parrot q4", "parrot"})
     head_name = "ann"
+    ring = 1
     moving = False
 
     def __init__(self, chat: Any) -> None:
