@@ -63,6 +63,7 @@ def check_limits(request: GenerateRequest) -> None:
     _at_most("resume", len(request.resume.token_ids), MOST_TOKENS, "tokens")
     if request.HasField("resume") and not request.token_ids:
         raise InputError("resume: it goes with token_ids, which are the answer's prompt")
+    _at_most("reasoning.effort", len(request.reasoning.effort), MOST_NAME_CHARACTERS, "characters")
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise InputError("max_tokens: must be at least 1, got 0")
 

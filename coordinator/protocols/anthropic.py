@@ -44,7 +44,7 @@ def read_message(body: Any, model: str) -> Asked:
     stream = fields.flag("stream")
     fields.accept("metadata", "cache_control")
     fields.choice("service_tier", ("auto", "standard_only"))
-    thinks = _read_thinking(fields)
+    thinks = _read_thinking(fields, request)
     fields.refuse(NOT_HERE)
     fields.done()
     return Asked(request, MessageReply(stamp("msg_", model), thinks), stream)
@@ -54,7 +54,7 @@ def read_count(body: Any) -> GenerateRequest:
     """The request to /v1/messages/count_tokens. Raises as `read_message`."""
     fields = Fields(body)
     request = _read_prompt(fields)
-    _read_thinking(fields)
+    _read_thinking(fields, request)
     fields.accept("cache_control")
     fields.refuse(NOT_HERE)
     fields.done()
@@ -100,13 +100,17 @@ def _read_choice(choice: Fields, request: GenerateRequest) -> None:
     choice.done()
 
 
-def _read_thinking(fields: Fields) -> bool:
-    """Whether the answer shows the model's reasoning, which only max_tokens limits."""
+def _read_thinking(fields: Fields, request: GenerateRequest) -> bool:
+    """Whether the answer shows the model's reasoning; its budget goes into the request."""
     thinking = fields.object("thinking")
     if thinking is None:
         return False
     kind = thinking.choice("type", ("enabled", "adaptive", "disabled"))
-    thinking.whole("budget_tokens", 1, MOST_TOKENS)
+    budget = thinking.whole("budget_tokens", 1, MOST_TOKENS)
+    if kind == "disabled":
+        request.reasoning.enabled = False
+    elif budget is not None:
+        request.reasoning.most_tokens = budget
     display = thinking.choice("display", ("summarized", "full", "omitted"))
     thinking.done()
     return kind in ("enabled", "adaptive") and display != "omitted"

@@ -84,6 +84,10 @@ def _asked(fields: Fields, request: GenerateRequest, model: str, form: str) -> A
     if not isinstance(stream, bool | None):
         raise InputError("stream: must be true or false")
     think = fields.choice("think", (True, False, "low", "medium", "high"))
+    if isinstance(think, str):
+        request.reasoning.effort = think
+    elif think is not None:
+        request.reasoning.enabled = think
     _read_format(fields, request)
     context = 0
     if (options := fields.object("options")) is not None:

@@ -1,6 +1,5 @@
 """OpenAI's chat completions, as pure functions between their JSON and the gateway's messages."""
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from coordinator.protocols.openai_fields import (
     MOST_CHOICES,
     read_format,
     read_limit,
+    read_reasoning,
     read_sampling,
     read_service,
     read_streaming,
@@ -55,6 +55,7 @@ def read_chat(body: Any, model: str) -> Asked:
     read_format(fields, request)
     read_tools(fields, request)
     _read_template_variables(fields, request)
+    read_reasoning(fields, request, "reasoning_effort", "max_reasoning_tokens")
     _read_plain_text(fields)
     fields.done()
     return Asked(request, ChatReply(stamp("chatcmpl-", model), count, include_usage), stream, count)
@@ -70,13 +71,9 @@ def _read_logprobs(fields: Fields, request: GenerateRequest) -> None:
 
 
 def _read_template_variables(fields: Fields, request: GenerateRequest) -> None:
-    """`reasoning_effort` is a variable of the templates that have it; others refuse it by name."""
     variables = fields.object("chat_template_kwargs")
-    values = json.loads(variables.as_json()) if variables is not None else {}
-    if (effort := fields.text("reasoning_effort")) is not None:
-        values["reasoning_effort"] = effort
-    if values:
-        request.template_arguments = json.dumps(values)
+    if variables is not None:
+        request.template_arguments = variables.as_json()
 
 
 def _read_plain_text(fields: Fields) -> None:

@@ -61,6 +61,17 @@ def read_limit(fields: Fields, request: GenerateRequest, *names: str) -> None:
         request.max_tokens = limit
 
 
+def read_reasoning(fields: Fields, request: GenerateRequest, effort: str, most: str) -> None:
+    """Puts how much to reason into the request, from fields of those names.
+
+    The second is an extension: tokens of reasoning, after which the answer begins.
+    """
+    if (value := fields.text(effort)) is not None:
+        request.reasoning.effort = value
+    if (tokens := fields.whole(most, 0, MOST_TOKENS)) is not None:
+        request.reasoning.most_tokens = tokens
+
+
 def read_service(fields: Fields) -> None:
     """Passes over what changes no answer, and refuses what would have to be stored."""
     fields.accept(*NO_EFFECT)

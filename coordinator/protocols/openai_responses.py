@@ -1,6 +1,5 @@
 """OpenAI's responses, without state: requests as the gateway's, whole answers as their objects."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from coordinator.protocols.asked import Asked, Json, Stamp, stamp
 from coordinator.protocols.fields import Fields
 from coordinator.protocols.openai_fields import (
     read_limit,
+    read_reasoning,
     read_sampling,
     read_schema,
     read_service,
@@ -67,8 +67,7 @@ def _read_rest(fields: Fields, request: GenerateRequest) -> None:
         options.done()
     if (reasoning := fields.object("reasoning")) is not None:
         reasoning.choice("summary", ("auto",))  # the reasoning is shown whole
-        if (effort := reasoning.text("effort")) is not None:  # templates without it refuse it
-            request.template_arguments = json.dumps({"reasoning_effort": effort})
+        read_reasoning(reasoning, request, "effort", "max_tokens")
         reasoning.done()
     fields.refuse(NOT_HERE)
 

@@ -23,6 +23,7 @@ class Transcript:
         self._prompt: array[int] | None = None
         self._tokens = array("I")
         self._cached_tokens = 0
+        self._most_reasoning: int | None = None
         self._held: list[GenerateEvent] = []
         self._begun = False
         self.replayed = 0  # tokens computed again by the head that goes on
@@ -48,8 +49,10 @@ class Transcript:
         request = GenerateRequest()
         request.CopyFrom(self._request)
         # A template may write the date: its prompt is the one that was answered.
-        for field in ("messages", "prompt", "token_ids", "template_arguments"):
+        for field in ("messages", "prompt", "token_ids", "template_arguments", "reasoning"):
             request.ClearField(field)
+        if self._most_reasoning is not None:
+            request.reasoning.most_tokens = self._most_reasoning
         request.token_ids.extend(self._prompt)
         request.resume.CopyFrom(Resume(token_ids=self._tokens, cached_tokens=self._cached_tokens))
         return request
@@ -93,5 +96,7 @@ class Transcript:
         self._begun = True
         if first:
             self._prompt, self._cached_tokens = array("I", prompt), begun.cached_tokens
+            if begun.HasField("most_reasoning_tokens"):
+                self._most_reasoning = begun.most_reasoning_tokens
         else:
             self.replayed = total - begun.cached_tokens

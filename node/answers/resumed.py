@@ -1,10 +1,10 @@
 """An answer that another head has begun, and its client has: read again, without being sent."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from node.answers.progress import AnswerProgress, events_of
-from node.constraints.mask import Mask
+from node.constraints.mask import Filter
 from node.prompts.cancellation import Cancellation
 from node.tools.reader import CallReader
 from unicluster.errors import InputError
@@ -37,10 +37,10 @@ def read_again(
     resume: Resume,
     progress: AnswerProgress,
     calls: CallReader | None,
-    constraint: Mask | None,
+    filters: Iterable[Filter],
     cancellation: Cancellation,
 ) -> Resumed:
-    """Takes the answer's text, tool calls and constraint to where the other head left off.
+    """Takes the answer's text, tool calls and filters to where the other head left off.
 
     Blocks for some microseconds a token. Raises InputError where the tokens go on behind the
     answer's end, and AbandonedError once it is cancelled.
@@ -54,6 +54,6 @@ def read_again(
         for event in events_of(progress.add(token)):
             if calls is not None:
                 calls.read(event)
-    if constraint is not None:
-        constraint.follow(tokens)
+    for each in filters:
+        each.follow(tokens)
     return Resumed(tokens, resume.cached_tokens, progress)

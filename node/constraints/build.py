@@ -8,8 +8,9 @@ from node.constraints.call_constraint import CallConstraint, Marks
 from node.constraints.call_grammar import call_grammar
 from node.constraints.constraint import TextConstraint
 from node.constraints.grammar import LIMITS, grammar_of, shortened
-from node.constraints.mask import Mask
+from node.constraints.mask import Filter, Mask
 from node.constraints.phase import TEXT, Phase
+from node.constraints.reasoning_budget import ReasoningBudget
 from node.constraints.vocabulary import Vocabulary
 from node.prompts.conversation import offers_tools
 from node.tools.call_format import CallFormat
@@ -43,6 +44,33 @@ def constraint_of(
     if mask.error is not None:
         raise InputError(f"constraint: allows no text at all, or none in time: {mask.error}")
     return mask
+
+
+def reasoning_budget(
+    request: GenerateRequest,
+    vocabulary: Vocabulary,
+    state: str,
+    prompt_tokens: int,
+    most: int,
+    constraint: Filter | None,
+) -> ReasoningBudget:
+    """A budget of `most` tokens for an answer's reasoning, beside the `constraint` on it."""
+    tokenizer, dialect = vocabulary.tokenizer, vocabulary.dialect
+    with_tools = offers_tools(request)
+    first, last = dialect.closings(with_tools=with_tools)
+    opening = list(tokenizer.think_start_tokens) if tokenizer.has_thinking else []
+    budget = ReasoningBudget(
+        Phase(tokenizer, dialect.marks(state, with_tools=with_tools)),
+        prompt_tokens,
+        len(tokenizer),
+        most,
+        (vocabulary.tokens_of(first), vocabulary.tokens_of(last)),
+        opening if len(opening) == 1 else (),
+    )
+    if isinstance(constraint, TextConstraint):
+        budget.text_has_begun = lambda: constraint.text_has_begun
+    budget.follow([])
+    return budget
 
 
 def _of_text(

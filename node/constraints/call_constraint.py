@@ -1,8 +1,7 @@
 """A constraint on an answer's tool calls: that there are any, and that they match a grammar."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 from llguidance import LLMatcher
 
 from node.constraints.mask import Allowed, Mask
@@ -81,13 +80,6 @@ class CallConstraint(Mask):
         if not self._required:
             return None
         if self._phase.state == REASONING:
-            mask = np.ones(self._vocabulary, dtype=np.bool_)
-            mask[self._end_tokens] = False
-            return mask
+            return self._but(self._end_tokens)
         starts = [mark[0] for mark in self._starts(self._phase.state, self._first)]
         return self._only([*starts, *(self._end_tokens if self._calls else ())])
-
-    def _only(self, tokens: Iterable[int]) -> Allowed:
-        mask = np.zeros(self._vocabulary, dtype=np.bool_)
-        mask[list(tokens)] = True
-        return mask

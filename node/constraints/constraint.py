@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from llguidance import LLMatcher
 
 from node.constraints.mask import Allowed, Mask
@@ -33,8 +32,7 @@ class TextConstraint(Mask):
         # Marks that the answer may begin with, then what is left of the ones begun.
         self._marks = [list(mark) for mark in marks] if phase.is_text else []
         self._in_mark = False
-        self._free = np.ones(vocabulary, dtype=np.bool_)
-        self._free[list(leaving)] = False
+        self._free = self._but(leaving)
         self._end_tokens = list(end_tokens)
         self._called = False
 
@@ -42,6 +40,11 @@ class TextConstraint(Mask):
         if not self._applies or self._marks:
             return len(drafts)
         return int(self._matcher.validate_tokens(list(drafts)))
+
+    @property
+    def text_has_begun(self) -> bool:
+        """Whether there can be no reasoning any more."""
+        return self._phase.settled
 
     @property
     def _applies(self) -> bool:
@@ -64,7 +67,7 @@ class TextConstraint(Mask):
     def _next_mask(self) -> Allowed | None:
         starts = [mark[0] for mark in self._marks]
         if self._in_mark:
-            mask = np.zeros(self._vocabulary, dtype=np.bool_)
+            mask = self._only(())
         elif self.error is not None:
             return None
         elif not self._phase.is_text:

@@ -1,7 +1,7 @@
 """A logits processor that lets an answer choose only among allowed tokens, one by one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,19 +15,17 @@ from unicluster.errors import AnswerError
 Allowed = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-class Mask(ABC):
+class Filter(ABC):
     """Masks the logits of one answer. Used by one thread at a time.
 
-    `error` is set once its grammar can't be followed any longer, within llguidance's limits.
+    `error` is set once the answer can't be followed any longer.
     """
 
-    def __init__(self, matcher: LLMatcher, prompt_tokens: int, vocabulary: int) -> None:
-        """`vocabulary`: tokens that the matcher knows; logits may be wider."""
+    def __init__(self, prompt_tokens: int, vocabulary: int) -> None:
+        """`vocabulary`: tokens that are known; logits may be wider."""
         self.error: AnswerError | None = None
         self.taken = prompt_tokens  # tokens of prompt and answer that are taken in
-        self._matcher = matcher
         self._vocabulary = vocabulary
-        self._bits = allocate_token_bitmask(1, vocabulary)
         self._mask: Allowed | None = None
         self._current = False  # whether `_mask` is that of the next token
 
@@ -64,6 +62,26 @@ class Mask(ABC):
     @abstractmethod
     def _next_mask(self) -> Allowed | None:
         """Booleans (vocabulary,); None where every token may come."""
+
+    def _only(self, tokens: Iterable[int]) -> Allowed:
+        mask = np.zeros(self._vocabulary, dtype=np.bool_)
+        mask[list(tokens)] = True
+        return mask
+
+    def _but(self, tokens: Iterable[int]) -> Allowed:
+        mask = np.ones(self._vocabulary, dtype=np.bool_)
+        mask[list(tokens)] = False
+        return mask
+
+
+class Mask(Filter):
+    """A filter by a grammar of llguidance, within its limits."""
+
+    def __init__(self, matcher: LLMatcher, prompt_tokens: int, vocabulary: int) -> None:
+        """`vocabulary`: tokens that the matcher knows."""
+        super().__init__(prompt_tokens, vocabulary)
+        self._matcher = matcher
+        self._bits = allocate_token_bitmask(1, vocabulary)
 
     def _consume(self, token: int) -> None:
         self._matcher.consume_token(token)

@@ -13,18 +13,19 @@ TEXT, REASONING, TOOL = "normal", "reasoning", "tool"
 class Phase:
     """Follows an answer token by token by the model's own marks, as its text is sorted.
 
-    `marks` is a state of mlx-lm's TextStateMachine, in which the answer begins.
+    `marks` is a state of mlx-lm's TextStateMachine, in which the answer begins. `settled`: the text
+    has begun, and nothing ends it.
     """
 
     def __init__(self, tokenizer: Any, marks: Any) -> None:
         self._detokenizer = tokenizer.detokenizer
         self._marks = marks
-        self._settled = False
+        self.settled = False
 
     @property
     def state(self) -> str:
         """Where the next token belongs: "normal", "reasoning", "tool", or a format's other."""
-        return TEXT if self._settled else str(self._marks[0])
+        return TEXT if self.settled else str(self._marks[0])
 
     @property
     def is_text(self) -> bool:
@@ -33,11 +34,11 @@ class Phase:
 
     def settle(self) -> None:
         """The text has begun, and no mark in it ends it: a schema's string may contain one."""
-        self._settled = True
+        self.settled = True
 
     def add(self, token: int) -> None:
         """Takes in the answer's next token."""
-        if self._settled:
+        if self.settled:
             return
         self._detokenizer.add_token(token)
         self._marks, _ = _Machine.split(self._marks, self._detokenizer.last_segment)

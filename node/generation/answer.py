@@ -54,6 +54,8 @@ class Answer:
             return []
         prompt = [] if self._job.resumed is not None else self._job.tokens
         begun = Begun(prompt_token_ids=prompt, cached_tokens=self.cached_tokens)
+        if self._job.most_reasoning is not None:
+            begun.most_reasoning_tokens = self._job.most_reasoning
         return [GenerateEvent(begun=begun)]
 
     def count_drafted(self, drafted: int, accepted: int) -> None:

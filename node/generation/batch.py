@@ -84,20 +84,20 @@ class BatchDecoder:
         return [self._choosers[by_number[number]] for number in rows]
 
     def _look_ahead(self, tokens: mx.array, cache: Any) -> None:
-        """Makes the masks of constrained answers while logits are computed for tokens (batch, 1).
+        """Makes the masks of filtered answers while logits are computed for tokens (batch, 1).
 
         An answer's first token needs none: its mask is there already.
         """
-        constrained = {
-            number: sequence.job.constraint
+        filters = {
+            number: sequence.job.filters
             for sequence, number in self._numbers.items()
-            if sequence.job.constraint is not None
+            if sequence.job.filters
         }
-        rows = decoding_rows(self._generator, cache) if constrained else ()
+        rows = decoding_rows(self._generator, cache) if filters else ()
         newest: Any = tokens[:, -1].tolist() if rows else []
         for number, token in zip(rows, newest, strict=True):
-            if (constraint := constrained.get(number)) is not None:
-                constraint.follow([token])
+            for each in filters.get(number, ()):
+                each.follow([token])
 
     def close(self) -> None:
         """Gives back the memory limit that mlx-lm has raised."""

@@ -1,18 +1,20 @@
 """From a GenerateRequest to what the engine runs: everything is checked here, by field."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from node.answers.progress import AnswerProgress
 from node.answers.resumed import Resumed, check_resume, read_again
-from node.constraints.build import constraint_of
-from node.constraints.mask import Mask
+from node.constraints.build import constraint_of, reasoning_budget
+from node.constraints.mask import Filter, Mask
+from node.constraints.reasoning_budget import ReasoningBudget
 from node.constraints.vocabulary import Vocabulary
 from node.generation.sampling import LogitsProcessor, Sampler, Sampling, TokenChooser
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import conversation_of, offers_tools
 from node.prompts.templates import TEMPLATES, template_of, variables_of
+from node.prompts.thinking import budget_of
 from node.prompts.tokenizing import Tokenizing
 from node.prompts.written import written_prompt
 from node.tools.formats import Dialect
@@ -39,6 +41,8 @@ class Job:
     no_reuse: bool = False
     trace: bool = False
     constraint: Mask | None = None
+    most_reasoning: int | None = None
+    budget: ReasoningBudget | None = None
     calls: CallReader | None = None
     single_tool_call: bool = False
     begun: bool = False
@@ -72,10 +76,14 @@ class Job:
         """Tokens of the answer that were sampled before it was resumed here."""
         return 0 if self.resumed is None else len(self.resumed.tokens)
 
+    @property
+    def filters(self) -> list[Filter]:
+        """Filters of the answer's tokens, each of which sees what those before it have seen."""
+        return [each for each in (self.constraint, self.budget) if each is not None]
+
     def processors(self) -> list[LogitsProcessor]:
-        """Logits processors of the answer; the constraint's mask comes last."""
-        processors = self.sampling.processors()
-        return processors if self.constraint is None else [*processors, self.constraint]
+        """Logits processors of the answer; the filters come last."""
+        return [*self.sampling.processors(), *self.filters]
 
 
 def check_request(
@@ -95,9 +103,14 @@ def check_request(
     check_limits(request)
     sampling = defaults.updated(request.sampling)
     _check_biases(sampling, len(tokenizer))
-    tokens = _prompt_tokens(request, tokenizer, context, tokenizing, cancellation)
+    tokens, granted = _prompt_tokens(request, tokenizer, context, tokenizing, cancellation)
     state = _initial_state(tokens, tokenizer, vocabulary.dialect)
     with_tools = offers_tools(request)
+    constraint = constraint_of(request, vocabulary, state, len(tokens))
+    most = budget_of(request, granted, reasons=vocabulary.dialect.reasons)
+    budget = None
+    if most is not None:
+        budget = reasoning_budget(request, vocabulary, state, len(tokens), most, constraint)
     job = Job(
         tokens=tokens,
         max_tokens=_max_tokens(request, room=context - len(tokens)),
@@ -108,7 +121,9 @@ def check_request(
         ignore_eos=request.ignore_eos,
         no_reuse=request.no_reuse,
         trace=request.trace,
-        constraint=constraint_of(request, vocabulary, state, len(tokens)),
+        constraint=constraint,
+        most_reasoning=most,
+        budget=budget,
         calls=_call_reader(request, vocabulary.dialect) if with_tools else None,
         single_tool_call=request.single_tool_call,
         begun=request.begun,
@@ -117,7 +132,7 @@ def check_request(
         return job
     check_resume(request.resume, tokens, len(tokenizer))
     progress = job.progress(tokenizer)
-    resumed = read_again(request.resume, progress, job.calls, job.constraint, cancellation)
+    resumed = read_again(request.resume, progress, job.calls, job.filters, cancellation)
     return replace(job, resumed=resumed)
 
 
@@ -127,10 +142,12 @@ def _prompt_tokens(
     context: int,
     tokenizing: Tokenizing,
     cancellation: Cancellation,
-) -> list[int]:
+) -> tuple[list[int], Collection[str]]:
+    """Tokens of the prompt, and the wishes for reasoning that its template has granted."""
     field = _prompt_field(request)
+    granted: Collection[str] = ()
     if field == "messages":
-        tokens = _render(request, tokenizer, tokenizing, cancellation)
+        tokens, granted = _render(request, tokenizer, tokenizing, cancellation)
     elif field == "prompt":
         tokens = tokenizing.encode(request.prompt, cancellation, special=True)
         if not tokens:
@@ -141,7 +158,7 @@ def _prompt_tokens(
         raise InputError(
             f"{field}: the prompt has {len(tokens)} tokens and the context is {context}"
         )
-    return tokens
+    return tokens, granted
 
 
 def _prompt_field(request: chat_pb2.GenerateRequest) -> str:
@@ -175,7 +192,7 @@ def _render(
     tokenizer: Any,
     tokenizing: Tokenizing,
     cancellation: Cancellation,
-) -> list[int]:
+) -> tuple[list[int], Collection[str]]:
     messages = request.messages
     tokenizing.check_length(content_bytes(request))
     last = messages[-1]
@@ -186,12 +203,14 @@ def _render(
     template = template_of(tokenizer, with_tools=offers_tools(request))
     try:
         if template is None:  # a format in Python, which is mlx-lm's or transformers' own
-            tokens = written_prompt(tokenizer, request)
+            tokens, granted = written_prompt(tokenizer, request)
         else:
+            conversation = conversation_of(request)
             text = TEMPLATES.render(
-                *(template, conversation_of(request), variables_of(tokenizer)),
+                *(template, conversation, variables_of(tokenizer)),
                 *(tokenizing.most_bytes, cancellation),
             )
+            granted = conversation.granted
             tokens = tokenizing.encode(text, cancellation)
     except (InputError, AbandonedError, BusyError, UnavailableError):
         raise
@@ -200,7 +219,7 @@ def _render(
         raise InputError(f"messages: the model's chat template refuses them: {reason}") from error
     if not tokens:
         raise InputError("messages: the prompt is empty")
-    return list(tokens)
+    return list(tokens), granted
 
 
 def _max_tokens(request: chat_pb2.GenerateRequest, room: int) -> int:

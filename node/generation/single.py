@@ -31,7 +31,7 @@ class _Decoding:
         self._seen = mx.array(self.tokens)
         self._sampler = sequence.job.sampler() or _greedy
         self._processors = sequence.job.processors()
-        self._constraint = sequence.job.constraint
+        self._filters = sequence.job.filters
 
     @property
     def room(self) -> int:
@@ -40,15 +40,13 @@ class _Decoding:
 
     def look_ahead(self) -> None:
         """Does for the next choice what needs no logits, while they are being computed."""
-        if self._constraint is not None:
-            self._constraint.follow(self.tokens[self._constraint.taken :])
+        for each in self._filters:
+            each.follow(self.tokens[each.taken :])
 
     def allowed(self, drafts: list[int]) -> list[int]:
-        """Drafted tokens up to the first one that the answer's constraint forbids."""
-        if self._constraint is None:
-            return drafts
+        """Drafted tokens up to the first one that the answer's filters forbid."""
         self.look_ahead()
-        return drafts[: self._constraint.allowed(drafts)]
+        return drafts[: min((each.allowed(drafts) for each in self._filters), default=len(drafts))]
 
     def choose(self, logits: mx.array) -> Token:
         """The next token, by logits (1, vocabulary): one by one, as without drafted tokens."""

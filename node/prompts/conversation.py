@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from node.prompts.thinking import Wishes, wishes_of
 from unicluster.errors import InputError, shown
 from unicluster.json_text import parse_object
 from unicluster.v1.chat_pb2 import GenerateRequest, Message, Tool, ToolCall
@@ -33,6 +34,8 @@ class Conversation:
     its place here.
 
     `implied`: fields, as those of Unread, that say no more than the order of the messages does.
+    `wishes`: variables that are set where the template has them, by a name, and `granted` the names
+    of those that it has, once it was rendered.
     """
 
     messages: list[dict[str, Any]]
@@ -40,6 +43,8 @@ class Conversation:
     arguments: dict[str, Any] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     implied: set[tuple[int, str]] = field(default_factory=set)
+    wishes: Wishes = field(default_factory=dict)
+    granted: set[str] = field(default_factory=set)
 
     def refuse_unread(self, unread: Unread) -> None:
         """Raises InputError, which begins with the field's name, where something is left out of
@@ -66,7 +71,7 @@ def conversation_of(request: GenerateRequest, *, arguments_as_text: bool = False
     `arguments_as_text`: arguments of calls stay JSON text, instead of the object that it is of.
     Raises InputError, which begins with the field's name, for JSON that is no object.
     """
-    conversation = Conversation([])
+    conversation = Conversation([], wishes=wishes_of(request))
     for number, message in _in_order(request.messages, conversation.implied):
         conversation.numbers.append(number)
         conversation.messages.append(_plain(number, message, arguments_as_text))

@@ -7,8 +7,9 @@ for one prompt, or at MOST_MEMORY. Whoever asks kills it after a deadline, or wh
 
 The process forks a child for each prompt. A child reads a request from its connection and answers
 it: JSON, with its length in four bytes before it. A request has `template`, `messages`, `tools`,
-the variables `variables` (the model's) and `arguments` (the asker's), and `most_characters`. An
-answer has `text` and, of the conversation, what the template did not use (see
+the variables `variables` (the model's), `arguments` (the asker's) and `wishes` (by name: variables
+that are set where the template has them), and `most_characters`. An answer has `text`, the names of
+the wishes that were `granted` and, of the conversation, what the template did not use (see
 `conversation.Unread`), or `error`.
 """
 
@@ -123,11 +124,17 @@ def _render(template: Template, request: dict[str, Any]) -> dict[str, Any]:
     messages = [recorded_message(message) for message in request["messages"]]
     tools = request["tools"] and [recorded_tool(tool) for tool in request["tools"]]
     parsed = template.environment.parse(request["template"])
-    reserved, unused = _not_taken(request, template, parsed)
+    variables = meta.find_undeclared_variables(parsed)
+    reserved, unused = _not_taken(request, template, variables)
+    wished = {
+        name: {variable: value for variable, value in wish.items() if variable in variables}
+        for name, wish in request["wishes"].items()
+    }
+    wishes = {variable: value for wish in wished.values() for variable, value in wish.items()}
     text = ""
     if not reserved and not unused:
         text = template.render(
-            **{"documents": None, **request["variables"], **request["arguments"]},
+            **{"documents": None, **request["variables"], **wishes, **request["arguments"]},
             messages=messages,
             tools=tools,
             add_generation_prompt=True,
@@ -138,17 +145,18 @@ def _render(template: Template, request: dict[str, Any]) -> dict[str, Any]:
         fields = [(index, name) for index, name in fields if name != "reasoning_content"]
     names = [name_of(tool) for tool in tools or () if not tool_was_read(tool)]
     unread = {"fields": fields, "tools": names, "arguments": unused, "reserved": reserved}
-    return {"text": text, "unread": unread}
+    granted = [name for name, wish in wished.items() if wish]
+    return {"text": text, "unread": unread, "granted": granted}
 
 
 def _not_taken(
-    request: dict[str, Any], template: Template, parsed: nodes.Template
+    request: dict[str, Any], template: Template, variables: set[str]
 ) -> tuple[list[str], list[str]]:
     """Template arguments that the template has from elsewhere, and those that it has no use for."""
     arguments = request["arguments"].keys()
     models = request["variables"].keys() - ARGUMENTS
     reserved = arguments & (CONVERSATION | template.environment.globals.keys() | models)
-    return sorted(reserved), sorted(arguments - meta.find_undeclared_variables(parsed))
+    return sorted(reserved), sorted(arguments - variables)
 
 
 def _mentions(parsed: nodes.Template, names: set[str]) -> bool:

@@ -106,6 +106,7 @@ class Templates:
             "tools": conversation.tools,
             "variables": variables,
             "arguments": conversation.arguments,
+            "wishes": conversation.wishes,
             "most_characters": most_characters,
         }
         most_bytes = (
@@ -125,6 +126,7 @@ class Templates:
         if "error" in answered:
             raise _refused(" ".join(str(answered["error"]).split()))
         conversation.refuse_unread(Unread(**answered["unread"]))
+        conversation.granted = set(answered["granted"])
         return str(answered["text"])
 
     @contextmanager

@@ -16,7 +16,9 @@ class CallFormat:
     `parse` makes one call or several of such a text and the tools in OpenAI's form: {"name",
     "arguments", perhaps "id"}; it raises for what is no call. `transitions`, where there are any,
     tell all states apart that a model's other marks don't, and an answer begins in
-    `initial_state`. `plain`: the marks are ordinary text, and calls only where tools are offered.
+    `initial_state`. `closings` end reasoning there: with the next message left open, and with the
+    beginning of the text. `plain`: the marks are ordinary text, and calls only where tools are
+    offered.
     """
 
     name: str
@@ -25,4 +27,5 @@ class CallFormat:
     parse: Parse
     transitions: Transitions = field(default_factory=dict)
     initial_state: str = ""
+    closings: tuple[str, str] | None = None
     plain: bool = False

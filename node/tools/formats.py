@@ -70,6 +70,23 @@ class Dialect:
         stated = self._tokenizer.response_initial_state
         return stated or (self.calls.initial_state if self.calls is not None else "")
 
+    @property
+    def reasons(self) -> bool:
+        """Whether answers may have reasoning apart from their text."""
+        harmony = self.calls is not None and "reasoning" in self.calls.transitions
+        return harmony or bool(self._tokenizer.has_thinking)
+
+    def closings(self, *, with_tools: bool) -> tuple[str, str]:
+        """Marks that close an answer's reasoning, at the first time and at later ones.
+
+        Where calls have a header of their own the model chooses once whether one comes, and then
+        the text does.
+        """
+        if self.calls is not None and self.calls.closings:
+            first, last = self.calls.closings
+            return (first if with_tools else last), last
+        return self._tokenizer.think_end, self._tokenizer.think_end
+
     def marks(self, state: str, *, with_tools: bool) -> Any:
         """A state of mlx-lm's TextStateMachine for one answer, which begins in `state`."""
         return self._machines[with_tools].make_state(state)

@@ -73,6 +73,7 @@ HARMONY = CallFormat(
         "tool": [("<|call|>", "header"), ("<|end|>", "header")],
     },
     initial_state="header",
+    closings=("<|end|>", f"<|end|><|start|>assistant<|channel|>final{_MESSAGE}"),
 )
 
 

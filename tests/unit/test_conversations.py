@@ -236,7 +236,8 @@ class Written:
 
 
 def written(*messages: Message, **fields: Any) -> str:
-    return bytes(written_prompt(Written(), GenerateRequest(messages=messages, **fields))).decode()
+    tokens, _ = written_prompt(Written(), GenerateRequest(messages=messages, **fields))
+    return bytes(tokens).decode()
 
 
 def test_a_format_of_mlx_lm_gets_calls_and_tools_too() -> None:

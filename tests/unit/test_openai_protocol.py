@@ -189,8 +189,8 @@ def test_tools_and_the_choice_among_them_reach_the_request() -> None:
     assert chat(tools=tools, tool_choice="required").request.tool_choice.required
     assert chat(tools=tools, tool_choice="none").request.tool_choice.none
     assert not chat(tools=tools, tool_choice="auto").request.HasField("tool_choice")
-    variables = chat(reasoning_effort="low").request.template_arguments
-    assert json.loads(variables) == {"reasoning_effort": "low"}
+    assert chat(reasoning_effort="low").request.reasoning.effort == "low"
+    assert chat(max_reasoning_tokens=64).request.reasoning.most_tokens == 64
 
 
 def test_calls_are_the_same_in_a_stream_and_in_a_whole_answer() -> None:

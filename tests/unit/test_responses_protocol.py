@@ -57,7 +57,7 @@ def test_items_reach_the_request() -> None:
     assert json.loads(request.constraint.json_schema) == {"type": "null"}
     assert (request.max_tokens, request.tool_choice.name) == (9, "add")
     assert request.tools[0].strict
-    assert json.loads(request.template_arguments) == {"reasoning_effort": "high"}
+    assert request.reasoning.effort == "high"
     assert request.single_tool_call
 
 

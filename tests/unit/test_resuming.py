@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.recovery.transcript import Transcript
 from node.generation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from node.generation.sampling import STEPS_PER_SEED
@@ -21,6 +22,7 @@ from unicluster.v1.chat_pb2 import (
     GenerateEvent,
     GenerateRequest,
     Message,
+    Reasoning,
     Resume,
     Sampling,
     Tool,
@@ -238,3 +240,16 @@ def test_seeds_of_tokens_can_be_passed_over(seed: int) -> None:
     for count in (0, 1, 250, 499):
         jumped = np.random.Generator(np.random.PCG64(seed).advance(count * STEPS_PER_SEED))
         assert int(jumped.integers(2**63)) == drawn[count]
+
+
+async def test_reasoning_ends_where_it_would_have(engine: GenerationEngine) -> None:
+    request = of_tokens([*PROMPT, THINK], reasoning=Reasoning(effort="none"), max_tokens=12)
+    whole = await assert_goes_on_from_anywhere(engine, request, step=4)
+    assert whole[0].begun.most_reasoning_tokens == 0
+
+    request.reasoning.CopyFrom(Reasoning(most_tokens=5))
+    whole = await assert_goes_on_from_anywhere(engine, request, step=2)
+    assert whole[0].begun.most_reasoning_tokens == 5
+    transcript = Transcript(GenerateRequest(reasoning=Reasoning(effort="low", enabled=True)))
+    transcript.take(whole[0])
+    assert transcript.request().reasoning == Reasoning(most_tokens=5)

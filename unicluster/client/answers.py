@@ -45,6 +45,9 @@ class Options(TypedDict, total=False):
     tools: Iterable[Mapping[str, Any]] | None  # functions that the model may call
     tool_choice: str | None  # auto, none, required, or the name of a tool that must be called
     single_tool_call: bool | None  # the answer ends after its first call
+    reasoning: bool | None  # whether the model reasons before it answers
+    reasoning_effort: str | None  # none, minimal, low, medium, high, or as the template has it
+    reasoning_tokens: int | None  # at most; then the answer begins
     template_arguments: Mapping[str, Any] | None  # more variables of the model's chat template
     on_status: "Callable[[Status], None] | None"  # called when the answer breaks off, or goes on
 
@@ -187,6 +190,8 @@ class ChatInfo:
 
 # Options whose field on the wire is not set to their value.
 _APART = ("deadline", "tools", "template_arguments", "tool_choice", "on_status")
+# Options that are fields of Reasoning, and their names there.
+_NAMES = {"reasoning": "enabled", "reasoning_effort": "effort", "reasoning_tokens": "most_tokens"}
 
 
 def request_to_wire(messages: Messages, options: Options) -> wire.GenerateRequest:
@@ -212,7 +217,7 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
             elif name == "logit_bias":
                 request.sampling.logit_bias.update(cast(Mapping[int, float], value))
             else:
-                setattr(target, name, value)
+                setattr(target, _NAMES.get(name, name), value)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} can't be {value!r}") from error
     return request
@@ -220,6 +225,8 @@ def request_to_wire(messages: Messages, options: Options) -> wire.GenerateReques
 
 def _target(request: wire.GenerateRequest, name: str) -> Any:
     """The message that has an option's field."""
+    if name in _NAMES:
+        return request.reasoning
     if name in wire.Sampling.DESCRIPTOR.fields_by_name:
         return request.sampling
     return request.constraint if name in wire.Constraint.DESCRIPTOR.fields_by_name else request

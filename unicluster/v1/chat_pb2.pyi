@@ -361,6 +361,45 @@ class Constraint(_message.Message):
 Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
 
 @_typing.final
+class Reasoning(_message.Message):
+    """Of models that reason before they answer. Unset: as the model's chat template has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    MOST_TOKENS_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    """false: none, by the template's own switch where it has one, else closed before it begins.
+    true: refused where the model does not reason.
+    """
+    effort: _builtins.str
+    """As the template has it; where it has none: none, minimal, low, medium, high, as a budget."""
+    most_tokens: _builtins.int
+    """then it is closed, and the answer begins"""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool | None = ...,
+        effort: _builtins.str = ...,
+        most_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "_most_tokens", b"_most_tokens", "enabled", b"enabled", "most_tokens", b"most_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "_most_tokens", b"_most_tokens", "effort", b"effort", "enabled", b"enabled", "most_tokens", b"most_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__enabled: _TypeAlias = _typing.Literal["enabled"]  # noqa: Y015
+    _WhichOneofArgType__enabled: _TypeAlias = _typing.Literal["_enabled", b"_enabled"]  # noqa: Y015
+    _WhichOneofReturnType__most_tokens: _TypeAlias = _typing.Literal["most_tokens"]  # noqa: Y015
+    _WhichOneofArgType__most_tokens: _TypeAlias = _typing.Literal["_most_tokens", b"_most_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__enabled) -> _WhichOneofReturnType__enabled | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__most_tokens) -> _WhichOneofReturnType__most_tokens | None: ...
+
+Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -377,6 +416,7 @@ class GenerateRequest(_message.Message):
     SINGLE_TOOL_CALL_FIELD_NUMBER: _builtins.int
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
     CONSTRAINT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     NO_REUSE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
@@ -428,6 +468,8 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def constraint(self) -> Global___Constraint: ...
     @_builtins.property
+    def reasoning(self) -> Global___Reasoning: ...
+    @_builtins.property
     def resume(self) -> Global___Resume:
         """of an answer to a prompt in token_ids"""
 
@@ -447,6 +489,7 @@ class GenerateRequest(_message.Message):
         single_tool_call: _builtins.bool = ...,
         template_arguments: _builtins.str = ...,
         constraint: Global___Constraint | None = ...,
+        reasoning: Global___Reasoning | None = ...,
         ignore_eos: _builtins.bool = ...,
         no_reuse: _builtins.bool = ...,
         trace: _builtins.bool = ...,
@@ -454,9 +497,9 @@ class GenerateRequest(_message.Message):
         begun: _builtins.bool = ...,
         resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "constraint", b"constraint", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "constraint", b"constraint", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "reasoning", b"reasoning", "resume", b"resume", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "begun", b"begun", "constraint", b"constraint", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "no_reuse", b"no_reuse", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "single_tool_call", b"single_tool_call", "statuses", b"statuses", "stop", b"stop", "template_arguments", b"template_arguments", "token_ids", b"token_ids", "tool_choice", b"tool_choice", "tools", b"tools", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "begun", b"begun", "constraint", b"constraint", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "no_reuse", b"no_reuse", "prompt", b"prompt", "reasoning", b"reasoning", "resume", b"resume", "sampling", b"sampling", "single_tool_call", b"single_tool_call", "statuses", b"statuses", "stop", b"stop", "template_arguments", b"template_arguments", "token_ids", b"token_ids", "tool_choice", b"tool_choice", "tools", b"tools", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -541,8 +584,11 @@ class Begun(_message.Message):
 
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    MOST_REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """of these, and of the resumed part, that need no computing"""
+    most_reasoning_tokens: _builtins.int
+    """as the request and the template have it together"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """none of an answer that is resumed"""
@@ -552,12 +598,15 @@ class Begun(_message.Message):
         *,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cached_tokens: _builtins.int = ...,
+        most_reasoning_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_most_reasoning_tokens", b"_most_reasoning_tokens", "most_reasoning_tokens", b"most_reasoning_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_most_reasoning_tokens", b"_most_reasoning_tokens", "cached_tokens", b"cached_tokens", "most_reasoning_tokens", b"most_reasoning_tokens", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__most_reasoning_tokens: _TypeAlias = _typing.Literal["most_reasoning_tokens"]  # noqa: Y015
+    _WhichOneofArgType__most_reasoning_tokens: _TypeAlias = _typing.Literal["_most_reasoning_tokens", b"_most_reasoning_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__most_reasoning_tokens) -> _WhichOneofReturnType__most_reasoning_tokens | None: ...
 
 Global___Begun: _TypeAlias = Begun  # noqa: Y015
 
