@@ -30,8 +30,10 @@ from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline, recorded
 from node.mlx.kv_quant import quantize
 from node.mlx.memory import give_all_back, give_back
+from node.pipeline.choosers import UNREAD
 from node.pipeline.disk_prefixes import DiskPrefixes
 from node.pipeline.pending_logits import PendingLogits
+from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.prefixes.index import MIN_TOKENS, DiskPrefix
 from node.ring.compute_thread import MLXThread, give_way, rested
 
@@ -236,7 +238,7 @@ class Scheduler:
         timeline = sequence.answer.timeline
         before = self._spent()
         with recorded("chunk", [timeline] if timeline is not None else []):
-            logits = self._model(chunk[None], cache=sequence.cache)
+            logits = self._model(chunk[None], cache=sequence.cache, **self._unread(len(chunk)))
             quantize(sequence.cache, self._kv_bits)
             mx.eval([cache.state for cache in sequence.cache])
         progress = logits.progress if isinstance(logits, PendingLogits) else None
@@ -245,6 +247,11 @@ class Scheduler:
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
+
+    def _unread(self, tokens: int) -> dict[str, Any]:
+        """Keeps the logits of a short chunk where they are: nobody reads them."""
+        short = tokens <= PUSHED_TOKENS and getattr(self._model, "chooses", False)
+        return {"choosers": [UNREAD] * tokens} if short else {}
 
     def _spent(self) -> float:
         """Seconds by the clock, less those that prefill has waited for other machines."""

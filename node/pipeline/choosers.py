@@ -22,6 +22,19 @@ class Chooser(Protocol):
         """The token that was chosen; None: it is to be chosen here."""
 
 
+class _Unread:
+    """For tokens of a prompt, whose successors are known: one number comes back for each."""
+
+    def ask(self) -> Choice:
+        return Choice()
+
+    def settle(self, token: int | None) -> None:
+        pass
+
+
+UNREAD = _Unread()
+
+
 def check_chosen(frame: Frame, asked: Sequence[Choice], vocabulary: int) -> None:
     """Raises StageError for chosen tokens of a returned frame that are none for what was asked.
 

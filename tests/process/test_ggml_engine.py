@@ -175,16 +175,16 @@ async def test_it_does_not_matter_where_tokens_are_chosen(
     await split.until_free()
 
 
-async def test_a_greedy_token_comes_back_without_logits(split: Split) -> None:
+async def test_logits_that_nobody_reads_do_not_come_back(split: Split) -> None:
     back = split.model.trips.hops[-1]
     engine = await split.engine(users=1)
     before = back.bytes
 
-    await ask(engine, PROMPTS[0], max_tokens=40, ignore_eos=True)
+    await ask(engine, PROMPTS[2], max_tokens=40, ignore_eos=True)
 
     engine.close()
-    logits = 4 * split.model.vocabulary
-    assert back.bytes - before <= len(PROMPTS[0]) * logits, "those of the prompt, at most"
+    # Of the answer's first token they do; and two tokens may be too close to tell elsewhere.
+    assert back.bytes - before <= 3 * 4 * split.model.vocabulary
 
 
 # Constrained answers
