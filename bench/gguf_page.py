@@ -1,6 +1,7 @@
 """docs/gguf_architectures.md: what the sweep of tiny GGUFs cuts, where, and what is not cut."""
 
-from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, REFUSED, Architecture
+from coordinator.models.catalog import Entry, entries
+from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, OF_MLX, REFUSED, Architecture
 from tests.support.any_gguf import SPECS
 
 
@@ -37,7 +38,26 @@ def gguf_architectures() -> str:
         f"- No models of answers: {', '.join(sorted(NOT_CAUSAL))}.",
         "",
     ]
+    lines += [
+        "## Models of the catalogue",
+        "",
+        "MLX computes them all, with the mlx-lm that pyproject.toml names; ggml, with this",
+        "llama.cpp, those with a GGUF here. Both can be in one ring where MLX's layers hand on one",
+        "hidden state, which is all but gemma4.",
+        "",
+        "| model | mlx-lm's name | GGUF | cut |",
+        "|---|---|---|---|",
+        *(_model(entry) for entry in entries()),
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _model(entry: Entry) -> str:
+    name = str(entry.config["model_type"])
+    gguf = OF_MLX.get(name, "")
+    where = _where(KNOWN[gguf]) if gguf in KNOWN else ""
+    return f"| {entry.id} | {name} | {gguf or 'not'} | {where} |"
 
 
 def _where(rule: Architecture) -> str:

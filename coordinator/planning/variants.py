@@ -60,6 +60,9 @@ class ModelVariants:
         if self.gguf is None:
             return [RingVariants((self.layout,))]
         model, gguf = self.layout, self.gguf
+        if model.hidden_size != gguf.hidden_size:
+            # MLX's layers hand on more than a hidden state.
+            return [RingVariants((model,)), RingVariants((gguf,))]
         apart = tuple(sorted({*model.forbidden_cuts, *gguf.forbidden_cuts}))
 
         def mixed(*variants: Layout) -> RingVariants:

@@ -51,7 +51,7 @@ def inspect_config(request: InspectRequest) -> ModelLayout:
         request.users or 1,
         request.kv_bits,
     )
-    if not request.kv_bits and (gguf := hypothetical_gguf(layout)) is not None:
+    if not request.kv_bits and (gguf := hypothetical_gguf(layout, config)) is not None:
         layout.gguf.CopyFrom(gguf)
     return layout
 

@@ -67,7 +67,6 @@ def test_the_machines_suggested_are_enough() -> None:
         ("deepseek-r1", "--fleet", "dgx-spark", "--link", "carrier-pigeon"),
         ("gpt-oss-120b", "--quant", "q2", "--fleet", "dgx-spark"),
         ("gemma-3-4b", "--context", "1000000", "--fleet", "dgx-spark"),
-        ("llama-4-scout", "--engine", "ggml", "--fleet", "4x framework-desktop-128"),
         ("qwen3-14b", "--engine", "mlx", "--gguf", "a/b.gguf", "--fleet", "dgx-spark"),
     ],
 )

@@ -207,4 +207,11 @@ OF_MLX = {
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "qwen3_next": "qwen3next",
+    "qwen3_5": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "llama4": "llama4",
+    "minimax": "minimax-m2",
+    "minimax_m2": "minimax-m2",
 }
