@@ -68,6 +68,10 @@ def make_app(
             Route("/api/show", door.ollama_show, methods=["POST"]),
             Route("/api/version", door.ollama_version),
             Route("/v1/responses", door.generating(read_response), methods=["POST"]),
+            *(
+                Route(path, door.embeddings, methods=["POST"])
+                for path in ("/v1/embeddings", "/api/embed", "/api/embeddings")
+            ),
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[
@@ -138,6 +142,16 @@ class _Door:
 
     async def ollama_version(self, request: Request) -> Response:
         return JSONResponse({"version": __version__})
+
+    async def embeddings(self, request: Request) -> Response:
+        """Refused: no model that is served here makes any."""
+        self._doorman.key_of(request)
+        raise HttpError(
+            400,
+            f"{model_name(self._gateway)} makes no embeddings: it writes text. Ask a server of an "
+            "embedding model for them, and this one for answers",
+            code="model_not_supported",
+        )
 
     async def count(self, request: Request) -> Response:
         """Tokens of the prompt of an Anthropic request."""

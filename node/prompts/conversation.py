@@ -150,9 +150,20 @@ def _add_results(
         results = sorted(results, key=lambda result: places[result[1].tool_call_id])
     for place, (number, message) in enumerate(results):
         index = len(ordered)
+        call = places.get(message.tool_call_id, place)
+        if not message.name and call < len(calls):
+            message = _named_by(message, calls[call])  # some templates know results by it alone
+            implied.add((index, "name"))
         ordered.append((number, message))
         if place >= len(calls) or message.tool_call_id not in ("", calls[place].id):
             continue
         implied.add((index, "tool_call_id"))
         if message.name == calls[place].name:
             implied.add((index, "name"))
+
+
+def _named_by(message: Message, call: ToolCall) -> Message:
+    named = Message()
+    named.CopyFrom(message)
+    named.name = call.name
+    return named

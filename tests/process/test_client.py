@@ -274,6 +274,10 @@ async def test_breaking_out_of_a_stream_cancels_the_answer(
         until(lambda: client.describe().live_caches == 0)
 
 
+def test_the_tokens_of_a_prompt_are_counted(client: Client) -> None:
+    assert client.count_tokens("one two three") == 3
+
+
 def test_what_is_served_is_described(client: Client) -> None:
     info = client.describe()
 

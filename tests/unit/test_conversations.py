@@ -87,7 +87,7 @@ def test_all_fields_reach_a_template_that_uses_them() -> None:
     assert "".join(said) == (
         "[user]What is 1 + 2?"
         '[assistant](Add them.)<c1 add {"b": "é", "a": 1}><c2 sub {}>'
-        "[tool for c1]3[tool sub for c2]0"
+        "[tool add for c1]3[tool sub for c2]0"
     )
 
 
@@ -332,3 +332,17 @@ def test_json_of_the_greatest_depth_is_an_object() -> None:
     text = '{"a":' * MOST_DEPTH + "1" + "}" * MOST_DEPTH
 
     assert json.dumps(parse_object("field", text), separators=(",", ":")) == text
+
+
+def test_a_result_has_the_name_of_its_call() -> None:
+    calls = [ToolCall(id=each, name=f"of_{each}", arguments="{}") for each in ("a", "b")]
+    messages = [
+        Message(role="assistant", tool_calls=calls),
+        Message(role="tool", tool_call_id="b", content="2"),
+        Message(role="tool", tool_call_id="a", content="1"),
+    ]
+    conversation = conversation_of(GenerateRequest(messages=messages))
+    results = [(m["name"], m["content"]) for m in conversation.messages[1:]]
+    assert results == [("of_a", "1"), ("of_b", "2")]
+    assert {(1, "name"), (2, "name")} <= conversation.implied
+    assert not messages[1].name

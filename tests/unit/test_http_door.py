@@ -420,3 +420,15 @@ async def test_the_door_closes_although_an_answer_runs() -> None:
         with pytest.raises(httpx.HTTPError):
             await asking
     await until(lambda: door.head.live == 0, "the head computes nothing")
+
+
+async def test_embeddings_are_refused_with_what_to_do(
+    door: Door, ask: openai.AsyncOpenAI, http: httpx.AsyncClient
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="parrot makes no embeddings"):
+        await ask.embeddings.create(model="parrot", input="hello")
+    client = ollama.AsyncClient(host=door.url)
+    with pytest.raises(ollama.ResponseError, match="parrot makes no embeddings"):
+        await client.embed(model="parrot", input="hello")
+    refused = await http.post("/api/embeddings", json={"model": "parrot", "prompt": "hello"})
+    assert (refused.status_code, list(refused.json())) == (400, ["error"])

@@ -98,6 +98,16 @@ class Client:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
 
+    def count_tokens(self, messages: Messages, **options: Unpack[Options]) -> int:
+        """Tokens of a prompt or a conversation, as the model's chat template writes it."""
+        request = request_to_wire(messages, options)
+        try:
+            with self._stub() as stub:
+                count = stub.CountTokens(request, timeout=_count_seconds(options, self._target))
+        except grpc.RpcError as error:
+            raise as_error(error, self._target.address) from error
+        return count.prompt_tokens
+
     def measure(self) -> Metrics:
         """Metrics of the deployment. `Metrics.since` computes rates from two readings."""
         try:
@@ -189,6 +199,17 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise as_error(error, self._target.address) from error
         return info_from_wire(info)
+
+    async def count_tokens(self, messages: Messages, **options: Unpack[Options]) -> int:
+        """Tokens of a prompt or a conversation, as the model's chat template writes it."""
+        request = request_to_wire(messages, options)
+        try:
+            async with self._stub() as stub:
+                seconds = _count_seconds(options, self._target)
+                count = await stub.CountTokens(request, timeout=seconds)
+        except grpc.RpcError as error:
+            raise as_error(error, self._target.address) from error
+        return count.prompt_tokens
 
     async def measure(self) -> Metrics:
         """Metrics of the deployment. `Metrics.since` computes rates from two readings."""
@@ -371,3 +392,8 @@ def _report(status: wire.Status, on_status: OnStatus) -> None:
 def _check_finished(last: Event | None, server: str) -> None:
     if not isinstance(last, Finish):
         raise UnavailableError(f"the answer of {server} broke off without a reason: ask again")
+
+
+def _count_seconds(options: Options, target: _Target) -> float:
+    deadline = deadline_of(options)
+    return target.timeout if deadline is None else deadline
