@@ -32,9 +32,9 @@ import unicluster
 from bench.lanes import Figures, show
 from bench.models import write_llama
 from node.generation.config import GenerationConfig
-from node.generation.drafting import DraftModel, Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from node.ring.compute_thread import MLXThread
+from node.speculation.drafting import DraftModel, Lookup, Speculation
 from node.weights.store import DEMO
 from node.worker.__main__ import SWITCH_INTERVAL
 from tests.support.tiny import VOCAB

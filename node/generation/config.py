@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from node.generation.drafting import Speculation
 from node.generation.sampling import Sampling
 from node.prefixes.index import PrefixIndex
+from node.speculation.drafting import Speculation
 from unicluster.checkpoints.small_files import GENERATION_CONFIG, check_small_files
 from unicluster.v1.node_pb2 import StageSpec
 

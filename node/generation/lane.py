@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.generation.batch import BatchDecoder
+from node.generation.piped import PipedDecoder
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.metering.timeline import Timeline
@@ -23,7 +24,7 @@ class Lane:
 
     def __init__(
         self,
-        decoder: BatchDecoder | SingleDecoder,
+        decoder: BatchDecoder | SingleDecoder | PipedDecoder,
         places: int,
         on_finished: Callable[[list[int], list[Any]], None] | None,
     ) -> None:

@@ -23,6 +23,7 @@ from node.generation.config import GenerationConfig
 from node.generation.kv_budget import KVBudget
 from node.generation.lane import Lane
 from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
+from node.generation.piped import PipedDecoder, pipes
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.generation.ticket import Ticket
@@ -67,9 +68,13 @@ class Scheduler:
         kinds = _kinds(model)
         batches = can_batch(kinds) and not spec.kv_bits and config.speculation is None
 
-        def decoder() -> BatchDecoder | SingleDecoder:
+        piped = pipes(model, config)
+
+        def decoder() -> BatchDecoder | SingleDecoder | PipedDecoder:
             if batches:
                 return BatchDecoder(model)
+            if piped:
+                return PipedDecoder(model, kinds, config, tokenizer.eos_token_ids, self._share)
             return SingleDecoder(model, kinds, config, tokenizer.eos_token_ids)
 
         self._stages = int(getattr(model, "stages", 1))
@@ -144,6 +149,11 @@ class Scheduler:
             self.kv_budget.batch_bytes(sequence.most for sequence in list(lane.sequences))
             for lane in list(self.lanes)
         )
+
+    def _share(self, frames: int) -> int:
+        """One answer's part of the frames that fill the pipe: one while a prompt needs room."""
+        decoding = sum(lane.busy for lane in self.lanes)
+        return 1 if self._prefilling else max(1, frames // max(decoding, 1))
 
     def _schedule(self) -> None:
         """Starts requests in order of arrival, each in the lane with the fewest sequences."""

@@ -16,7 +16,7 @@ from node.pipeline.pipeline_model import PUSHED_TOKENS
 FIRST_DRAFT_LENGTH = 4
 
 
-class _Decoding:
+class Decoding:
     """State of the answer that is being decoded.
 
     tokens: the prompt and the answer, of which the first `cached` are in the cache. draft_length:
@@ -83,11 +83,11 @@ class SingleDecoder:
         self._drafter = speculation.drafter() if speculation is not None else None
         self._most = speculation.most if speculation is not None else 0
         self._ends = ends
-        self._run: _Decoding | None = None
+        self._run: Decoding | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
-        self._run = _Decoding(sequence)
+        self._run = Decoding(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
@@ -134,7 +134,7 @@ class SingleDecoder:
     def close(self) -> None:
         self._run = None
 
-    def _draft(self, run: _Decoding, most: int) -> list[int]:
+    def _draft(self, run: Decoding, most: int) -> list[int]:
         count = min(run.draft_length, self._most, run.room, most)
         if self._drafter is None or count < 1:
             return []
@@ -142,7 +142,7 @@ class SingleDecoder:
         end = next((i for i, draft in enumerate(drafts) if draft in self._ends), len(drafts))
         return run.allowed(drafts[:end])
 
-    def _count(self, run: _Decoding, drafted: int, accepted: int) -> None:
+    def _count(self, run: Decoding, drafted: int, accepted: int) -> None:
         if not drafted:
             return
         # Draft more while all are accepted, after a rejected one about as many as were accepted.

@@ -60,11 +60,13 @@ class StageMeter:
     """Work of one machine. `decode`: compute seconds of frames with one token of one answer.
 
     disk_bytes: of prefixes on its disk.
+    `skipped`: of the frames, those that were cancelled before they were begun.
     """
 
     frames: int = 0
     busy_s: float = 0.0
     queue_s: float = 0.0
+    skipped: int = 0
     decode: Recent = field(default_factory=Recent)
     disk_bytes: int = 0
 
@@ -74,6 +76,7 @@ class StageMeter:
             frames=self.frames,
             busy_s=self.busy_s,
             queue_s=self.queue_s,
+            skipped=self.skipped,
             decode_s=self.decode.median,
             disk_bytes=self.disk_bytes,
         )

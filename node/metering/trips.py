@@ -59,7 +59,8 @@ class Trips:
             meter.busy_s += report.compute_s
             meter.queue_s += report.queue_s
             meter.disk_bytes = report.disk_bytes
-            if trip.single:
+            meter.skipped += report.skipped
+            if trip.single and not report.skipped:
                 meter.decode.note(report.compute_s)
         self.head.frames += 1
         taken = self.clocks.hops(trip.differences(), trip.returned_s)

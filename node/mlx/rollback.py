@@ -62,4 +62,7 @@ def _restored(entry: Any, before: Any, tokens: int) -> Any:
 def trim(cache: Sequence[Any], tokens: int) -> None:
     """Trims the last `tokens` of each entry; the caller has checked that this is possible."""
     for entry in cache:
-        entry.trim(tokens)
+        if hasattr(entry, "roll_back"):  # on another machine, whose answer nobody needs
+            entry.roll_back(tokens)
+        else:
+            entry.trim(tokens)

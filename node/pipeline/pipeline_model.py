@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from node.prefixes.store import PrefixStore
 from node.ring.compute_thread import begin
 from node.ring.leaves import leaf_bytes
 from node.ring.ring import PrefillWindow, Reply, Ring, Window
+from node.speculation.depth import PipeTimes
 from unicluster import failpoints
 from unicluster.deadlines import DECODE, PREFILL, Work
 from unicluster.errors import UniclusterError
@@ -269,7 +270,7 @@ class PipelineModel(nn.Module):
 
         def resolve() -> mx.array:
             prebuilt = None
-            if returned:
+            if returned and not reply.is_back:
                 # Not before: building would take the interpreter from the frame's sending.
                 reply.wait_until_sent()
                 prebuilt = self._prebuilt_lm_head(inputs, returned, local)
@@ -300,6 +301,26 @@ class PipelineModel(nn.Module):
 
         return self._step_builder.build(returned, [], build)
 
+    @property
+    def copies_states(self) -> bool:
+        """Whether all other stages can make a snapshot for each guess: ggml has too few places."""
+        ring = self._ring
+        return ring is not None and all(s.engine in ("", "mlx") for s in ring.stages.stages)
+
+    def pipe_times(self, head_s: float) -> PipeTimes:
+        """Seconds of one answer's token, as lately measured; `head_s` of them at the head."""
+        stages = [stage.decode.median for stage in self.trips.stages]
+        return PipeTimes((head_s, *stages), sum(hop.decode.median for hop in self.trips.hops))
+
+    def cancel(self, frames: Iterable[PendingLogits]) -> None:
+        """Has stages skip these decode frames where they have not begun them.
+
+        Their logits must not be used, and their tokens are to be rolled back next.
+        """
+        numbers = [each.progress.number for each in frames if isinstance(each.progress, Reply)]
+        if self._ring is not None and numbers:
+            self._ring.cancel(numbers)
+
     def live_caches(self) -> int:
         """Cache handles alive on all remote stages together, after all frees so far."""
         query = CacheOp(query=CacheOp.Query())
@@ -327,7 +348,8 @@ class PipelineModel(nn.Module):
             returned = time.perf_counter()
             check_chosen(frame, choices, self._hollow.vocabulary)
             for handle, version, report in zip(handles, versions, frame.reports, strict=True):
-                handle.after_forward(version, report)
+                if not report.skipped:
+                    handle.after_forward(version, report)
             for timeline in timelines:
                 timeline.note(frame.id, trip(frame), self.trips)
 

@@ -172,6 +172,13 @@ class RemoteCache:
         self._change(trim=CacheOp.Trim(tokens=trimmed))
         return trimmed
 
+    def roll_back(self, tokens: int) -> None:
+        """Trims the last `tokens`, of frames of which a stage may have skipped some; asks nothing.
+
+        The caller knows that the cache can be trimmed.
+        """
+        self._change(trim=CacheOp.Trim(tokens=tokens, guessed=True))
+
     def is_trimmable(self) -> bool:
         report = self._current()
         return self._query().trimmable if report is None else report.trimmable

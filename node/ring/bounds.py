@@ -5,6 +5,8 @@ from unicluster.errors import StageError
 # Tokens of one row. No model has a context as long, and MLX counts tokens in 32 bits.
 MOST_TOKENS = 2**24
 MOST_ROWS = 4096
+# Frames cancelled ahead of their arrival.
+MOST_CANCELLED = 4096
 MOST_CACHES = 2**16
 # Of the saved state of one layer, or of one stage of ggml; protobuf takes no more.
 MOST_STATE_BYTES = 2**31 - 1

@@ -37,7 +37,8 @@ class Slot(Generic[C]):
 
     rows: of its batch; None until the first forward decides. tokens: at most so many in a row,
     padding included. padded: columns to come that `prepare` announced. is_snapshot: it holds
-    only what can't be trimmed, for `restore`.
+    only what can't be trimmed, for `restore`. skipped: tokens of cancelled frames since the last
+    trim, which are not in it.
     """
 
     cache: C
@@ -45,6 +46,7 @@ class Slot(Generic[C]):
     tokens: int = 0
     padded: int = 0
     is_snapshot: bool = False
+    skipped: int = 0
 
 
 class CacheTable(Generic[C]):
@@ -92,12 +94,21 @@ class CacheTable(Generic[C]):
         slot = self._usable(number, touch=False)
         if slot.rows is not None and slot.rows != rows:
             raise FrameError(f"a batch of {rows} for {slot.rows} rows")
+        if slot.skipped:
+            raise FrameError(f"{slot.skipped} tokens before it were skipped")
         self._check("rows", rows, MOST_ROWS, least=1)
         self._check("tokens", slot.tokens + tokens, MOST_TOKENS, least=1)
         slot.rows = rows
         slot.tokens += tokens
         slot.padded = max(slot.padded - tokens, 0)
         return slot.cache, slot.tokens
+
+    def skip(self, number: int, tokens: int) -> None:
+        """Notes that a forward of so many tokens was left out."""
+        slot = self._usable(number, touch=False)
+        self._check("tokens", slot.tokens + slot.skipped + tokens, MOST_TOKENS, least=1)
+        slot.skipped += tokens
+        slot.padded = max(slot.padded - tokens, 0)
 
     def clear(self) -> None:
         """Frees all caches."""
@@ -178,6 +189,8 @@ class CacheTable(Generic[C]):
 
     def trim(self, op: CacheOp, report: StageReport) -> None:
         slot, tokens = self._settled(op.cache), op.trim.tokens
+        if op.trim.guessed:
+            tokens = self._guessed(slot, tokens)
         if not tokens:
             return
         if not self._engine.trimmable(slot.cache):
@@ -283,6 +296,7 @@ class CacheTable(Generic[C]):
             raise FrameError(f"there is no snapshot {number}")
         if saved.rows not in (None, slot.rows):
             raise FrameError(f"a snapshot of {saved.rows} rows for {slot.rows} rows")
+        tokens = self._guessed(slot, tokens)
         if saved.tokens + tokens != slot.tokens:
             raise FrameError(f"{tokens} tokens since the snapshot, of {slot.tokens - saved.tokens}")
         del self._slots[number]
@@ -312,6 +326,12 @@ class CacheTable(Generic[C]):
             self._recalls.drop(name)
         else:
             self._recalls.erase(name)
+    def _guessed(self, slot: Slot[C], tokens: int) -> int:
+        """Tokens in a cache, of `tokens` of frames that were cancelled: the others were skipped."""
+        if slot.skipped > tokens:
+            raise FrameError(f"{tokens} tokens, of which {slot.skipped} were skipped")
+        tokens, slot.skipped = tokens - slot.skipped, 0
+        return tokens
 
     def _usable(self, number: int, *, touch: bool = True) -> Slot[C]:
         slot = self._slots.get(number)

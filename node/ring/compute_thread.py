@@ -80,6 +80,11 @@ class MLXThread:
         self._end_lap()
         self._lap = time.perf_counter(), work
 
+    def relabel(self, work: Work) -> None:
+        """On this thread: what runs now is `work`."""
+        if self._lap is not None:
+            self._lap = self._lap[0], work
+
     def _work(self) -> None:
         while self.failure is None:
             due, action, work = self._actions.get()

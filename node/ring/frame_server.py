@@ -10,6 +10,7 @@ from node.ring.cache_table import CacheTable
 from node.ring.choices import check_choices, choose_tokens
 from node.ring.leaves import check_leaves, leaf_bytes
 from node.ring.session import H, Session
+from unicluster import failpoints
 from unicluster.v1.stage_pb2 import Frame, StagePart, StageReport
 
 if TYPE_CHECKING:
@@ -42,13 +43,17 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             queue_s=started - arrived,
             received_bytes=leaf_bytes(frame.hidden),
         )
+        if session.stage and not session.skips(frame):  # stage 0 is a part of the head
+            failpoints.reach("stage.compute")
         freed = False
         for index, part in enumerate(frame.parts):
             if part.stage == session.stage:
                 for op in part.ops:
                     session.caches.apply(op, report)
                     freed |= op.HasField("free")
-                if part.cache:
+                if part.cache and session.skips(frame):
+                    self._skip(session, part, frame, report)
+                elif part.cache:
                     self._forward(session, part, frame, report)
                 del frame.parts[index]
                 break
@@ -58,6 +63,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
                     self.drop(session.deferred.pop(number))
             if frame.claim:
                 self._claim(session, frame)
+        session.cancelled.served(frame.id)
         self.tidy(freed=freed, prefill=frame.hold)
         if self.prefixes is not None:
             report.disk_bytes = self.prefixes.nbytes
@@ -122,6 +128,17 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         report.trimmable = self.trimmable(cache)
         report.size = self.size(cache)
 
+    def _skip(
+        self, session: Session[C, H], part: StagePart, frame: Frame, report: StageReport
+    ) -> None:
+        """Counts the tokens of a cancelled frame as missing in its cache: a trim will follow."""
+        with session.caches.named(f"skipped forward with cache {part.cache}"):
+            if not frame.skipped:
+                _, frame.skipped = self.extent(frame.hidden)
+                del frame.hidden[:]
+            session.caches.skip(part.cache, frame.skipped)
+        report.skipped = True
+
     def _run_layers(self, session: Session[C, H], number: int, cache: C, frame: Frame) -> None:
         if session.last and frame.hold:
             session.deferred[frame.id] = self.hold(cache, frame.hidden)
@@ -150,5 +167,7 @@ def _check(session: Session[C, H], frame: Frame) -> None:
         raise FrameError(f"frame {frame.id}: {len(frame.reports)} reports at {session.stage}")
     if session.last and frame.hold and (not frame.id or frame.id in session.deferred):
         raise FrameError(f"frame {frame.id}: a result of that number can't be held")
+    if frame.skipped and (frame.hidden or frame.hold):
+        raise FrameError(f"frame {frame.id}: it was skipped, and has a hidden state or is held")
     if session.last and frame.claim and any(part.cache for part in frame.parts):
         raise FrameError(f"frame {frame.id}: it forwards, and claims frame {frame.claim}")

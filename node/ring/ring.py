@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -30,7 +30,16 @@ from unicluster.dialing.dialer import Dialer
 from unicluster.errors import StageError, UnavailableError, UniclusterError, in_one_line
 from unicluster.stall import Stall, look_seconds
 from unicluster.trust.identity import Credentials
-from unicluster.v1.stage_pb2 import ClockRequest, Fault, Frame, HopMessage, Open, Opened, RouteStop
+from unicluster.v1.stage_pb2 import (
+    Cancel,
+    ClockRequest,
+    Fault,
+    Frame,
+    HopMessage,
+    Open,
+    Opened,
+    RouteStop,
+)
 from unicluster.v1.stage_pb2_grpc import StageStub
 
 log = logging.getLogger(__name__)
@@ -63,6 +72,11 @@ class Reply:
         self._result = result
         self._left.set()
         self._there.set()
+
+    @property
+    def is_back(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._result is not None
 
     @property
     def slowest_s(self) -> float | None:
@@ -231,6 +245,18 @@ class Ring:
             window.leave()
         return reply
 
+    @property
+    def cancels(self) -> bool:
+        """Whether all stages understand `cancel`."""
+        return all(stage.cancels for stage in self.stages.stages)
+
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Tells all stages not to begin these frames; they come back nevertheless. Any thread."""
+        message = HopMessage(cancel=Cancel(frames=numbers))
+        with self._lock:
+            if self.failure is None and self.cancels:
+                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
+
     def call_later(self, seconds: float, action: Callable[[], None]) -> None:
         """Runs `action` on the event loop; may be called from any thread."""
         self._loop.call_soon_threadsafe(self._loop.call_later, seconds, action)
@@ -326,7 +352,8 @@ class Ring:
         if sent is None:
             raise StageError(f"frame {frame.id} came back, but was not waited for")
         now = time.perf_counter()
-        self._deadlines.note(sent.work, now - max(sent.at, self._last_return))
+        work = OTHER if frame.skipped else sent.work
+        self._deadlines.note(work, now - max(sent.at, self._last_return))
         self._returns, self._last_return = self._returns + 1, now
         if sent.on_reply is not None:
             try:

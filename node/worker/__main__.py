@@ -26,7 +26,6 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from node.engines.choose import choose
 from node.engines.engine import Engine, LoadedHead
 from node.generation.config import GenerationConfig
-from node.generation.drafting import Speculation
 from node.generation.engine import GenerationEngine
 from node.metering.meters import AnswerMeter
 from node.pipeline.pipeline_model import Front
@@ -37,6 +36,7 @@ from node.ring.compute_watch import watch
 from node.ring.session import StageEngine
 from node.ring.stage_service import StageService
 from node.ring.stuck import name_of
+from node.speculation.drafting import Speculation
 from node.weights.fetch import describe, fetch_ranges, is_whole
 from node.weights.sources import Sources
 from node.worker.channel import emit, open_channel

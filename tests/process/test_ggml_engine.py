@@ -17,11 +17,11 @@ from mlx_lm.models.cache import make_prompt_cache
 import unicluster
 from node.generation.answer import Answer
 from node.generation.batch import BatchDecoder
-from node.generation.drafting import Lookup, Speculation
 from node.generation.request import Job
 from node.generation.sampling import Sampling
 from node.generation.sequence import Sequence
 from node.pipeline.pipeline_model import PipelineModel
+from node.speculation.drafting import Lookup, Speculation
 from tests.support.constrained import POINT, point_of
 from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
 from tests.support.tiny_gguf import write_gguf

@@ -9,8 +9,8 @@ import mlx_lm
 import pytest
 
 from node.engines.mlx_layout import inspect
-from node.generation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
+from node.speculation.drafting import Lookup, Speculation
 from tests.support import zoo
 from tests.support.engines import THREAD, Completion, Split, ask, listen, of_tokens, until
 from tests.support.tiny import EOS, VOCAB, tiny_config, write_model

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from node.generation.drafting import Drafter, DraftModel, Lookup, Speculation
 from node.generation.engine import GenerationEngine
+from node.speculation.drafting import Drafter, DraftModel, Lookup, Speculation
 from tests.support import zoo
 from tests.support.engines import THREAD, Completion, Split, Tiny, ask, listen, of_tokens
 from tests.support.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model

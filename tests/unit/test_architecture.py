@@ -43,6 +43,7 @@ FLOORS = {
             "ggml",
             "ggml.cutting",
             "pipeline",
+            "speculation",
             "mlx",
             "mlx.saved",
             "ring",

@@ -10,8 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from node.generation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
+from node.speculation.drafting import Lookup, Speculation
 from tests.support.constrained import POINT
 from tests.support.engines import Completion, Script, Tiny, listen
 from tests.support.tiny import MARKS, tiny_config, write_model

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from node.generation.drafting import Lookup, Speculation
+from node.speculation.drafting import Lookup, Speculation
 from node.prompts.cancellation import Cancellation
 from node.prompts.conversation import conversation_of
 from node.prompts.templates import TEMPLATES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coordinator.recovery.transcript import Transcript
-from node.generation.drafting import Lookup, Speculation
+from node.speculation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from node.generation.sampling import STEPS_PER_SEED
 from tests.support.constrained import point_of

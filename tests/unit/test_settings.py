@@ -8,7 +8,7 @@ import pytest
 
 from node.engines.choose import choose
 from node.generation.config import PREFILL_BYTES, PREFILL_TOKENS, GenerationConfig
-from node.generation.drafting import MAX_DRAFTED, Lookup, Speculation
+from node.speculation.drafting import MAX_DRAFTED, Lookup, Speculation
 from node.worker.config import WorkerConfig
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest
 from unicluster.errors import InputError

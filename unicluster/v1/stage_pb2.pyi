@@ -78,6 +78,7 @@ class HopMessage(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open: ...
     @_builtins.property
@@ -86,6 +87,8 @@ class HopMessage(_message.Message):
     def frame(self) -> Global___Frame: ...
     @_builtins.property
     def fault(self) -> Global___Fault: ...
+    @_builtins.property
+    def cancel(self) -> Global___Cancel: ...
     def __init__(
         self,
         *,
@@ -93,12 +96,13 @@ class HopMessage(_message.Message):
         opened: Global___Opened | None = ...,
         frame: Global___Frame | None = ...,
         fault: Global___Fault | None = ...,
+        cancel: Global___Cancel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "frame", b"frame", "message", b"message", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "fault", b"fault", "frame", b"frame", "message", b"message", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "frame", b"frame", "message", b"message", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "fault", b"fault", "frame", b"frame", "message", b"message", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "opened", "frame", "fault"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "opened", "frame", "fault", "cancel"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -206,6 +210,7 @@ class StageInfo(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    CANCELS_FIELD_NUMBER: _builtins.int
     SAVES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     first_layer: _builtins.int
@@ -215,6 +220,8 @@ class StageInfo(_message.Message):
     """mlx (or empty), ggml"""
     address: _builtins.str
     """host:port at which the stage before it reached its worker"""
+    cancels: _builtins.bool
+    """understands Cancel"""
     saves: _builtins.bool
     """it has a disk for prefixes, and knows Save and Recall"""
     def __init__(
@@ -226,15 +233,40 @@ class StageInfo(_message.Message):
         weight_bytes: _builtins.int = ...,
         engine: _builtins.str = ...,
         address: _builtins.str = ...,
+        cancels: _builtins.bool = ...,
         saves: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "saves", b"saves", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cancels", b"cancels", "end_layer", b"end_layer", "engine", b"engine", "first_layer", b"first_layer", "node", b"node", "saves", b"saves", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageInfo: _TypeAlias = StageInfo  # noqa: Y015
+
+@_typing.final
+class Cancel(_message.Message):
+    """Overtakes the frames that it names: a stage that has not begun one of them does not forward it.
+    Such a frame still travels, and its cache operations are carried out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Frame(_message.Message):
@@ -251,12 +283,15 @@ class Frame(_message.Message):
     REPORTS_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """ascending within the session"""
     hold: _builtins.bool
     """the last stage keeps the result until it is claimed"""
     claim: _builtins.int
     """asks for the held result of that frame; 0: none"""
+    skipped: _builtins.int
+    """tokens that a stage has not forwarded; then there is no hidden"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePart]:
         """one for each stage that has something to do"""
@@ -295,10 +330,11 @@ class Frame(_message.Message):
         reports: _abc.Iterable[Global___StageReport] | None = ...,
         choices: _abc.Iterable[Global___Choice] | None = ...,
         chosen: _abc.Iterable[_builtins.int] | None = ...,
+        skipped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "chosen", b"chosen", "claim", b"claim", "dropped", b"dropped", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "chosen", b"chosen", "claim", b"claim", "dropped", b"dropped", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -506,18 +542,25 @@ class CacheOp(_message.Message):
 
     @_typing.final
     class Trim(_message.Message):
+        """guessed: of frames that were cancelled, of which a stage may have skipped some: those of their
+        tokens are not in its cache.
+        """
+
         DESCRIPTOR: _descriptor.Descriptor
 
         TOKENS_FIELD_NUMBER: _builtins.int
+        GUESSED_FIELD_NUMBER: _builtins.int
         tokens: _builtins.int
+        guessed: _builtins.bool
         def __init__(
             self,
             *,
             tokens: _builtins.int = ...,
+            guessed: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["guessed", b"guessed", "tokens", b"tokens"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -832,6 +875,7 @@ class StageReport(_message.Message):
     ARRIVED_S_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -845,6 +889,8 @@ class StageReport(_message.Message):
     """of hidden state"""
     disk_bytes: _builtins.int
     """of prefixes on the machine's disk, whichever stage they are of"""
+    skipped: _builtins.bool
+    """the frame was not forwarded here"""
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -862,10 +908,11 @@ class StageReport(_message.Message):
         arrived_s: _builtins.float = ...,
         received_bytes: _builtins.int = ...,
         disk_bytes: _builtins.int = ...,
+        skipped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "skipped", b"skipped", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,7 @@
 """Drafting for speculative decoding: tokens are guessed, and the model verifies several at once."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -25,20 +25,26 @@ DRAFT_CHUNK = 256
 class Drafter(Protocol):
     """Drafts tokens for one answer at a time."""
 
-    def propose(self, tokens: list[int], count: int) -> list[int]:
-        """At most `count` tokens that may come after `tokens`, the prompt included.
+    def propose(self, tokens: list[int], count: int, ahead: Sequence[int] = ()) -> list[int]:
+        """At most `count` tokens that may come after `tokens`, the prompt included, and `ahead`.
 
-        Later calls for an answer pass the identical list, which has grown meanwhile.
+        Later calls for an answer pass the identical list, which has grown meanwhile; `ahead` are
+        guesses that nobody has verified yet.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """Settings of speculative decoding: at most `most` tokens a draft, by one drafter a lane."""
+    """Settings of speculative decoding: at most `most` tokens a draft, by one drafter a lane.
+
+    piped: each guess is a frame of its own, sent without waiting for the one before; else several
+    are verified in one frame.
+    """
 
     drafter: Callable[[], Drafter]
     most: int
+    piped: bool = False
 
     @classmethod
     def of(cls, spec: StageSpec, draft: Any, vocabulary: int) -> "Speculation | None":
@@ -48,8 +54,8 @@ class Speculation:
         """
         most = spec.draft_tokens or MAX_DRAFTED
         if draft is not None:
-            return cls(partial(DraftModel, draft, vocabulary), most)
-        return cls(Lookup, most) if spec.lookup else None
+            return cls(partial(DraftModel, draft, vocabulary), most, spec.piped)
+        return cls(Lookup, most, spec.piped) if spec.lookup else None
 
 
 class Lookup:
@@ -59,11 +65,13 @@ class Lookup:
         self._tokens: list[int] | None = None
         self._copy = array("q")
 
-    def propose(self, tokens: list[int], count: int) -> list[int]:
+    def propose(self, tokens: list[int], count: int, ahead: Sequence[int] = ()) -> list[int]:
         if tokens is not self._tokens:
             self._tokens, self._copy = tokens, array("q")
         self._copy.extend(tokens[len(self._copy) :])
         text = np.frombuffer(self._copy, dtype=np.int64)
+        if ahead:
+            text = np.concatenate([text, np.array(ahead, dtype=np.int64)])
         start = _follows(text)
         if start is None:
             return []
@@ -99,8 +107,9 @@ class DraftModel:
         self._trimmable_below = trimmable_below(self._cache)
         self._saved: tuple[int, list[Any]] | None = None  # a snapshot of so many tokens
 
-    def propose(self, tokens: list[int], count: int) -> list[int]:
+    def propose(self, tokens: list[int], count: int, ahead: Sequence[int] = ()) -> list[int]:
         """Drafts nothing while it prefills a prompt, one chunk a call."""
+        tokens = [*tokens, *ahead]
         self._roll_back_to(_common(self._cached, tokens, len(tokens) - 1))
         fresh = tokens[len(self._cached) :]
         if len(fresh) > DRAFT_CHUNK:

@@ -1,0 +1,176 @@
+"""Guesses that follow one another through the pipe: never another text, whatever the caches.
+
+The model is cut over three processes. Its caches are of every sort; see test_speculation.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from node.generation.engine import GenerationEngine
+from node.generation.piped import PipedDecoder
+from node.speculation.drafting import DraftModel, Lookup, Speculation
+from tests.process.test_speculation import (
+    KV_BYTES,
+    MAX_TOKENS,
+    PROMPTS,
+    configuration,
+    guessed,
+    hear,
+    tokens_alone,
+)
+from tests.support.engines import THREAD, Split, ask, listen, of_tokens
+from tests.support.tiny import VOCAB, write_model
+from unicluster.v1.chat_pb2 import Sampling
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "lfm2", "llama4"])
+def split(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Split]:
+    folder = tmp_path_factory.mktemp("models")
+    path = write_model(folder / request.param, configuration(request.param))
+    split = asyncio.run(Split.open(path))
+    with split.model:
+        yield split
+
+
+class Oracle:
+    """Knows the answers, but for every `wrong`th token of a text."""
+
+    def __init__(self, texts: list[list[int]], wrong: int = 5) -> None:
+        self._texts = texts
+        self._wrong = wrong
+
+    def propose(self, tokens: list[int], count: int, ahead: Sequence[int] = ()) -> list[int]:
+        known = [text for text in self._texts if text[: len(tokens)] == tokens]
+        start = len(tokens) + len(ahead)
+        rest = known[0][start : start + count] if known else []
+        places = enumerate(rest, start)
+        return [t if at % self._wrong else (t + 1) % VOCAB for at, t in places]
+
+
+def piped(drafter: Any) -> Speculation:
+    return Speculation(lambda: drafter, 8, piped=True)
+
+
+async def oracle(split: Split, wrong: int = 5) -> Speculation:
+    answers = zip(PROMPTS, await tokens_alone(split), strict=True)
+    return piped(Oracle([prompt + answer for prompt, answer in answers], wrong))
+
+
+def skipped(split: Split) -> int:
+    return sum(stage.skipped for stage in split.model.trips.stages)
+
+
+async def piping(split: Split, speculation: Speculation, **options: Any) -> GenerationEngine:
+    """An engine whose lanes decode so."""
+    engine = await split.engine(speculation=speculation, **({"users": 1} | options))
+    assert engine.scheduler is not None
+    assert all(isinstance(lane._decoder, PipedDecoder) for lane in engine.scheduler.lanes)
+    return engine
+
+
+@pytest.mark.parametrize("wrong", [2, 5, 1000])
+async def test_the_text_is_that_of_plain_decode(split: Split, wrong: int) -> None:
+    engine = await piping(split, await oracle(split, wrong))
+
+    completions = [await hear(engine, prompt) for prompt in PROMPTS]
+
+    engine.close()
+    assert [completion.tokens for completion in completions] == await tokens_alone(split)
+    for drafted, accepted in map(guessed, completions):
+        assert 0 < accepted <= drafted
+    await split.until_free()
+
+
+async def test_several_users_at_once(split: Split) -> None:
+    engine = await piping(split, await oracle(split), users=2)
+
+    completions = await asyncio.gather(*(hear(engine, prompt) for prompt in PROMPTS))
+
+    engine.close()
+    assert [completion.tokens for completion in completions] == await tokens_alone(split)
+    await split.until_free()
+
+
+async def test_a_seed_draws_the_same_text_and_logprobs(split: Split) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.2, seed=7)
+    plain = await split.engine()
+    alone = await hear(plain, PROMPTS[2], sampling=sampling, logprobs=2)
+    plain.close()
+    engine = await piping(split, piped(Oracle([PROMPTS[2] + alone.tokens])))
+
+    completion = await hear(engine, PROMPTS[2], sampling=sampling, logprobs=2)
+
+    engine.close()
+    assert completion.tokens == alone.tokens
+    assert 0 < guessed(completion)[1] < guessed(completion)[0]
+    for got, expected in zip(completion.logprobs, alone.logprobs, strict=True):
+        assert got.logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert [top.token_id for top in got.top] == [top.token_id for top in expected.top]
+
+
+async def test_stop_strings_and_lengths_end_it_where_they_would_without(split: Split) -> None:
+    plain = await split.engine()
+    whole = await hear(plain, PROMPTS[1])
+    stop = [whole.text[4:6]]
+    stopped = await hear(plain, PROMPTS[1], stop=stop)
+    plain.close()
+    engine = await piping(split, await oracle(split, 1000))
+
+    again = await hear(engine, PROMPTS[1], stop=stop)
+    lengths = [len(await ask(engine, PROMPTS[1], max_tokens=most)) for most in range(1, 7)]
+
+    engine.close()
+    assert (again.text, again.reason) == (stopped.text, stopped.reason)
+    assert lengths == list(range(1, min(7, len(whole.tokens) + 1)))
+
+
+async def test_the_next_turn_prefills_only_what_is_new(split: Split) -> None:
+    engine = await piping(split, await oracle(split, 1000), kv_bytes=KV_BYTES)
+    first = await hear(engine, PROMPTS[3])
+    turn = [*PROMPTS[3], *first.tokens, *PROMPTS[1]]
+
+    second = await hear(engine, turn)
+
+    engine.close()
+    assert second.tokens == (await split.whole.alone(turn, MAX_TOKENS)).tokens
+    assert second.finish is not None
+    assert second.finish.usage.cached_tokens >= len(PROMPTS[3])
+
+
+async def test_answers_given_up_in_the_middle_leave_nothing(split: Split) -> None:
+    engine = await piping(split, await oracle(split), users=2)
+    tickets = [await engine.submit(of_tokens(PROMPTS[i % 4])) for i in range(6)]
+    for ticket in tickets[::2]:
+        await anext(ticket)
+        ticket.cancel()
+    for ticket in tickets[1::2]:
+        await listen(ticket)
+
+    await split.until_free()
+    engine.close()
+
+
+async def test_a_model_drafts_for_itself(split: Split) -> None:
+    draft = await THREAD.run(lambda: DraftModel(split.whole.model, VOCAB))
+    engine = await piping(split, piped(draft))
+
+    completions = [await hear(engine, prompt) for prompt in PROMPTS]
+
+    engine.close()
+    assert [completion.tokens for completion in completions] == await tokens_alone(split)
+
+
+async def test_lookup(split: Split) -> None:
+    answer = (await split.whole.alone(PROMPTS[2], MAX_TOKENS)).tokens
+    prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]
+    engine = await piping(split, Speculation(Lookup, 8, piped=True))
+
+    completion = await hear(engine, prompt)
+
+    engine.close()
+    assert completion.tokens == (await split.whole.alone(prompt, MAX_TOKENS)).tokens
