@@ -146,6 +146,11 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
     queue = CounterMetricFamily(
         "unicluster_stage_queue_seconds", "Time that frames have waited.", labels=STAGE
     )
+    skipped = CounterMetricFamily(
+        "unicluster_stage_skipped_frames",
+        "Frames of wrong guesses, cancelled before they were begun.",
+        labels=STAGE,
+    )
     decode = GaugeMetricFamily(
         "unicluster_stage_decode_seconds",
         "Time to decode one token of one answer: the median of recent ones.",
@@ -160,9 +165,10 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
         frames.add_metric(labels, stage.frames)
         busy.add_metric(labels, stage.busy_s)
         queue.add_metric(labels, stage.queue_s)
+        skipped.add_metric(labels, stage.skipped)
         if stage.decode_s:
             decode.add_metric(labels, stage.decode_s)
-    yield from (frames, busy, queue, decode, disk)
+    yield from (frames, busy, queue, skipped, decode, disk)
 
 
 def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:

@@ -14,6 +14,8 @@ KV_BITS = (4, 8)
 # So many tokens and one more are checked in one trip through the machines.
 MOST_DRAFTED = 15
 MOST_DISK_BYTES = 2**50
+# Values of --speculate beside names of models.
+OFF, LOOKUP = "off", "lookup"
 
 
 def generation_options() -> list[Option]:
@@ -34,6 +36,13 @@ def generation_options() -> list[Option]:
         ),
         Option("--lookup", "speculative decoding from what the text has said before", is_flag=True),
         Option(
+            "--speculate",
+            "fill the pipe with guesses of one token each: `lookup` from the text so far, "
+            "a smaller MODEL's, or `off` (default: off)",
+            metavar="WHAT",
+            complete=_speculations,
+        ),
+        Option(
             "--draft-tokens",
             "draft at most so many tokens; fewer when few are accepted (default: 8)",
             type=int,
@@ -46,6 +55,11 @@ def generation_options() -> list[Option]:
             metavar="50GB",
         ),
     ]
+
+
+def _speculations(text: str) -> list[str]:
+    own = [name for name in (OFF, LOOKUP) if name.startswith(text)]
+    return [*own, *model_names(text)]
 
 
 def kv_bits_option() -> Option:
@@ -61,10 +75,19 @@ def take_generation(options: dict[str, Any]) -> StageSpec:
     where it acts. Raises InputError for invalid values and contradictions.
     """
     values = {name: options.pop(name) for option in generation_options() if (name := option.name)}
-    draft = values.pop("draft")
     cache_disk = values.pop("cache_disk")
+    draft, speculate = values.pop("draft"), values.pop("speculate")
+    piped = speculate not in (None, OFF)
+    if piped and (draft is not None or values["lookup"]):
+        raise InputError("--speculate: not with --draft or --lookup, which verify in one frame")
+    if piped and values["draft_tokens"]:
+        raise InputError("--draft-tokens: not with --speculate: each guess is a frame of its own")
+    if piped and speculate == LOOKUP:
+        values["lookup"] = True
+    elif piped:
+        draft = speculate
     _check(draft, **values)
-    spec = StageSpec(**values, cache_disk=_disk_bytes(cache_disk))
+    spec = StageSpec(**values, piped=piped, cache_disk=_disk_bytes(cache_disk))
     if draft is not None:
         source = resolve(draft)
         spec.draft.CopyFrom(Draft(model=source.model, quant=source.quant))
@@ -100,5 +123,6 @@ def _check(
         raise InputError(f"--draft-tokens {draft_tokens}: between 1 and {MOST_DRAFTED}")
     if lanes and (drafts or kv_bits):
         raise InputError(
-            "--lanes: with --draft, --lookup or --kv-bits each answer has a lane of its own"
+            "--lanes: with --draft, --lookup, --speculate or --kv-bits "
+            "each answer has a lane of its own"
         )

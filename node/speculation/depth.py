@@ -24,9 +24,9 @@ class PipeTimes:
         A frame's whole trip over the slowest stage's part of it, rounded: with one frame more it
         only waits in a queue, and a guess that fails is noticed as late.
         """
-        if not all(self.stages):  # not measured yet
+        slowest = max(self.stages, default=0.0)
+        if not slowest or not all(self.stages):  # not measured yet
             return max(1, min(len(self.stages), MOST_FRAMES))
-        slowest = max(self.stages)
         whole = sum(self.stages) + self.hops
         return max(1, min(round(whole / slowest), MOST_FRAMES))
 

@@ -38,8 +38,8 @@ class Drafter(Protocol):
 class Speculation:
     """Settings of speculative decoding: at most `most` tokens a draft, by one drafter a lane.
 
-    piped: each guess is a frame of its own, sent without waiting for the one before; else several
-    are verified in one frame.
+    piped: with other stages, each guess is a frame of its own, sent without waiting for the one
+    before; else several are verified in one frame.
     """
 
     drafter: Callable[[], Drafter]

@@ -90,6 +90,8 @@ WRONG_WORDS = [
     ("serve demo --lanes -1", "--lanes -1: at least 1, or 0 for one a machine"),
     ("serve demo --lanes 2 --lookup", "each answer has a lane of its own"),
     ("serve demo --kv-bits 5", "invalid value for '--kv-bits': '5' is not one of"),
+    ("serve demo --speculate lookup --lookup", "--speculate: not with --draft or --lookup"),
+    ("serve demo --speculate lookup --draft-tokens 4", "--draft-tokens: not with --speculate"),
     ("serve demo --draft demo --lookup", "--draft and --lookup: give one of them"),
     ("serve demo --draft llama-9000-mega", "no model 'llama-9000-mega'"),
     ("serve demo --draft-tokens 4", "--draft-tokens: only with --draft or --lookup"),

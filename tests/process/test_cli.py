@@ -115,7 +115,7 @@ def test_help_has_sections(run: Run) -> None:
 def test_options_of_generation_are_everywhere_the_same(run: Run, command: str) -> None:
     told = run(command, "--help").out
 
-    for flag in ("--lanes", "--kv-bits", "--draft", "--lookup", "--draft-tokens"):
+    for flag in ("--lanes", "--kv-bits", "--draft", "--lookup", "--speculate", "--draft-tokens"):
         assert f"\n  {flag} " in told
 
 

@@ -103,11 +103,12 @@ async def test_what_can_be_trimmed_is_reused_in_part(split: Split) -> None:
     assert told.finish.usage.cached_tokens == (80 if trimmable else 0)
 
 
-async def test_guesses_change_nothing(split: Split) -> None:
+@pytest.mark.parametrize("piped", [False, True], ids=["", "piped"])
+async def test_guesses_change_nothing(split: Split, piped: bool) -> None:
     answer = (await split.whole.alone(PROMPTS[2], 40)).tokens
     # The text says already how it goes on, as when a page is to be corrected.
     prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]
-    engine = await split.engine(users=2, speculation=Speculation(Lookup, 6))
+    engine = await split.engine(users=2, speculation=Speculation(Lookup, 6, piped=piped))
 
     tickets = [await engine.submit(of_tokens(p, max_tokens=40)) for p in (prompt, PROMPTS[3])]
     told = [await listen(ticket) for ticket in tickets]
@@ -190,7 +191,11 @@ async def test_logits_that_nobody_reads_do_not_come_back(split: Split) -> None:
 # Constrained answers
 
 
-@pytest.mark.parametrize("speculation", [None, Speculation(Lookup, 6)], ids=["", "lookup"])
+@pytest.mark.parametrize(
+    "speculation",
+    [None, Speculation(Lookup, 6), Speculation(Lookup, 6, piped=True)],
+    ids=["", "lookup", "piped"],
+)
 async def test_constrained_answers_beside_free_ones(
     split: Split, speculation: Speculation | None
 ) -> None:

@@ -21,6 +21,7 @@ from tests.process.test_speculation import (
     hear,
     tokens_alone,
 )
+from tests.support.constrained import point_of
 from tests.support.engines import THREAD, Split, ask, listen, of_tokens
 from tests.support.tiny import VOCAB, write_model
 from unicluster.v1.chat_pb2 import Sampling
@@ -73,7 +74,10 @@ async def piping(split: Split, speculation: Speculation, **options: Any) -> Gene
     return engine
 
 
-@pytest.mark.parametrize("wrong", [2, 5, 1000])
+@pytest.mark.parametrize(
+    "wrong",
+    [pytest.param(2, marks=pytest.mark.sweep), 5, pytest.param(1000, marks=pytest.mark.sweep)],
+)
 async def test_the_text_is_that_of_plain_decode(split: Split, wrong: int) -> None:
     engine = await piping(split, await oracle(split, wrong))
 
@@ -142,6 +146,7 @@ async def test_the_next_turn_prefills_only_what_is_new(split: Split) -> None:
     assert second.finish.usage.cached_tokens >= len(PROMPTS[3])
 
 
+@pytest.mark.sweep
 async def test_answers_given_up_in_the_middle_leave_nothing(split: Split) -> None:
     engine = await piping(split, await oracle(split), users=2)
     tickets = [await engine.submit(of_tokens(PROMPTS[i % 4])) for i in range(6)]
@@ -155,6 +160,7 @@ async def test_answers_given_up_in_the_middle_leave_nothing(split: Split) -> Non
     engine.close()
 
 
+@pytest.mark.sweep
 async def test_a_model_drafts_for_itself(split: Split) -> None:
     draft = await THREAD.run(lambda: DraftModel(split.whole.model, VOCAB))
     engine = await piping(split, piped(draft))
@@ -165,6 +171,25 @@ async def test_a_model_drafts_for_itself(split: Split) -> None:
     assert [completion.tokens for completion in completions] == await tokens_alone(split)
 
 
+async def test_guesses_that_a_grammar_forbids_are_not_sent(split: Split) -> None:
+    if split.name != "llama":
+        pytest.skip("caches have no part in it")
+    request = point_of(PROMPTS[2])
+    plain = await split.engine(context=512, users=1)
+    alone = await listen(await plain.submit(request))
+    plain.close()
+    # Every third guess would break the grammar.
+    engine = await piping(split, piped(Oracle([PROMPTS[2] + alone.tokens], wrong=3)), context=512)
+
+    completion = await listen(await engine.submit(request))
+
+    engine.close()
+    assert completion.tokens == alone.tokens
+    drafted, accepted = guessed(completion)
+    assert 0 < accepted <= drafted
+
+
+@pytest.mark.sweep
 async def test_lookup(split: Split) -> None:
     answer = (await split.whole.alone(PROMPTS[2], MAX_TOKENS)).tokens
     prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]

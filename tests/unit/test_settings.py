@@ -62,6 +62,8 @@ def test_chunks_of_wide_models_fit_a_frame(tmp_path: Path) -> None:
 def test_drafting_as_the_spec_asks_for_it() -> None:
     assert Speculation.of(StageSpec(), None, 10) is None
     assert Speculation.of(StageSpec(lookup=True), None, 10) == Speculation(Lookup, MAX_DRAFTED)
+    piped = Speculation.of(StageSpec(lookup=True, piped=True), None, 10)
+    assert piped == Speculation(Lookup, MAX_DRAFTED, piped=True)
     by_model = Speculation.of(StageSpec(draft_tokens=3), object(), 10)
     assert by_model is not None
     assert by_model.most == 3

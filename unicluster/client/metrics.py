@@ -31,7 +31,8 @@ class StageMetrics:
 
     `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
     `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
-    average: see Metrics.since. `disk_bytes` of prompt caches are on its disk.
+    average: see Metrics.since. `disk_bytes` of prompt caches are on its disk. `skipped`: frames
+    that were cancelled before they were begun here.
     """
 
     machine: str
@@ -42,6 +43,7 @@ class StageMetrics:
     busy: float = 0.0
     waiting: float = 0.0
     disk_bytes: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,7 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
                 queue_s=stage.queue_s,
                 decode_s=stage.decode_s,
                 disk_bytes=stage.disk_bytes,
+                skipped=stage.skipped,
             )
             for stage in meters.stages
         ),
