@@ -13,6 +13,7 @@ from coordinator.recovery.transcript import Transcript
 from node.speculation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from node.generation.sampling import STEPS_PER_SEED
+from node.speculation.drafting import Lookup, Speculation
 from tests.support.constrained import point_of
 from tests.support.engines import Script, Tiny, of_tokens
 from tests.support.tiny import CHAT_TEMPLATE, EOS, MARKS, tiny_config, write_model
