@@ -22,8 +22,8 @@ from node.generation.chunking import CROSSOVER_TOKENS, GPU_CROSSOVER_TOKENS, Chu
 from node.generation.config import GenerationConfig
 from node.generation.kv_budget import KVBudget
 from node.generation.lane import Lane
-from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
 from node.generation.piped import PipedDecoder, pipes
+from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.generation.ticket import Ticket

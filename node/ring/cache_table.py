@@ -326,6 +326,7 @@ class CacheTable(Generic[C]):
             self._recalls.drop(name)
         else:
             self._recalls.erase(name)
+
     def _guessed(self, slot: Slot[C], tokens: int) -> int:
         """Tokens in a cache, of `tokens` of frames that were cancelled: the others were skipped."""
         if slot.skipped > tokens:

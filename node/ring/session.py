@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 from node.prefixes.store import PrefixStore
+from node.ring.bounds import MOST_CANCELLED, FrameError
 from node.ring.cache_engine import C
 from node.ring.cache_table import CacheTable
-from node.ring.bounds import MOST_CANCELLED, FrameError
 from unicluster.v1.stage_pb2 import Frame
 
 H = TypeVar("H")  # an engine's result that waits until it is claimed

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from node.speculation.drafting import Lookup, Speculation
 from node.prompts.cancellation import Cancellation
 from node.prompts.conversation import conversation_of
 from node.prompts.templates import TEMPLATES
 from node.prompts.thinking import budget_of
+from node.speculation.drafting import Lookup, Speculation
 from tests.support.engines import Completion, Script, Tiny, listen
 from tests.support.tiny import MARKS, tiny_config, write_model
 from unicluster.errors import InputError

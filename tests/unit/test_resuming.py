@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from coordinator.recovery.transcript import Transcript
-from node.speculation.drafting import Lookup, Speculation
 from node.generation.engine import GenerationEngine
 from node.generation.sampling import STEPS_PER_SEED
 from node.speculation.drafting import Lookup, Speculation
