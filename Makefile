@@ -26,7 +26,7 @@ JOBS ?= 3
 PYTEST := PATH=$(abspath $(BIN)):$$PATH $(BIN)/pytest -q
 IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/fleet tests
 
-.PHONY: install help demo test test-all test-fleet lint proto proto-check bench soak clean
+.PHONY: install help demo test test-all test-fleet test-chaos lint proto proto-check bench soak clean
 
 install: $(INSTALLED) $(MODELS)  ## install into .venv; GGML=1 also builds llama.cpp, for GGUFs
 
@@ -77,6 +77,9 @@ test-all: test  ## the tests, then the rest of their full sweeps, as CI runs the
 # On Linux, as root, with debootstrap and systemd-nspawn.
 test-fleet: $(INSTALLED)  ## whole hosts, booted on this one, as root
 	$(PYTEST) -s -x -rs tests/fleet
+
+test-chaos: $(INSTALLED)  ## faults at random times under answers; FAULTS=1000 MINUTES=60 SEED=7
+	$(BIN)/python -m tests.chaos $(if $(FAULTS),--faults $(FAULTS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 lint: $(INSTALLED)  ## ruff, mypy and ansible-lint
 	$(BIN)/ruff check .
