@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator.protocols.anthropic_messages import input_of, read_conversation, read_system
+from coordinator.protocols.anthropic_thinking import read_thinking
 from coordinator.protocols.asked import EVENTS, Asked, Json, Stamp, joined, sse, stamp
 from coordinator.protocols.errors import Failure, anthropic_error
 from coordinator.protocols.fields import Fields
@@ -16,8 +17,6 @@ from unicluster.v1.chat_pb2 import Usage as WireUsage
 NOT_HERE = {
     "mcp_servers": "no server is called",
     "container": "nothing is run here",
-    "context_management": "send the messages that count",
-    "output_config": "leave it out",
     "output_format": "leave it out",
     "inference_geo": "the machines are where they are",
     "fallbacks": "one model is served",
@@ -44,7 +43,7 @@ def read_message(body: Any, model: str) -> Asked:
     stream = fields.flag("stream")
     fields.accept("metadata", "cache_control")
     fields.choice("service_tier", ("auto", "standard_only"))
-    thinks = _read_thinking(fields, request)
+    thinks = read_thinking(fields, request)
     fields.refuse(NOT_HERE)
     fields.done()
     return Asked(request, MessageReply(stamp("msg_", model), thinks), stream)
@@ -54,7 +53,7 @@ def read_count(body: Any) -> GenerateRequest:
     """The request to /v1/messages/count_tokens. Raises as `read_message`."""
     fields = Fields(body)
     request = _read_prompt(fields)
-    _read_thinking(fields, request)
+    read_thinking(fields, request)
     fields.accept("cache_control")
     fields.refuse(NOT_HERE)
     fields.done()
@@ -98,22 +97,6 @@ def _read_choice(choice: Fields, request: GenerateRequest) -> None:
         raise InputError(f"{choice.path('type')}: missing")
     request.single_tool_call = choice.flag("disable_parallel_tool_use") and bool(request.tools)
     choice.done()
-
-
-def _read_thinking(fields: Fields, request: GenerateRequest) -> bool:
-    """Whether the answer shows the model's reasoning; its budget goes into the request."""
-    thinking = fields.object("thinking")
-    if thinking is None:
-        return False
-    kind = thinking.choice("type", ("enabled", "adaptive", "disabled"))
-    budget = thinking.whole("budget_tokens", 1, MOST_TOKENS)
-    if kind == "disabled":
-        request.reasoning.enabled = False
-    elif budget is not None:
-        request.reasoning.most_tokens = budget
-    display = thinking.choice("display", ("summarized", "full", "omitted"))
-    thinking.done()
-    return kind in ("enabled", "adaptive") and display != "omitted"
 
 
 class MessageReply:

@@ -23,7 +23,7 @@ def read_conversation(items: list[Any], path: str = "messages") -> list[Message]
     messages: list[Message] = []
     for at, item in enumerate(items):
         fields = Fields(item, f"{path}[{at}]")
-        role = fields.choice("role", ("user", "assistant"))
+        role = fields.choice("role", ("user", "assistant", "system"))  # also between turns
         if role is None:
             raise InputError(f"{fields.path('role')}: missing")
         content, where = fields.take("content"), fields.path("content")
@@ -32,12 +32,21 @@ def read_conversation(items: list[Any], path: str = "messages") -> list[Message]
             messages.append(Message(role=role, content=clean(content, where)))
         elif isinstance(content, list):
             blocks = [Fields(block, f"{where}[{n}]") for n, block in enumerate(content)]
-            messages += _user(blocks) if role == "user" else [_assistant(blocks)]
+            messages += _said(role, blocks)
         else:
             raise InputError(f"{where}: must be a text or a list of blocks, got {brief(content)}")
     if messages[-1].role == "assistant":
         raise InputError(f"{path}: the last one must be the user's: no answer is gone on with")
     return messages
+
+
+def _said(role: str, blocks: list[Fields]) -> list[Message]:
+    if role == "user":
+        return _user(blocks)
+    if role == "assistant":
+        return [_assistant(blocks)]
+    texts = [_text(block.text("type"), block) for block in blocks]
+    return [Message(role=role, content="\n".join(texts))]
 
 
 def _user(blocks: list[Fields]) -> list[Message]:

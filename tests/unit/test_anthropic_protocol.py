@@ -13,7 +13,7 @@ from coordinator.protocols.asked import Asked
 from coordinator.protocols.errors import anthropic_error, failure_of
 from unicluster.client.answers import collect, event_from_wire
 from unicluster.errors import BusyError, InputError, UnavailableError
-from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Message, ToolCall, Usage
+from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Message, Reasoning, ToolCall, Usage
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object"}}
@@ -82,7 +82,11 @@ def test_tools_and_their_choice_reach_the_request() -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "max_tokens": {"max_tokens": None},
     "messages": {"messages": [*HELLO, {"role": "assistant", "content": "The answer is"}]},
-    "messages[0].role": {"messages": [{"role": "system", "content": ""}]},
+    "messages[0].role": {"messages": [{"role": "tool", "content": ""}]},
+    "output_config.effort": {"output_config": {"effort": "much"}},
+    "context_management.edits[0]": {
+        "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}
+    },
     "messages[0].content": {"messages": [{"role": "user", "content": 1}]},
     "messages[0].content[0].type": {
         "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]
@@ -92,7 +96,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tool_choice.type": {"tool_choice": {"type": "some"}},
     "thinking.type": {"thinking": {"type": "deep"}},
     "mcp_servers": {"mcp_servers": [{"url": "http://evil.example"}]},
-    "output_config": {"output_config": {"effort": "high"}},
+    "output_config.format": {"output_config": {"format": {"type": "json_schema"}}},
     "nonsense": {"nonsense": 1},
 }
 
@@ -201,3 +205,20 @@ NAMES = ["system", "thinking", "stop_sequences", "top_p", *(n.split(".")[0] for 
 def test_any_json_is_a_request_or_a_refusal(fields: dict[str, Any]) -> None:
     with contextlib.suppress(InputError):
         assert message(**fields).request.IsInitialized()
+
+
+def test_what_a_coding_agent_sends_is_understood() -> None:
+    """As Claude Code 2.1.197 does."""
+    asked = message(
+        messages=[*HELLO, {"role": "system", "content": [{"type": "text", "text": "Hurry."}]}],
+        thinking={"type": "adaptive"},
+        output_config={"effort": "low"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    )
+    assert asked.request.messages[-1] == Message(role="system", content="Hurry.")
+    assert asked.request.reasoning == Reasoning(most_tokens=1024)
+    budget = {"type": "enabled", "budget_tokens": 64}
+    both = message(thinking=budget, output_config={"effort": "medium"}).request
+    assert both.reasoning == Reasoning(most_tokens=64)
+    off = message(thinking={"type": "disabled"}, output_config={"effort": "max"}).request
+    assert off.reasoning == Reasoning(enabled=False)
