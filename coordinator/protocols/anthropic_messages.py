@@ -11,9 +11,8 @@ from unicluster.v1.chat_pb2 import Message, ToolCall
 def read_system(fields: Fields) -> list[Message]:
     """The system prompt, a text or a list of text blocks, as at most one message."""
     system = fields.take("system")
-    if not system:
-        return []
-    return [Message(role="system", content=_text_of(system, fields.path("system")))]
+    text = "" if system is None else _text_of(system, fields.path("system"))
+    return [Message(role="system", content=text)] if text else []
 
 
 def read_conversation(items: list[Any], path: str = "messages") -> list[Message]:
@@ -65,7 +64,7 @@ def _user(blocks: list[Fields]) -> list[Message]:
 
 def _result(block: Fields) -> Message:
     content = block.take("content")
-    text = _text_of(content, block.path("content")) if content else ""
+    text = "" if content is None else _text_of(content, block.path("content"))
     if block.flag("is_error"):
         text = f"Error: {text}"
     block.accept("cache_control")

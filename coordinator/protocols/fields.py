@@ -83,7 +83,7 @@ class Fields:
     def choice(self, name: str, allowed: Iterable[Any]) -> Any:
         """A value that is one of `allowed`; any other is refused as not supported."""
         value = self.take(name)
-        if value is None or any(value is each or value == each for each in allowed):
+        if value is None or any(_same(value, each) for each in allowed):
             return value
         raise InputError(f"{self.path(name)}: {brief(value)} is not supported here")
 
@@ -108,6 +108,11 @@ class Fields:
         if value is not None and not isinstance(value, kind):
             raise InputError(f"{self.path(name)}: must be {_NAMES[kind]}, got {_kind(value)}")
         return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality as JSON has it: 1 is not true."""
+    return type(value) is type(other) and bool(value == other)
 
 
 def clean(text: str, path: str) -> str:

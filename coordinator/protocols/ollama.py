@@ -151,7 +151,8 @@ def _message(fields: Fields) -> Message:
         call.done()
         message.tool_calls.append(made)
     if role == "tool":
-        message.name = fields.text("tool_name") or fields.text("name") or ""
+        names = [fields.text("tool_name"), fields.text("name")]
+        message.name = names[0] or names[1] or ""
         message.tool_call_id = fields.text("tool_call_id") or ""
     fields.refuse({"images": "the model reads text"})
     fields.done()

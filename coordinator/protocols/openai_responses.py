@@ -82,7 +82,7 @@ def _read_input(value: Any) -> list[Message]:
     reasoning = ""
     for at, item in enumerate(value):
         path = f"input[{at}]"
-        kind = item.get("type", "message") if isinstance(item, dict) else "message"
+        kind = (item.get("type") if isinstance(item, dict) else None) or "message"
         if kind == "reasoning":
             reasoning += _reasoning(Fields(item, path))
         elif kind == "function_call":
@@ -108,7 +108,8 @@ def _without_phase(item: Any) -> Any:
 
 def _reasoning(item: Fields) -> str:
     item.accept("type", "id", "status", "summary", "encrypted_content")
-    parts = [Fields(part, item.path("content")) for part in item.items("content") or []]
+    content, path = item.items("content") or [], item.path("content")
+    parts = [Fields(part, f"{path}[{at}]") for at, part in enumerate(content)]
     texts = []
     for part in parts:
         part.choice("type", ("reasoning_text",))

@@ -65,6 +65,17 @@ def test_a_conversation_with_calls_reaches_the_request() -> None:
     assert (asked.request.sampling.temperature, asked.request.sampling.top_k) == (0.5, 3)
 
 
+@pytest.mark.parametrize("value", [0, False, {}])
+def test_no_value_of_another_type_passes_for_an_empty_text(value: Any) -> None:
+    result = {"type": "tool_result", "tool_use_id": "1", "content": value}
+    with pytest.raises(InputError, match="system: must be"):
+        message(system=value)
+    with pytest.raises(InputError, match=r"content\[0\].content: must be"):
+        message(messages=[{"role": "user", "content": [result]}])
+    for empty in ("", [], None):
+        assert [each.role for each in message(system=empty).request.messages] == ["user"]
+
+
 def test_tools_and_their_choice_reach_the_request() -> None:
     named = {"type": "tool", "name": "add", "disable_parallel_tool_use": True}
     request = message(tools=[TOOL], tool_choice=named).request

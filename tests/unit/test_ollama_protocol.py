@@ -91,6 +91,11 @@ def test_calls_and_results_reach_the_request() -> None:
     ]
 
 
+def test_a_result_may_name_its_tool_twice() -> None:
+    result = {"role": "tool", "content": "5", "tool_name": "add", "name": "sum"}
+    assert chat(messages=[*HELLO, result]).request.messages[1].name == "add"
+
+
 def test_a_raw_prompt_is_the_whole_one() -> None:
     raw = read_generate({"prompt": "Once", "raw": True}, "parrot").request
     plain = read_generate({"prompt": "hi", "system": "Be brief."}, "parrot").request

@@ -155,6 +155,15 @@ def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
     assert failure_of(caught.value).param == name.strip()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("parallel_tool_calls", 1), ("parallel_tool_calls", 0.0), ("store", 0), ("store", 0.0)],
+)
+def test_numbers_are_not_true_or_false(field: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"^{field}: "):
+        chat(**{field: value})
+
+
 def test_calls_and_their_results_reach_the_request() -> None:
     called = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     asked = chat(

@@ -79,6 +79,17 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+def test_an_item_whose_type_is_null_is_a_message() -> None:
+    asked = response(input=[{"type": None, "role": "user", "content": "hello"}])
+    assert list(asked.request.messages) == [Message(role="user", content="hello")]
+
+
+def test_a_part_of_the_reasoning_is_named_by_its_number() -> None:
+    thought = {"type": "reasoning", "content": [{"text": "Hm."}, {}]}
+    with pytest.raises(InputError, match=r"^input\[0\].content\[1\].text: missing"):
+        response(input=[thought])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(InputError) as caught:
