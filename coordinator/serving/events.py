@@ -9,6 +9,7 @@ import contextlib
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Protocol
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Plan, Stage
 from coordinator.planning.variants import ModelVariants
+from unicluster.causes import Cause
 from unicluster.v1.node_pb2 import LoadProgress
 
 log = logging.getLogger(__name__)
@@ -214,12 +216,19 @@ class Handler(Protocol):
 
 
 class Events:
-    """Publishes the events of a service. Publishing never waits and never raises."""
+    """Publishes the events of a service. Publishing never waits and never raises.
+
+    losses: of stages and workers so far, by cause; words that are none of Cause count as failed.
+    """
 
     def __init__(self) -> None:
+        self.losses: Counter[Cause] = Counter()
         self._followers: list[Follower] = []
 
     def publish(self, event: Event) -> None:
+        if isinstance(event, StageFailed | WorkerEnded):
+            known = event.cause in list(Cause)
+            self.losses[Cause(event.cause) if known else Cause.FAILED] += 1
         for follower in self._followers:
             follower.put(event)
 

@@ -1,6 +1,6 @@
 """A deployment's metrics for Prometheus: names, types and labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client.core import (
@@ -13,6 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from unicluster.causes import Cause
 from unicluster.client.metrics import Histogram, HopMetrics, Metrics, Recoveries, StageMetrics
 
 STATES = ("loading", "ready", "recovering", "failed")
@@ -30,6 +31,7 @@ class DeploymentCollector(Collector):
         metrics = self._read()
         yield from _served(metrics)
         yield from _recoveries(metrics.recoveries)
+        yield _losses(metrics.losses)
         if metrics.stages:  # else there is no head, and nothing that counts
             yield from _answers(metrics)
             yield from _stages(metrics.stages)
@@ -82,6 +84,15 @@ def _recoveries(recoveries: Recoveries) -> Iterator[Metric]:
         "Tokens of prompts and answers computed again for answers that went on.",
         value=recoveries.replayed_tokens,
     )
+
+
+def _losses(losses: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(
+        "unicluster_losses", "Workers and machines that were lost, by cause.", labels=("cause",)
+    )
+    for cause in Cause:
+        family.add_metric((cause,), losses.get(cause, 0))
+    return family
 
 
 def _answers(metrics: Metrics) -> Iterator[Metric]:

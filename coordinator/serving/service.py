@@ -182,7 +182,8 @@ class Service:
 
     async def measure(self) -> Measured:
         """Metrics of the head; without meters when there is no head."""
-        measured = Measured(info=self.info())
+        losses = {cause.value: count for cause, count in self._events.losses.items()}
+        measured = Measured(info=self.info(), losses=losses)
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
             if (head := await _answer_of_head(asked)) is not None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from coordinator.commands import events as command
-from coordinator.serving.events import Recovering, StageAdopted, StageFailed, WorkerEnded
+from coordinator.serving.events import Events, Recovering, StageAdopted, StageFailed, WorkerEnded
+from coordinator.serving.exposition import DeploymentCollector
 from coordinator.state.database import NAME, Database
 from coordinator.state.event_log import EventLog
 from coordinator.terminal.event_log import EventLogger
 from unicluster.causes import Cause, of_error, of_exit
+from unicluster.client.metrics import metrics_from_wire
 from unicluster.errors import InputError, UnavailableError
+from unicluster.v1.chat_pb2 import Measured
 
 
 def chained(cause: Exception) -> Exception:
@@ -67,6 +70,26 @@ def test_an_error_that_is_its_own_context_ends_the_search() -> None:
 )
 def test_the_cause_of_an_exit(code: int, lines: list[str], out_of_memory: bool, cause: str) -> None:
     assert of_exit(code, lines, out_of_memory=out_of_memory) == cause
+
+
+def test_losses_are_counted_by_cause_for_prometheus() -> None:
+    events = Events()
+    for event in (
+        WorkerEnded("ann", "ended by signal 9 (SIGKILL)", "killed"),
+        StageFailed("bob", "machine bob stopped answering", "unreachable"),
+        StageFailed("bob", "machine bob stopped answering", "unreachable"),
+        StageFailed("cid", "a word of a newer agent", "struck by lightning"),
+    ):
+        events.publish(event)
+    metrics = metrics_from_wire(Measured(losses=events.losses))
+
+    (family,) = (
+        family
+        for family in DeploymentCollector(lambda: metrics).collect()
+        if family.name == "unicluster_losses"
+    )
+    counted = {sample.labels["cause"]: sample.value for sample in family.samples if sample.value}
+    assert counted == {"killed": 1, "unreachable": 2, "failed": 1}
 
 
 def test_the_log_keeps_the_newest(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ class Metrics:
     disk_limit_bytes: int = 0
     tokens_per_s: float = 0.0
     recoveries: Recoveries = field(default_factory=Recoveries)
+    losses: dict[str, int] = field(default_factory=dict)  # of workers and machines, by cause
 
     def since(self, before: "Metrics") -> "Metrics":
         """This reading with rates and shares of the time since an earlier one.
@@ -168,6 +169,7 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
         cached_bytes=meters.kept_bytes,
         reserved_bytes=meters.promised_bytes,
         cache_bytes=meters.cache_bytes,
+        losses=dict(measured.losses),
         recoveries=Recoveries(
             resumed=gaps.resumed,
             failed=gaps.failed,

@@ -923,9 +923,30 @@ Global___MeasureRequest: _TypeAlias = MeasureRequest  # noqa: Y015
 class Measured(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LossesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     INFO_FIELD_NUMBER: _builtins.int
     METERS_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def info(self) -> Global___ChatInfo:
         """but for live_caches, which take asking all stages"""
@@ -938,16 +959,21 @@ class Measured(_message.Message):
     def recoveries(self) -> Global___Recoveries:
         """as the coordinator counts them, since it started"""
 
+    @_builtins.property
+    def losses(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """of workers and machines, by cause, counted likewise"""
+
     def __init__(
         self,
         *,
         info: Global___ChatInfo | None = ...,
         meters: _meters_pb2.Meters | None = ...,
         recoveries: Global___Recoveries | None = ...,
+        losses: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "meters", b"meters", "recoveries", b"recoveries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "meters", b"meters", "recoveries", b"recoveries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "losses", b"losses", "meters", b"meters", "recoveries", b"recoveries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
