@@ -94,6 +94,16 @@ def test_unsure_and_sure_tokens_in_turns_are_those_of_the_head_alone(name: str) 
     assert got == by_head(sampling, rows)
 
 
+def test_a_resumed_answer_goes_on_with_the_numbers_of_the_first() -> None:
+    sampling = SAMPLINGS["temperature"]
+    first = sampling.chooser(needs_logits=False)
+    draws = [first.ask().draw for _ in range(6)]
+
+    resumed = sampling.chooser(needs_logits=False, drawn=4)
+
+    assert [resumed.ask().draw for _ in range(2)] == draws[4:]
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_nothing_is_chosen_of_logits_that_are_no_numbers(name: str, odd: float) -> None:
