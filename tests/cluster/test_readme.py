@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.chat_server import chat_server
+from tests.support.pages import ROOT, fenced, run_program
 from unicluster.cli import COMMANDS
 from unicluster.trust.store import Store
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 COLUMNS = 100
 # `make demo` took 27 s on two cores: eight processes, three of which import MLX.
@@ -28,7 +28,7 @@ PROMPT = "\n> "
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    return fenced(README, language)
 
 
 def transcript() -> str:
@@ -139,7 +139,7 @@ def test_the_model_in_python_answers() -> None:
     """Slow: three stages are loaded."""
     program = next(block for block in blocks("python") if "unicluster.load" in block)
 
-    assert _run(program, os.environ.copy()) == "3, 4, 5, 6, 7, 8, 9.\n"
+    assert run_program(program, os.environ.copy()) == "3, 4, 5, 6, 7, 8, 9.\n"
 
 
 def test_the_client_in_python_gets_an_answer(tmp_path: Path) -> None:
@@ -147,18 +147,4 @@ def test_the_client_in_python_gets_an_answer(tmp_path: Path) -> None:
 
     with chat_server(Store(tmp_path).create()) as server:
         env = {"UNICLUSTER_HOME": str(tmp_path), "UNICLUSTER_SERVER": server.address}
-        assert re.search(r"\d\n$", _run(program, {**os.environ, **env}))
-
-
-def _run(program: str, env: dict[str, str]) -> str:
-    """The output of a Python program, which must end well."""
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**env, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+        assert re.search(r"\d\n$", run_program(program, {**os.environ, **env}))
