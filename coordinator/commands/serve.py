@@ -190,8 +190,9 @@ class Running:
         self._task = task
 
     async def wait(self) -> None:
-        """Returns never, or raises what ended the service."""
-        await self._task
+        """Returns never, or raises what ended the service, which goes on if this is cancelled."""
+        # Else the service would be cancelled twice, the second time while it ends in good order.
+        await asyncio.shield(self._task)
 
 
 @contextlib.asynccontextmanager
