@@ -6,6 +6,7 @@ from typing import Any
 from coordinator.protocols.asked import COMMENT, EVENTS, Asked, Json, Stamp, joined, sse, stamp
 from coordinator.protocols.errors import Failure, openai_error
 from coordinator.protocols.fields import Fields
+from coordinator.protocols.openai_chunks import Chunks, head
 from coordinator.protocols.openai_fields import (
     MOST_CHOICES,
     read_format,
@@ -19,13 +20,10 @@ from coordinator.protocols.openai_fields import (
 from coordinator.protocols.openai_messages import read_messages
 from coordinator.protocols.openai_tools import calls_delta, calls_json, read_tools
 from unicluster.chat_limits import MOST_LOGPROBS
-from unicluster.client.answers import Answer, TokenLogprob, Usage
+from unicluster.client.answers import Answer, TokenLogprob
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
 from unicluster.v1.chat_pb2 import TokenLogprob as WireLogprob
-from unicluster.v1.chat_pb2 import Usage as WireUsage
-
-DONE = b"data: [DONE]\n\n"
 
 NOT_YET = {
     "functions": "use tools",
@@ -90,13 +88,12 @@ class ChatReply:
 
     def __init__(self, stamp: Stamp, count: int, include_usage: bool) -> None:
         self._stamp = stamp
-        self._include_usage = include_usage
+        self._chunks = Chunks(stamp, "chat.completion.chunk", include_usage)
         self._calls = [0] * count  # tool calls of each answer so far
-        self._usages: list[Usage | WireUsage | None] = [None] * count
 
     def whole(self, answers: Sequence[Answer]) -> Json:
         return {
-            **self._head("chat.completion"),
+            **head(self._stamp, "chat.completion"),
             "choices": [
                 {
                     "index": index,
@@ -110,12 +107,12 @@ class ChatReply:
         }
 
     def begin(self) -> bytes:
-        indices = range(len(self._usages))
+        indices = range(len(self._calls))
         return joined(self._chunk(index, {"role": "assistant", "content": ""}) for index in indices)
 
     def event(self, index: int, event: GenerateEvent) -> bytes:
         if event.HasField("finish"):
-            self._usages[index] = event.finish.usage
+            self._chunks.note(index, event.finish.usage)
             return self._chunk(index, {}, event.finish.reason)
         delta: Json = {}
         # What was not read as calls is what the model has written: nothing of that is dropped.
@@ -131,10 +128,7 @@ class ChatReply:
         return self._chunk(index, delta, logprobs=event.delta.logprobs)
 
     def end(self) -> bytes:
-        usages = [usage for usage in self._usages if usage is not None]
-        if not self._include_usage or not usages:
-            return DONE
-        return sse({**self._head(), "choices": [], "usage": usage_json(usages)}) + DONE
+        return self._chunks.end()
 
     def failed(self, failure: Failure) -> bytes:
         return sse(openai_error(failure))
@@ -152,16 +146,7 @@ class ChatReply:
             "logprobs": _logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }
-        chunk = {**self._head(), "choices": [choice]}
-        return sse(chunk | {"usage": None} if self._include_usage else chunk)
-
-    def _head(self, kind: str = "chat.completion.chunk") -> Json:
-        return {
-            "id": self._stamp.id,
-            "object": kind,
-            "created": self._stamp.created,
-            "model": self._stamp.model,
-        }
+        return self._chunks.one(choice)
 
 
 def _message(answer: Answer) -> Json:

@@ -6,7 +6,7 @@ from typing import Any
 from coordinator.protocols.asked import COMMENT, EVENTS, Asked, Json, Stamp, sse, stamp
 from coordinator.protocols.errors import Failure, openai_error
 from coordinator.protocols.fields import Fields, clean
-from coordinator.protocols.openai_chat import DONE
+from coordinator.protocols.openai_chunks import Chunks, head
 from coordinator.protocols.openai_fields import (
     MOST_CHOICES,
     read_limit,
@@ -17,14 +17,15 @@ from coordinator.protocols.openai_fields import (
     usage_json,
 )
 from unicluster.chat_limits import MOST_LOGPROBS
-from unicluster.client.answers import Answer, TokenLogprob, Usage
+from unicluster.client.answers import Answer, TokenLogprob
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
 from unicluster.v1.chat_pb2 import TokenLogprob as WireLogprob
-from unicluster.v1.chat_pb2 import Usage as WireUsage
 
 # Where the request says nothing, as OpenAI's documents have it.
 DEFAULT_TOKENS = 16
+
+KIND = "text_completion"  # a whole one, and its chunks
 
 
 def read_completion(body: Any, model: str) -> Asked:
@@ -75,8 +76,7 @@ class CompletionReply:
 
     def __init__(self, stamp: Stamp, count: int, include_usage: bool) -> None:
         self._stamp = stamp
-        self._include_usage = include_usage
-        self._usages: list[Usage | WireUsage | None] = [None] * count
+        self._chunks = Chunks(stamp, KIND, include_usage)
         self._offsets = [0] * count
 
     def whole(self, answers: Sequence[Answer]) -> Json:
@@ -90,41 +90,26 @@ class CompletionReply:
             for index, answer in enumerate(answers)
         ]
         usage = usage_json([answer.usage for answer in answers])
-        return {**self._head(), "choices": choices, "usage": usage}
+        return {**head(self._stamp, KIND), "choices": choices, "usage": usage}
 
     def begin(self) -> bytes:
         return b""
 
     def event(self, index: int, event: GenerateEvent) -> bytes:
         if event.HasField("finish"):
-            self._usages[index] = event.finish.usage
-            return self._chunk(self._choice(index, "", event.finish.reason))
+            self._chunks.note(index, event.finish.usage)
+            return self._chunks.one(self._choice(index, "", event.finish.reason))
         delta = event.delta
         text = delta.reasoning + delta.text + delta.tool_call
         if not text and not delta.logprobs:
             return b""
-        return self._chunk(self._choice(index, text, None, delta.logprobs))
+        return self._chunks.one(self._choice(index, text, None, delta.logprobs))
 
     def end(self) -> bytes:
-        usages = [usage for usage in self._usages if usage is not None]
-        if not self._include_usage or not usages:
-            return DONE
-        return sse({**self._head(), "choices": [], "usage": usage_json(usages)}) + DONE
+        return self._chunks.end()
 
     def failed(self, failure: Failure) -> bytes:
         return sse(openai_error(failure))
-
-    def _chunk(self, choice: Json) -> bytes:
-        chunk = {**self._head(), "choices": [choice]}
-        return sse(chunk | {"usage": None} if self._include_usage else chunk)
-
-    def _head(self) -> Json:
-        return {
-            "id": self._stamp.id,
-            "object": "text_completion",
-            "created": self._stamp.created,
-            "model": self._stamp.model,
-        }
 
     def _choice(
         self,
