@@ -30,6 +30,11 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The whole object as it came, for what looks into it besides."""
+        return self._all
+
     def names(self) -> list[str]:
         """Fields that nobody has read so far."""
         return list(self._values)

@@ -5,6 +5,7 @@ from typing import Any
 
 from coordinator.protocols.asked import Json
 from coordinator.protocols.fields import Fields, brief, clean, number, whole
+from coordinator.protocols.openai_strict import check_strict
 from unicluster.chat_limits import MOST_BIASES
 from unicluster.client.answers import Usage
 from unicluster.errors import InputError
@@ -117,13 +118,18 @@ def read_format(fields: Fields, request: GenerateRequest) -> None:
 
 
 def read_schema(named: Fields, request: GenerateRequest) -> None:
-    """Puts a JSON schema into the request: strict or not, the answer will match it."""
+    """Puts a JSON schema into the request: strict or not, the answer will match it.
+
+    A strict one must be as OpenAI's strict mode has it.
+    """
     named.accept("name", "description")
-    named.flag("strict")
+    strict = named.flag("strict")
     schema = named.object("schema")
     if schema is None:
         raise InputError(f"{named.path('schema')}: missing")
     request.constraint.json_schema = schema.as_json()
+    if strict:
+        check_strict(schema.values, named.path("schema"))
     named.done()
 
 

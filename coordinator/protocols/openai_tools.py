@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from coordinator.protocols.asked import Json
 from coordinator.protocols.fields import Fields
+from coordinator.protocols.openai_strict import check_strict
 from unicluster.client.answers import ToolCall
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import GenerateRequest, Tool
@@ -34,6 +35,8 @@ def read_function(function: Fields) -> Tool:
     tool.description = function.text("description") or ""
     if (parameters := function.object("parameters")) is not None:
         tool.parameters = parameters.as_json()
+        if tool.strict:
+            check_strict(parameters.values, function.path("parameters"))
     function.done()
     return tool
 

@@ -182,7 +182,8 @@ def test_calls_and_their_results_reach_the_request() -> None:
     ]
 
 
-ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}, "strict": True}
+NOTHING = {"type": "object", "additionalProperties": False}
+ADD = {"name": "add", "description": "Adds.", "parameters": NOTHING, "strict": True}
 
 
 def test_tools_and_the_choice_among_them_reach_the_request() -> None:
@@ -192,7 +193,7 @@ def test_tools_and_the_choice_among_them_reach_the_request() -> None:
     request = chat(tools=tools, tool_choice=named, parallel_tool_calls=False).request
 
     assert list(request.tools) == [
-        Tool(name="add", description="Adds.", parameters='{"type": "object"}', strict=True)
+        Tool(name="add", description="Adds.", parameters=json.dumps(NOTHING), strict=True)
     ]
     assert (request.tool_choice.name, request.single_tool_call) == ("add", True)
     assert chat(tools=tools, tool_choice="required").request.tool_choice.required
@@ -221,7 +222,8 @@ def test_calls_are_the_same_in_a_stream_and_in_a_whole_answer() -> None:
 
 
 def test_the_form_of_an_answer_reaches_the_request() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "default": None}
+    properties = {"properties": {"a": {"type": "null"}}, "required": ["a"]}
+    schema = {**NOTHING, **properties, "default": None}
     forms: dict[str, Any] = {
         "json_object": {},
         "json_schema": {"json_schema": {"name": "n", "strict": True, "schema": schema}},

@@ -14,7 +14,8 @@ from unicluster.client.answers import collect, event_from_wire
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import Delta, Finish, GenerateEvent, Message, ToolCall, Usage
 
-TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": True}
+NOTHING = {"type": "object", "additionalProperties": False}
+TOOL = {"type": "function", "name": "add", "parameters": NOTHING, "strict": True}
 
 
 def response(**fields: Any) -> Asked:
