@@ -24,7 +24,13 @@ from coordinator.api.ollama_info import running, show, tags
 from coordinator.api.responding import Respond, caller_of
 from coordinator.protocols.anthropic import read_count, read_message
 from coordinator.protocols.asked import Asked
-from coordinator.protocols.errors import HttpError, anthropic_error, failure_of, openai_error
+from coordinator.protocols.errors import (
+    LOADING_RETRY,
+    HttpError,
+    anthropic_error,
+    failure_of,
+    openai_error,
+)
 from coordinator.protocols.ollama import ollama_error
 from coordinator.protocols.ollama import read_chat as read_ollama_chat
 from coordinator.protocols.ollama import read_generate as read_ollama_generate
@@ -107,7 +113,8 @@ class _Door:
         reason = self._gateway.why_not
         if not reason:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": self._gateway.info().state, "reason": reason}, 503)
+        said = {"status": self._gateway.info().state, "reason": reason}
+        return JSONResponse(said, 503, {"Retry-After": str(LOADING_RETRY)})
 
     async def metrics(self, request: Request) -> Response:
         """Metrics of the deployment for Prometheus, which sends a key as its bearer token."""
