@@ -22,6 +22,7 @@ from coordinator.api.guard import Guard
 from coordinator.api.models import model_json, model_name, one_model
 from coordinator.api.ollama_info import running, show, tags
 from coordinator.api.responding import Respond, caller_of
+from coordinator.openapi.document import document
 from coordinator.protocols.anthropic import read_count, read_message
 from coordinator.protocols.asked import Asked
 from coordinator.protocols.errors import (
@@ -62,6 +63,7 @@ def make_app(
             Route("/healthz", door.healthy),
             Route("/readyz", door.ready),
             Route("/metrics", door.metrics),
+            Route("/openapi.json", door.describe),
             Route("/v1/models", door.models),
             Route("/v1/models/{name:path}", door.model),
             Route("/v1/chat/completions", door.generating(read_chat), methods=["POST"]),
@@ -103,6 +105,7 @@ class _Door:
         self._doorman = doorman
         self._bodies = Bodies()
         self._since = int(time.time())
+        self._document = JSONResponse(document()).body
 
     async def healthy(self, request: Request) -> Response:
         """Whether this process answers at all."""
@@ -123,6 +126,10 @@ class _Door:
         registry = CollectorRegistry()
         registry.register(DeploymentCollector(lambda: measured))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def describe(self, request: Request) -> Response:
+        """The OpenAPI document of all this."""
+        return Response(self._document, media_type="application/json")
 
     async def models(self, request: Request) -> Response:
         self._doorman.key_of(request)

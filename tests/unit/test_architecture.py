@@ -21,6 +21,7 @@ FLOORS = {
         *(
             "commands",
             "api",
+            "openapi",
             "protocols",
             "terminal",
             "serving",

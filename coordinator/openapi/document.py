@@ -1,0 +1,183 @@
+"""The OpenAPI document of the HTTP doors: every path, with its errors and who may ask.
+
+That it is what the translations read and write is tested: tests/unit/test_openapi.py.
+"""
+
+from dataclasses import dataclass
+
+from coordinator.openapi import anthropic, ollama, openai_answers, openai_requests, responses
+from coordinator.openapi.parts import TEXT, answered, choice, ref
+from coordinator.protocols.asked import EVENTS, LINES, Json
+from unicluster import __version__
+
+JSON = "application/json"
+# Without a body; with one; where the model answers.
+REFUSED = {401: "no good key", 403: "not for this key or page", 421: "another Host"}
+OF_BODIES = {
+    400: "the request, with the field",
+    404: "another model",
+    408: "the body did not arrive",
+    413: "the body is too large",
+    415: "the body is not JSON as it is",
+    429: "a limit of the key, or the queue is full",
+    500: "a stage failed",
+    503: "the model loads, moves or has lost a machine",
+}
+WITH_RETRY = (429, 503)
+STATE = {"status": TEXT}
+
+
+@dataclass(frozen=True)
+class Path:
+    """One path. `answer` and `body` are names of schemas; `piece` is that of a stream's parts."""
+
+    name: str
+    summary: str
+    answer: str
+    body: str = ""
+    piece: str = ""
+    error: str = "OpenAIError"
+    open: bool = False  # without a key
+    refuses: bool = False  # whatever the body
+    errors: tuple[int, ...] = ()  # besides those of all paths with a body, or without
+
+
+EMBEDDINGS = (
+    ("/v1/embeddings", "OpenAIError"),
+    ("/api/embed", "OllamaError"),
+    ("/api/embeddings", "OllamaError"),
+)
+PATHS = (
+    Path(
+        *("/v1/chat/completions", "A conversation", "ChatCompletion", "ChatRequest", "ChatEvent"),
+    ),
+    Path(
+        *("/v1/completions", "Plain text, gone on with", "Completion", "CompletionRequest"),
+        piece="CompletionEvent",
+    ),
+    Path(
+        *("/v1/responses", "A response, without state", "Response", "ResponseRequest"),
+        piece="ResponseEvent",
+    ),
+    Path(
+        *("/v1/messages", "Anthropic's messages", "MessageAnswer", "MessageRequest"),
+        *("MessageEvent", "AnthropicError"),
+    ),
+    Path(
+        *("/v1/messages/count_tokens", "Tokens of a prompt", "Count", "CountRequest"),
+        error="AnthropicError",
+    ),
+    *(
+        Path(name, "Refused: no model served here makes any", "", error=error, refuses=True)
+        for name, error in EMBEDDINGS
+    ),
+    Path("/v1/models", "The model that is served", "Models"),
+    Path("/v1/models/{name}", "One model", "Model", errors=(404,)),
+    Path(
+        *("/api/chat", "Ollama's chat", "OllamaChatAnswer", "OllamaChatRequest"),
+        *("OllamaChatLine", "OllamaError"),
+    ),
+    Path(
+        *("/api/generate", "Ollama's generate", "OllamaGenerateAnswer", "OllamaGenerateRequest"),
+        *("OllamaGenerateLine", "OllamaError"),
+    ),
+    Path(
+        *("/api/show", "The model, as Ollama shows it", "OllamaShown", "OllamaShowRequest"),
+        error="OllamaError",
+    ),
+    Path("/api/tags", "Models, as Ollama lists them", "OllamaTags", error="OllamaError"),
+    Path("/api/ps", "Models that answer", "OllamaRunning", error="OllamaError"),
+    Path("/api/version", "This version", "OllamaVersion", error="OllamaError", open=True),
+    Path("/healthz", "Whether this process answers", "Healthy", open=True),
+    Path("/readyz", "Whether the model answers", "Ready", open=True),
+    Path("/metrics", "Metrics for Prometheus", "", errors=(503,)),
+    Path("/openapi.json", "This document", "", open=True),
+)
+SCHEMAS: dict[str, Json] = {
+    **openai_requests.SCHEMAS,
+    **openai_answers.SCHEMAS,
+    **responses.SCHEMAS,
+    **anthropic.SCHEMAS,
+    **ollama.SCHEMAS,
+    "Healthy": answered({"status": choice("ok")}),
+    "Ready": answered({"status": choice("ready")}),
+    "NotReady": answered({**STATE, "reason": TEXT}),
+}
+
+
+def document() -> Json:
+    """The OpenAPI document, version 3.1, as JSON."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "unicluster",
+            "version": __version__,
+            "description": "Fields that are null count as left out; no other field is ignored.",
+        },
+        "paths": {path.name: {_method(path): _operation(path)} for path in PATHS},
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        # The last: where there is no key yet, this machine needs none.
+        "security": [{"bearer": []}, {"header": []}, {}],
+    }
+
+
+def _method(path: Path) -> str:
+    return "post" if path.body or path.refuses else "get"
+
+
+def _operation(path: Path) -> Json:
+    operation: Json = {"summary": path.summary, "responses": _responses(path)}
+    if path.body:
+        content = {JSON: {"schema": ref(path.body)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if "{name}" in path.name:
+        named = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+        operation["parameters"] = [named]
+    if path.open:
+        operation["security"] = []
+    return operation
+
+
+def _responses(path: Path) -> Json:
+    errors = {**REFUSED, **(OF_BODIES if path.body else {})}
+    errors |= {status: OF_BODIES[status] for status in path.errors}
+    if path.open:
+        del errors[401]
+    found: Json = {}
+    if path.refuses:
+        errors[400] = "nothing here can answer it"
+    else:
+        found["200"] = {"description": "the answer", "content": _content(path)}
+    for status, reason in sorted(errors.items()):
+        found[str(status)] = _error(status, reason, path.error)
+    if path.name == "/readyz":
+        found["503"] = _error(503, "not yet", "NotReady")
+    return found
+
+
+def _content(path: Path) -> Json:
+    if path.name == "/metrics":
+        return {"text/plain": {"schema": TEXT}}
+    if not path.answer:
+        return {JSON: {"schema": {"type": "object"}}}
+    content: Json = {JSON: {"schema": ref(path.answer)}}
+    if path.piece:
+        kind = LINES if path.error == "OllamaError" else EVENTS
+        # Of a stream OpenAPI 3.1 knows only that it is text; its parts match `itemSchema`, as
+        # OpenAPI 3.2 has it.
+        content[kind] = {"schema": TEXT, "itemSchema": ref(path.piece)}
+    return content
+
+
+def _error(status: int, reason: str, schema: str) -> Json:
+    response: Json = {"description": reason, "content": {JSON: {"schema": ref(schema)}}}
+    if status in WITH_RETRY:
+        seconds = {"description": "seconds to wait", "schema": {"type": "string"}}
+        response["headers"] = {"Retry-After": seconds}
+    return response
