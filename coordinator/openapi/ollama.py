@@ -97,7 +97,7 @@ SCHEMAS: dict[str, Json] = {
             "presence_penalty": PENALTY,
             "frequency_penalty": PENALTY,
             "seed": SEED,
-            "num_predict": whole(-2, MOST_TOKENS),
+            "num_predict": either(whole(-2, -1), whole(1, MOST_TOKENS)),
             "num_ctx": whole(1, MOST_TOKENS),
             "stop": STOP,
             **anything(OF_MACHINES),

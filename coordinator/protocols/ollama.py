@@ -120,7 +120,9 @@ def _read_options(options: Fields, request: GenerateRequest) -> int:
     if (seed := options.whole("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)
     limit = options.whole("num_predict", -2, MOST_TOKENS)
-    if limit is not None and limit >= 0:  # below: as long as there is room
+    if limit == 0:
+        raise InputError(f"{options.path('num_predict')}: 0 tokens are no answer; -1 sets no limit")
+    if limit is not None and limit > 0:  # below: as long as there is room
         request.max_tokens = limit
     request.stop.extend(stop_strings(options, "stop"))
     options.accept(*OF_MACHINES)

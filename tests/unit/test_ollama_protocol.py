@@ -116,6 +116,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "options.mirostat": {"options": {"mirostat": 1}},
     "options.temperature": {"options": {"temperature": "hot"}},
     "nonsense": {"nonsense": 1},
+    "options.num_predict": {"options": {"num_predict": 0}},
 }
 
 
