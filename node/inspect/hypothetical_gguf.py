@@ -20,6 +20,8 @@ FILE_TYPES = {
     "float32": ("f32", 1.0),
 }
 SINGLE = 4
+# Caches are of a multiple of so many tokens, in both engines.
+CELLS = 256
 # Of a layer, in "layer_types" of a config.json.
 SLIDING = "sliding_attention"
 
@@ -77,9 +79,9 @@ def _cache_bytes(mlx: ModelLayout, text: dict[str, Any]) -> list[int]:
         return list(mlx.kv_bytes_per_layer)
     sizes, kinds = list(mlx.kv_bytes_per_layer), text.get("layer_types") or []
     windowed = [kind == SLIDING for kind in kinds] or [size < max(sizes) for size in sizes]
+    cells = -(-mlx.context // CELLS) * CELLS
     return [
-        size * mlx.context // window if flag else size
-        for size, flag in zip(sizes, windowed, strict=True)
+        size * cells // window if flag else size for size, flag in zip(sizes, windowed, strict=True)
     ]
 
 

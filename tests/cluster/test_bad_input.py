@@ -309,7 +309,8 @@ def test_a_machine_that_vanishes_while_loading(
     cluster: LocalCluster, model: Path, name: str, strike: signal.Signals
 ) -> None:
     agent = cluster.agents.pop(name)
-    server = cluster.serve(model, *BIG, "--nodes", f"{name},bob")
+    options = (*BIG, "--nodes", f"{name},bob", "--orphan-grace", "1")
+    server = cluster.serve(model, *options)
     # A worker takes a second or two to import MLX before it loads.
     machine = [psutil.Process(agent.pid), until(lambda: agent.workers, "loading begins")[0]]
     for process in machine:

@@ -59,7 +59,7 @@ def test_a_model_is_taken_down_only_on_purpose(tmp_path: Path) -> None:
 
     assert refused.code == 2
     assert re.fullmatch(
-        r"unicluster: .*/model stops: the other machines have \S+ kB too little for "
+        r"unicluster: .*/model stops: the other machines have \S+ [kM]B too little for "
         r"layers \d+-\d+ of .*/model: --yes drains bob anyway\n",
         refused.err,
     )
