@@ -180,7 +180,7 @@ async def test_a_worker_that_can_not_load_says_why(config: WorkerConfig, tmp_pat
 
     reason = f"{tmp_path}: no config.json in it, so this is no model directory"
     assert events == [{"event": "failed", "reason": reason, "cause": "failed"}]
-    assert ended == Exit(reason, (), out_of_memory=False)
+    assert ended == Exit(reason, (), out_of_memory=False, cause="failed")
 
 
 async def test_a_worker_whose_port_is_taken_says_so(config: WorkerConfig) -> None:
