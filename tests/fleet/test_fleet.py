@@ -115,7 +115,10 @@ def test_metrics_are_told_to_whoever_has_a_certificate_for_them(fleet: Fleet) ->
     fleet.say("ann", f"metrics: {generated[0]}")
     assert float(generated[1]) > 0
     assert all(f'machine="{name}"' in metrics for name in stages(fleet))
-    assert "CERTIFICATE_REQUIRED" in stranger.stderr
+    # The connection may be closed before its reason is read.
+    assert re.search("CERTIFICATE_REQUIRED|EOF occurred|reset by peer", stranger.stderr)
+    assert stranger.returncode != 0
+    assert "unicluster_" not in stranger.stdout
 
 
 def test_machines_and_models_tell_a_real_broker_how_they_are(fleet: Fleet) -> None:
