@@ -47,7 +47,7 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
 
 
 class Lasting:
-    """What is known of a service since before, and what is to be known of it after this process."""
+    """A service's record: as an earlier process left it, and as this one leaves it."""
 
     def __init__(self, services: Services, wanted: Wanted, claim: Claim) -> None:
         self._services = services
@@ -104,7 +104,7 @@ class Lasting:
 
 
 def fingerprint(options: ServeOptions) -> str:
-    """What is served, and how, as JSON; equal where the stages of one can be the other's."""
+    """Model and options as JSON; equal where the stages of one can be the other's."""
     gguf = options.gguf
     return json.dumps(
         {

@@ -47,7 +47,7 @@ class LeftStage:
 
 
 class LeftStages:
-    """Those of one service, until the next deployment takes them or they are released."""
+    """Stages that one service left, until its next deployment takes them or they are released."""
 
     def __init__(self, dialer: Dialer) -> None:
         self._dialer = dialer

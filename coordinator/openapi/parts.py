@@ -59,7 +59,7 @@ def items(schema: Json, least: int = 0, most: int | None = None) -> Json:
 
 
 def either(*schemas: Json) -> Json:
-    """What matches any of these."""
+    """Schema that is matched by what matches any of these."""
     return {"anyOf": list(schemas)}
 
 

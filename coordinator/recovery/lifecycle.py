@@ -200,7 +200,7 @@ class End:
 
 
 def fate(state: State, answer: BrokenOff, model: str) -> GoOn | Wait | End:
-    """What becomes of an answer that broke off. `model` is its name, for messages."""
+    """Fate of an answer that broke off. `model` is its name, for messages."""
     reason, waited, since = answer.reason, answer.waited, answer.since
     if state.phase is Phase.ENDED:
         return End(UnavailableError("the model is being unloaded"))

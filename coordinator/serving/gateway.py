@@ -250,7 +250,7 @@ class Gateway:
 
 
 def _meaning(broken: grpc.aio.AioRpcError, deployment: Deployment) -> Exception:
-    """What an answer ends with, or breaks off with, that the head has ended so."""
+    """Error with which an answer ends, or breaks off, that the head has ended so."""
     reason = as_error(broken, f"machine {deployment.head_name} (head)")
     if broken.code() is grpc.StatusCode.CANCELLED:
         return _BrokenOffError(UnavailableError(deployment.ending))

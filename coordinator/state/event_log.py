@@ -1,4 +1,4 @@
-"""What has happened to services, in the state file: the newest events, up to a number of them."""
+"""Events of services in the state file: the newest, up to a number of them."""
 
 import time
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class BatchDecoder:
         return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]
 
     def _choosers_of(self, cache: Any) -> list[TokenChooser]:
-        """Those of a decode step's rows; none in an answer's first step."""
+        """Choosers of a decode step's rows; none in an answer's first step."""
         if not self._chooses:
             return []
         by_number = {number: sequence for sequence, number in self._numbers.items()}

@@ -49,7 +49,7 @@ class Job:
     resumed: Resumed | None = None
 
     def progress(self, tokenizer: Any) -> AnswerProgress:
-        """What reads the answer's tokens: those of the resumed part are read already."""
+        """Reader of the answer's tokens, which has read those of the resumed part."""
         if self.resumed is not None:
             return self.resumed.progress
         return AnswerProgress(

@@ -1,4 +1,4 @@
-"""What the layers of a GGUF are, by number, and before which of them it can be cut."""
+"""Kinds of a GGUF's layers, by number, and the layers before which it can be cut."""
 
 from math import lcm
 
