@@ -163,7 +163,10 @@ class Service:
                 raise decided.error
             if isinstance(decided, lifecycle.GoOn) and self.deployment is not None:
                 return self.deployment
-            seconds = decided.seconds if isinstance(decided, lifecycle.Wait) else None
+            # To go on there must be a deployment: between two of them there is none for a moment.
+            seconds = FIRST_RETRY_SECONDS
+            if isinstance(decided, lifecycle.Wait):
+                seconds = decided.seconds
             self._turned.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
