@@ -22,6 +22,7 @@ from node.ggml.library import (
     computes_on_cpu,
     llama,
 )
+from node.ggml.memory.places import State
 from node.ggml.tap import Tap
 from node.metering.fastest import Fastest, doublings
 from unicluster.errors import StageError
@@ -204,21 +205,18 @@ class Layers:
         """Bytes of a sequence's saved state."""
         return int(self._lib.llama_state_seq_get_size(self._context, sequence))
 
-    def state(self, sequence: int) -> bytes:
-        """Saved state of a sequence: its KV cells and recurrent states."""
-        return self.saved(sequence).tobytes()
-
-    def saved(self, sequence: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """Saved state of a sequence, as an array of bytes, which was copied once."""
+    def state(self, sequence: int) -> State:
+        """Saved state of a sequence, its KV cells and recurrent states, in uint8."""
         data = np.empty(self.state_size(sequence), np.uint8)
         pointer = _pointer(data, ctypes.c_uint8)
         written = self._lib.llama_state_seq_get_data(self._context, pointer, data.size, sequence)
         return data[:written]
 
-    def restore(self, sequence: int, state: bytes) -> None:
+    def restore(self, sequence: int, state: State | bytes) -> None:
         """Raises StageError if it is the state of another model, or there is no room for it."""
-        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not self._lib.llama_state_seq_set_data(self._context, data, len(state), sequence):
+        data = np.frombuffer(state, np.uint8)
+        pointer = _pointer(data, ctypes.c_uint8)
+        if not self._lib.llama_state_seq_set_data(self._context, pointer, data.size, sequence):
             raise StageError("this saved cache does not fit the stage")
 
     def last_position(self, sequence: int) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 from node.ggml.embedding import Lookup
 from node.ggml.layers import Layers
 from node.ggml.library import Floats, Inputs
-from node.ggml.rows import Cache, Row, Sequences
-from node.ggml.saved_state import StateFormat
+from node.ggml.memory.rows import Cache, Row, Sequences
+from node.ggml.memory.saved_state import StateFormat
 from node.ggml.wire import Array, decode, encode
 from node.prefixes.saved import SavedArray, SavedEntry
 from node.ring.bounds import FrameError
@@ -164,7 +164,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     def fetch(self, cache: Cache, entry: int, into: CacheState) -> None:
         into.kind = STATE_KIND
         for row in cache.rows:
-            state = np.frombuffer(self._layers.state(row.sequence), np.uint8)
+            state = self._sequences.state(row)
             for array in (np.array([row.length], np.uint32), state):
                 leaf = into.state.add(key=f"0.{len(into.state)}")
                 leaf.tensor.dtype = array.dtype.name
@@ -197,7 +197,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         length = np.array([row.length], np.uint32)
         leaves = (
             (LENGTH, SavedArray("uint32", length)),
-            (STATE, SavedArray("uint8", self._layers.saved(row.sequence))),
+            (STATE, SavedArray("uint8", self._sequences.state(row))),
         )
         return [SavedEntry(STATE_KIND, leaves)]
 
@@ -217,18 +217,20 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             raise FrameError(f"{tokens} saved tokens, of {self.most_tokens} at most")
         if tokens:
             self._state_format(row).check(state, tokens)
-            self._layers.restore(row.sequence, state)
+            (number,) = self._sequences.bring([row])
+            self._layers.restore(number, state)
             row.length = tokens
-            restored = self._layers.last_position(row.sequence) + 1
-            if restored != tokens or self._layers.state_size(row.sequence) != len(state):
+            restored = self._layers.last_position(number) + 1
+            if restored != tokens or self._layers.state_size(number) != len(state):
                 raise FrameError(f"a saved state of {restored} tokens, not of {tokens}")
 
     def _state_format(self, row: Row) -> StateFormat:
         """The format of saved states, by an example that is computed in an empty row."""
         if self._format is None:
-            self._layers.forward(self._layers.blank(1), [0], [row.sequence], True)
-            example = self._layers.state(row.sequence)
-            self._layers.trim(row.sequence, 0)
+            (number,) = self._sequences.bring([row])
+            self._layers.forward(self._layers.blank(1), [0], [number], True)
+            example = self._layers.state(number).tobytes()
+            self._layers.trim(number, 0)
             self._format = StateFormat.of(example)
         return self._format
 
@@ -270,6 +272,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         batch, columns = hidden.shape[:2]
         starts = [row.length for row in rows]
         self._check_room(rows, columns)
+        numbers = self._sequences.bring(rows)
         taken = [row.take(columns) for row in rows]
         width = self._layers.sizes.vocabulary or self._layers.sizes.hidden
         result = np.zeros((batch, columns if wanted else 0, width), np.float32)
@@ -283,9 +286,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             positions = [
                 starts[i] + n for i, c in zip(group, counts, strict=True) for n in range(c)
             ]
-            sequences = [
-                rows[i].sequence for i, c in zip(group, counts, strict=True) for _ in range(c)
-            ]
+            sequences = [numbers[i] for i, c in zip(group, counts, strict=True) for _ in range(c)]
             computed = self._layers.forward(
                 np.concatenate(parts) if len(parts) > 1 else parts[0], positions, sequences, wanted
             )
@@ -307,7 +308,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         """Bytes of a row, rounded up so that not too many rows are cached for reuse."""
         if not row.length:
             return 0
-        size = self._layers.state_size(row.sequence)
+        size = self._sequences.nbytes(row)
         # Of the sequences there may be, half are for answers in the making.
         least = 2 * self._layers.sizes.cells // self._layers.sequences
         return size * max(row.length, least) // row.length

@@ -43,6 +43,7 @@ FLOORS = {
             "engines",
             "ggml",
             "ggml.cutting",
+            "ggml.memory",
             "pipeline",
             "speculation",
             "mlx",

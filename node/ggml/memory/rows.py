@@ -1,11 +1,10 @@
 """Caches as rows, each a sequence in llama.cpp's memory: no operation on them moves any data."""
 
-import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from node.ggml.layers import Layers
+from node.ggml.memory.places import Memory, Place, Places, State
 from unicluster.errors import StageError
 
 
@@ -17,7 +16,7 @@ class Row:
     come before padding; None when there is none.
     """
 
-    sequence: int
+    place: Place
     length: int = 0
     skip: int = 0
     left: int | None = None
@@ -39,21 +38,13 @@ class Row:
 class Sequences:
     """The sequences of a memory. Rows of several caches may share one until one of them grows."""
 
-    def __init__(self, layers: Layers) -> None:
-        self._layers = layers
-        self._free = list(range(layers.sequences))
-        self._users: dict[int, int] = {}
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._places = Places(memory)
 
     def new(self) -> Row:
         """An empty row. Raises StageError when there are too many."""
-        if not self._free:
-            raise StageError(
-                f"{len(self._users)} caches are all that llama.cpp can keep apart here: "
-                "serve with more --users"
-            )
-        sequence = heapq.heappop(self._free)
-        self._users[sequence] = 1
-        return Row(sequence)
+        return Row(self._places.new())
 
     @contextmanager
     def rows(self, count: int) -> Iterator[list[Row]]:
@@ -61,7 +52,7 @@ class Sequences:
         made: list[Row] = []
         try:
             for _ in range(count):
-                made.append(self.new())
+                made.append(Row(self._places.new([row.place for row in made])))
             yield made
         except BaseException:
             for row in made:
@@ -70,30 +61,48 @@ class Sequences:
 
     def share(self, row: Row) -> Row:
         """A second row over the sequence, for another cache."""
-        self._users[row.sequence] += 1
+        row.place.users += 1
         return replace(row)
 
     def release(self, row: Row) -> None:
-        self._users[row.sequence] -= 1
-        if not self._users[row.sequence]:
-            del self._users[row.sequence]
-            self._layers.trim(row.sequence, 0)
-            heapq.heappush(self._free, row.sequence)
+        self._places.release(row.place)
 
-    def make_exclusive(self, row: Row, tokens: int | None = None) -> None:
+    def make_exclusive(self, row: Row, tokens: int) -> None:
         """Makes a row the only user of its sequence, of which it keeps the first `tokens`."""
-        length = row.length if tokens is None else tokens
-        if self._layers.recurrent and 0 < length < row.length:
+        if self._memory.recurrent and 0 < tokens < row.length:
             raise StageError("a recurrent layer's state can't be trimmed by some tokens")
-        if self._users[row.sequence] > 1:
-            copy = self.new()
-            if length:
-                self._layers.copy(row.sequence, copy.sequence, length)
-            self._users[row.sequence] -= 1
-            row.sequence = copy.sequence
-        elif length < row.length:
-            self._layers.trim(row.sequence, length)
-        row.length = length
+        self._own(row, tokens, ())
+
+    def bring(self, rows: Sequence[Row]) -> list[int]:
+        """Numbers of the rows' sequences in llama.cpp, where all are at once, for a forward.
+
+        Each has a sequence of its own afterwards. Raises StageError for more than there can be.
+        """
+        pinned: list[Place] = []
+        for row in rows:
+            self._own(row, row.length, pinned)
+            pinned.append(row.place)
+        return [row.place.number for row in rows]
+
+    def state(self, row: Row) -> State:
+        """Saved state of a row."""
+        return self._places.state(row.place)
+
+    def nbytes(self, row: Row) -> int:
+        """Bytes of a row's saved state."""
+        return self._places.nbytes(row.place)
+
+    def _own(self, row: Row, tokens: int, pinned: Sequence[Place]) -> None:
+        """As make_exclusive; and it is in llama.cpp's memory. Places in `pinned` stay there."""
+        if row.place.users > 1:
+            own = self._places.copy(row.place, tokens, pinned)
+            self._places.release(row.place)
+            row.place = own
+        else:
+            self._places.bring(row.place, pinned)
+            if tokens < row.length:
+                self._memory.trim(row.place.number, tokens)
+        row.length = tokens
 
 
 class Cache:
@@ -128,14 +137,12 @@ class Cache:
         return max((row.length for row in self._rows or ()), default=0)
 
     def batch(self, count: int) -> list[Row]:
-        """Its rows for a forward of so many, each with a sequence of its own to write to."""
+        """Its rows for a forward of so many."""
         if self._rows is None:
             with self._sequences.rows(count) as rows:
                 self._rows = rows
         if len(self._rows) != count:
             raise ValueError(f"a batch of {count} for a cache of {len(self._rows)} rows")
-        for row in self._rows:
-            self._sequences.make_exclusive(row)
         return self._rows
 
     def filter(self, indices: Sequence[int]) -> None:
