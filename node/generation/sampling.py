@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from node.mlx.compat import draws_one_number, number_drawn
+from node.mlx.compat import draws_one_number, number_drawn, uncompiled
 from node.ring.choices import GREEDY_BELOW
 from unicluster.errors import InputError
 from unicluster.v1 import chat_pb2
@@ -120,7 +120,8 @@ class _Draw:
         if self._sampler is None:
             self._sampler = self._make(logprobs.shape[-1])
         mx.random.seed(seed)
-        return self._sampler(logprobs)
+        with uncompiled():
+            return self._sampler(logprobs)
 
     def _make(self, vocabulary: int) -> Sampler:
         sampling = self._sampling

@@ -4,10 +4,12 @@ One function a piece, and a contract test for each (tests/unit/test_compat.py) t
 new version changes it; pyproject.toml has the versions that passed. Caches: compat_caches.py.
 """
 
+import contextlib
 import functools
 import glob
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -160,6 +162,24 @@ def draws_one_number() -> bool:
             if drawn != np.searchsorted(ends, number, side="right"):
                 return False
     return True
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """On a CPU: functions of `mx.compile` called meanwhile run as they are written.
+
+    A compiled function has the numbers it was called with in its kernel, such as a temperature,
+    and a CPU's kernels are made by a C++ compiler: a second or more, and everything waits, for
+    each number that is new.
+    """
+    if mx.default_device() != mx.cpu or "MLX_DISABLE_COMPILE" in os.environ:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
 
 
 # --- the lazy graph

@@ -6,8 +6,10 @@ for another machine runs as a fiber: while it waits, other due actions run.
 
 import asyncio
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -36,12 +38,18 @@ class MLXThread:
         self._actions: queue.SimpleQueue[tuple[float, Callable[[], object], Work]] = (
             queue.SimpleQueue()
         )
-        threading.Thread(target=self._work, name="mlx", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="mlx", daemon=True)
+        self._thread.start()
 
     @property
     def running(self) -> tuple[float, Work] | None:
         """When the work that runs now began (perf_counter seconds), and what it is."""
         return self._lap
+
+    def stack(self) -> str:
+        """Where the thread is now in Python's code, innermost call last."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def post(self, action: Callable[[], object], work: Work = OTHER) -> None:
         """Queues an action that neither raises nor waits; callable from any thread."""

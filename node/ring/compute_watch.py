@@ -1,10 +1,13 @@
 """The watch over the compute thread: ends a worker whose work is stuck, or has failed."""
 
 import asyncio
+import logging
 
 from node.ring.compute_thread import MLXThread
 from unicluster.errors import StageError, StuckError, in_one_line
 from unicluster.stall import Stall, look_seconds, stuck_reason
+
+log = logging.getLogger(__name__)
 
 
 async def watch(thread: MLXThread, who: str) -> None:
@@ -18,5 +21,6 @@ async def watch(thread: MLXThread, who: str) -> None:
         lap = thread.running
         stuck_s = stall.look(lap)
         if lap is not None and stuck_s > thread.deadlines.limit(lap[1]):
+            log.error("the compute thread is stuck at:\n%s", thread.stack())
             raise StuckError(stuck_reason(who, stuck_s, lap[1]))
         await asyncio.sleep(look_seconds())

@@ -483,6 +483,25 @@ def test_a_family_s_calls_are_known_by_its_template() -> None:
 # --- batches
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU compiles in milliseconds")
+def test_a_compiled_function_runs_as_it_is_written() -> None:
+    ran: list[float] = []
+
+    @mx.compile
+    def scaled(array: mx.array, factor: float) -> mx.array:
+        ran.append(factor)
+        return mx.exp(array * factor)
+
+    with compat.uncompiled():
+        for _ in range(3):
+            assert float(scaled(mx.array(1.0), 2.0).item()) == pytest.approx(np.exp(2))
+    assert ran == [2.0] * 3
+
+    lazily = [scaled(mx.array(1.0), 3.0) for _ in range(3)]
+    assert len(lazily) == 3
+    assert ran == [2.0] * 3 + [3.0]  # traced once
+
+
 def test_a_class_is_drawn_by_one_number() -> None:
     logits = mx.array(np.log(np.arange(1, 1001, dtype=np.float32)))[None]
     ends = np.cumsum(np.arange(1, 1001)) / 500500

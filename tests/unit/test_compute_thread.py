@@ -140,3 +140,18 @@ async def test_slow_work_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert not watching.done()
     watching.cancel()
+
+
+def test_where_the_thread_is_can_be_asked_while_it_is_stuck() -> None:
+    thread, began, release = MLXThread(), threading.Event(), threading.Event()
+
+    def waits_for_a_device() -> None:
+        began.set()
+        release.wait()
+
+    thread.start(waits_for_a_device)
+    began.wait()
+    stack = thread.stack()
+    release.set()
+
+    assert "in waits_for_a_device" in stack
