@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
+from tests.support import leftovers
 from tests.support.cluster import ROOT
 from tests.support.deadlines import scaled
 
@@ -21,6 +22,8 @@ os.environ["UNICLUSTER_TESTS_IMPORTS"] = str(IMPORTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "tests" / "support" / "startup"), str(ROOT), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
+
+leftovers.watch()
 
 # A test may take this many seconds on an idle machine, its fixtures included; most take one.
 LIMIT_S = 200.0
