@@ -82,9 +82,23 @@ def suspended(agent: AgentProgram) -> list[psutil.Process]:
     return processes
 
 
+def has_spares(cluster: LocalCluster) -> bool:
+    """Whether all agents that are to have a spare worker have one, with its libraries imported.
+
+    It waits then, and uses no core.
+    """
+    spares = [a.spare_workers for a in cluster.agents.values() if a.spare]
+    return all(spares) and all(
+        worker.status() == psutil.STATUS_SLEEPING and worker.cpu_percent(0.2) < 5
+        for workers in spares
+        for worker in workers
+    )
+
+
 def struck(cluster: LocalCluster, server: ServeProgram, kind: str, tokens: int) -> Round:
     """One round; raises SystemExit where the answer does not go on to its last token."""
     until(lambda: server.describe().state == "ready", "the model is served")
+    until(lambda: has_spares(cluster), "spare workers wait")
     *_, last = (cluster.agents[stage.node] for stage in server.describe().stages)
     asleep: list[psutil.Process] = []
 
@@ -127,12 +141,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=("demo", "smollm2"), default="demo")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-spare", dest="spare", action="store_false", help="as of join")
     parser.add_argument("--tokens", type=int, default=300)
     options = parser.parse_args()
     setting = settings(options.model)
     with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder)) as cluster:
         names = [f"m{index}" for index in range(setting.stages + 1)]
-        cluster.start_agents(*names, memory=setting.memory)
+        cluster.start_agents(*names, memory=setting.memory, spare=options.spare)
         with cluster.serve(setting.model, "--context", str(setting.context)) as server:
             print(f"{options.model}, {len(server.describe().stages)} stages, seconds")
             print("| fault | to the next token | detect | plan | load | replay | replayed | same |")

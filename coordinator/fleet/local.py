@@ -54,7 +54,7 @@ async def agents(names: Sequence[str], memory: int) -> AsyncIterator[None]:
     """
     started = [
         await start(
-            *("unicluster", "join", "--name", name, "--memory", str(memory)),
+            *("unicluster", "join", "--name", name, "--memory", str(memory), "--no-spare"),
             *("--host", HOST, "--port", "0", "--quiet"),
         )
         for name in names

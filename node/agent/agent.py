@@ -20,6 +20,7 @@ from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.agent.quiet import QuietMeasuring
 from node.supervision.running import RunningStage, keep_renewed
+from node.supervision.spare import SpareWorker
 from node.weights import hub
 from node.weights.fetch import describe
 from node.weights.sources import Sources
@@ -93,8 +94,12 @@ class Agent(NodeServicer):
         stage_port: int,
         memory_cap: int | None,
         cache_dir: str = "",
+        spare: bool = False,
     ) -> None:
-        """cache_dir: where stages may keep prompt caches on disk; empty: nowhere."""
+        """cache_dir: where stages may keep prompt caches on disk; empty: nowhere.
+
+        spare: whether a worker waits for the next stage, or for the place of one that is lost.
+        """
         self._cache_dir = cache_dir
         self.peers = peers
         self._identity = identity
@@ -104,6 +109,7 @@ class Agent(NodeServicer):
         self._ledger = Ledger(hardware, memory_cap)
         self._quiet = QuietMeasuring()
         self._stages: list[RunningStage] = []
+        self._workers = SpareWorker(lambda: any(s.is_loading for s in self._stages), enabled=spare)
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._inspections = Inspections()
         self._drain = asyncio.Event()
@@ -332,16 +338,20 @@ class Agent(NodeServicer):
         await self._end(named)
         return Released(stages=len(named))
 
+    def prepare(self) -> None:
+        """Starts a spare worker soon, if there is to be one; on the event loop."""
+        self._workers.renew({})
+
     async def close(self) -> None:
-        """Ends all stages."""
-        await self._end(self._stages)
+        """Ends all stages, and the spare worker."""
+        await asyncio.gather(self._end(self._stages), self._workers.close())
 
     def _begin(self, config: WorkerConfig) -> RunningStage:
         environment = self._ledger.parts(config.spec)[0].device.environment
 
         async def start(current: WorkerConfig) -> WorkerProcess:
             fresh = replace(current, identity=self._identity.current.to_dict())
-            return await WorkerProcess.start(fresh, extra=environment)
+            return await self._workers.start(fresh, environment)
 
         def ended(stage: RunningStage) -> None:
             self._stages.remove(stage)

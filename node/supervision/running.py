@@ -69,6 +69,11 @@ class RunningStage:
         return self._follower is None
 
     @property
+    def is_loading(self) -> bool:
+        """Whether its worker starts, fetches or loads."""
+        return self._ready is None
+
+    @property
     def loaded_bytes(self) -> int:
         """Bytes of its weights in memory."""
         if self._ready is not None:

@@ -7,9 +7,12 @@ a new certificate. Only libraries print.
 """
 
 import asyncio
+import contextlib
+import importlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -65,6 +68,9 @@ T = TypeVar("T")
 
 # The network thread must get the interpreter within a fraction of a hop.
 SWITCH_INTERVAL = 1e-4
+
+# Imported where they are used, by some stages only.
+LATER_IMPORTS = ("mlx_lm.models.llama", "llama_cpp", "llguidance")
 
 # Between two reports of a download's progress.
 REPORT_SECONDS = 0.2
@@ -277,6 +283,16 @@ def _tokenizer(engine: Engine, checkpoint: Checkpoint, spec: StageSpec) -> Any:
         raise InputError(f"{checkpoint.root}: its tokenizer can't be loaded: {reason}") from error
 
 
+def _first_line() -> str:
+    """The configuration. Until it comes, libraries that a stage may need are imported."""
+    for module in LATER_IMPORTS:
+        if select.select([sys.stdin], [], [], 0)[0]:
+            break
+        with contextlib.suppress(ImportError):  # an engine that is not installed here
+            importlib.import_module(module)
+    return sys.stdin.readline()
+
+
 def _follow_parent(keyring: HandedKeyring) -> None:
     """Takes each new certificate that whoever started this worker hands it, and ends with them."""
     for line in sys.stdin:
@@ -299,8 +315,11 @@ def main() -> None:
     open_channel(int(sys.argv[1]))
     sys.setswitchinterval(SWITCH_INTERVAL)
     sys.stdout = sys.stderr  # it goes to the same place, and line by line
+    line = _first_line()
+    if not line:  # whoever started it ended, or had no stage for it
+        os._exit(0)
     try:
-        config = WorkerConfig.from_line(sys.stdin.readline())
+        config = WorkerConfig.from_line(line)
         keyring = HandedKeyring(Identity.from_dict(config.identity))
         threading.Thread(target=_follow_parent, args=(keyring,), daemon=True).start()
         uvloop.run(serve(config, keyring))

@@ -67,7 +67,10 @@ SHORT_SPINS = {"GOMP_SPINCOUNT": "300", "OMP_WAIT_POLICY": "passive"}
 
 
 class WorkerProcess:
-    """One child process. `events` ends when the process does; then `exit` says why."""
+    """One child process. `events` ends when the process does; then `exit` says why.
+
+    It imports its libraries and waits until it is configured.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class WorkerProcess:
         self._transports = transports
         self._folder = folder
         self._stopped = False
+        self._configured = asyncio.Event()
         self._kills_before = _oom_kills()
         self._ending = asyncio.create_task(self._end())
 
@@ -96,8 +100,18 @@ class WorkerProcess:
 
         Its certificate goes through a socket, never the command line.
         """
-        spec = config.spec
-        report = WorkerReport(f"{config.node}, layers {spec.first_layer}-{spec.end_layer - 1}")
+        worker = await cls.prepare(command, extra)
+        worker.configure(config)
+        return worker
+
+    @classmethod
+    async def prepare(
+        cls,
+        command: Sequence[str] = COMMAND,
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> "WorkerProcess":
+        """Starts a worker that does nothing more than to import its libraries; as `start`."""
+        report = WorkerReport("a worker without a stage")
         loop = asyncio.get_running_loop()
         # Not asyncio's own pipes, with which it waits for the worker's children as well.
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -125,11 +139,26 @@ class WorkerProcess:
             )
             worker = cls(process, report, (to_stdin, events, printed), folder)
             ours.pop_all()
-        # A worker that ended at once has closed its end; `exit` says why.
-        if not to_stdin.is_closing():
-            # Not drained: it is small, and a caller cancelled here would leave the worker behind.
-            to_stdin.write(config.to_line())
         return worker
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it runs and may be configured."""
+        return self._process.returncode is None and not (
+            self._configured.is_set() or self._stopped or self._report.broken.is_set()
+        )
+
+    def configure(self, config: WorkerConfig) -> None:
+        """Has it load and serve a stage; once."""
+        spec = config.spec
+        self._report.name = f"{config.node}, layers {spec.first_layer}-{spec.end_layer - 1}"
+        self._kills_before = _oom_kills()
+        self._configured.set()
+        giving = self._transports[0]
+        # A worker that ended at once has closed its end; `exit` says why.
+        if isinstance(giving, asyncio.WriteTransport) and not giving.is_closing():
+            # Not drained: it is small, and a caller cancelled here would leave the worker behind.
+            giving.write(config.to_line())
 
     def renew(self, identity: dict[str, str]) -> None:
         """Hands the worker a new certificate, in place of the one it has."""
@@ -220,6 +249,7 @@ class WorkerProcess:
 
     async def _break_off_silent(self) -> None:
         """Breaks the channel off once nothing has come through it for too long."""
+        await self._configured.wait()
         report, stall = self._report, Stall()
         while not report.broken.is_set():
             await asyncio.sleep(look_seconds())

@@ -29,6 +29,7 @@ class WorkerReport:
     Log records come through the channel and appear in this process's log with their level and
     logger, behind the worker's name; printed lines appear there at level INFO.
 
+    name: of the worker, in this process's log.
     failure: the reason that the worker gave for its end, or the fault of its channel; cause: its
     kind.
     broken: whether its channel has failed. heard: events so far, signs of life included.
@@ -36,7 +37,7 @@ class WorkerReport:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._tail = Tail(TAIL_LINES, TAIL_CHARS)
         self.channel = LineReader(EVENT_BYTES, self._on_event, self._on_partial_event)
@@ -82,7 +83,7 @@ class WorkerReport:
         if event["event"] == "alive":
             return
         if not is_known(event):
-            log.debug("[%s] ignored an event of kind %s", self._name, printable(event["event"]))
+            log.debug("[%s] ignored an event of kind %s", self.name, printable(event["event"]))
         elif event["event"] == "log":
             self._on_record(event["level"], event["logger"], event["message"])
         else:
@@ -99,14 +100,14 @@ class WorkerReport:
         self._events.put_nowait(event)
 
     def _on_partial_event(self, line: bytes) -> None:
-        log.debug("[%s] ended within an event of %d bytes or more", self._name, len(line))
+        log.debug("[%s] ended within an event of %d bytes or more", self.name, len(line))
 
     def _on_record(self, level: str, logger: str, message: str) -> None:
         lines = [printable(line) for line in message.splitlines()]
         for line in lines:
             self._tail.append(line)
         number = logging.getLevelNamesMapping().get(level, logging.INFO)
-        logging.getLogger(logger).log(number, "[%s] %s", self._name, "\n".join(lines))
+        logging.getLogger(logger).log(number, "[%s] %s", self.name, "\n".join(lines))
 
     def _on_printed(self, line: bytes) -> None:
         # Progress bars overwrite their line: its last state is what a terminal would show.
@@ -114,4 +115,4 @@ class WorkerReport:
         if text := printable(shown.decode(errors="replace")):
             self.last_printed = text
             self._tail.append(text)
-            log.info("[%s] %s", self._name, text)
+            log.info("[%s] %s", self.name, text)

@@ -156,9 +156,14 @@ class AgentProgram(Program):
         env: dict[str, str],
         log: Path,
         prefix: Sequence[str] = (),
+        *,
+        spare: bool = False,
     ) -> None:
-        super().__init__(["join", "--name", name, *arguments], env, log, prefix)
+        """spare: with a spare worker, which `workers` leaves out."""
+        more = () if spare else ("--no-spare",)
+        super().__init__(["join", "--name", name, *more, *arguments], env, log, prefix)
         self.name = name
+        self.spare = spare
         self.host = HOST
 
     @property
@@ -174,7 +179,15 @@ class AgentProgram(Program):
             children = psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        return [child for child in children if is_worker(child)]
+        workers = [child for child in children if is_worker(child)]
+        return list(filter(has_stage, workers)) if self.spare else workers
+
+    @property
+    def spare_workers(self) -> list[psutil.Process]:
+        """Its worker processes that wait for a stage."""
+        staged = {worker.pid for worker in self.workers}
+        children = psutil.Process(self.pid).children(recursive=True)
+        return [child for child in children if is_worker(child) and child.pid not in staged]
 
     @property
     def worker(self) -> psutil.Process:
@@ -255,21 +268,23 @@ class LocalCluster:
         memory: int | str = "1GB",
         host: str = HOST,
         prefix: Sequence[str] = (),
+        spare: bool = False,
         **env: str,
     ) -> AgentProgram:
         """Starts an agent that offers `memory`; doesn't wait until it has joined."""
         where = ("--host", host, "--port", "0", "--memory", str(memory))
         log = self._log(name)
-        agent = AgentProgram(name, [*where, *arguments], self.env | env, log, prefix)
+        started = [*where, *arguments]
+        agent = AgentProgram(name, started, self.env | env, log, prefix, spare=spare)
         agent.host = host
         self.agents[name] = agent
         self._started.append(agent)
         return agent
 
-    def start_agents(self, *names: str, memory: int | str = "1GB") -> None:
+    def start_agents(self, *names: str, memory: int | str = "1GB", spare: bool = False) -> None:
         """Starts agents and waits until all have joined."""
         for name in names:
-            self.start_agent(name, memory=memory)
+            self.start_agent(name, memory=memory, spare=spare)
         self.wait_for_agents()
 
     def wait_for_agents(self) -> None:
@@ -338,10 +353,20 @@ def on_free_ports(arguments: Sequence[str]) -> list[str]:
 
 
 def is_worker(process: psutil.Process) -> bool:
+    """Whether it is a worker that has a stage, or has not been given one yet."""
     try:
         return "node.worker" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def has_stage(worker: psutil.Process) -> bool:
+    """Whether a worker has a stage: it listens at its port then, before it loads."""
+    try:
+        connections = worker.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(each.status == psutil.CONN_LISTEN for each in connections)
 
 
 def _home_of(process: psutil.Process) -> str | None:
