@@ -144,7 +144,7 @@ async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     async with bench.engine() as engine:
                         _, story = await timed(engine, bench.chat(STORY))
                     again = bench.chat(STORY, tokenizer.decode(story), STORY)
-                    lookup = Speculation(Lookup, MOST, piped=True)
+                    lookup = Speculation(Lookup, MOST, piped=True, free=True)
                     drafter = partial(DraftModel, draft, len(tokenizer))
                     await compare(bench, "lookup again", again, lookup)
                     await compare(bench, "lookup new", bench.chat(STORY), lookup)

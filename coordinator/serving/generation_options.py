@@ -15,7 +15,7 @@ KV_BITS = (4, 8)
 MOST_DRAFTED = 15
 MOST_DISK_BYTES = 2**50
 # Values of --speculate beside names of models.
-OFF, LOOKUP = "off", "lookup"
+AUTO, OFF, LOOKUP = "auto", "off", "lookup"
 
 
 def generation_options() -> list[Option]:
@@ -38,7 +38,7 @@ def generation_options() -> list[Option]:
         Option(
             "--speculate",
             "fill the pipe with guesses of one token each: `lookup` from the text so far, "
-            "a smaller MODEL's, or `off` (default: off)",
+            "a smaller MODEL's, `auto`: by lookup where that helps, or `off` (default: auto)",
             metavar="WHAT",
             complete=_speculations,
         ),
@@ -58,7 +58,7 @@ def generation_options() -> list[Option]:
 
 
 def _speculations(text: str) -> list[str]:
-    own = [name for name in (OFF, LOOKUP) if name.startswith(text)]
+    own = [name for name in (AUTO, OFF, LOOKUP) if name.startswith(text)]
     return [*own, *model_names(text)]
 
 
@@ -77,17 +77,21 @@ def take_generation(options: dict[str, Any]) -> StageSpec:
     values = {name: options.pop(name) for option in generation_options() if (name := option.name)}
     cache_disk = values.pop("cache_disk")
     draft, speculate = values.pop("draft"), values.pop("speculate")
-    piped = speculate not in (None, OFF)
-    if piped and (draft is not None or values["lookup"]):
+    verified_at_once = draft is not None or values["lookup"]
+    auto = speculate == AUTO or (speculate is None and not verified_at_once)
+    piped = speculate not in (None, OFF, AUTO)
+    if (piped or speculate == AUTO) and verified_at_once:
         raise InputError("--speculate: not with --draft or --lookup, which verify in one frame")
     if piped and values["draft_tokens"]:
         raise InputError("--draft-tokens: not with --speculate: each guess is a frame of its own")
+    _check(draft, **values)
     if piped and speculate == LOOKUP:
         values["lookup"] = True
     elif piped:
         draft = speculate
-    _check(draft, **values)
-    spec = StageSpec(**values, piped=piped, cache_disk=_disk_bytes(cache_disk))
+    spec = StageSpec(
+        **values, piped=piped, auto_speculation=auto, cache_disk=_disk_bytes(cache_disk)
+    )
     if draft is not None:
         source = resolve(draft)
         spec.draft.CopyFrom(Draft(model=source.model, quant=source.quant))
@@ -123,6 +127,5 @@ def _check(
         raise InputError(f"--draft-tokens {draft_tokens}: between 1 and {MOST_DRAFTED}")
     if lanes and (drafts or kv_bits):
         raise InputError(
-            "--lanes: with --draft, --lookup, --speculate or --kv-bits "
-            "each answer has a lane of its own"
+            "--lanes: with --draft, --lookup or --kv-bits each answer has a lane of its own"
         )

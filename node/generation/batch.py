@@ -8,7 +8,7 @@ from mlx_lm.generate import BatchGenerator
 
 from node.generation.sampling import TokenChooser
 from node.generation.sequence import Sequence
-from node.mlx.compat import decoding_rows
+from node.mlx.compat import decoding_rows, pending_choice
 from node.mlx.compat_caches import can_merge, leaves
 
 
@@ -40,19 +40,17 @@ class BatchDecoder:
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence."""
-        job = sequence.job
-        processors = job.processors()
-        sampler: Any = job.sampler()
+        sampler: Any = sequence.chooser.draw
         if self._chooses:
-            sampler = self._choosers[sequence] = job.chooser()
+            sampler = self._choosers[sequence] = sequence.chooser
         (self._numbers[sequence],) = self._generator.insert(
-            [sequence.prompt[-1:]],
+            [sequence.prompt[sequence.cached :]],
             # The answer says when it is finished. mlx-lm would also extract its cache then.
-            max_tokens=[job.max_tokens + 1],
+            max_tokens=[sequence.job.max_tokens + 1],
             caches=[sequence.cache],
-            all_tokens=[sequence.prompt[:-1]],
+            all_tokens=[sequence.prompt[: sequence.cached]],
             samplers=[sampler],
-            logits_processors=[processors],
+            logits_processors=[sequence.processors],
         )
         sequence.cache = []
 
@@ -68,6 +66,17 @@ class BatchDecoder:
         taken = self._generator.remove([number], return_prompt_caches=True)
         cache, tokens = taken[number]
         return list(tokens), cache
+
+    def hand_over(self, sequence: Sequence) -> list[Token]:
+        """Removes a sequence for another decoder; returns its token that is chosen already."""
+        pending = pending_choice(self._generator, self._numbers[sequence])
+        tokens, cache = self.take(sequence)
+        if pending is None:
+            sequence.hand_over(sequence.prompt, cache, len(tokens))
+            return []
+        token, logprobs = pending
+        sequence.hand_over([*tokens, token], cache, len(tokens))
+        return [Token(sequence, token, logprobs)]
 
     def step(self) -> list[Token]:
         """Decodes at most one token an answer; one that was just added gets none yet."""

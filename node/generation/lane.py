@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.generation.batch import BatchDecoder
+from node.generation.moving import MovingDecoder
 from node.generation.piped import PipedDecoder
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
@@ -13,6 +14,8 @@ from node.metering.timeline import Timeline
 from unicluster.errors import AnswerError
 
 log = logging.getLogger("unicluster.lane")
+
+Decoder = BatchDecoder | SingleDecoder | PipedDecoder | MovingDecoder
 
 
 class Lane:
@@ -24,7 +27,7 @@ class Lane:
 
     def __init__(
         self,
-        decoder: BatchDecoder | SingleDecoder | PipedDecoder,
+        decoder: Decoder,
         places: int,
         on_finished: Callable[[list[int], list[Any]], None] | None,
     ) -> None:

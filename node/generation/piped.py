@@ -15,11 +15,13 @@ import mlx.core as mx
 
 from node.generation.batch import Token
 from node.generation.config import GenerationConfig
+from node.generation.sampling import TokenChooser
 from node.generation.sequence import Sequence
 from node.generation.single import Decoding
 from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from node.ring.compute_thread import give_way, rested
-from node.speculation.depth import MOST_FRAMES, RECENT_WEIGHT, HitRate
+from node.speculation.depth import MOST_FRAMES, RECENT_WEIGHT
+from node.speculation.gate import Gate, PipedTimes
 
 # Steps after which the depth of the pipe follows what was measured.
 MEASURED_STEPS = 16
@@ -29,11 +31,13 @@ MEASURED_STEPS = 16
 class _Frame:
     """A frame on its way, with one token: the last of the text, or a guess.
 
-    saved: a snapshot of the caches before it, where they can't be trimmed.
+    chooser: of the token after it. saved: a snapshot of the caches before it, where they can't be
+    trimmed.
     """
 
     token: int
     logits: Any
+    chooser: TokenChooser
     saved: list[Any] | None
 
 
@@ -53,17 +57,25 @@ class PipedDecoder:
         ends: Collection[int],
         share: Callable[[int], int],
     ) -> None:
-        if config.speculation is None:
+        speculation = config.speculation
+        if speculation is None:
             raise ValueError("a piped decoder needs drafts")
         self._model = model
+        self._chooses = bool(getattr(model, "chooses", False))
         self._trimmable_below = trimmable_below(kinds)
-        self._drafter = config.speculation.drafter()
+        self._drafter = speculation.drafter()
+        self._free = speculation.free
+        # By itself it takes no memory that the plan doesn't count.
+        self._snapshots = model.copies_states and not speculation.auto
         self._ends = ends
         self._share = share
         self._run: Decoding | None = None
-        self._hits = HitRate()
+        self._times = PipedTimes()
+        self._gate = Gate(lambda: self._times.least_rate)
         self._flight: deque[_Frame] = deque()
         self._drafts: deque[int] = deque()  # proposed after those in flight, and not sent yet
+        self._wrong = False  # the last guess was
+        self._chosen_at: float | None = None  # when the last token was, if nobody else computed
         self._steps = 0
         self._frame_s = 0.0  # the head's time for a frame, a running mean
         self._deepest = model.pipe_times(0.0).depth()
@@ -71,8 +83,9 @@ class PipedDecoder:
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
         self._run = Decoding(sequence)
-        self._hits = HitRate()
+        self._gate = Gate(lambda: self._times.least_rate)
         self._drafts.clear()
+        self._wrong, self._chosen_at = False, None
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
@@ -87,25 +100,35 @@ class PipedDecoder:
         self.remove(sequence)
         return ([], cache) if run is None else (run.tokens[: run.cached], cache)
 
+    def hand_over(self, sequence: Sequence) -> None:
+        """Removes a sequence for another decoder."""
+        self._abandon(verified=1)
+        run, self._run = self._run, None
+        if run is not None:
+            sequence.hand_over(run.tokens, sequence.cache, run.cached)
+
     def step(self) -> list[Token]:
         """Fills the pipe, and decodes one token more."""
         run = self._run
         if run is None:
             return []
         began, away = time.perf_counter(), rested()
+        guessed = bool(self._flight)
         sent = self._fill(run)
         if self._run is not run:
             return []  # the engine was closed meanwhile
         oldest = self._flight.popleft()
         run.look_ahead()
-        chosen = run.choose(oldest.logits[:, -1, :])
+        chosen = run.choose(oldest.logits[:, -1, :], oldest.chooser)
         run.cached += 1
-        self._hits.next_token()
+        now = time.perf_counter()
+        self._note(now, guessed)
+        self._gate.next_token()
         if self._flight:
             self._verify(run, chosen.token)
-        elif self._drafts and self._drafts.popleft() != chosen.token:
-            self._drafts.clear()
-        self._measure(time.perf_counter() - began - (rested() - away), sent)
+        elif self._drafts:
+            self._compare(chosen.token)
+        self._measure(now - began - (rested() - away), sent)
         return [chosen]
 
     def close(self) -> None:
@@ -138,18 +161,21 @@ class PipedDecoder:
         longest = run.cached + len(self._flight) + MOST_FRAMES
         if self._flight and longest >= self._trimmable_below:
             saved = snapshot(cache)
-        logits = self._model(mx.array([[token]]), cache=cache)
-        self._flight.append(_Frame(token, logits, saved))
+        chooser = run.sequence.chooser.ahead()
+        more = {"choosers": [chooser]} if self._chooses else {}
+        logits = self._model(mx.array([[token]]), cache=cache, **more)
+        self._flight.append(_Frame(token, logits, chooser, saved))
 
     def _guess(self, run: Decoding) -> int | None:
         """The next token to send ahead; None for none."""
         ahead = [frame.token for frame in self._flight][1:]
-        if len(ahead) >= run.room or not self._hits.pays:
+        guesses = self._gate.lets_pass
+        if len(ahead) >= run.room or not (guesses or self._free):
             return None
         if not self._drafts:
             count = self._depth() - len(self._flight)
             self._drafts.extend(self._drafter.propose(run.tokens, max(count, 1), ahead))
-        if not self._drafts or self._drafts[0] in self._ends:
+        if not guesses or not self._drafts or self._drafts[0] in self._ends:
             return None
         if len(run.allowed([*ahead, self._drafts[0]])) <= len(ahead):
             return None
@@ -158,11 +184,20 @@ class PipedDecoder:
     def _verify(self, run: Decoding, token: int) -> None:
         """Compares the model's choice with the guess in flight, and rolls a wrong one back."""
         right = self._flight[0].token == token
-        self._hits.note(right=right)
+        self._gate.note(right=right)
+        self._wrong = not right
         if right:
             run.sequence.answer.count_drafted(1, 1)
         else:
             self._abandon()
+
+    def _compare(self, token: int) -> None:
+        """Compares the model's choice with a draft that was not sent."""
+        right = self._drafts.popleft() == token
+        if self._free:
+            self._gate.note(right=right)
+        if not right:
+            self._drafts.clear()
 
     def _abandon(self, verified: int = 0) -> None:
         """Dooms all frames in flight, and takes their tokens out of the caches.
@@ -175,6 +210,8 @@ class PipedDecoder:
         if run is None or not doomed:
             return
         run.sequence.answer.count_drafted(len(doomed) - verified, 0)
+        for frame in reversed(doomed):
+            frame.chooser.take_back()
         self._model.cancel(frame.logits for frame in doomed)
         saved = doomed[0].saved
         if saved is not None:
@@ -185,7 +222,7 @@ class PipedDecoder:
     def _depth(self) -> int:
         run = self._run
         snapshots = run is not None and run.cached + 2 * MOST_FRAMES >= self._trimmable_below
-        if snapshots and not self._model.copies_states:
+        if snapshots and not self._snapshots:
             return 1
         return max(1, self._share(self._deepest))
 
@@ -196,7 +233,24 @@ class PipedDecoder:
             self._frame_s += RECENT_WEIGHT * (each - self._frame_s) if self._frame_s else each
         self._steps += 1
         if self._steps % MEASURED_STEPS == 0:
-            self._deepest = self._model.pipe_times(self._frame_s).depth()
+            pipe = self._model.pipe_times(self._frame_s)
+            self._deepest = pipe.depth()
+            self._times.expected = pipe.trip, pipe.slowest
+            self._times.weigh()
+
+    def _note(self, now: float, guessed: bool) -> None:
+        """Notes the time of a token, unless others had a part of the pipe.
+
+        `guessed`: it was computed before the token in front of it was known.
+        """
+        times = self._times
+        before, self._chosen_at = self._chosen_at, None
+        if self._share(MOST_FRAMES) == MOST_FRAMES:
+            self._chosen_at = now
+            if before is not None and (guessed or self._wrong or not self._flight):
+                kind = times.right if guessed else times.wrong if self._wrong else times.plain
+                kind.note(now - before)
+        self._wrong = False
 
 
 def pipes(model: Any, config: GenerationConfig) -> bool:

@@ -10,7 +10,7 @@ from node.constraints.build import constraint_of, reasoning_budget
 from node.constraints.mask import Filter, Mask
 from node.constraints.reasoning_budget import ReasoningBudget
 from node.constraints.vocabulary import Vocabulary
-from node.generation.sampling import LogitsProcessor, Sampler, Sampling, TokenChooser
+from node.generation.sampling import LogitsProcessor, Sampling, TokenChooser
 from node.prompts.cancellation import AbandonedError, Cancellation
 from node.prompts.conversation import conversation_of, offers_tools
 from node.prompts.templates import TEMPLATES, template_of, variables_of
@@ -62,12 +62,8 @@ class Job:
             single_tool_call=self.single_tool_call,
         )
 
-    def sampler(self) -> Sampler | None:
-        """The sampler of the answer's next token; None when greedy."""
-        return self.sampling.sampler(self._drawn)
-
     def chooser(self) -> TokenChooser:
-        """The sampler of a model whose last stage may choose tokens; also greedy."""
+        """The sampler of the answer's tokens, which the last stage may choose; also greedy."""
         needs_logits = bool(self.processors()) or self.logprobs is not None
         return self.sampling.chooser(needs_logits, self._drawn)
 

@@ -64,21 +64,21 @@ class Sampling:
             values["logit_bias"] = dict(sampling.logit_bias)
         return replace(self, **values)
 
-    def sampler(self, drawn: int = 0) -> Sampler | None:
+    def sampler(self, drawn: int = 0) -> "Draw | None":
         """Log-probabilities (1, vocabulary) to a token (1,); None when greedy.
 
         `drawn` tokens of the answer have been sampled before, by another one.
 
         None and not a function of its own, so that a batch's greedy rows are taken in one go.
         """
-        return None if self.temperature < GREEDY_BELOW else _Draw(self, drawn)
+        return None if self.temperature < GREEDY_BELOW else Draw(self, drawn)
 
     def chooser(self, needs_logits: bool, drawn: int = 0) -> "TokenChooser":
         """A sampler whose tokens the last stage may choose, unless they need all logits here.
 
         `drawn`: as of `sampler`.
         """
-        return TokenChooser(self, needs_logits, drawn)
+        return TokenChooser(self, needs_logits, self.sampler(drawn))
 
     def processors(self) -> list[LogitsProcessor]:
         """The bias, then mlx-lm's penalties, each over its window of recent tokens.
@@ -95,7 +95,7 @@ class Sampling:
         return processors
 
 
-class _Draw:
+class Draw:
     """Samples with randomness of its own, so that nothing depends on who else is in the batch.
 
     MLX's random state can be set but not swapped: each token gets a seed from the request's.
@@ -106,6 +106,7 @@ class _Draw:
         self._seeds = np.random.Generator(
             np.random.PCG64(sampling.seed).advance(drawn * STEPS_PER_SEED)
         )
+        self._returned: list[int] = []  # seeds of tokens that came to nothing, the next one last
         self._sampler: Sampler | None = None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
@@ -113,7 +114,11 @@ class _Draw:
 
     def next_seed(self) -> int:
         """The seed of the next token."""
-        return int(self._seeds.integers(2**63))
+        return self._returned.pop() if self._returned else int(self._seeds.integers(2**63))
+
+    def take_back(self, seed: int) -> None:
+        """Undoes the latest `next_seed`: its token came to nothing."""
+        self._returned.append(seed)
 
     def drawn(self, logprobs: mx.array, seed: int) -> mx.array:
         """The token (1,) of log-probabilities (1, vocabulary) by a seed."""
@@ -138,21 +143,33 @@ class _Draw:
 class TokenChooser:
     """A sampler of log-probabilities (1, vocabulary) to tokens (1,), and a Chooser.
 
-    Whether the last stage chooses a token or this does, it is the same one.
+    Whether the last stage chooses a token or this does, it is the same one. `draw`: None when
+    greedy.
     """
 
-    def __init__(self, sampling: Sampling, needs_logits: bool, drawn: int = 0) -> None:
+    def __init__(self, sampling: Sampling, needs_logits: bool, draw: Draw | None) -> None:
+        self.draw = draw
         self._sampling = sampling
-        self._draw = None if sampling.temperature < GREEDY_BELOW else _Draw(sampling, drawn)
-        self._all = needs_logits or not (self._draw is None or draws_one_number())
+        self._needs_logits = needs_logits
+        self._all = needs_logits or not (draw is None or draws_one_number())
         self._seed: int | None = None  # of the token that was asked for
         self._token: int | None = None
 
+    def ahead(self) -> "TokenChooser":
+        """A chooser of the token after all that were asked for, while those are on their way."""
+        return TokenChooser(self._sampling, self._needs_logits, self.draw)
+
+    def take_back(self) -> None:
+        """Undoes `ask`, of the latest first: the token came to nothing, and is chosen again."""
+        if self._seed is not None and self.draw is not None:
+            self.draw.take_back(self._seed)
+        self._seed = self._token = None
+
     def ask(self) -> Choice:
         self._token = None
-        if self._draw is None:
+        if self.draw is None:
             return Choice(all=self._all)
-        self._seed = self._draw.next_seed()
+        self._seed = self.draw.next_seed()
         if self._all:
             return Choice(all=True)
         sampling = self._sampling
@@ -172,9 +189,9 @@ class TokenChooser:
         seed, self._seed = self._seed, None
         if token is not None:
             return mx.array([token], mx.uint32)
-        if self._draw is None:
+        if self.draw is None:
             return mx.argmax(logprobs, axis=-1)
-        return self._draw.drawn(logprobs, self._draw.next_seed() if seed is None else seed)
+        return self.draw.drawn(logprobs, self.draw.next_seed() if seed is None else seed)
 
 
 def _check(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:

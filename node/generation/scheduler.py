@@ -21,7 +21,8 @@ from node.generation.batch import BatchDecoder, can_batch
 from node.generation.chunking import CROSSOVER_TOKENS, GPU_CROSSOVER_TOKENS, ChunkSizer, FirstChunks
 from node.generation.config import GenerationConfig
 from node.generation.kv_budget import KVBudget
-from node.generation.lane import Lane
+from node.generation.lane import Decoder, Lane
+from node.generation.moving import MovingDecoder
 from node.generation.piped import PipedDecoder, pipes
 from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
 from node.generation.sequence import Sequence
@@ -46,10 +47,11 @@ class Scheduler:
 
     `kv_bytes` of its configuration is the KV budget of all machines together, enough for `users`
     answers at the full context: an answer's part is reserved before it begins, and the rest holds
-    the prefix cache. 0: unknown; nothing is cached. With `kv_bits` or speculation each lane holds
-    one answer. `on_end` is called for each ticket that has ended, `on_error` at most once, with
-    the exception of the model: then all answers are lost. `clock` returns seconds; simulations
-    pass their own. `prefilled` counts prompt tokens computed, in `chunks`; `meter` counts the rest.
+    the prefix cache. 0: unknown; nothing is cached. With `kv_bits`, or several guesses in a frame,
+    each lane holds one answer. `on_end` is called for each ticket that has ended, `on_error` at
+    most once, with the exception of the model: then all answers are lost. `clock` returns seconds;
+    simulations pass their own. `prefilled` counts prompt tokens computed, in `chunks`; `meter`
+    counts the rest.
     """
 
     def __init__(
@@ -66,28 +68,25 @@ class Scheduler:
     ) -> None:
         spec, users = config.spec, config.spec.users
         kinds = _kinds(model)
-        batches = can_batch(kinds) and not spec.kv_bits and config.speculation is None
+        speculation, piped = config.speculation, pipes(model, config)
+        batches = can_batch(kinds) and not spec.kv_bits
+        # On one machine a lone answer decodes as fast without.
+        batches = batches and (speculation is None or piped or speculation.auto)
 
-        piped = pipes(model, config)
-
-        def decoder() -> BatchDecoder | SingleDecoder | PipedDecoder:
-            if batches:
+        def decoder(places: int) -> Decoder:
+            if batches and not piped:
                 return BatchDecoder(model)
-            if piped:
-                return PipedDecoder(model, kinds, config, tokenizer.eos_token_ids, self._share)
-            return SingleDecoder(model, kinds, config, tokenizer.eos_token_ids)
+            if not piped:
+                return SingleDecoder(model, kinds, config, tokenizer.eos_token_ids)
+            alone = PipedDecoder(model, kinds, config, tokenizer.eos_token_ids, self._share)
+            return MovingDecoder(BatchDecoder(model), alone) if places > 1 else alone
 
         self._stages = int(getattr(model, "stages", 1))
         lanes = min(spec.lanes or self._stages, users) if batches else users
         self.waiting: deque[Ticket] = deque()
-        self.lanes = [
-            Lane(
-                decoder(),
-                places=users // lanes + (index < users % lanes) if batches else 1,
-                on_finished=self._cache_answer if spec.kv_bytes else None,
-            )
-            for index in range(lanes)
-        ]
+        places = [users // lanes + (index < users % lanes) for index in range(lanes)]
+        on_finished = self._cache_answer if spec.kv_bytes else None
+        self.lanes = [Lane(decoder(count), count, on_finished) for count in places]
         self.kv_budget = KVBudget(spec.kv_bytes, users, spec.context, kinds)
         self.prefix_cache = PrefixCache()
         self.meter = meter

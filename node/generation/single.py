@@ -1,5 +1,6 @@
 """A decoder of one answer at a time: for caches that can't be batched, and for drafted tokens."""
 
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -7,10 +8,13 @@ import mlx.core as mx
 
 from node.generation.batch import Token
 from node.generation.config import GenerationConfig
+from node.generation.sampling import TokenChooser
 from node.generation.sequence import Sequence
 from node.mlx.kv_quant import quantize
 from node.mlx.rollback import restore, snapshot, trim, trimmable_below
+from node.pipeline.choosers import UNREAD
 from node.pipeline.pipeline_model import PUSHED_TOKENS
+from node.speculation.gate import Gate, TripTimes
 
 # Drafted tokens of an answer's first step.
 FIRST_DRAFT_LENGTH = 4
@@ -26,11 +30,10 @@ class Decoding:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.tokens = list(sequence.prompt)
-        self.cached = len(self.tokens) - 1
+        self.cached = sequence.cached
         self.draft_length = FIRST_DRAFT_LENGTH
         self._seen = mx.array(self.tokens)
-        self._sampler = sequence.job.sampler() or _greedy
-        self._processors = sequence.job.processors()
+        self._processors = sequence.processors
         self._filters = sequence.job.filters
 
     @property
@@ -48,12 +51,12 @@ class Decoding:
         self.look_ahead()
         return drafts[: min((each.allowed(drafts) for each in self._filters), default=len(drafts))]
 
-    def choose(self, logits: mx.array) -> Token:
+    def choose(self, logits: mx.array, chooser: TokenChooser) -> Token:
         """The next token, by logits (1, vocabulary): one by one, as without drafted tokens."""
         for processor in self._processors:
             logits = processor(self._seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        drawn: Any = self._sampler(logprobs)
+        drawn: Any = chooser(logprobs)
         if self._processors:
             self._seen = mx.concatenate([self._seen, drawn])
         token = drawn.item()
@@ -83,11 +86,15 @@ class SingleDecoder:
         self._drafter = speculation.drafter() if speculation is not None else None
         self._most = speculation.most if speculation is not None else 0
         self._ends = ends
+        self._chooses = bool(getattr(model, "chooses", False))
+        self._times = TripTimes()
+        self._gate = Gate(lambda: self._times.least_rate)
         self._run: Decoding | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
         self._run = Decoding(sequence)
+        self._gate = Gate(lambda: self._times.least_rate)
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
@@ -105,6 +112,7 @@ class SingleDecoder:
         run = self._run
         if run is None:
             return []
+        began = time.perf_counter()
         cache = run.sequence.cache
         fresh = run.tokens[run.cached :]
         drafts = self._draft(run, most=PUSHED_TOKENS - len(fresh))
@@ -112,17 +120,23 @@ class SingleDecoder:
         saved = None
         if drafts and run.cached + fed >= self._trimmable_below:
             saved = snapshot(cache)
-        pending = self._model(mx.array([fresh + drafts]), cache=cache)
+        choosers = [run.sequence.chooser.ahead() for _ in range(len(drafts) + 1)]
+        unread = [UNREAD] * (len(fresh) - 1)
+        more = {"choosers": [*unread, *choosers]} if self._chooses else {}
+        pending = self._model(mx.array([fresh + drafts]), cache=cache, **more)
         run.look_ahead()
         logits = pending[:, len(fresh) - 1 :, :]
         quantize(cache, self._kv_bits)
-        chosen = [run.choose(logits[:, 0, :])]
+        chosen = [run.choose(logits[:, 0, :], choosers[0])]
         for index, draft in enumerate(drafts, start=1):
             if chosen[-1].token != draft:
                 break
-            chosen.append(run.choose(logits[:, index, :]))
+            chosen.append(run.choose(logits[:, index, :], choosers[index]))
+        for chooser in reversed(choosers[len(chosen) :]):
+            chooser.take_back()
         accepted = len(chosen) - 1
         self._count(run, len(drafts), accepted)
+        self._times.note(fed - 1, time.perf_counter() - began)
         if saved is not None and accepted < len(drafts):
             restore(cache, saved, fed)  # what was accepted of it is fed again with the next drafts
         else:
@@ -136,7 +150,8 @@ class SingleDecoder:
 
     def _draft(self, run: Decoding, most: int) -> list[int]:
         count = min(run.draft_length, self._most, run.room, most)
-        if self._drafter is None or count < 1:
+        self._gate.next_token()
+        if self._drafter is None or count < 1 or not self._gate.lets_pass:
             return []
         drafts = self._drafter.propose(run.tokens, count)
         end = next((i for i, draft in enumerate(drafts) if draft in self._ends), len(drafts))
@@ -148,8 +163,6 @@ class SingleDecoder:
         # Draft more while all are accepted, after a rejected one about as many as were accepted.
         run.draft_length = run.draft_length + 2 if accepted == drafted else accepted + 1
         run.draft_length = min(run.draft_length, self._most)
+        for index in range(min(accepted + 1, drafted)):
+            self._gate.note(right=index < accepted)
         run.sequence.answer.count_drafted(drafted, accepted)
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)

@@ -49,6 +49,11 @@ class Recent:
         self._count += 1
 
     @property
+    def count(self) -> int:
+        """Durations so far."""
+        return self._count
+
+    @property
     def median(self) -> float:
         """In seconds; 0 if there are none."""
         values = list(self._values)

@@ -135,6 +135,19 @@ def decoding_rows(generator: Any, cache: Any) -> tuple[int, ...]:
     return tuple(batch.uids) if cache is batch.prompt_cache else ()
 
 
+def pending_choice(generator: Any, number: int) -> tuple[int, mx.array] | None:
+    """A BatchGenerator's token for a sequence that its next step will return, not fed yet.
+
+    With its log-probabilities (vocabulary,). None before the sequence's first step.
+    """
+    batch = generator._generation_batch
+    if number not in batch.uids:
+        return None
+    row = batch.uids.index(number)
+    token: Any = batch._next_tokens[row].item()
+    return int(token), batch._next_logprobs[row]
+
+
 # --- random numbers
 
 

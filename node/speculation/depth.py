@@ -1,4 +1,4 @@
-"""How many frames one answer keeps in the pipe, and whether guessing pays."""
+"""How many frames one answer keeps in the pipe."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 MOST_FRAMES = 16
 # Weight of the newest value in a running mean.
 RECENT_WEIGHT = 1 / 16
-# Below this rate of right guesses, only every so many-th token is guessed after.
-LEAST_RATE = 0.1
-PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -18,35 +15,22 @@ class PipeTimes:
     stages: tuple[float, ...]
     hops: float = 0.0
 
+    @property
+    def trip(self) -> float:
+        """Seconds of a token's whole way; 0 where a stage is not measured yet."""
+        return sum(self.stages) + self.hops if all(self.stages) else 0.0
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the slowest stage."""
+        return max(self.stages, default=0.0)
+
     def depth(self) -> int:
         """Frames that keep the slowest stage busy.
 
         A frame's whole trip over the slowest stage's part of it, rounded: with one frame more it
         only waits in a queue, and a guess that fails is noticed as late.
         """
-        slowest = max(self.stages, default=0.0)
-        if not slowest or not all(self.stages):  # not measured yet
+        if not self.trip:
             return max(1, min(len(self.stages), MOST_FRAMES))
-        whole = sum(self.stages) + self.hops
-        return max(1, min(round(whole / slowest), MOST_FRAMES))
-
-
-class HitRate:
-    """Running rate of right guesses, by which an answer guesses, or only tries now and then."""
-
-    def __init__(self) -> None:
-        self.rate = 0.5
-        self._tokens = 0
-
-    def note(self, *, right: bool) -> None:
-        """A guess was verified."""
-        self.rate += RECENT_WEIGHT * (right - self.rate)
-
-    def next_token(self) -> None:
-        """The model has chosen a token."""
-        self._tokens += 1
-
-    @property
-    def pays(self) -> bool:
-        """Whether to guess now."""
-        return self.rate >= LEAST_RATE or self._tokens % PROBE_TOKENS == 0
+        return max(1, min(round(self.trip / self.slowest), MOST_FRAMES))

@@ -39,12 +39,16 @@ class Speculation:
     """Settings of speculative decoding: at most `most` tokens a draft, by one drafter a lane.
 
     piped: with other stages, each guess is a frame of its own, sent without waiting for the one
-    before; else several are verified in one frame.
+    before; else several are verified in one frame. free: drafts cost next to nothing, and are made
+    to see how often they would be right also while nothing is guessed. auto: only where that was
+    measured to help, else there is none.
     """
 
     drafter: Callable[[], Drafter]
     most: int
     piped: bool = False
+    free: bool = False
+    auto: bool = False
 
     @classmethod
     def of(cls, spec: StageSpec, draft: Any, vocabulary: int) -> "Speculation | None":
@@ -55,7 +59,9 @@ class Speculation:
         most = spec.draft_tokens or MAX_DRAFTED
         if draft is not None:
             return cls(partial(DraftModel, draft, vocabulary), most, spec.piped)
-        return cls(Lookup, most, spec.piped) if spec.lookup else None
+        if spec.auto_speculation:
+            return cls(Lookup, most, piped=True, free=True, auto=True)
+        return cls(Lookup, most, spec.piped, free=True) if spec.lookup else None
 
 
 class Lookup:

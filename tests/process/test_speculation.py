@@ -1,82 +1,39 @@
 """Guessing ahead: never another text, whatever the caches, and fewer steps where guesses are right.
 
-The model is cut over three processes. Its caches are of every sort: all can be cut back (llama),
-windows that are full can't (gemma3), states never (lfm2), and chunks don't batch either (llama4).
+The model is cut over three processes. Its caches are of every sort; see tests/support/guessing.py.
 """
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from node.generation.engine import GenerationEngine
 from node.speculation.drafting import Drafter, DraftModel, Lookup, Speculation
-from tests.support import zoo
-from tests.support.engines import THREAD, Completion, Split, Tiny, ask, listen, of_tokens
-from tests.support.tiny import ARCHITECTURES, EOS, VOCAB, tiny_config, write_model
+from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
+from tests.support.guessing import (
+    KV_BYTES,
+    MAX_TOKENS,
+    PROMPTS,
+    Oracle,
+    configuration,
+    guessed,
+    hear,
+    oracle_of,
+    split,
+    tokens_alone,
+)
+from tests.support.tiny import VOCAB, write_model
 from unicluster.v1.chat_pb2 import Sampling
 
-PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(4)]
-MAX_TOKENS = 40
-KV_BYTES = 50_000_000
-
-
-def configuration(model_type: str) -> dict[str, Any]:
-    if model_type in ARCHITECTURES:
-        return tiny_config(model_type)
-    config = zoo.config(model_type)
-    for fields in (config, config["text_config"]):
-        fields |= {"vocab_size": VOCAB, "eos_token_id": EOS, "torch_dtype": "float32"}
-    return config
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma3", "lfm2", "llama4"])
-def split(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Split]:
-    folder = tmp_path_factory.mktemp("models")
-    path = write_model(folder / request.param, configuration(request.param))
-    split = asyncio.run(Split.open(path))
-    with split.model:
-        yield split
-
-
-class Pupil:
-    """Knows the answers, but for every fifth token of a text."""
-
-    def __init__(self, texts: list[list[int]]) -> None:
-        self._texts = texts
-
-    def propose(self, tokens: list[int], count: int) -> list[int]:
-        known = [text for text in self._texts if text[: len(tokens)] == tokens]
-        rest = known[0][len(tokens) : len(tokens) + count] if known else []
-        places = range(len(tokens), len(tokens) + len(rest))
-        return [t if at % 5 else (t + 1) % VOCAB for at, t in zip(places, rest, strict=True)]
+__all__ = ["split"]  # a fixture
 
 
 def speculation(drafter: Drafter, most: int = 6) -> Speculation:
     return Speculation(lambda: drafter, most)
 
 
-async def tokens_alone(split: Split) -> list[list[int]]:
-    return [(await split.whole.alone(p, MAX_TOKENS)).tokens for p in PROMPTS]
-
-
 async def pupil(split: Split) -> Speculation:
-    answers = zip(PROMPTS, await tokens_alone(split), strict=True)
-    return speculation(Pupil([prompt + answer for prompt, answer in answers]))
-
-
-async def hear(engine: GenerationEngine, prompt: list[int], **fields: Any) -> Completion:
-    request = of_tokens(prompt, **({"max_tokens": MAX_TOKENS} | fields))
-    return await listen(await engine.submit(request))
-
-
-def guessed(completion: Completion) -> tuple[int, int]:
-    assert completion.finish is not None
-    return completion.finish.usage.drafted_tokens, completion.finish.usage.accepted_tokens
+    return speculation(await oracle_of(split))
 
 
 async def test_the_text_is_the_same_for_several_users_at_once(split: Split) -> None:
@@ -100,7 +57,7 @@ async def test_a_seed_draws_the_same_text_as_without(split: Split) -> None:
     alone = await hear(plain, PROMPTS[2], sampling=sampling, logprobs=2)
     plain.close()
     engine = await split.engine(
-        speculation=speculation(Pupil([PROMPTS[2] + alone.tokens])), users=1
+        speculation=speculation(Oracle([PROMPTS[2] + alone.tokens])), users=1
     )
 
     completion = await hear(engine, PROMPTS[2], sampling=sampling, logprobs=2)
@@ -161,7 +118,14 @@ async def test_a_model_is_its_own_best_draft(split: Split) -> None:
         assert accepted == drafted > 0
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3", "lfm2"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param("llama", marks=pytest.mark.sweep),
+        pytest.param("gemma3", marks=pytest.mark.sweep),
+        "lfm2",
+    ],
+)
 async def test_a_draft_of_any_sort_changes_nothing(
     split: Split, tmp_path: Path, model_type: str
 ) -> None:

@@ -537,6 +537,33 @@ def test_rows_of_a_decode_step_are_those_of_its_cache() -> None:
     assert seen[-1] == (tuple(first), 1)
 
 
+def test_a_batch_has_chosen_the_token_that_its_next_step_returns() -> None:
+    class Model:
+        layers = (object(),)
+
+        def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+            zeros = mx.zeros((inputs.shape[0], 1, inputs.shape[1], 1))
+            cache[0].update_and_fetch(zeros, zeros)
+            return mx.eye(9)[inputs + 1]  # after each token, the one above
+
+    generator: Any = BatchGenerator(Model(), completion_batch_size=8)
+    (number,) = generator.insert([[1]], max_tokens=[9], caches=[[KVCache()]])
+    assert compat.pending_choice(generator, number) is None
+    generator.next()
+
+    chosen = compat.pending_choice(generator, number)
+    (response,) = generator.next()[1]
+    pending = compat.pending_choice(generator, number)
+    _, cached = generator.remove([number], return_prompt_caches=True)[number]
+    generator.close()
+
+    assert chosen is not None
+    assert chosen[0] == response.token == 2
+    assert pending is not None
+    assert pending[0] == 3
+    assert list(cached) == [1, 2], "what is pending must not be in the cache"
+
+
 # --- nothing of that elsewhere
 
 ROOT = Path(__file__).parents[2]

@@ -61,9 +61,13 @@ def test_chunks_of_wide_models_fit_a_frame(tmp_path: Path) -> None:
 
 def test_drafting_as_the_spec_asks_for_it() -> None:
     assert Speculation.of(StageSpec(), None, 10) is None
-    assert Speculation.of(StageSpec(lookup=True), None, 10) == Speculation(Lookup, MAX_DRAFTED)
+    assert Speculation.of(StageSpec(lookup=True), None, 10) == Speculation(
+        Lookup, MAX_DRAFTED, free=True
+    )
     piped = Speculation.of(StageSpec(lookup=True, piped=True), None, 10)
-    assert piped == Speculation(Lookup, MAX_DRAFTED, piped=True)
+    assert piped == Speculation(Lookup, MAX_DRAFTED, piped=True, free=True)
+    auto = Speculation.of(StageSpec(auto_speculation=True), None, 10)
+    assert auto == Speculation(Lookup, MAX_DRAFTED, piped=True, free=True, auto=True)
     by_model = Speculation.of(StageSpec(draft_tokens=3), object(), 10)
     assert by_model is not None
     assert by_model.most == 3

@@ -5,7 +5,7 @@ import pytest
 
 from node.ring.bounds import MOST_CANCELLED, FrameError
 from node.ring.session import CancelledFrames
-from node.speculation.depth import MOST_FRAMES, HitRate, PipeTimes
+from node.speculation.depth import MOST_FRAMES, PipeTimes
 from tests.support.stage_head import StageHead, op
 from tests.unit.test_frame_checks import Heads, of_ggml, of_mlx
 from unicluster.v1.stage_pb2 import Frame
@@ -130,18 +130,3 @@ def test_the_depth_keeps_the_slowest_stage_busy(
     stages: tuple[float, ...], hops: float, depth: int
 ) -> None:
     assert PipeTimes(stages, hops).depth() == depth
-
-
-def test_guessing_stops_where_hits_are_rare_and_is_tried_again() -> None:
-    hits = HitRate()
-    for _ in range(60):
-        hits.note(right=False)
-    tried = []
-    for _ in range(32):
-        hits.next_token()
-        tried.append(hits.pays)
-    assert sum(tried) == 2
-
-    for _ in range(10):
-        hits.note(right=True)
-    assert hits.pays

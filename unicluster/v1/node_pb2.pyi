@@ -649,6 +649,7 @@ class StageSpec(_message.Message):
     DRAFT_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     PIPED_FIELD_NUMBER: _builtins.int
+    AUTO_SPECULATION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
@@ -686,6 +687,8 @@ class StageSpec(_message.Message):
     """guessed ahead at a time, at most; 0: as the head thinks fit"""
     piped: _builtins.bool
     """guesses follow one another as frames of their own"""
+    auto_speculation: _builtins.bool
+    """by lookup, where that helps; none of the four above is set then"""
     decode_s: _builtins.float
     """As planned, from which the first deadlines of its work follow; 0: not known.
     seconds a token of an answer
@@ -744,6 +747,7 @@ class StageSpec(_message.Message):
         draft: Global___Draft | None = ...,
         draft_tokens: _builtins.int = ...,
         piped: _builtins.bool = ...,
+        auto_speculation: _builtins.bool = ...,
         devices: _abc.Iterable[Global___DeviceShare] | None = ...,
         decode_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
@@ -756,7 +760,7 @@ class StageSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_disk", b"cache_disk", "context", b"context", "coordinator", b"coordinator", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "orphan_grace_s", b"orphan_grace_s", "piped", b"piped", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "service", b"service", "sources", b"sources", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_speculation", b"auto_speculation", "cache_disk", b"cache_disk", "context", b"context", "coordinator", b"coordinator", "decode_s", b"decode_s", "deployment", b"deployment", "devices", b"devices", "draft", b"draft", "draft_tokens", b"draft_tokens", "end_layer", b"end_layer", "engine", b"engine", "finishes", b"finishes", "first_layer", b"first_layer", "hub_files", b"hub_files", "kv_bits", b"kv_bits", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "lookup", b"lookup", "memory", b"memory", "model", b"model", "orphan_grace_s", b"orphan_grace_s", "piped", b"piped", "prefill_s", b"prefill_s", "quant", b"quant", "revision", b"revision", "ring_decode_s", b"ring_decode_s", "ring_prefill_s", b"ring_prefill_s", "service", b"service", "sources", b"sources", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
