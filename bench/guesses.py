@@ -115,7 +115,9 @@ async def measure_repeated(bench: Bench) -> Figures:
     async with bench.engine() as engine:
         _, story = await timed(engine, bench.chat(STORY))
     told = bench.tokenizer.decode(story)
-    return await compare(bench, bench.chat(STORY, told, STORY), Speculation(Lookup, MOST, free=True))
+    return await compare(
+        bench, bench.chat(STORY, told, STORY), Speculation(Lookup, MOST, free=True)
+    )
 
 
 async def measure_new(bench: Bench) -> Figures:

@@ -150,6 +150,7 @@ def decoded(model: Any, group: list[dict[str, Any]]) -> list[list[int]]:
         ticket: Any = SimpleNamespace(job=job)
         sequence = Sequence(ticket, Answer.__new__(Answer), cache=make_prompt_cache(model))
         model(mx.array([sequence.prompt[:-1]]), cache=sequence.cache)
+        sequence.cached = len(sequence.prompt) - 1
         decoder.add(sequence)
         tokens[sequence] = list[int]()
     first, *others = tokens

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from node.generation.sampling import Sampling, TokenChooser
+from node.generation.sampling import Sampling
 from node.pipeline.choosers import check_chosen, settle
 from node.ring.bounds import FrameError
 from node.ring.choices import check_choices, choose, choose_tokens
@@ -151,7 +151,7 @@ def test_only_the_logits_that_are_wanted_come_back() -> None:
     assert list(answer.chosen) == [best[0] + 1, 0, best[2] + 1, 0]
     assert not answer.choices
     check_chosen(answer, wants, VOCABULARY)
-    choosers = [TokenChooser(Sampling(), each.all) for each in wants]
+    choosers = [Sampling().chooser(each.all) for each in wants]
     settled = np.array(settle(answer, choosers, (4, 1), VOCABULARY))
     assert np.array_equal(settled[[1, 3]], logits[[1, 3]])
     tokens: list[Any] = [c(mx.array(row)).item() for c, row in zip(choosers, settled, strict=True)]
@@ -165,7 +165,7 @@ def test_a_greedy_token_comes_back_alone() -> None:
     choose_tokens(answer)
 
     assert answer.ByteSize() < 10
-    chooser = TokenChooser(Sampling(), needs_logits=False)
+    chooser = Sampling().chooser(needs_logits=False)
     settled = settle(answer, [chooser], (1, 1), VOCABULARY)
     assert settled is not None
     assert chooser(settled[:, 0]).tolist() == [logits.argmax()]
@@ -179,7 +179,7 @@ def test_all_logits_come_back_where_all_are_wanted() -> None:
 
     assert not answer.chosen
     assert answer.hidden[0].tensor.data == logits.tobytes()
-    assert settle(answer, [TokenChooser(Sampling(), True)], (1, 1), VOCABULARY) is None
+    assert settle(answer, [Sampling().chooser(True)], (1, 1), VOCABULARY) is None
 
 
 BAD_CHOICES = {
