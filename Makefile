@@ -98,7 +98,7 @@ bench: $(INSTALLED) $(MODELS)  ## hops, lanes, and deployments beside mlx-lm, it
 	$(BIN)/python -m bench.lanes --size 10M --rounds 1
 	$(BIN)/python -m bench.models build/bench/qwen2-10m --kind qwen2
 	$(BIN)/unicluster bench --local 2 build/bench/qwen2-10m
-	$(if $(GGML),$(BIN)/python -m bench.real,@echo "GGML=1 also measures a real model beside llama.cpp")
+	$(if $(GGML),$(BIN)/python -m bench.real --rounds 3,@echo "GGML=1 also measures a real model beside llama.cpp")
 
 soak: $(INSTALLED)  ## hundreds of requests of all kinds: does each end rightly, and is nothing left?
 	$(BIN)/python -m bench.soak

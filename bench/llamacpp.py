@@ -1,14 +1,19 @@
-"""llama.cpp by its own interface, in one process or over its RPC, and a GGUF to measure with."""
+"""llama.cpp by its own interface, in one process or over its RPC, and a GGUF to measure with.
+
+`python -m bench.llamacpp serve ENDPOINT` is one of its RPC servers, and `answer FILE ENDPOINT...`
+answers over such as `python -m node.worker.baseline` does.
+"""
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +23,12 @@ import numpy as np
 from node.ggml.library import amx_is_broken, library_folder, llama, shared_library
 from tests.support.tiny_gguf import save
 
+ALL_LAYERS = 999  # llama.cpp takes as many as there are
 LAYERS, HIDDEN, WIDE, HEADS, VOCAB = 12, 768, 3072, 12, 264
 # llama.h: enum llama_ftype.
 QUANTS = {"q4_0": 2, "bf16": 32}
 PROMPT, DECODED, CONTEXT = 512, 60, 1024
+ANSWER_CONTEXT = 2048
 STARTED = 30.0
 CPU = 0  # ggml-backend.h: enum ggml_backend_dev_type
 
@@ -68,10 +75,10 @@ def write_model(folder: Path, quant: str) -> Path:
 class Plain:
     """llama.cpp with one thread, its layers here or on RPC servers."""
 
-    def __init__(self, file: Path, endpoints: Sequence[str] = ()) -> None:
+    def __init__(self, file: Path, endpoints: Sequence[str] = (), context: int = CONTEXT) -> None:
         self._lib = lib = llama()
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = LAYERS + 1
+        params.n_gpu_layers = ALL_LAYERS
         params.use_extra_bufts = not amx_is_broken()
         devices = [_remote_device(endpoint) for endpoint in endpoints]
         # Ended by a null; with none at all, everything is here.
@@ -79,23 +86,30 @@ class Plain:
         params.devices = ctypes.addressof(self._devices)
         self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         wanted = lib.llama_context_default_params()
-        wanted.n_ctx, wanted.n_threads, wanted.n_threads_batch = CONTEXT, 1, 1
+        wanted.n_ctx, wanted.n_threads, wanted.n_threads_batch = context, 1, 1
         wanted.n_ubatch = PROMPT
         self._context = lib.llama_init_from_model(self._model, wanted)
+        self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
 
     def run(self) -> tuple[float, float]:
         """Seconds of a prefill, and milliseconds a token."""
-        lib = self._lib
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
         began = time.perf_counter()
-        self._decode([i % 250 + 1 for i in range(PROMPT)])
-        token = self._best()
+        answer = self.answer([i % 250 + 1 for i in range(PROMPT)], DECODED + 1)
+        next(answer)
         prefill = time.perf_counter() - began
         began = time.perf_counter()
-        for _ in range(DECODED):
-            self._decode([token])
-            token = self._best()
+        for _ in answer:
+            pass
         return prefill, (time.perf_counter() - began) / DECODED * 1e3
+
+    def answer(self, prompt: list[int], tokens: int) -> Iterator[int]:
+        """`tokens` ids after a prompt, greedy."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        fed = prompt
+        for _ in range(tokens):
+            self._decode(fed)
+            fed = [self._best()]
+            yield fed[0]
 
     def _decode(self, tokens: list[int]) -> None:
         array = (ctypes.c_int32 * len(tokens))(*tokens)
@@ -103,20 +117,24 @@ class Plain:
 
     def _best(self) -> int:
         logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (VOCAB,)).argmax())
+        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
 
 class RpcServers:
     """llama.cpp's own RPC servers, of one thread each; none if it was built without."""
 
-    def __init__(self, count: int) -> None:
-        self.endpoints = [f"127.0.0.1:{_free_port()}" for _ in range(count if _rpc() else 0)]
+    def __init__(self, count: int, settings: Mapping[str, str] | None = None) -> None:
+        """`settings`: variables in their environment, such as another folder of libraries."""
+        there = has_rpc() or bool(settings)
+        self.endpoints = [f"127.0.0.1:{_free_port()}" for _ in range(count if there else 0)]
+        self._environment = {**os.environ, **(settings or {})}
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "RpcServers":
         for endpoint in self.endpoints:
-            command = [sys.executable, "-m", "bench.llamacpp", endpoint]
-            self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            command = [sys.executable, "-m", "bench.llamacpp", "serve", endpoint]
+            started = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=self._environment)
+            self._processes.append(started)
         for endpoint in self.endpoints:
             _wait_for(endpoint)
         return self
@@ -156,7 +174,8 @@ def _remote_device(endpoint: str) -> int:
     return int(ggml.ggml_backend_reg_dev_get(server, ctypes.c_size_t(0)))
 
 
-def _rpc() -> bool:
+def has_rpc() -> bool:
+    """Whether the llama.cpp that is installed was built with its RPC."""
     return any(library_folder().glob("*ggml-rpc.*"))
 
 
@@ -175,6 +194,20 @@ def _wait_for(endpoint: str) -> None:
     raise SystemExit(f"llama.cpp's RPC server did not start at {endpoint} in {STARTED:.0f} s")
 
 
+def _answers(file: str, endpoints: Sequence[str]) -> None:
+    """Reads requests from standard input, and writes tokens, as `node.worker.baseline` does."""
+    plain = Plain(Path(file), endpoints, ANSWER_CONTEXT)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        for token in plain.answer(request["prompt"], request["tokens"]):
+            print(token, flush=True)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    serve_rpc(sys.argv[1])
+    verb, *rest = sys.argv[1:]
+    if verb == "serve":
+        serve_rpc(rest[0])
+    else:
+        _answers(rest[0], rest[1:])

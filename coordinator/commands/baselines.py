@@ -66,40 +66,44 @@ async def baselines(model: str, stages: int) -> AsyncIterator[tuple[dict[str, As
     async with contextlib.AsyncExitStack() as stack:
         gguf = is_gguf(model)
         one = ONE_GGML if gguf else ONE
-        running = {one: await stack.enter_async_context(_running(model, 1))}
+        compared = {one: await stack.enter_async_context(running(BASELINE, model))}
         if stages > 1 and not gguf:
             name = f"mlx-lm's ring of {stages}"
-            running[name] = await stack.enter_async_context(_running(model, stages))
+            compared[name] = await stack.enter_async_context(ring(model, stages))
         yield (
-            {name: each.ask for name, each in running.items() if not each.refused},
-            [each.refused for each in running.values() if each.refused],
+            {name: each.ask for name, each in compared.items() if not each.refused},
+            [each.refused for each in compared.values() if each.refused],
         )
 
 
 @contextlib.asynccontextmanager
-async def _running(model: str, count: int) -> AsyncIterator[Baseline]:
+async def ring(model: str, count: int) -> AsyncIterator[Baseline]:
+    """mlx-lm's own pipeline of `count` processes while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
-        settings: list[dict[str, str]] = [{}]
-        if count > 1:
-            hosts = Path(folder) / "hosts.json"
-            hosts.write_text(json.dumps([[f"{local.HOST}:{port}"] for port in _ports(count)]))
-            settings = [
-                {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)
-            ]
-        ranks = [
-            await local.start(
-                *(BASELINE, model),
-                pipes=True,
-                env=each,
-            )
-            for each in settings
-        ]
-        try:
-            baseline = Baseline(ranks)
-            await baseline.until_ready()
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"{local.HOST}:{port}"] for port in _ports(count)]))
+        ranks = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)]
+        async with running(BASELINE, model, settings=ranks) as baseline:
             yield baseline
-        finally:
-            await local.end(ranks)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    *command: str, settings: Sequence[dict[str, str]] = ({},)
+) -> AsyncIterator[Baseline]:
+    """A module and its arguments, which speaks as BASELINE does, while the block runs.
+
+    settings: variables in the environment of each of its processes.
+    """
+    ranks: list[asyncio.subprocess.Process] = []
+    try:
+        for each in settings:
+            ranks.append(await local.start(*command, pipes=True, env=each))
+        baseline = Baseline(ranks)
+        await baseline.until_ready()
+        yield baseline
+    finally:
+        await local.end(ranks)
 
 
 def _ports(count: int) -> list[int]:
