@@ -23,6 +23,7 @@ from node.ggml.library import (
     llama,
 )
 from node.ggml.memory.places import State
+from node.ggml.repeated import can_repeat
 from node.ggml.tap import Tap
 from node.metering.fastest import Fastest, doublings
 from unicluster.errors import StageError
@@ -118,6 +119,9 @@ class Layers:
             )
         self._memory = lib.llama_get_memory(self._context)
         self._threads = sizes.threads
+        if self._tap is not None and self._on_cpu and can_repeat():
+            self._tap.repeat(lambda: int(lib.llama_perf_context(self._context).n_reused))
+            self._tap.set_threads(int(lib.llama_n_threads(self._context)))
         self._fastest: Fastest | None = None
         # The result does not depend on their number, but with flash attention.
         if sizes.adaptive and self._on_cpu and self._plain_attention:
@@ -236,6 +240,8 @@ class Layers:
 
     def close(self) -> None:
         """Frees everything. It is of no use afterwards."""
+        if self._tap is not None:
+            self._tap.close()
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
@@ -265,7 +271,7 @@ class Layers:
         if not self.sizes.entry and not self.sizes.tokens:
             batch.embd = _pointer(rows, ctypes.c_float)
         if self._tap is not None:
-            self._tap.open(rows, into)
+            self._tap.open(rows, into, alone=count <= CPU_STEP)
         status = self._decode(count)
         if status == 1:
             raise self.full()
@@ -283,6 +289,8 @@ class Layers:
         threads = self.sizes.threads if fastest is None else fastest.setting
         if threads != self._threads:
             self._lib.llama_set_n_threads(self._context, threads, threads)
+            if self._tap is not None:
+                self._tap.set_threads(threads)
             self._threads = threads
         began = time.perf_counter()
         status = int(self._lib.llama_decode(self._context, self._batch))

@@ -276,6 +276,11 @@ def _handles() -> list[int]:
     ]
 
 
+def device_count() -> int:
+    """Number of llama.cpp's devices, that of the CPU among them."""
+    return len(_handles())
+
+
 def _listed(device: int) -> Listed:
     properties = _DeviceProperties()
     _ggml().ggml_backend_dev_get_props(device, ctypes.byref(properties))

@@ -8,7 +8,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 pytest.importorskip("llama_cpp")
 
-from node.ggml import library
+from node.ggml import library, repeated
 from unicluster.checkpoints.gguf import TYPES
 
 
@@ -67,3 +67,21 @@ def test_the_layout_of_a_device() -> None:
     assert cpu.description, piece
     assert 0 < cpu.free <= cpu.total, piece
     assert abs(cpu.total - psutil.virtual_memory().total) < 0.1 * cpu.total, piece
+
+
+def test_nodes_of_a_graph_are_marked_to_be_computed() -> None:
+    base = library.shared_library("ggml-base")
+    base.ggml_new_tensor_1d.restype = base.ggml_sqr.restype = ctypes.c_void_p
+    memory = repeated._base().ggml_init(repeated._Memory(1 << 20, None, False))
+    try:
+        source = base.ggml_new_tensor_1d(ctypes.c_void_p(memory), library.F32, ctypes.c_int64(4))
+        node = base.ggml_sqr(ctypes.c_void_p(memory), ctypes.c_void_p(source))
+        graph = repeated._base().ggml_new_graph_custom(memory, 16, False)
+
+        before = library.Tensor.from_address(node).flags
+        repeated._base().ggml_build_forward_expand(graph, node)
+        after = library.Tensor.from_address(node).flags
+    finally:
+        repeated._base().ggml_free(memory)
+
+    assert (before, after) == (0, repeated.COMPUTE), "GGML_TENSOR_FLAG_COMPUTE has another value"
