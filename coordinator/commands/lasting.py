@@ -8,9 +8,9 @@ import logging
 from collections.abc import AsyncIterator
 
 from coordinator.fleet.members import Members
+from coordinator.models.offer import Offered
 from coordinator.planning.placement import Plan
 from coordinator.serving.inspected import Inspected
-from coordinator.serving.offer import Offered
 from coordinator.serving.options import ServeOptions
 from coordinator.state.claim import Claim, already_served, claimed
 from coordinator.state.cut import Cut
@@ -53,6 +53,11 @@ class Lasting:
         self._services = services
         self._wanted = wanted
         self.claim = claim
+
+    @property
+    def last(self) -> Cut | None:
+        """Where the layers were when the service was served before."""
+        return self._wanted.last
 
     async def resume(self, members: Members, offered: Offered) -> tuple[Inspected, Cut] | None:
         """The sizes and the cut of stages that a lost coordinator has left, and all still stand.

@@ -15,7 +15,9 @@ import grpc
 from coordinator.commands.lasting import Lasting, lasting
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import QUANTS, model_names
+from coordinator.models.offer import Offered, offer
 from coordinator.planning.placement import Objective
+from coordinator.recovery.survey import MARGIN
 from coordinator.serving.chat_door import ChatDoor
 from coordinator.serving.engine_options import chosen_models, engine_options
 from coordinator.serving.events import (
@@ -31,12 +33,13 @@ from coordinator.serving.events import (
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.generation_options import generation_options, take_generation
 from coordinator.serving.inspected import inspected
-from coordinator.serving.offer import Offered, offer
 from coordinator.serving.options import (
     DEFAULT_HTTP_PORT,
     DEFAULT_PORT,
     RECOVER_SECONDS,
+    SETTLE_SECONDS,
     HttpOptions,
+    Rebalancing,
     ServeOptions,
     objective_option,
 )
@@ -86,6 +89,8 @@ def run(
     http_name: tuple[str, ...],
     http_origin: tuple[str, ...],
     recover: float,
+    rebalance: str,
+    rebalance_after: float,
     metrics_port: int | None,
     mqtt: str | None,
     orphan_grace: float,
@@ -108,6 +113,9 @@ def run(
         )
     if not 0 <= recover < math.inf:
         raise InputError(f"--recover {recover:g}: a number of seconds, 0 or more")
+    if not 0 <= rebalance_after < math.inf:
+        raise InputError(f"--rebalance-after {rebalance_after:g}: a number of seconds, 0 or more")
+    rebalancing = Rebalancing(_margin(rebalance), rebalance_after)
     if service is not None and not (service.strip() and service.isprintable()):
         raise InputError("--service: a name of printable characters")
     names = [name.strip() for name in nodes.split(",")] if nodes is not None else None
@@ -131,6 +139,7 @@ def run(
         service=service or source.display,
         orphan_grace_s=orphan_grace,
         recover_s=recover,
+        rebalancing=rebalancing,
         http=None
         if no_http
         else HttpOptions(http_port, http_cert, http_plain, http_name, http_origin),
@@ -374,8 +383,23 @@ async def _inspected(
         events,
         template,
         cut,
+        lasts.last if lasts is not None else None,
+        options.rebalancing,
         (lambda plan: lasts.keep(inspection, plan)) if lasts is not None else lambda plan: None,
     )
+
+
+def _margin(text: str) -> float | None:
+    """The part of 1 that `--rebalance` states in percent; None for off."""
+    if text == "off":
+        return None
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        percent = math.nan
+    if not 1 <= percent < 100:
+        raise InputError(f"--rebalance {text}: a percentage from 1 to 99, or off")
+    return percent / 100
 
 
 def _where(options: ServeOptions, port: int) -> str:
@@ -437,6 +461,20 @@ command = Command(
                 f"(default: {RECOVER_SECONDS:g}; 0: they end)",
                 type=float,
                 default=RECOVER_SECONDS,
+                metavar="SECONDS",
+            ),
+            Option(
+                "--rebalance",
+                "move layers to machines that have come where that saves so much of a token's "
+                f"time (default: {MARGIN * 100:g}; off: only by `unicluster rebalance`)",
+                default=f"{MARGIN * 100:g}",
+                metavar="PERCENT",
+            ),
+            Option(
+                "--rebalance-after",
+                f"when it would have for so long (default: {SETTLE_SECONDS:g})",
+                type=float,
+                default=SETTLE_SECONDS,
                 metavar="SECONDS",
             ),
         ],

@@ -155,12 +155,13 @@ class Members:
         """
         return [(info, reached.address) for info, reached in await self._answering()]
 
-    async def machines(self, lost: Sequence[Machine] = ()) -> list[Machine]:
+    async def machines(self, lost: Sequence[Machine] = (), *, quiet: bool = False) -> list[Machine]:
         """All machines that answer, for the planner. Raises UnavailableError when there is none.
 
         Those that were `lost` just now are not waited for: they answer at once or not at all.
+        quiet: for one who looks again and again, those that don't answer are no news.
         """
-        answering = await self._answering(lost)
+        answering = await self._answering(lost, quiet=quiet)
         if not answering:
             raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
         machines = [
@@ -193,7 +194,9 @@ class Members:
         heard = [*info.addresses, *(record.addresses if record is not None else ())]
         return [*valid_addresses(heard), *self._called.get(info.name, ())]
 
-    async def _answering(self, lost: Sequence[Machine] = ()) -> list[_Member]:
+    async def _answering(
+        self, lost: Sequence[Machine] = (), *, quiet: bool = False
+    ) -> list[_Member]:
         names = {machine.name for machine in lost}
         addresses = {a for machine in lost for a in (machine.address, *machine.addresses)}
         waiting = {_Hint(m.name, m.addresses) for m in self._browser.found.values()}
@@ -202,7 +205,7 @@ class Members:
         answered: dict[str, _Member] = {}
         while waiting:
             # What others have heard of may be gone for a while before they forget it.
-            level = logging.INFO if asked else logging.WARNING
+            level = logging.INFO if asked or quiet else logging.WARNING
             asked |= {address for hint in waiting for address in hint.addresses}
             calls = [
                 self._describe_lost(hint, level)

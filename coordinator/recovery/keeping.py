@@ -22,8 +22,9 @@ def keeping(
     variants: ModelVariants,
     machines: Sequence[Machine],
     network: Network,
+    worse: float = WORSE,
 ) -> Plan:
-    """`best`, or a plan at most WORSE by which more bytes of `served` stay on their machines.
+    """`best`, or a plan at most `worse` by which more bytes of `served` stay on their machines.
 
     Other machines take the ranges of those that are lost, or their neighbours in the ring do.
     """
@@ -33,15 +34,35 @@ def keeping(
     there = {machine.name: machine for machine in machines}
     spans = [replace(s, machine=there.get(s.machine.name, s.machine)) for s in spans]
     lost = [i for i, s in enumerate(spans) if s.machine.name not in there or not _fits(s)]
-    limit, chosen, most = _seconds(best) * (1 + WORSE), best, _kept(best.stages, served)
+    limit, chosen, most = seconds(best) * (1 + worse), best, _kept(best.stages, served)
     for ring in _rings(spans, lost, machines):
         if all(map(_fits, ring)) and not _has_odd_count(ring):
             plan = replace(best, stages=stages(network, ring))
             kept = _kept(plan.stages, served)
-            better = kept > most or (kept == most and _seconds(plan) < _seconds(chosen))
-            if better and _seconds(plan) <= limit:
+            better = kept > most or (kept == most and seconds(plan) < seconds(chosen))
+            if better and seconds(plan) <= limit:
                 chosen, most = plan, kept
     return chosen if chosen is best else _with_left_out(chosen, best, machines)
+
+
+def standing(
+    best: Plan,
+    served: Sequence[Stage],
+    variants: ModelVariants,
+    machines: Sequence[Machine],
+    network: Network,
+) -> Plan | None:
+    """The plan that stands, at the speeds that its machines have now; None without all of them.
+
+    `best`: the best plan at those speeds.
+    """
+    spans, there = _spans(served, variants), {machine.name: machine for machine in machines}
+    if spans is None or any(span.machine.name not in there for span in spans):
+        return None
+    ring = [replace(span, machine=there[span.machine.name]) for span in spans]
+    if not all(span.machine.can(span.variant.engine) for span in ring):
+        return None
+    return _with_left_out(replace(best, stages=stages(network, ring)), best, machines)
 
 
 def _spans(served: Sequence[Stage], variants: ModelVariants) -> list[Span] | None:
@@ -100,7 +121,7 @@ def _has_odd_count(ring: Sequence[Span]) -> bool:
     return len(ring) > 1 and any(s.end - s.first in s.variant.forbidden_counts for s in ring)
 
 
-def _seconds(plan: Plan) -> float:
+def seconds(plan: Plan) -> float:
     """Seconds that the plan's objective minimizes."""
     if plan.objective == "throughput":
         return plan.slowest.seconds_per_token

@@ -17,6 +17,17 @@ FIT_SECONDS = 3.0
 MOST_TRIES = 5
 # Before an answer is tried again where the last try came to nothing; doubles.
 TRY_SECONDS = 0.25
+# Between two moves to a better plan; doubles with each that came to nothing or ended in a loss.
+REST_SECONDS = 300.0
+MOST_REST_SECONDS = 3600.0
+
+
+class Move(Enum):
+    """Why the layers are about to leave machines that are there, or on their way."""
+
+    DRAIN = "a machine asked to be let go of"
+    PREPARING = "a better plan was chosen: machines that it adds load before others let go"
+    BETTER = "a better plan is prepared: running answers end, or break off and go on there"
 
 
 class Phase(Enum):
@@ -33,7 +44,9 @@ class State:
     """problem: why it does not answer. ring: rings opened so far.
 
     stuck: the last deployment never answered, or none could be planned. lack: what the model's
-    memory lacks, in a sentence, by the last plan. moving: away from a machine that drains.
+    memory lacks, in a sentence, by the last plan. begun: a deployment was loaded, or began to be.
+    worth_since: since when another plan has been better by the margin. moved_at: when the last move
+    to a better plan was decided; rest: seconds from there to the next one. By one clock.
     """
 
     phase: Phase = Phase.PLANNING
@@ -41,7 +54,16 @@ class State:
     problem: str = ""
     stuck: bool = False
     lack: str = ""
-    moving: bool = False
+    begun: bool = False
+    move: Move | None = None
+    worth_since: float | None = None
+    moved_at: float | None = None
+    rest: float = REST_SECONDS
+
+    @property
+    def moving(self) -> bool:
+        """Whether new answers wait until others have taken over."""
+        return self.move in (Move.DRAIN, Move.BETTER)
 
     @property
     def name(self) -> str:
@@ -74,12 +96,43 @@ class Broke:
 class Lost:
     """A deployment can't go on, or none could be planned.
 
-    lacks_memory: because the model does not fit. drained: because a machine asked to be let go of.
+    lacks_memory: because the model does not fit. mendable: planning again may be of help, although
+    no deployment has answered yet. move: the layers leave on purpose.
     """
 
     reason: str
     lacks_memory: bool = False
-    drained: bool = False
+    mendable: bool = False
+    move: Move | None = None
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """The machines were looked at, at a time, for a plan that is better than the one that stands.
+
+    worth: it is, by the margin. settle: seconds for which that must be so.
+    """
+
+    worth: bool
+    at: float
+    settle: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Somebody asks for the move to a better plan now."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The machines that a better plan adds have loaded their layers."""
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A better plan could not be prepared; the one that stands answers as before."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +145,9 @@ class Stopped:
     """Serving is to end."""
 
 
-Event = Planned | Opened | Broke | Lost | PauseOver | Stopped
+Event = (
+    Planned | Opened | Broke | Lost | Surveyed | Asked | Prepared | Abandoned | PauseOver | Stopped
+)
 
 
 class Action(Enum):
@@ -106,6 +161,10 @@ class Action(Enum):
     PAUSE = "wait for machines to change, a pause longer than the last one"
     PAUSE_BRIEFLY = "wait for machines to change, the shortest pause"
     FAIL = "end with the reason"
+    ANNOUNCE_RETRY = "the model has not answered yet, and planning again may help"
+    PREPARE = "load what a better plan adds, beside the deployment that answers"
+    EMPTY = "let running answers end for a while, then break them off, and move"
+    GO_BACK = "the better plan came to nothing: plan where the layers were"
     WAKE_ANSWERS = "answers that broke off look at their fate"
 
 
@@ -127,39 +186,92 @@ def apply(state: State, event: Event) -> tuple[State, Actions]:
             end = (Action.END_STAGES,) if phase in _STANDING else ()
             return replace(state, phase=Phase.ENDED), (Action.WAKE_ANSWERS, *end)
         case Planned() if phase is Phase.PLANNING:
-            return replace(state, phase=Phase.LOADING, lack=""), (Action.LOAD,)
+            return replace(state, phase=Phase.LOADING, lack="", begun=True), (Action.LOAD,)
         case Opened() if phase in (Phase.LOADING, Phase.REOPENING):
             said = Action.ANNOUNCE_RECOVERED if state.ring else Action.ANNOUNCE_READY
-            return State(Phase.READY, state.ring + 1), (said, Action.WAKE_ANSWERS)
+            opened = State(
+                Phase.READY,
+                state.ring + 1,
+                begun=True,
+                moved_at=state.moved_at,
+                rest=state.rest,
+            )
+            return opened, (said, Action.WAKE_ANSWERS)
         case Broke(reason) if phase is Phase.READY:
-            broken = replace(state, phase=Phase.REOPENING, problem=reason)
+            broken = replace(
+                state, phase=Phase.REOPENING, problem=reason, move=None, worth_since=None
+            )
             return broken, (Action.ANNOUNCE_LOSS, Action.WAKE_ANSWERS)
         case Broke(reason) if phase in (Phase.LOADING, Phase.REOPENING) and state.ring:
             return replace(state, problem=reason), ()
         case Lost() if phase in (Phase.PLANNING, *_STANDING):
             return _lost(state, event)
+        case Surveyed() if phase is Phase.READY and state.move is None:
+            return _surveyed(state, event)
+        case Asked(at) if phase is Phase.READY and state.move is None:
+            return _moved(state, at)
+        case Prepared() if phase is Phase.READY and state.move is Move.PREPARING:
+            return replace(state, move=Move.BETTER), (Action.EMPTY,)
+        case Abandoned() if phase is Phase.READY and state.move is not None:
+            return replace(state, move=None, rest=_longer(state.rest)), (Action.WAKE_ANSWERS,)
         case PauseOver() if phase is Phase.WAITING:
             return replace(state, phase=Phase.PLANNING), (Action.PLAN,)
     return state, ()
 
 
+def _surveyed(state: State, survey: Surveyed) -> tuple[State, Actions]:
+    """A plan must be better for a while, and the last move some time ago: noise moves nothing."""
+    if not survey.worth:
+        return replace(state, worth_since=None), ()
+    since = survey.at if state.worth_since is None else state.worth_since
+    rested = state.moved_at is None or survey.at - state.moved_at >= state.rest
+    if survey.at - since >= survey.settle and rested:
+        return _moved(state, survey.at)
+    return replace(state, worth_since=since), ()
+
+
+def _moved(state: State, at: float) -> tuple[State, Actions]:
+    stood = state.moved_at is not None and at - state.moved_at >= 2 * state.rest
+    moved = replace(
+        state,
+        move=Move.PREPARING,
+        worth_since=None,
+        moved_at=at,
+        rest=REST_SECONDS if stood else state.rest,
+    )
+    return moved, (Action.PREPARE,)
+
+
+def _longer(rest: float) -> float:
+    return min(2 * rest, MOST_REST_SECONDS)
+
+
 def _lost(state: State, lost: Lost) -> tuple[State, Actions]:
     answered = state.phase in (Phase.READY, Phase.REOPENING)
+    may_mend = lost.mendable and (state.begun or state.phase is not Phase.PLANNING)
+    fruitless = state.move is Move.BETTER and not answered
+    moved_in_vain = fruitless or (answered and state.moved_at is not None and lost.move is None)
     after = replace(
         state,
         phase=Phase.WAITING,
         problem=lost.reason,
-        stuck=not answered,
+        stuck=not answered and (state.ring > 0 or not may_mend),
         lack=lost.reason if lost.lacks_memory else "",
-        moving=lost.drained,
+        move=lost.move,
+        worth_since=None,
+        rest=_longer(state.rest) if moved_in_vain else state.rest,
     )
     actions: list[Action] = []
     if state.phase is Phase.READY:
         actions.append(Action.ANNOUNCE_LOSS)
     if state.phase in _STANDING:
         actions.append(Action.LEAVE_STAGES)
-    if not state.ring:
+    if fruitless:
+        actions.append(Action.GO_BACK)
+    if not state.ring and not may_mend:
         return replace(after, phase=Phase.ENDED), (*actions, Action.FAIL)
+    if not state.ring:
+        actions.append(Action.ANNOUNCE_RETRY)
     pause = Action.PAUSE_BRIEFLY if answered else Action.PAUSE
     return after, (*actions, Action.WAKE_ANSWERS, pause)
 

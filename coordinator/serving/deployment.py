@@ -12,13 +12,14 @@ import grpc
 
 from coordinator.fleet.head_watch import HeadWatch
 from coordinator.fleet.left_stages import LeftStage
+from coordinator.fleet.timing import Timing
 from coordinator.models.catalog import Source
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.recovery import lifecycle
 from coordinator.serving.events import Events
 from coordinator.serving.lease import Lease
-from coordinator.serving.timing import Timing
+from unicluster.causes import Cause
 from unicluster.cluster.channels import as_error, known_at, without_scope
 from unicluster.deadlines import floor_seconds, open_seconds
 from unicluster.dialing.dialer import Dialer
@@ -48,6 +49,10 @@ OPEN_SECONDS = 15.0
 SAVE_SECONDS = 15.0
 # For the head's model to be set before it says that the ring is open.
 SET_FLOORS = 5.0
+# Whether an answer can go on elsewhere changes without notice.
+LOOK_SECONDS = 1.0
+# Losses of a stage, on a machine that is there, after which it may load all the same.
+MENDABLE = (Cause.KILLED, Cause.FROZEN)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ class Deployment:
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = asyncio.Event()
         self._stirred = asyncio.Event()
-        self._answers = 0
+        self._unopened = False  # over stages that are all there: machines don't reach each other
+        self._answers: list[Callable[[], bool]] = []
         self.specs = _specs(layout, plan, files, generation)
         self.watch = HeadWatch(self.specs[0].ring_prefill_s, plan.chunk_tokens)
         self._leases: list[Lease] = []
@@ -187,7 +193,7 @@ class Deployment:
             try:
                 await self._supervise()
             except UniclusterError as error:
-                self._report(lifecycle.Lost(str(error)))
+                self._report(lifecycle.Lost(str(error), mendable=self._is_mendable(error)))
                 raise
             finally:
                 self.chat = None
@@ -200,15 +206,35 @@ class Deployment:
         """Returns when the model answers for the first time."""
         await self._was_ready.wait()
 
+    def _is_mendable(self, error: UniclusterError) -> bool:
+        """Whether another plan, or the same one later, may load although this one did not."""
+        lost = next((lease for lease in self._leases if lease.lost is error), None)
+        if lost is not None and not isinstance(error, UnavailableError):
+            return lost.cause in MENDABLE
+        return isinstance(error, UnavailableError) and not self._unopened
+
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """While the block runs, an answer does: draining waits for its end."""
-        self._answers += 1
+    def answering(self, can_move: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """While the block runs, an answer does: draining waits for its end.
+
+        can_move: whether the answer could go on elsewhere now.
+        """
+        self._answers.append(can_move)
         try:
             yield
         finally:
-            self._answers -= 1
+            self._answers.remove(can_move)
             self._stirred.set()
+
+    async def until_movable(self, seconds: float) -> None:
+        """Returns when no answer runs, or after `seconds` when all can go on elsewhere."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        while self._answers and (clock() < until or not all(can() for can in self._answers)):
+            self._stirred.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LOOK_SECONDS, max(0.0, until - clock()) or 1.0)):
+                    await self._stirred.wait()
 
     @property
     def draining(self) -> str:
@@ -247,6 +273,7 @@ class Deployment:
                         began = None
                         succeeded(attempt)
                     elif clock() - began > OPEN_SECONDS:
+                        self._unopened = True
                         raise UnavailableError(self.detail)
                     raise _RingClosed(self.detail)
                 finally:

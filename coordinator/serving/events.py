@@ -161,6 +161,31 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class Retrying:
+    """The model has not answered yet, lost a machine, and is planned anew; `reason`: a sentence."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The layers are about to move to a better plan, which saves `gain` of a token's time."""
+
+    model: str
+    gain: float
+    moved: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
+class Staying:
+    """A better plan came to nothing, and the model answers where it did; `reason`: a sentence."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Unloading:
     """The model is given up, and the machines' memory with it."""
 
@@ -182,6 +207,9 @@ Event = (
     | Listening
     | Recovering
     | Recovered
+    | Retrying
+    | Moving
+    | Staying
     | Unloading
 )
 

@@ -153,8 +153,12 @@ class Gateway:
             raise _BrokenOffError(UnavailableError(deployment.ending))
         left = None if ends is None else max(ends - asyncio.get_running_loop().time(), 0.0)
         call = deployment.chat.Generate(transcript.request(), timeout=left)
+
+        def can_move() -> bool:
+            return bool(self._recover_s) and transcript.can_resume
+
         try:
-            with deployment.answering(), deployment.timing.answer() as finished:
+            with deployment.answering(can_move), deployment.timing.answer() as finished:
                 while True:
                     try:
                         with deployment.watch.answer():

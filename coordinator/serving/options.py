@@ -9,6 +9,7 @@ import click
 
 from coordinator.models.catalog import Source
 from coordinator.planning.placement import Objective
+from coordinator.recovery.survey import MARGIN
 from unicluster.cluster.here import DEFAULT_PORTS
 from unicluster.cluster.records import Kind
 from unicluster.command_line import Option
@@ -19,6 +20,22 @@ DEFAULT_PORT = DEFAULT_PORTS[Kind.CHAT]
 DEFAULT_HTTP_PORT = 8080
 # How long an answer that broke off may wait for the model.
 RECOVER_SECONDS = 300.0
+
+
+# How long a plan must be better before the layers move.
+SETTLE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Rebalancing:
+    """When layers move to machines that have come.
+
+    margin: the part of a token's time that this must save; None: they move only when asked.
+    settle_s: seconds for which that must have been so.
+    """
+
+    margin: float | None = MARGIN
+    settle_s: float = SETTLE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class ServeOptions:
     broker: BrokerUrl | None = None
     metrics_port: int | None = None
     recover_s: float = RECOVER_SECONDS  # that an answer which broke off may wait
+    rebalancing: Rebalancing = field(default_factory=Rebalancing)
     http: HttpOptions | None = None
     service: str = ""  # its name, by which machines know its stages; empty: nobody takes it up
     orphan_grace_s: float = 0.0  # that stages live on without their coordinator

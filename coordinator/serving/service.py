@@ -9,34 +9,43 @@ from typing import TypeVar
 import grpc
 
 from coordinator.fleet.left_stages import LeftStages
-from coordinator.fleet.measured import Measurements
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
 from coordinator.planning.machine import Machine
-from coordinator.planning.placement import Objective, Plan, Stage
-from coordinator.planning.planner import plan
-from coordinator.planning.shortfall import scaled
+from coordinator.planning.placement import Objective, Plan
 from coordinator.recovery import lifecycle
-from coordinator.recovery.keeping import keeping
-from coordinator.serving.deployment import Deployment, Files
+from coordinator.recovery.survey import Survey, has_grown, offers
+from coordinator.serving.ahead import loaded_ahead
+from coordinator.serving.deployment import Deployment
 from coordinator.serving.events import (
     Events,
+    Moving,
     Planned,
     Ready,
     Recovered,
     Recovering,
+    Retrying,
+    Staying,
     moves,
 )
 from coordinator.serving.inspected import Inspected
-from coordinator.serving.sourcing import hub_files
+from coordinator.serving.options import Rebalancing
+from coordinator.serving.plans import Plans
 from coordinator.state.cut import Cut
+from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.dialing.dialer import Dialer
-from unicluster.errors import DoesNotFitError, UnavailableError, UniclusterError
+from unicluster.errors import (
+    BusyError,
+    DoesNotFitError,
+    StageError,
+    UnavailableError,
+    UniclusterError,
+)
 from unicluster.retry import attempts, succeeded
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
-from unicluster.v1.node_pb2 import Draft, StageSpec
+from unicluster.v1.node_pb2 import StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +54,12 @@ FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
 # For the head to say how it is.
 HEAD_SECONDS = 5.0
+# Between two looks at the machines for a better plan, unless one comes.
+SURVEY_SECONDS = 15.0
+# For running answers to end before the layers move to a better plan; then they go on there.
+FINISH_SECONDS = 10.0
+# A plan that somebody asks for is no better if it saves less of a token's time.
+LEAST_GAIN = 0.01
 
 T = TypeVar("T")
 
@@ -52,8 +67,9 @@ T = TypeVar("T")
 class Service:
     """Plans, deploys, and when a machine is lost plans again over those that remain.
 
-    The first deployment must succeed; from then on the service lives until it is cancelled,
-    and `state` and `detail` say how it is. What happens is published to `events`.
+    It lives until it is cancelled, and `state` and `detail` say how it is; before the first
+    deployment answers, what planning again can't mend ends it. What happens is published to
+    `events`. While it answers it looks for better plans, and moves to them without cutting answers.
     """
 
     def __init__(
@@ -69,37 +85,41 @@ class Service:
         events: Events,
         generation: StageSpec,
         resume: Cut | None = None,
+        last: Cut | None = None,
+        rebalancing: Rebalancing | None = None,
         on_ready: Callable[[Plan], None] = lambda plan: None,
     ) -> None:
         """resume: where the layers are that a coordinator before has left, for the first plan.
 
-        on_ready: called with each plan whose model answers.
+        last: where they were when they were last served; that is preferred. on_ready: called with
+        each plan whose model answers.
         """
         self.source = source
         self.variants = inspected.variants
         self.layout = self.variants.layout
-        both = (source, gguf)
-        self._models = {
-            engine: model
-            for engine, model in zip(inspected.by_engine, both, strict=False)
-            if model is not None
-        }
-        self._inspected = inspected
-        self._own_sources = own_sources  # where this process itself offers the files
+        self._plans = Plans(
+            *(source, gguf, inspected, objective, identity, own_sources, generation),
+            last.plan if last is not None else None,
+        )
+        self._plans.resume(resume)
         self.deployment: Deployment | None = None
         self._members = members
         self._identity = identity
-        self._objective = objective
         self._nodes = nodes
         self._events = events
-        self._served: tuple[Stage, ...] = ()  # that answered last
-        self._left = LeftStages(Dialer(identity))
-        self._resume = resume
+        self._dialer = Dialer(identity)
+        self._left = LeftStages(self._dialer)
+        self._rebalancing = rebalancing or Rebalancing()
+        self._known: dict[str, int] = {}  # offers of machines that the last plan was made over
+        self._better: Plan | None = None  # the plan to move to
+        self._declined = ""  # why the last such plan came to nothing
+        self._taking_up = resume is not None
         self._on_ready = on_ready
         self._generation = generation
         self._life = lifecycle.State()
         self._ready = asyncio.Event()
         self._turned = asyncio.Event()  # there is another deployment, or none, or another ring
+        self._changed = asyncio.Event()  # anything else
         self._lost: list[Machine] = []  # just now, with the deployment that answered
 
     @property
@@ -141,11 +161,11 @@ class Service:
 
     @property
     def moving(self) -> bool:
-        """Whether a machine is being drained and others have not taken over yet."""
+        """Whether layers leave machines that are there, and others have not taken over yet."""
         return self._life.moving or (self.deployment is not None and bool(self.deployment.draining))
 
     async def until_moved(self, timeout: float) -> None:
-        """Returns when others have taken over from a machine that is drained, or can't."""
+        """Returns when others have taken over from machines that the layers leave, or can't."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self.moving:
@@ -237,15 +257,17 @@ class Service:
 
     def _lose(self, error: UniclusterError) -> bool:
         """Carries out the loss of the deployment; returns whether pauses begin anew."""
-        answered = not self._life.stuck
+        answered = not self._life.stuck and self._life.ring > 0
         if self._life.phase is not lifecycle.Phase.WAITING:  # else the deployment has said it
             lacks = isinstance(error, DoesNotFitError)
-            actions = self._note(lifecycle.Lost(str(error), lacks_memory=lacks))
+            mendable = isinstance(error, UnavailableError | DoesNotFitError)
+            actions = self._note(lifecycle.Lost(str(error), lacks, mendable))
             answered = lifecycle.Action.PAUSE_BRIEFLY in actions
         if self.deployment is not None and answered:
             self._lost = [left.machine for left in self.deployment.left if left.gone]
         self.deployment = None
-        log.warning("not serving: %s", error)
+        level = logging.INFO if self._life.move is not None else logging.WARNING
+        log.log(level, "not serving: %s", error)
         return answered
 
     def _note(self, news: lifecycle.Event) -> lifecycle.Actions:
@@ -257,29 +279,79 @@ class Service:
                 case lifecycle.Action.ANNOUNCE_READY:
                     self._events.publish(Ready(self.display))
                 case lifecycle.Action.ANNOUNCE_RECOVERED if deployment is not None:
-                    moved = moves(self._served, deployment.plan.stages)
+                    moved = moves(self._plans.served, deployment.plan.stages)
                     self._events.publish(Recovered(self.display, moved))
                 case lifecycle.Action.ANNOUNCE_LOSS:
                     self._events.publish(Recovering(self.display, self._life.problem))
+                case lifecycle.Action.ANNOUNCE_RETRY:
+                    self._events.publish(Retrying(self.display, self._life.problem))
+                case lifecycle.Action.GO_BACK:
+                    self._declined = self._life.problem
+                    self._plans.go_back()
                 case lifecycle.Action.LEAVE_STAGES if deployment is not None:
                     deployment.stages_stay = True
                 case lifecycle.Action.WAKE_ANSWERS:
                     self._turned.set()
         if self._life.phase is lifecycle.Phase.READY and deployment is not None:
-            self._served = deployment.plan.stages
+            self._plans.stands(deployment.plan)
+        self._changed.set()
         return actions
 
     async def _deploy_once(self) -> None:
         self._note(lifecycle.PauseOver())
         lost, self._lost = self._lost, []
         machines = await self._members.machines(lost)
-        names = self._nodes
-        if names is not None and self._ready.is_set():
-            names = [machine.name for machine in machines if machine.name in names]
-        placed = self._resumed(machines) or await self._plan(machines, names)
+        placed = await self._plans.next(machines, self._names(machines))
+        # What a coordinator before has planned was not planned over these machines.
+        taken_up, self._taking_up = self._taking_up, False
+        considered = {stage.machine.name for stage in placed.stages}
+        self._known = offers(m for m in machines if not taken_up or m.name in considered)
         self._events.publish(Planned(self.display, self.variants, placed))
-        files = await self._files(placed, [machine.address for machine in machines])
-        deployment = Deployment(
+        deployment = await self._deployment(placed, machines)
+        self._left.add(self._members.orphans)
+        await self._left.release_but(placed.stages, deployment.specs)
+        self.deployment = deployment
+        self._note(lifecycle.Planned())
+        running = asyncio.create_task(deployment.run())
+        first = asyncio.create_task(deployment.until_ready())
+        drained = asyncio.create_task(deployment.until_drained())
+        moved = asyncio.create_task(self._move(deployment))
+        looking = asyncio.create_task(self._look())
+        storing = asyncio.create_task(deployment.timing.keep(self.measure))
+        try:
+            await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                self._on_ready(placed)
+                self._ready.set()
+            await asyncio.wait([running, drained, moved], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                reason, move = "its layers move to other machines", lifecycle.Move.BETTER
+                if drained.done():
+                    reason = f"machine {deployment.draining} is being drained"
+                    move = lifecycle.Move.DRAIN
+                deployment.detail = reason
+                self._note(lifecycle.Lost(reason, move=move))
+                raise UnavailableError(reason)
+            await running
+        except asyncio.CancelledError:
+            self._note(lifecycle.Stopped())
+            raise
+        finally:
+            tasks = running, first, drained, moved, looking, storing
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._left.add(deployment.left)
+
+    def _names(self, machines: list[Machine]) -> list[str] | None:
+        """Machines that may be used, None for all: once it began, those that are there."""
+        if self._nodes is None or not self._life.begun:
+            return self._nodes
+        return [machine.name for machine in machines if machine.name in self._nodes]
+
+    async def _deployment(self, placed: Plan, machines: list[Machine]) -> Deployment:
+        files = await self._plans.files(placed, [machine.address for machine in machines])
+        return Deployment(
             self.display,
             self.layout,
             placed,
@@ -289,95 +361,96 @@ class Service:
             self._generation,
             self._note,
         )
-        self._left.add(self._members.orphans)
-        await self._left.release_but(placed.stages, deployment.specs)
-        self.deployment = deployment
-        self._note(lifecycle.Planned())
-        running = asyncio.create_task(deployment.run())
-        first = asyncio.create_task(deployment.until_ready())
-        drained = asyncio.create_task(deployment.until_drained())
-        storing = asyncio.create_task(deployment.timing.keep(self.measure))
-        try:
-            await asyncio.wait([running, first], return_when=asyncio.FIRST_COMPLETED)
-            if first.done():
-                self._on_ready(placed)
-                self._ready.set()
-            await asyncio.wait([running, drained], return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                reason = f"machine {deployment.draining} is being drained"
-                self._note(lifecycle.Lost(reason, drained=True))
-                raise UnavailableError(reason)
-            await running
-        except asyncio.CancelledError:
-            self._note(lifecycle.Stopped())
-            raise
-        finally:
-            tasks = running, first, drained, storing
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._left.add(deployment.left)
 
-    async def _plan(self, machines: list[Machine], names: list[str] | None) -> Plan:
-        """The best plan over these machines; `names`: of those that may be used, None for all."""
-        fleet = Measurements.load().fleet(machines, self.display, self.variants)
-        # A search over many machines takes a second; answers go on meanwhile.
-        placed = await asyncio.to_thread(
-            plan,
-            self.variants,
-            fleet.machines,
-            self._objective,
-            model=self.display,
-            nodes=names,
-            network=fleet.network,
-            alternatives=scaled(quants=self.source.quants or not self.layout.quantized),
-        )
-        if not self._served:
-            return placed
-        allowed = [m for m in fleet.machines if names is None or m.name in names]
-        return keeping(placed, self._served, self.variants, allowed, fleet.network)
+    async def _look(self) -> None:
+        """Looks for better plans, until cancelled, where machines have come since the last plan."""
+        rules = self._rebalancing
+        if rules.margin is None:
+            return
+        clock = asyncio.get_running_loop().time
+        while True:
+            await self._members.changed(min(SURVEY_SECONDS, max(rules.settle_s / 4, 1.0)))
+            if self._life.phase is not lifecycle.Phase.READY or self._life.move is not None:
+                continue
+            with going_on("looking for a better plan"), contextlib.suppress(UniclusterError):
+                machines = await self._members.machines(quiet=True)
+                found = None
+                if has_grown(self._known, machines):
+                    found = await self._plans.survey(machines, self._names(machines), rules.margin)
+                worth = found is not None and found.gain >= rules.margin
+                self._offer(found, lifecycle.Surveyed(worth, clock(), rules.settle_s))
 
-    def _resumed(self, machines: list[Machine]) -> Plan | None:
-        """The plan of the coordinator before, once, where its machines are there."""
-        resume, self._resume = self._resume, None
-        return resume.on(machines) if resume is not None else None
+    def _offer(self, found: Survey | None, news: lifecycle.Surveyed | lifecycle.Asked) -> None:
+        actions = self._note(news)
+        if found is not None and lifecycle.Action.PREPARE in actions:
+            self._better = found.better
+            moved = moves(found.standing.stages, found.better.stages)
+            self._events.publish(Moving(self.display, found.gain, moved))
 
-    async def _files(self, placed: Plan, addresses: list[str]) -> Files:
-        inspected, draft = self._inspected.by_engine, self._inspected.draft
-        revisions = {engine: layout.revision for engine, layout in inspected.items()}
-        agents = [stage.machine.address for stage in placed.stages]
-        from_hub: list[list[str]] = [[] for _ in placed.stages]
-        for engine in placed.engines:
-            indices = [i for i, stage in enumerate(placed.stages) if stage.engine == engine]
-            assigned = await hub_files(
-                self._models[engine].model,
-                revisions[engine],
-                inspected[engine].files,
-                [(placed.stages[i].first, placed.stages[i].end) for i in indices],
-                [agents[i] for i in indices],
-                addresses,
-                self._identity,
-                has_lm_head=placed.stages[indices[-1]].has_lm_head,
-            )
-            for index, files in zip(indices, assigned, strict=True):
-                from_hub[index] = files
-        sources = [*self._own_sources, *addresses]
-        if draft is None:
-            return Files(self._models, revisions, sources, from_hub)
-        source = self._generation.draft
-        (of_draft,) = await hub_files(
-            source.model,
-            draft.revision,
-            draft.files,
-            [(0, len(draft.layer_bytes))],
-            agents[:1],
-            addresses,
-            self._identity,
-        )
-        drafting = Draft(
-            model=source.model, quant=source.quant, revision=draft.revision, hub_files=of_draft
-        )
-        return Files(self._models, revisions, sources, from_hub, drafting)
+    async def survey(self) -> Survey:
+        """The plan that stands beside the best one. Raises UnavailableError where it answers not.
+
+        Raises BusyError while it moves already.
+        """
+        if self._life.phase is not lifecycle.Phase.READY:
+            raise UnavailableError(self.why_not)
+        if self._life.move is not None:
+            raise BusyError(f"{self.display} moves already")
+        machines = await self._members.machines()
+        found = await self._plans.survey(machines, self._names(machines), 2 * LEAST_GAIN)
+        if found is None:
+            raise UnavailableError(self.why_not if self.detail else "a machine has just been lost")
+        return found
+
+    async def rebalance(self) -> Survey:
+        """Moves to the best plan, if it is better at all, and returns when the model answers there.
+
+        Raises as `survey` does, and StageError where the plan came to nothing: then the model
+        answers where it did.
+        """
+        found = await self.survey()
+        if found.gain < LEAST_GAIN:
+            return found
+        self._offer(found, lifecycle.Asked(asyncio.get_running_loop().time()))
+        while self._life.move is not None or self._life.phase is not lifecycle.Phase.READY:
+            if self._life.phase is lifecycle.Phase.ENDED:
+                raise UnavailableError("the model is being unloaded")
+            self._changed.clear()
+            await self._changed.wait()
+        if moves(self._plans.served, found.better.stages):
+            raise StageError(f"{self.display} answers where it did: {self._declined}")
+        return found
+
+    async def _move(self, deployment: Deployment) -> None:
+        """Returns when the layers may leave for a better plan, which is the next then."""
+        while True:
+            await self._until_move(lifecycle.Move.PREPARING)
+            better = self._better
+            if better is None:
+                continue
+            try:
+                machines = await self._members.machines(quiet=True)
+                specs = (await self._deployment(better, machines)).specs
+                busy = {stage.machine.name for stage in deployment.plan.stages}
+                ahead = loaded_ahead(better, specs, busy, self._dialer, self._events)
+                async with ahead as left:
+                    self._left.add(left)
+                    self._note(lifecycle.Prepared())
+                    await deployment.until_movable(FINISH_SECONDS)
+            except UniclusterError as error:
+                log.warning("%s stays where it is: %s", self.display, error)
+                self._declined = str(error)
+                self._events.publish(Staying(self.display, str(error)))
+                self._note(lifecycle.Abandoned())
+                continue
+            if self._life.move is lifecycle.Move.BETTER:
+                self._plans.resume(Cut.of(better))
+                return
+
+    async def _until_move(self, move: lifecycle.Move) -> None:
+        while self._life.move is not move:
+            self._changed.clear()
+            await self._changed.wait()
 
 
 def _copy_counts(head: ChatInfo, info: ChatInfo) -> None:

@@ -45,7 +45,9 @@ class Cut:
                 return None
             stages.append(replace(stage, machine=machine))
         used = {stage.machine.name for stage in stages}
-        left_out = tuple((m, "the layers are where they were") for m in machines)
+        reasons = {machine.name: reason for machine, reason in self.plan.left_out}
+        stay = "the layers are where they were"
+        left_out = tuple((m, reasons.get(m.name, stay)) for m in machines)
         return replace(
             self.plan,
             stages=tuple(stages),

@@ -48,6 +48,13 @@ MIGRATIONS: Sequence[str] = (
         text TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE layouts (
+        service TEXT PRIMARY KEY,
+        options TEXT NOT NULL,
+        cut TEXT NOT NULL
+    ) STRICT;
+    """,
 )
 
 

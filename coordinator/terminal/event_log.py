@@ -3,16 +3,19 @@
 from coordinator.serving.events import (
     Event,
     Listening,
+    Moving,
     Recovered,
     Recovering,
+    Retrying,
     StageAdopted,
     StageFailed,
+    Staying,
     Unloading,
     WorkerEnded,
 )
 from coordinator.state.database import Database
 from coordinator.state.event_log import EventLog
-from coordinator.terminal.printer import recovered_line
+from coordinator.terminal.printer import moving_line, recovered_line
 
 
 class EventLogger:
@@ -38,6 +41,12 @@ class EventLogger:
                 self._add("recovering", text=event.reason)
             case Recovered():
                 self._add("recovered", text=recovered_line(event).plain)
+            case Retrying():
+                self._add("waiting", text=event.reason)
+            case Moving():
+                self._add("moving", text=moving_line(event).plain)
+            case Staying():
+                self._add("staying", text=event.reason)
             case Unloading():
                 self._add("unloaded")
 

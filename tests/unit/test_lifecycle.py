@@ -7,22 +7,29 @@ import pytest
 
 from coordinator.recovery.lifecycle import (
     FIT_SECONDS,
+    MOST_REST_SECONDS,
     MOST_TRIES,
+    REST_SECONDS,
     SAME_SECONDS,
+    Abandoned,
     Action,
     Actions,
+    Asked,
     Broke,
     BrokenOff,
     End,
     Event,
     GoOn,
     Lost,
+    Move,
     Opened,
     PauseOver,
     Phase,
     Planned,
+    Prepared,
     State,
     Stopped,
+    Surveyed,
     Wait,
     apply,
     fate,
@@ -35,7 +42,16 @@ EVENTS: tuple[Event, ...] = (
     Broke("bob closed the connection"),
     Lost("bob is gone"),
     Lost("4 GB are missing", lacks_memory=True),
-    Lost("bob drains", drained=True),
+    Lost("bob is gone, and may come back", mendable=True),
+    Lost("bob drains", move=Move.DRAIN),
+    Lost("cid is faster", move=Move.BETTER),
+    Surveyed(worth=True, at=100.0, settle=60.0),
+    Surveyed(worth=True, at=170.0, settle=60.0),
+    Surveyed(worth=True, at=9000.0, settle=60.0),
+    Surveyed(worth=False, at=180.0, settle=60.0),
+    Asked(at=200.0),
+    Prepared(),
+    Abandoned(),
     PauseOver(),
     Stopped(),
 )
@@ -128,7 +144,12 @@ def test_clients_learn_of_each_loss_and_each_return_once() -> None:
         assert sum(map(actions.count, said)) == back
         if back:
             assert (Action.ANNOUNCE_READY in actions) == (state.ring == 0)
-            assert after == State(Phase.READY, state.ring + 1)
+            assert after == State(
+                *(Phase.READY, state.ring + 1),
+                begun=True,
+                moved_at=state.moved_at,
+                rest=state.rest,
+            )
 
 
 def test_answers_are_woken_whenever_their_fate_may_change() -> None:
@@ -143,10 +164,13 @@ def test_answers_are_woken_whenever_their_fate_may_change() -> None:
                 assert isinstance(now, Wait) or state.ring == 0, (state, event)
 
 
-def test_a_service_that_never_answered_fails_and_one_that_did_never_does() -> None:
+def test_one_that_never_answered_fails_where_no_retry_helps_and_one_that_did_never_does() -> None:
     for state, event, after, actions in STEPS:
         if isinstance(event, Lost) and state.phase is not after.phase:
-            assert (Action.FAIL in actions) == (state.ring == 0)
+            first = state.phase is Phase.PLANNING and not state.begun
+            hopeless = first or not event.mendable
+            assert (Action.FAIL in actions) == (state.ring == 0 and hopeless)
+            assert (Action.ANNOUNCE_RETRY in actions) == (state.ring == 0 and not hopeless)
     for state in STATES:
         if state.phase is Phase.ENDED:
             continue
@@ -168,7 +192,95 @@ def test_a_problem_is_there_whenever_it_does_not_answer_after_it_did() -> None:
         if state.phase in (Phase.REOPENING, Phase.WAITING):
             assert state.problem
         if state.phase is Phase.READY:
-            assert (state.problem, state.stuck, state.lack, state.moving) == ("", False, "", False)
+            assert (state.problem, state.stuck, state.lack) == ("", False, "")
+
+
+# Moves to better plans
+
+
+READY = State(Phase.READY, 1, begun=True)
+
+
+def after(state: State, *events: Event) -> State:
+    for event in events:
+        state, _ = apply(state, event)
+    return state
+
+
+def surveyed(at: float, *, worth: bool = True) -> Surveyed:
+    return Surveyed(worth, at, settle=60.0)
+
+
+def test_a_move_begins_only_while_it_answers_and_one_at_a_time() -> None:
+    for state, event, now, actions in STEPS:
+        if Action.PREPARE in actions:
+            assert isinstance(event, Surveyed | Asked)
+            assert (state.phase, state.move) == (Phase.READY, None)
+            assert (now.phase, now.move) == (Phase.READY, Move.PREPARING)
+        if Action.EMPTY in actions:
+            assert (state.move, now.move, now.phase) == (Move.PREPARING, Move.BETTER, Phase.READY)
+
+
+def test_new_answers_wait_for_a_move_only_once_it_is_prepared() -> None:
+    for state in STATES:
+        assert state.moving == (state.move in (Move.DRAIN, Move.BETTER))
+    assert not after(READY, Asked(0.0)).moving
+    assert after(READY, Asked(0.0), Prepared()).moving
+    assert not after(READY, Asked(0.0), Prepared(), Abandoned()).moving
+
+
+def test_a_plan_must_be_better_for_a_while() -> None:
+    """Figures that are measured anew come and go, and so do machines."""
+    assert after(READY, surveyed(0.0)).move is None
+    assert after(READY, surveyed(0.0), surveyed(59.9)).move is None
+    assert after(READY, surveyed(0.0), surveyed(60.0)).move is Move.PREPARING
+    interrupted = (surveyed(0.0), surveyed(50.0, worth=False), surveyed(60.0), surveyed(119.0))
+    assert after(READY, *interrupted).move is None
+    broken = (surveyed(0.0), Broke("bob is slow"), Opened(), surveyed(60.0))
+    assert after(READY, *broken).move is None
+
+
+def moved(state: State, at: float) -> State:
+    """After a move that was decided at a time, and came to its end."""
+    begins = (surveyed(at - 60), surveyed(at), Prepared(), Lost("cid is faster", move=Move.BETTER))
+    return after(state, *begins, PauseOver(), Planned(), Opened())
+
+
+def test_moves_are_some_time_apart_unless_somebody_asks() -> None:
+    state = moved(READY, 1000.0)
+    assert state.moved_at == 1000.0
+    soon = 1000.0 + REST_SECONDS - 1
+    assert after(state, surveyed(soon - 60), surveyed(soon)).move is None
+    assert after(state, surveyed(soon - 60), surveyed(soon), surveyed(soon + 1)).move is not None
+    assert after(state, Asked(soon)).move is Move.PREPARING
+
+
+def test_a_machine_that_comes_and_goes_moves_layers_ever_more_rarely() -> None:
+    state, at, gaps = READY, 1000.0, []
+    for _ in range(8):
+        begun = at
+        while after(state, surveyed(at - 60), surveyed(at)).move is None:
+            at += 60.0
+        state = moved(state, at)
+        state = after(state, Lost("cid is gone"), PauseOver(), Planned(), Opened())
+        gaps.append(at - begun)
+        at += 60.0
+
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > 5 * gaps[1]
+    assert state.rest == MOST_REST_SECONDS
+    steady = moved(state, at + 2 * MOST_REST_SECONDS)
+    assert steady.rest == REST_SECONDS
+
+
+def test_a_plan_that_comes_to_nothing_is_left_for_the_one_that_stood() -> None:
+    for state, event, now, actions in STEPS:
+        fruitless = state.move is Move.BETTER and state.phase in (Phase.PLANNING, Phase.LOADING)
+        lost = isinstance(event, Lost) and state.phase is not now.phase
+        assert (Action.GO_BACK in actions) == (fruitless and lost), (state, event)
+        if Action.GO_BACK in actions:
+            assert now.move is not Move.BETTER or event == Lost("cid is faster", move=Move.BETTER)
+            assert now.rest > state.rest or now.rest == MOST_REST_SECONDS
 
 
 # Answers

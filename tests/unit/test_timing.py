@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.fleet.measured import Measurements
+from coordinator.fleet.timing import RECENT, TOKENS, Timing
 from coordinator.planning.links import Network
 from coordinator.planning.placement import Stage
 from coordinator.planning.stages import Span, stages
-from coordinator.serving.timing import RECENT, TOKENS, Timing
 from tests.support.cluster import until
 from tests.support.fleets import GB, a_layout, a_machine
 from unicluster.v1.chat_pb2 import Finish, Measured, Timings, Usage
