@@ -23,7 +23,7 @@ from coordinator.openapi.parts import (
     ref,
     whole,
 )
-from coordinator.protocols.anthropic_thinking import EFFORTS, KEEPS_ALL
+from coordinator.protocols.anthropic_output import EFFORTS, KEEPS_ALL
 from coordinator.protocols.asked import Json
 from coordinator.protocols.openai_fields import MOST_TOKENS
 from unicluster.chat_limits import MOST_MESSAGES, MOST_TOOLS
@@ -43,7 +43,7 @@ _PROMPT = {
             "display": choice("summarized", "full", "omitted"),
         },
     ),
-    "output_config": asked({}, {"effort": choice(*EFFORTS)}),
+    "output_config": asked({}, {"effort": choice(*EFFORTS), "format": ref("MessageFormat")}),
     "context_management": asked({}, {"edits": items(choice(*KEEPS_ALL))}),
     **_CACHED,
 }
@@ -111,6 +111,7 @@ SCHEMAS: dict[str, Json] = {
             **_CACHED,
         },
     ),
+    "MessageFormat": asked({"type": choice("json_schema"), "schema": OBJECT}, {}),
     "MessageToolChoice": either(
         asked({"type": choice("auto", "any", "none")}, _PARALLEL),
         asked({"type": choice("tool"), "name": NAME}, _PARALLEL),
@@ -136,6 +137,7 @@ SCHEMAS: dict[str, Json] = {
             "cache_creation_input_tokens": COUNT,
             "cache_read_input_tokens": COUNT,
             "output_tokens": COUNT,
+            "output_tokens_details": answered({"thinking_tokens": COUNT}),
         }
     ),
     "MessageAnswer": _typed(

@@ -89,6 +89,7 @@ SCHEMAS: dict[str, Json] = {
             "completion_tokens": COUNT,
             "total_tokens": COUNT,
             "prompt_tokens_details": answered({"cached_tokens": COUNT}),
+            "completion_tokens_details": answered({"reasoning_tokens": COUNT}),
         }
     ),
     "ChatCompletion": answered(

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator.protocols.anthropic_messages import input_of, read_conversation, read_system
-from coordinator.protocols.anthropic_thinking import read_thinking
+from coordinator.protocols.anthropic_output import read_thinking
 from coordinator.protocols.asked import EVENTS, Asked, Json, Stamp, joined, sse, stamp
 from coordinator.protocols.errors import Failure, anthropic_error
 from coordinator.protocols.fields import Fields
 from coordinator.protocols.openai_fields import MOST_TOKENS, stop_strings
 from unicluster.client.answers import Answer, Usage
+from unicluster.client.reasoning import ReasoningTokens
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest, Tool
 from unicluster.v1.chat_pb2 import Usage as WireUsage
@@ -17,7 +18,7 @@ from unicluster.v1.chat_pb2 import Usage as WireUsage
 NOT_HERE = {
     "mcp_servers": "no server is called",
     "container": "nothing is run here",
-    "output_format": "leave it out",
+    "output_format": "its new name is output_config.format",
     "inference_geo": "the machines are where they are",
     "fallbacks": "one model is served",
 }
@@ -110,6 +111,7 @@ class MessageReply:
         self._thinks = thinks
         self._block = -1  # number of the content block that was begun last
         self._kind = ""  # of that block while it is open
+        self._reasoned = ReasoningTokens()
         self._ended: GenerateEvent | None = None
 
     def whole(self, answers: Sequence[Answer]) -> Json:
@@ -131,7 +133,7 @@ class MessageReply:
         return {
             **self._message(content),
             **_reason(answer.finish_reason, answer.stop_string),
-            "usage": _usage(answer.usage),
+            "usage": _usage(answer.usage, answer.reasoning_tokens),
         }
 
     def begin(self) -> bytes:
@@ -139,7 +141,7 @@ class MessageReply:
             **self._message([]),
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": _usage(Usage(0, 0)),
+            "usage": _usage(Usage(0, 0), 0),
         }
         return sse({"type": "message_start", "message": message}, "message_start")
 
@@ -148,6 +150,7 @@ class MessageReply:
             self._ended = event
             return self._close()
         delta, parts = event.delta, []
+        self._reasoned.add(delta)
         if delta.reasoning and self._thinks:
             parts += [self._open("thinking", {"thinking": "", "signature": ""})]
             parts += [self._add({"type": "thinking_delta", "thinking": delta.reasoning})]
@@ -168,7 +171,7 @@ class MessageReply:
         delta = {
             "type": "message_delta",
             "delta": _reason(finish.reason, finish.stop_string),
-            "usage": _usage(finish.usage),
+            "usage": _usage(finish.usage, self._reasoned.count),
         }
         return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
 
@@ -214,10 +217,11 @@ def _reason(reason: str, stop_string: str) -> Json:
     return {"stop_reason": named, "stop_sequence": stop_string if is_stop else None}
 
 
-def _usage(usage: Usage | WireUsage) -> Json:
+def _usage(usage: Usage | WireUsage, reasoning_tokens: int) -> Json:
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": reasoning_tokens},
     }

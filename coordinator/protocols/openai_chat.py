@@ -103,7 +103,10 @@ class ChatReply:
                 }
                 for index, answer in enumerate(answers)
             ],
-            "usage": usage_json([answer.usage for answer in answers]),
+            "usage": usage_json(
+                [answer.usage for answer in answers],
+                sum(answer.reasoning_tokens for answer in answers),
+            ),
         }
 
     def begin(self) -> bytes:
@@ -111,8 +114,8 @@ class ChatReply:
         return joined(self._chunk(index, {"role": "assistant", "content": ""}) for index in indices)
 
     def event(self, index: int, event: GenerateEvent) -> bytes:
+        self._chunks.note(index, event)
         if event.HasField("finish"):
-            self._chunks.note(index, event.finish.usage)
             return self._chunk(index, {}, event.finish.reason)
         delta: Json = {}
         # What was not read as calls is what the model has written: nothing of that is dropped.

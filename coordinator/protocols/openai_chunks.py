@@ -1,8 +1,11 @@
 """The end of a stream of OpenAI's completions, of chats and of plain text alike."""
 
+from collections import defaultdict
+
 from coordinator.protocols.asked import Json, Stamp, sse
 from coordinator.protocols.openai_fields import usage_json
-from unicluster.v1.chat_pb2 import Usage
+from unicluster.client.reasoning import ReasoningTokens
+from unicluster.v1.chat_pb2 import GenerateEvent, Usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -18,22 +21,26 @@ class Chunks:
         self._kind = kind
         self._include_usage = include_usage
         self._usages: dict[int, Usage] = {}
+        self._reasoned: dict[int, ReasoningTokens] = defaultdict(ReasoningTokens)
 
     def one(self, choice: Json) -> bytes:
         """The chunk with that choice."""
         chunk = {**head(self._stamp, self._kind), "choices": [choice]}
         return sse(chunk | {"usage": None} if self._include_usage else chunk)
 
-    def note(self, index: int, usage: Usage) -> None:
-        """Notes the usage of the answer number `index`, which has ended."""
-        self._usages[index] = usage
+    def note(self, index: int, event: GenerateEvent) -> None:
+        """Notes what an event of the answer number `index` says of usage."""
+        if event.HasField("finish"):
+            self._usages[index] = event.finish.usage
+        else:
+            self._reasoned[index].add(event.delta)
 
     def end(self) -> bytes:
         if not self._include_usage or not self._usages:
             return DONE
         usages = [self._usages[index] for index in sorted(self._usages)]
-        last = {**head(self._stamp, self._kind), "choices": [], "usage": usage_json(usages)}
-        return sse(last) + DONE
+        usage = usage_json(usages, sum(each.count for each in self._reasoned.values()))
+        return sse({**head(self._stamp, self._kind), "choices": [], "usage": usage}) + DONE
 
 
 def head(stamp: Stamp, kind: str) -> Json:

@@ -89,15 +89,16 @@ class CompletionReply:
             )
             for index, answer in enumerate(answers)
         ]
-        usage = usage_json([answer.usage for answer in answers])
+        reasoning_tokens = sum(answer.reasoning_tokens for answer in answers)
+        usage = usage_json([answer.usage for answer in answers], reasoning_tokens)
         return {**head(self._stamp, KIND), "choices": choices, "usage": usage}
 
     def begin(self) -> bytes:
         return b""
 
     def event(self, index: int, event: GenerateEvent) -> bytes:
+        self._chunks.note(index, event)
         if event.HasField("finish"):
-            self._chunks.note(index, event.finish.usage)
             return self._chunks.one(self._choice(index, "", event.finish.reason))
         delta = event.delta
         text = delta.reasoning + delta.text + delta.tool_call

@@ -133,8 +133,11 @@ def read_schema(named: Fields, request: GenerateRequest) -> None:
     named.done()
 
 
-def usage_json(usages: Sequence[Usage | WireUsage]) -> Json:
-    """Usage of all answers to one request; its prompt counts once."""
+def usage_json(usages: Sequence[Usage | WireUsage], reasoning_tokens: int) -> Json:
+    """Usage of all answers to one request; its prompt counts once.
+
+    reasoning_tokens: of all the answers together.
+    """
     prompt = usages[0].prompt_tokens
     completion = sum(usage.completion_tokens for usage in usages)
     return {
@@ -142,6 +145,7 @@ def usage_json(usages: Sequence[Usage | WireUsage]) -> Json:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 

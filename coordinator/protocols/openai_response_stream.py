@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from coordinator.protocols.asked import COMMENT, EVENTS, Json, joined, sse
 from coordinator.protocols.errors import Failure
 from unicluster.client.answers import Answer, ToolCall, Usage
+from unicluster.client.reasoning import ReasoningTokens
 from unicluster.v1.chat_pb2 import GenerateEvent
 from unicluster.v1.chat_pb2 import ToolCall as WireCall
 from unicluster.v1.chat_pb2 import Usage as WireUsage
@@ -21,7 +22,7 @@ class ResponseReply:
         self._response = described
         self._sent = 0  # events
         self._text = ""  # of the item that is open
-        self._reasoning_tokens = 0
+        self._reasoned = ReasoningTokens()
         self._ended: GenerateEvent | None = None
         self._output: list[Json] = []  # items, of which the last may be open
         self._open = ""  # its type
@@ -46,8 +47,8 @@ class ResponseReply:
             self._ended = event
             return self._close()
         delta, parts = event.delta, []
+        self._reasoned.add(delta)
         if delta.reasoning:
-            self._reasoning_tokens += len(delta.token_ids)
             parts += [self._begin("reasoning"), self._add(delta.reasoning)]
         if text := delta.text + delta.tool_call:
             parts += [self._begin("message"), self._add(text)]
@@ -59,7 +60,7 @@ class ResponseReply:
         if self._ended is None:
             return b""
         finish = self._ended.finish
-        usage = _usage(finish.usage, self._reasoning_tokens)
+        usage = _usage(finish.usage, self._reasoned.count)
         response = {**self._response, **_end(finish.reason), "output": self._output, "usage": usage}
         return self._event(f"response.{response['status']}", response=response)
 

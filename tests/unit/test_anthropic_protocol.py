@@ -107,7 +107,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tool_choice.type": {"tool_choice": {"type": "some"}},
     "thinking.type": {"thinking": {"type": "deep"}},
     "mcp_servers": {"mcp_servers": [{"url": "http://evil.example"}]},
-    "output_config.format": {"output_config": {"format": {"type": "json_schema"}}},
+    "output_config.format.schema": {"output_config": {"format": {"type": "json_schema"}}},
+    "output_config.format.type": {"output_config": {"format": {"type": "grammar"}}},
+    "output_config.format.strict": {
+        "output_config": {"format": {"type": "json_schema", "schema": {}, "strict": True}}
+    },
     "nonsense": {"nonsense": 1},
 }
 
@@ -119,12 +123,23 @@ def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
     assert str(caught.value).startswith(f"{name}: ")
 
 
+def test_the_form_of_the_answer_reaches_the_request() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    config = {"effort": "low", "format": {"type": "json_schema", "schema": schema}}
+    request = message(output_config=config).request
+
+    assert json.loads(request.constraint.json_schema) == schema
+    assert request.reasoning.most_tokens == 1024
+
+
 def events() -> list[GenerateEvent]:
     call = ToolCall(id="call_1", name="add", arguments='{"a": 1}')
     usage = Usage(prompt_tokens=5, completion_tokens=7, cached_tokens=4)
     return [
-        GenerateEvent(delta=Delta(reasoning="Hm")),
-        GenerateEvent(delta=Delta(reasoning=".")),
+        GenerateEvent(delta=Delta(token_ids=[7])),  # the opening mark
+        GenerateEvent(delta=Delta(reasoning="Hm", token_ids=[2, 3])),
+        GenerateEvent(delta=Delta(reasoning=".", token_ids=[4])),
+        GenerateEvent(delta=Delta(token_ids=[8])),  # the closing one
         GenerateEvent(delta=Delta(text="I ")),
         GenerateEvent(delta=Delta(text="add.", token_ids=[1])),
         GenerateEvent(delta=Delta()),
@@ -177,6 +192,7 @@ def test_a_stream_builds_the_whole_message(thinks: bool) -> None:
     assert whole["stop_reason"] == "tool_use"
     assert values[-2]["usage"] == whole["usage"]
     assert (whole["usage"]["input_tokens"], whole["usage"]["cache_read_input_tokens"]) == (1, 4)
+    assert whole["usage"]["output_tokens_details"] == {"thinking_tokens": 4}
 
 
 @pytest.mark.parametrize(

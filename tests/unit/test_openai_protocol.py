@@ -265,7 +265,7 @@ def events(*texts: str, reasoning: str = "") -> list[GenerateEvent]:
     logprob = TokenLogprob(token_id=1, logprob=-0.5, text=b"\xf0", top=[TokenLogprob(text=b"a")])
     deltas = [GenerateEvent(delta=Delta(text=text, logprobs=[logprob])) for text in texts]
     if reasoning:
-        deltas.insert(0, GenerateEvent(delta=Delta(reasoning=reasoning)))
+        deltas.insert(0, GenerateEvent(delta=Delta(reasoning=reasoning, token_ids=[5, 6])))
     usage = Usage(prompt_tokens=5, completion_tokens=len(texts), cached_tokens=4)
     return [*deltas, GenerateEvent(finish=Finish(reason="stop", usage=usage))]
 
@@ -303,6 +303,7 @@ def test_a_stream_and_a_whole_answer_say_the_same() -> None:
         "completion_tokens": 3,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
     }
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     (first, *_) = whole["choices"][0]["logprobs"]["content"]

@@ -13,6 +13,7 @@ from unicluster.client.prompts import (
     tool_choice_to_wire,
     tools_to_wire,
 )
+from unicluster.client.reasoning import ReasoningTokens
 from unicluster.client.trace import Trace, from_wire
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1 import chat_pb2 as wire
@@ -315,11 +316,13 @@ def collect(events: Iterable[Event]) -> Answer:
     """The whole answer, from all its events. Raises ValueError where the Finish is missing."""
     pieces: list[Delta] = []
     finish: Finish | None = None
+    reasoned = ReasoningTokens()
     for event in events:
         if isinstance(event, Finish):
             finish = event
         else:
             pieces.append(event)
+            reasoned.add(event)
     if finish is None:
         raise ValueError("an answer needs its Finish")
     return Answer(
@@ -334,5 +337,5 @@ def collect(events: Iterable[Event]) -> Answer:
         trace=finish.trace,
         calls=tuple(call for piece in pieces for call in piece.calls),
         stop_string=finish.stop_string,
-        reasoning_tokens=sum(len(piece.token_ids) for piece in pieces if piece.reasoning),
+        reasoning_tokens=reasoned.count,
     )

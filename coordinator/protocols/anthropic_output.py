@@ -1,4 +1,4 @@
-"""How much a model thinks before it answers, in Anthropic's API."""
+"""How much a model thinks before it answers, and the form of the answer, in Anthropic's API."""
 
 from coordinator.protocols.fields import Fields
 from coordinator.protocols.openai_fields import MOST_TOKENS
@@ -12,11 +12,12 @@ KEEPS_ALL = ({"type": "clear_thinking_20251015", "keep": "all"},)
 
 
 def read_thinking(fields: Fields, request: GenerateRequest) -> bool:
-    """Whether the answer shows the model's reasoning; its budget goes into the request.
+    """Whether the answer shows the model's reasoning.
 
+    Its budget goes into the request, and the schema that the answer has to match.
     Effort is no more than a budget here: models that don't reason keep to any.
     """
-    budgets = [_effort(fields), None]
+    budgets = [_read_output(fields, request), None]
     _check_edits(fields)
     shows = False
     if (thinking := fields.object("thinking")) is not None:
@@ -33,14 +34,25 @@ def read_thinking(fields: Fields, request: GenerateRequest) -> bool:
     return shows
 
 
-def _effort(fields: Fields) -> int | None:
+def _read_output(fields: Fields, request: GenerateRequest) -> int | None:
+    """The budget of the effort in `output_config`; its schema goes into the request."""
     config = fields.object("output_config")
     if config is None:
         return None
     effort = config.choice("effort", EFFORTS)
-    config.refuse({"format": "leave it out", "task_budget": "leave it out"})
+    if (form := config.object("format")) is not None:
+        _read_format(form, request)
+    config.refuse({"task_budget": "leave it out"})
     config.done()
     return EFFORTS[effort] if effort is not None else None
+
+
+def _read_format(form: Fields, request: GenerateRequest) -> None:
+    kind, schema = form.choice("type", ("json_schema",)), form.object("schema")
+    if kind is None or schema is None:
+        raise InputError(f"{form.path('type' if kind is None else 'schema')}: missing")
+    request.constraint.json_schema = schema.as_json()
+    form.done()
 
 
 def _check_edits(fields: Fields) -> None:
