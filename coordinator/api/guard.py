@@ -1,4 +1,4 @@
-"""Looks at every request before anything else does: its Host, and the page that it comes from."""
+"""Looks at every request before anything else does: its form, its Host, and its page."""
 
 import ipaddress
 from collections.abc import Callable, Collection
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.protocols.errors import HttpError
 
+VERSIONS = ("1.0", "1.1")
 LOCAL = frozenset({"localhost", "ip6-localhost"})
 
 
@@ -45,6 +46,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _check(self, request: Request) -> None:
+        _check_framing(request)
         hosts = request.headers.getlist("host")
         if len(hosts) != 1 or not self._is_here(hosts[0]):
             raise HttpError(
@@ -75,3 +77,13 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def _check_framing(request: Request) -> None:
+    """Raises HttpError where a proxy in front may see another request than the door does."""
+    close = {"Connection": "close"}
+    if request.scope.get("http_version") not in VERSIONS:
+        raise HttpError(505, "this door speaks HTTP/1.1", code="http_version", headers=close)
+    if "content-length" in request.headers and "transfer-encoding" in request.headers:
+        message = "a request has a Content-Length or a Transfer-Encoding, not both"
+        raise HttpError(400, message, headers=close)

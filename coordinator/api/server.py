@@ -22,6 +22,8 @@ MOST_CONNECTIONS = 4096
 IDLE_SECONDS = 75
 # For the head of a request, once the connection stands or its first byte has come.
 HEAD_SECONDS = 20
+# For a client to take some more of what was sent to it.
+TAKE_SECONDS = 60.0
 # Answers that run when the door closes have this long.
 GRACE_SECONDS = 1
 LOOK_SECONDS = 0.02
@@ -36,13 +38,39 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Hangs up on who connects, or begins a request, and never completes its head."""
+    """Hangs up on who never completes the head of a request, or takes nothing of an answer."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # So that writing is paused as long as anything waits to be taken: a transport that is
+        # closed would wait for that without end.
+        transport.set_write_buffer_limits(high=1, low=0)
         self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_taking(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+    def _watch_taking(self, waiting: int) -> None:
+        """Hangs up after TAKE_SECONDS in which nothing of the `waiting` bytes was taken."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left < waiting:
+                self._watch_taking(left)
+            else:
+                self.transport.abort()
+
+        self._taking = self.loop.call_later(TAKE_SECONDS, look)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
