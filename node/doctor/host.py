@@ -11,7 +11,7 @@ import psutil
 
 from node.agent.commands import Runner, run_command
 from node.agent.host_memory import GIB
-from node.doctor import gpu_memory
+from node.doctor import gpu_memory, processors
 from node.doctor.finding import Finding, Level
 from unicluster.program import code_command
 from unicluster.units import format_bytes
@@ -29,7 +29,8 @@ def examine(
 ) -> list[Finding]:
     """`root`, `run` and `system` stand for the file system, its commands and `sys.platform`."""
     of_system = _mac(run) if system == "darwin" else _linux(root, run)
-    return [_mlx(run), _clock(time.time()), swap(psutil.swap_memory().used), *of_system]
+    swapped, used = swap(psutil.swap_memory().used), processors.cores(processors.measured())
+    return [_mlx(run), _clock(time.time()), swapped, used, *of_system]
 
 
 def swap(used: int, total: int | None = None) -> Finding:
