@@ -52,7 +52,7 @@ class Parrot:
     def ending(self) -> str:
         return "machine ann is gone"
 
-    def answering(self) -> contextlib.AbstractContextManager[None]:
+    def answering(self, can_move: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
