@@ -5,6 +5,9 @@ stage hang, and each load half a second longer. Actions: `panic` ends the proces
 `error(text)` raises FailpointError, `delay(ms)` and `hang` wait, `freeze` waits and keeps the
 interpreter, so that no other thread of the process runs Python. `@n`: at the nth time that the
 place is reached, and no other; `@n+`: from then on. Nothing happens without the variable.
+
+UNICLUSTER_FAILPOINTS=@FILE takes them from a file, whenever it is replaced, so that a test can arm
+a process that runs; no file, no failpoints.
 """
 
 import asyncio
@@ -15,12 +18,16 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "UNICLUSTER_FAILPOINTS"
 # Seconds of `hang`: years.
 FOR_EVER = 1e8
+# Between two looks at a file of failpoints.
+LOOK_SECONDS = 0.1
 # What a process that panics exits with.
 PANIC_CODE = 86
 
@@ -83,7 +90,44 @@ def parse(text: str) -> dict[str, _Failpoint]:
     return made
 
 
-_points = parse(os.environ.get(VARIABLE, ""))
+class _Armed(dict[str, _Failpoint]):
+    """Failpoints by name, from a file that is looked at now and then."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._looked = 0.0
+        self._mark: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        """True: any place may be armed later."""
+        return True
+
+    def get(self, name: str, default: Any = None) -> Any:
+        with self._lock:
+            if (now := time.monotonic()) - self._looked > LOOK_SECONDS:
+                self._looked = now
+                self._look()
+            return super().get(name, default)
+
+    def _look(self) -> None:
+        try:
+            found = self._path.stat()
+            mark, text = (found.st_ino, found.st_mtime_ns), self._path.read_text()
+        except FileNotFoundError:
+            mark, text = None, ""
+        if mark != self._mark:
+            self._mark = mark
+            self.clear()
+            self.update(parse(text))
+
+
+def _of_environment(text: str) -> dict[str, _Failpoint]:
+    return _Armed(Path(text[1:])) if text.startswith("@") else parse(text)
+
+
+_points = _of_environment(os.environ.get(VARIABLE, ""))
 
 
 def reach(name: str) -> None:

@@ -15,6 +15,7 @@ from coordinator.serving.events import (
     StageReady,
     WorkerEnded,
 )
+from unicluster import failpoints
 from unicluster.causes import Cause
 from unicluster.cluster.channels import as_error, join_address, split_address
 from unicluster.deadlines import LOAD, Work, WorkDeadlines, floor_seconds, next_bytes
@@ -90,6 +91,8 @@ class Lease:
         call = self._node.RunStage(self._spec)
         try:
             while isinstance(event := await self._next(call), StageEvent):
+                if event.HasField("adopted"):
+                    await failpoints.reach_async("serve.adopted")
                 self._note(event, events)
                 changed()
             if self.lost is None:

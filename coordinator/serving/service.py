@@ -32,6 +32,7 @@ from coordinator.serving.inspected import Inspected
 from coordinator.serving.options import Rebalancing
 from coordinator.serving.plans import Plans
 from coordinator.state.cut import Cut
+from unicluster import failpoints
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import channel_was_closed
 from unicluster.dialing.dialer import Dialer
@@ -301,7 +302,9 @@ class Service:
         self._note(lifecycle.PauseOver())
         lost, self._lost = self._lost, []
         machines = await self._members.machines(lost)
+        await failpoints.reach_async("serve.plan")
         placed = await self._plans.next(machines, self._names(machines))
+        await failpoints.reach_async("serve.planned")
         # What a coordinator before has planned was not planned over these machines.
         taken_up, self._taking_up = self._taking_up, False
         considered = {stage.machine.name for stage in placed.stages}

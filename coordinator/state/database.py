@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from unicluster import failpoints
 from unicluster.errors import InputError
 from unicluster.trust.store import default_folder
 
@@ -90,8 +91,11 @@ class Database:
 
     def write(self, statement: str, values: Sequence[object] = ()) -> int:
         """Changes rows, on disk when it returns; how many. Raises sqlite3.IntegrityError."""
+        failpoints.reach("state.write")
         with self._explained():
-            return self._connection.execute(statement, values).rowcount
+            changed = self._connection.execute(statement, values).rowcount
+        failpoints.reach("state.written")
+        return changed
 
     def close(self) -> None:
         self._connection.close()

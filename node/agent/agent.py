@@ -26,7 +26,7 @@ from node.weights.fetch import describe
 from node.weights.sources import Sources
 from node.worker.config import WorkerConfig
 from node.worker.process import WorkerProcess
-from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
+from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__, failpoints
 from unicluster.checkpoints.checkpoint import Manifest
 from unicluster.checkpoints.inspecting import inspect
 from unicluster.cluster.abort import abort
@@ -319,6 +319,7 @@ class Agent(NodeServicer):
         else:
             stage = adopted
             follower = stage.follow(self._config(request, stage.port, context))
+            await failpoints.reach_async("agent.adopted")
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
         reporting = asyncio.create_task(self._report_draining(context, writing))

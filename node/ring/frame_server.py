@@ -50,6 +50,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             if part.stage == session.stage:
                 for op in part.ops:
                     session.caches.apply(op, report)
+                    failpoints.reach("cache.applied")
                     freed |= op.HasField("free")
                 if part.cache and session.skips(frame):
                     self._skip(session, part, frame, report)
@@ -67,6 +68,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         self.tidy(freed=freed, prefill=frame.hold)
         if self.prefixes is not None:
             report.disk_bytes = self.prefixes.nbytes
+        if session.stage:
+            failpoints.reach("stage.computed")
         report.compute_s = time.perf_counter() - started
 
     def look_ahead(self, session: Session[C, H]) -> None:

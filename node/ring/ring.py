@@ -15,6 +15,7 @@ import grpc
 
 from node.ring.compute_thread import Signal
 from node.ring.stuck import find_stuck
+from unicluster import failpoints
 from unicluster.cluster.channels import KEEPALIVE_TIME, KEEPALIVE_TIMEOUT, as_error, known_at
 from unicluster.cluster.sizes import RESULT_BYTES
 from unicluster.deadlines import (
@@ -294,6 +295,7 @@ class Ring:
     async def _write(self, hop: Hop) -> None:
         while True:
             message = await self._outgoing.get()
+            await failpoints.reach_async("head.send")
             try:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -301,6 +303,7 @@ class Ring:
             except Exception as error:
                 self._fail(_odd(self.route[0], "can't be sent a frame", error))
                 return
+            await failpoints.reach_async("head.sent")
             self._left(message.frame.id)
 
     def _left(self, number: int) -> None:
@@ -396,6 +399,7 @@ async def _until_fault(
     try:
         while True:
             message = await read_hop(hop, stop)
+            await failpoints.reach_async("head.returned")
             on_frame(message.frame)
     except UniclusterError as error:
         return error

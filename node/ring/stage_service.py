@@ -99,7 +99,9 @@ class StageService(StageServicer):
             return
         await context.write(HopMessage(opened=Opened(stages=[self._info])))
         while (message := await live.outgoing.get()) is not None:
+            await failpoints.reach_async("stage.return")
             await context.write(message)
+            await failpoints.reach_async("stage.returned")
             self._look_ahead(live)
 
     async def _serve_session(self, opening: Open, context: Context) -> None:
@@ -148,6 +150,7 @@ class StageService(StageServicer):
         loop = asyncio.get_running_loop()
         while isinstance(message := await context.read(), HopMessage):
             arrived = time.perf_counter()
+            await failpoints.reach_async("stage.received")
             if message.HasField("cancel"):
                 self._cancel(live, message)
                 continue
@@ -193,10 +196,12 @@ class StageService(StageServicer):
 
     async def _write_frames(self, live: _LiveSession, hop: Any) -> None:
         while (message := await live.outgoing.get()) is not None:
+            await failpoints.reach_async("stage.send")
             try:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await asyncio.Future()  # the reader of this hop learns the reason and ends us
+            await failpoints.reach_async("stage.sent")
             self._look_ahead(live)
 
     def _look_ahead(self, live: _LiveSession) -> None:

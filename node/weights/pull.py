@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from node.weights.progress import SLOWEST_BYTES_A_SECOND, Rate
+from unicluster import failpoints
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.checkpoints.ranges import Ranges, batches, merged, size, within, without
 from unicluster.cluster.channels import as_error
@@ -193,6 +194,7 @@ async def _pull_batch(
             if received + len(block.data) > total:
                 raise UnavailableError(f"{name}: more bytes came than were requested")
             if block.data:
+                await failpoints.reach_async("fetch.block")
                 work.note_progress()
                 where = within(ranges, received, received + len(block.data))
                 await asyncio.to_thread(_store, work.checkpoint, name, where, block.data)
@@ -209,6 +211,7 @@ async def _pull_batch(
         on_bytes(-received)
         work.give_back(batch)
         raise
+    await failpoints.reach_async("fetch.fetched")
     work.finish(batch)
 
 

@@ -228,6 +228,7 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
         service = StageService(loaded.stage, info, thread, identity)
         add_StageServicer_to_server(service, server)
         fail = service.fail
+    await failpoints.reach_async("worker.loaded")
     await server.start()
     return Served(server, port, loaded.weight_bytes, meter, fail)
 

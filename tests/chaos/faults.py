@@ -3,62 +3,87 @@
 import asyncio
 import contextlib
 import random
+import resource
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import psutil
 
+from tests.chaos.network import DOOR, Lan
+from tests.chaos.points import LOADING, OFTEN, SERVING, Points
 from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram
-from unicluster import failpoints
 
-# Steps after which a worker with a failpoint ends: it must get somewhere first.
-STEPS = (150, 2500)
-POINTS = ("stage.compute", "head.compute", "stage.open", "worker.load")
+# Seconds that a trouble of the network, or of a disk, lasts: some are noticed, some are not.
+TROUBLE = (0.3, 8.0)
+# Seconds after which a failpoint that nobody reached is disarmed.
+ARMED = (1.0, 5.0)
+# Bytes of memory that a worker may have beyond those it has.
+MORE_MEMORY = 4 << 20
 
 
 class Faults:
     """Faults for a running cluster, whose machines come back after each.
 
-    frozen: seconds after which a process that computes nothing counts as lost.
+    start: starts an agent. serve: starts `serve`. frozen: seconds after which a process that
+    computes nothing counts as lost. lan: None for no faults of the network. disk: a small one
+    that holds the prompt caches of all machines; None for none.
     """
 
     def __init__(
         self,
         cluster: LocalCluster,
+        start: Callable[[str], AgentProgram],
         serve: Callable[[], ServeProgram],
-        memory: int,
         frozen: float,
         dice: random.Random,
+        points: Points,
+        lan: Lan | None,
+        disk: Path | None,
     ) -> None:
         self.struck: Counter[str] = Counter()
         self.gave_up: list[str] = []  # last words of `serve`
         self.server = serve()
         self._cluster = cluster
+        self._start = start
         self._serve = serve
-        self._memory = memory
         self._frozen = frozen
         self._dice = dice
+        self._points = points
+        self._lan = lan
+        self._disk = disk
         self._returns: set[asyncio.Task[None]] = set()
         self._absent: set[str] = set()
-        self._kinds: list[tuple[int, Callable[[], Awaitable[None]]]] = [
-            (30, self.worker_killed),
+        self._troubled: set[str] = set()
+        self._kinds: list[tuple[int, Callable[[], Awaitable[str]]]] = [
+            (24, self.worker_killed),
             (10, self.worker_sleeps),
-            (6, self.worker_frozen),
-            (8, self.agent_killed),
-            (6, self.machine_killed),
+            (3, self.worker_frozen),
+            (6, self.agent_killed),
+            (5, self.machine_killed),
             (5, self.agent_sleeps),
-            (8, self.failpoint),
-            (5, self.coordinator_killed),
+            (22, self.failpoint),
+            (4, self.coordinator_killed),
+            (4, self.memory_limit),
         ]
-        self._taking = {self.agent_killed, self.machine_killed, self.failpoint}
+        if lan is not None:
+            self._kinds.append((18, self.network))
+        if disk is not None:
+            self._kinds.append((3, self.disk_full))
+        self._taking = {self.agent_killed, self.machine_killed, self.network}
 
-    async def strike(self) -> None:
-        """One fault. What it took away comes back by itself, later; only one machine is away."""
-        kinds = [each for each in self._kinds if not (self._absent and each[1] in self._taking)]
+    async def strike(self) -> str:
+        """One fault; its name. What it took away comes back by itself, later.
+
+        Only one machine is away, or troubled, at a time.
+        """
+        away = self._absent or self._troubled
+        kinds = [each for each in self._kinds if not (away and each[1] in self._taking)]
         ((_, kind),) = self._dice.choices(kinds, [weight for weight, _ in kinds])
-        await kind()
-        self.struck[kind.__name__.replace("_", " ")] += 1
+        name = await kind()
+        self.struck[name] += 1
+        return name
 
     async def healed(self) -> None:
         """Returns once all that faults took away is back."""
@@ -66,34 +91,41 @@ class Faults:
             await asyncio.gather(*self._returns)
 
     async def supervise(self) -> None:
-        """Starts `serve` again where it gave up, as its unit does."""
+        """Starts programs again that ended by themselves, as their units do."""
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
             if not self.server.running:
-                self.gave_up.append(self.server.err.strip().splitlines()[-1])
+                self.gave_up.append((self.server.err.strip() or "a failpoint").splitlines()[-1])
                 self.server = self._serve()
+            for name, agent in list(self._cluster.agents.items()):
+                if not agent.running and name not in self._absent:
+                    self._start(name)
 
-    # Kinds of faults
+    # Kinds of faults; each returns the name that it is counted by.
 
-    async def worker_killed(self) -> None:
+    async def worker_killed(self) -> str:
         self._send(self._worker(), signal.SIGKILL)
+        return "worker killed"
 
-    async def worker_sleeps(self) -> None:
+    async def worker_sleeps(self) -> str:
         """For less than what counts as lost."""
         self._asleep(self._worker(), self._dice.uniform(0.05, 0.5) * self._frozen)
+        return "worker sleeps"
 
-    async def worker_frozen(self) -> None:
+    async def worker_frozen(self) -> str:
         """For more than what counts as lost."""
         self._asleep(self._worker(), self._dice.uniform(1.5, 3) * self._frozen)
+        return "worker frozen"
 
-    async def agent_killed(self) -> None:
+    async def agent_killed(self) -> str:
         """Its workers end by themselves: nobody is left who holds them."""
         agent = self._agent()
         self._absent.add(agent.name)
         agent.kill()
         self._later(self._back(agent.name))
+        return "agent killed"
 
-    async def machine_killed(self) -> None:
+    async def machine_killed(self) -> str:
         """Agent and workers at once."""
         agent = self._agent()
         workers = agent.workers
@@ -102,34 +134,81 @@ class Faults:
         for worker in workers:
             self._send(worker, signal.SIGKILL)
         self._later(self._back(agent.name))
+        return "machine killed"
 
-    async def agent_sleeps(self) -> None:
+    async def agent_sleeps(self) -> str:
         self._asleep(psutil.Process(self._agent().pid), self._dice.uniform(0.1, 1.5) * self._frozen)
+        return "agent sleeps"
 
-    async def failpoint(self) -> None:
-        """A machine is replaced by one whose workers end at a step, once in each of their lives."""
-        agent = self._agent()
-        self._absent.add(agent.name)
-        agent.end()
-        point = self._dice.choice(POINTS)
-        nth = 2 if point in ("stage.open", "worker.load") else self._dice.randint(*STEPS)
-        action = self._dice.choice(["panic", f"delay({self._dice.randint(50, 1500)})"])
-        await self._back(agent.name, **{failpoints.VARIABLE: f"{point}={action}@{nth}"})
+    async def failpoint(self) -> str:
+        """A place of the code is armed, and what leads there begins."""
+        kind = self._dice.choice((OFTEN, OFTEN, LOADING, SERVING))
+        point = self._dice.choice(kind)
+        if kind is SERVING:
+            name = DOOR
+        else:
+            working = [agent for agent in self._there() if agent.workers]
+            name = self._dice.choice(working or self._there()).name
+        self._points.arm(name, point)
+        self._later(self._disarmed(name))
+        if kind is not OFTEN:  # it is reached in a recovery
+            agent = self._cluster.agents.get(name)
+            victims = agent.workers if agent is not None and agent.running else []
+            self._send(victims[0] if victims else self._worker(), signal.SIGKILL)
+        return f"failpoint {point}"
 
-    async def coordinator_killed(self) -> None:
+    async def coordinator_killed(self) -> str:
         """And started again at once, as its unit would."""
         self.server.kill()
         self.server = self._serve()
+        return "coordinator killed"
+
+    async def network(self) -> str:
+        """A machine, or the coordinator's, that others can't reach, or not well."""
+        if self._lan is None:
+            raise RuntimeError("there is no network to trouble")
+        kinds = self._lan.kinds()
+        kind = self._dice.choice(sorted(kinds))
+        names = [agent.name for agent in self._there()]
+        host = self._dice.choice([*names, DOOR])
+        self._troubled.add(host)
+        end = kinds[kind](host, self._dice)
+        self._later(self._healed(host, end))
+        return kind
+
+    async def disk_full(self) -> str:
+        """Nothing can be written to it for a while."""
+        if self._disk is None:
+            raise RuntimeError("there is no disk to fill")
+        filler = self._disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        self._later(self._emptied(filler))
+        return "disk full"
+
+    async def memory_limit(self) -> str:
+        """A worker that gets no more memory from the system."""
+        if (worker := self._worker()) is not None:
+            with contextlib.suppress(psutil.Error):
+                most = worker.memory_info().vms + MORE_MEMORY
+                worker.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+                self._later(self._unlimited(worker))
+        return "memory limit"
 
     # How
 
+    def _there(self) -> list[AgentProgram]:
+        agents = self._cluster.agents.items()
+        return [agent for name, agent in agents if name not in self._absent and agent.running]
+
     def _agent(self) -> AgentProgram:
         """Any machine that is there."""
-        there = [a for name, a in self._cluster.agents.items() if name not in self._absent]
-        return self._dice.choice(there)
+        return self._dice.choice(self._there())
 
     def _worker(self) -> psutil.Process | None:
-        workers = sorted(self._cluster.workers(), key=lambda process: process.pid)
+        workers = [worker for agent in self._there() for worker in agent.workers]
         return self._dice.choice(workers) if workers else None
 
     def _send(self, process: psutil.Process | None, number: signal.Signals) -> None:
@@ -145,10 +224,28 @@ class Faults:
         await asyncio.sleep(seconds)
         self._send(process, signal.SIGCONT)
 
-    async def _back(self, name: str, **env: str) -> None:
+    async def _back(self, name: str) -> None:
         await asyncio.sleep(self._dice.uniform(0, 3))
-        self._cluster.start_agent(name, memory=self._memory, **env)
+        self._start(name)
         self._absent.discard(name)
+
+    async def _disarmed(self, name: str) -> None:
+        await asyncio.sleep(self._dice.uniform(*ARMED))
+        self._points.disarm(name)
+
+    async def _healed(self, host: str, end: Callable[[], None]) -> None:
+        await asyncio.sleep(self._dice.uniform(*TROUBLE))
+        end()
+        self._troubled.discard(host)
+
+    async def _emptied(self, filler: Path) -> None:
+        await asyncio.sleep(self._dice.uniform(*TROUBLE))
+        await asyncio.to_thread(filler.unlink)
+
+    async def _unlimited(self, worker: psutil.Process) -> None:
+        await asyncio.sleep(self._dice.uniform(*TROUBLE))
+        with contextlib.suppress(psutil.Error):
+            worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

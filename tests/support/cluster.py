@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import mlx.core as mx
@@ -292,7 +293,13 @@ class LocalCluster:
         for agent in self.agents.values():
             agent.wait_for("Ctrl-C leaves")
 
-    def serve(self, model: Path | str, *arguments: str, prefix: Sequence[str] = ()) -> ServeProgram:
+    def serve(
+        self,
+        model: Path | str,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> ServeProgram:
         """Starts to serve. As a context manager it waits until the model answers."""
         where = (
             "--host",
@@ -304,7 +311,7 @@ class LocalCluster:
         )  # those of the caller come later, and win
         log = self._log("serve")
         served = [str(model), *where, *arguments]
-        server = ServeProgram(served, self.env, log, self.cluster, prefix)
+        server = ServeProgram(served, {**self.env, **env}, log, self.cluster, prefix)
         self._started.append(server)
         return server
 

@@ -1,12 +1,15 @@
 """Failpoints: what their variable may say, and what happens where they are reached."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.chaos import points
 from unicluster import failpoints
 from unicluster.failpoints import FailpointError
 
@@ -83,3 +86,40 @@ def test_a_panic_ends_the_process_at_once() -> None:
 
     assert ended.returncode == failpoints.PANIC_CODE
     assert ended.stdout == b""
+
+
+def test_a_file_arms_a_process_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "points"
+    monkeypatch.setattr(failpoints, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(failpoints, "_points", failpoints._of_environment(f"@{file}"))
+
+    def put(text: str) -> None:
+        fresh = tmp_path / "fresh"
+        fresh.write_text(text)
+        fresh.replace(file)
+
+    assert errors(2) == []
+    put("a.b=error@2")
+    assert errors(3) == [2]
+    assert errors(3) == []  # it was the second time since the file came
+    put("a.b=error@1;c.d=error")
+    assert errors(2) == [1]
+    assert errors(2, "c.d") == [1, 2]
+    file.unlink()
+    assert errors(2, "c.d") == []
+
+
+def test_chaos_knows_every_place() -> None:
+    root = Path(failpoints.__file__).parents[1]
+    sources = (
+        file
+        for room in ("unicluster", "coordinator", "node")
+        for file in (root / room).rglob("*.py")
+    )
+    reached = {
+        name
+        for file in sources
+        for name in re.findall(r'failpoints\.reach(?:_async)?\("([a-z_.]+)"\)', file.read_text())
+    }
+
+    assert reached == {*points.OFTEN, *points.LOADING, *points.SERVING, *points.PREFIXES}
