@@ -370,10 +370,19 @@ def is_worker(process: psutil.Process) -> bool:
 def has_stage(worker: psutil.Process) -> bool:
     """Whether a worker has a stage: it listens at its port then, before it loads."""
     try:
-        connections = worker.net_connections("tcp")
-    except psutil.Error:
+        if sys.platform != "linux":
+            return any(c.status == psutil.CONN_LISTEN for c in worker.net_connections("tcp"))
+        # psutil looks at this process's network; the worker may be in another one.
+        of = Path("/proc", str(worker.pid))
+        opened = {os.readlink(file) for file in (of / "fd").iterdir()}
+        sockets = ((of / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+        rows = (line.split() for lines in sockets for line in lines)
+        return any(row[3] == _LISTENS and f"socket:[{row[9]}]" in opened for row in rows)
+    except (psutil.Error, OSError):
         return False
-    return any(each.status == psutil.CONN_LISTEN for each in connections)
+
+
+_LISTENS = "0A"  # in /proc/net/tcp
 
 
 def _home_of(process: psutil.Process) -> str | None:
