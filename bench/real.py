@@ -11,8 +11,9 @@ same version that was built with -DGGML_RPC=ON. With --engine mlx the same weigh
 float32 by MLX, beside mlx-lm in one process and its ring.
 
 All take turns in each round, the first of which changes, and answer one at a time. A ratio is the
-median of the rounds' ratios to the first of the others; a deployment with stated --threads shows
-whether the default is a good one. --busy keeps so many cores at other work meanwhile.
+median of the rounds' ratios to the first of the others, or with --alone to the first deployment.
+A deployment with stated --threads shows whether the default is a good one. --busy keeps so many
+cores at other work meanwhile.
 """
 
 import argparse
@@ -46,8 +47,9 @@ async def measure(args: argparse.Namespace, file: Path) -> None:
             else:
                 model = safetensors_folder(file)
                 others = mlx_lm(model, args.stages)
-            subjects: dict[str, Subject] = await stack.enter_async_context(others)
-            base = next(iter(subjects))
+            subjects: dict[str, Subject] = {}
+            if not args.alone:
+                subjects |= await stack.enter_async_context(others)
             for stages in args.stages:
                 for threads in ("", *args.threads):
                     where = Path(folder) / f"{stages}-{threads}"
@@ -55,7 +57,7 @@ async def measure(args: argparse.Namespace, file: Path) -> None:
                     subjects |= await stack.enter_async_context(opened)
                     print(f"{stages} stages answer", file=sys.stderr, flush=True)
             rounds = await _rounds(subjects, args)
-    _show(rounds, base, args)
+    _show(rounds, next(iter(rounds)), args)
 
 
 async def _rounds(subjects: dict[str, Subject], args: argparse.Namespace) -> dict[str, list[Round]]:
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", default=[], help="of stages, beside the default")
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--rpc", type=Path)
+    parser.add_argument("--alone", action="store_true", help="without llama.cpp or mlx-lm")
     args = parser.parse_args()
     if (file := gguf_file()) is None:
         raise SystemExit(MISSING)
