@@ -50,6 +50,10 @@ SECTIONS = {
             "coordinator.commands.status",
             "say what is served, and how busy the machines are",
         ),
+        "rebalance": (
+            "coordinator.commands.rebalance",
+            "move layers to where they are faster, if anywhere",
+        ),
         "events": ("coordinator.commands.events", "say what has happened to what was served"),
         "bench": ("coordinator.commands.bench", "measure what is served, or a model cut up here"),
         "demo": (

@@ -18,7 +18,7 @@ from coordinator.models.catalog import QUANTS, model_names
 from coordinator.models.offer import Offered, offer
 from coordinator.planning.placement import Objective
 from coordinator.recovery.survey import MARGIN
-from coordinator.serving.chat_door import ChatDoor
+from coordinator.serving.chat_door import ChatDoor, ControlDoor
 from coordinator.serving.engine_options import chosen_models, engine_options
 from coordinator.serving.events import (
     Events,
@@ -64,6 +64,7 @@ from unicluster.trust.identity import Credentials, default_name
 from unicluster.trust.keyring import Keyring, Membership
 from unicluster.trust.store import Store
 from unicluster.v1.chat_pb2_grpc import add_ChatServicer_to_server
+from unicluster.v1.control_pb2_grpc import add_ControlServicer_to_server
 from unicluster.v1.node_pb2 import StageSpec
 
 # As long as agents allow.
@@ -232,6 +233,7 @@ async def _served(
         lasts.claim.at(_where(options, port))
     gateway = Gateway(options.source.display, options.recover_s)
     add_ChatServicer_to_server(ChatDoor(gateway), server)
+    add_ControlServicer_to_server(ControlDoor(gateway), server)
     named = (options.source, options.gguf)
     models = [source.model for source in named if source is not None]
     if options.generation.HasField("draft"):

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coordinator.fleet.measured import FILE
-from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from tests.support.cluster import LocalCluster, Result, ServeProgram, endless_model, until
 from unicluster.client.answers import Delta, Status
 
 # One such machine does not hold the tiny model, two do.
@@ -17,7 +18,7 @@ MEMORY = 1_100_000
 SLOW = {"UNICLUSTER_FAILPOINTS": "head.compute=delay(100)"}
 TOKENS = 200
 # Layers 0 to 2 take a token so long, in seconds; shorter answers than 16 tokens change nothing.
-MEASURED = {"ann": 0.1, "bob": 0.1, "cid": 0.0001}
+MEASURED = {"ann": 0.1, "bob": 0.1, "cid": 0.0001, "bad": 0.0001}
 SHORT = 8
 
 
@@ -63,6 +64,44 @@ def test_a_machine_that_comes_takes_over_when_it_saves_enough(
     assert "% less time a token: " in server.out
     logged = [json.loads(line) for line in cluster.run("events", "--json").out.splitlines()]
     assert [event["kind"] for event in logged].count("moving") == 1
+
+
+@pytest.mark.sweep
+def test_rebalance_shows_both_plans_and_asks_before_it_moves(
+    cluster: LocalCluster, model: Path
+) -> None:
+    cluster.start_agents("ann", "bob", memory=MEMORY)
+    options = ("--context", "512", "--rebalance", "off")
+    with cluster.serve(model, *options) as server, server.client() as client:
+        before = client.chat("hello", max_tokens=SHORT, temperature=0).text
+        nothing = rebalance(cluster, server)
+        cluster.start_agent("bad", UNICLUSTER_FAILPOINTS="worker.load=panic").wait_for("Ctrl-C")
+        standing = set(holders(server))
+        refused = rebalance(cluster, server)
+        failed = rebalance(cluster, server, "--yes")
+        stayed = set(holders(server)) == standing and server.describe().state == "ready"
+        cluster.agents.pop("bad").end()
+        cluster.start_agents("cid")
+        moved = rebalance(cluster, server, "--yes")
+        after = client.chat("hello", max_tokens=SHORT, temperature=0).text
+
+        assert holders(server) == ["cid"]
+
+    assert nothing.code == 0
+    assert nothing.out.endswith("No other plan is faster: nothing moves.\n")
+    assert refused.code == 2
+    assert re.search(r"^bad +0-5 ", refused.out, re.MULTILINE)
+    assert refused.err == "unicluster: nobody can be asked here: --yes moves the layers\n"
+    assert failed.code == 1
+    assert "llama answers where it did: machine bad" in failed.err
+    assert stayed
+    assert moved.code == 0, moved.err
+    assert moved.out.endswith("llama answers from the new plan.\n")
+    assert before == after
+
+
+def rebalance(cluster: LocalCluster, server: ServeProgram, *options: str) -> Result:
+    return cluster.run("rebalance", "--server", server.address, *options)
 
 
 @pytest.mark.sweep

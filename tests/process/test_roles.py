@@ -23,11 +23,19 @@ from unicluster.trust.cluster import ClientAccess, Cluster
 from unicluster.trust.identity import Identity
 from unicluster.trust.role import Role
 from unicluster.trust.store import Store
-from unicluster.v1 import chat_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2
+from unicluster.v1 import (
+    chat_pb2,
+    control_pb2,
+    meters_pb2,
+    node_pb2,
+    stage_pb2,
+    tensor_pb2,
+    weights_pb2,
+)
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
-WIRE = [chat_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2]
+WIRE = [chat_pb2, control_pb2, meters_pb2, node_pb2, stage_pb2, tensor_pb2, weights_pb2]
 METHODS = [
     (f"/{service.full_name}/{method.name}", method)
     for module in WIRE

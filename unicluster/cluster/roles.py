@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from unicluster.cluster.handlers import Context, Handler, Interceptor, checked
 from unicluster.trust.identity import machine_id
 from unicluster.trust.role import Role, audit
-from unicluster.v1 import chat_pb2, node_pb2, stage_pb2, weights_pb2
+from unicluster.v1 import chat_pb2, control_pb2, node_pb2, stage_pb2, weights_pb2
 
 MEMBERS = frozenset({Role.MEMBER})
 CLIENTS = frozenset({Role.MEMBER, Role.CLIENT})
@@ -25,6 +25,7 @@ _BY_SERVICE = {
     stage_pb2.DESCRIPTOR.services_by_name["Stage"]: MEMBERS,
     chat_pb2.DESCRIPTOR.services_by_name["Head"]: MEMBERS,
     chat_pb2.DESCRIPTOR.services_by_name["Chat"]: CLIENTS,
+    control_pb2.DESCRIPTOR.services_by_name["Control"]: MEMBERS,
 }
 
 WHO_MAY_CALL: dict[str, frozenset[Role]] = {
