@@ -1,6 +1,8 @@
 """`unicluster drain`: empties a machine's agent before it is restarted or switched off."""
 
 import asyncio
+import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -9,16 +11,26 @@ import grpc
 
 from coordinator.fleet.members import Members
 from coordinator.planning.machine import Machine
+from coordinator.state.database import Database
+from coordinator.state.drains import Drains
 from coordinator.terminal.tables import layer_range
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.known_machines import addresses, machine_names, peer_option
 from unicluster.command_line import Argument, Command, Option
-from unicluster.errors import InputError, NotFoundError, UnavailableError, shown
+from unicluster.errors import (
+    InputError,
+    NotFoundError,
+    UnavailableError,
+    UniclusterError,
+    shown,
+)
 from unicluster.trust.identity import Identity, default_name
 from unicluster.trust.store import Store
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DrainRequest, NodeInfo, StageSpec
 from unicluster.v1.node_pb2_grpc import NodeStub
+
+log = logging.getLogger(__name__)
 
 CALL_SECONDS = 10.0
 ASK_EVERY = 0.25
@@ -64,6 +76,7 @@ async def _drain(
         stub = NodeStub(channel)
         try:
             info = await stub.Drain(DrainRequest(off=undo), timeout=CALL_SECONDS)
+            _note(info.name, drained=not undo)
             if undo:
                 print(f"{info.name} offers its memory again.")
                 return 0
@@ -80,7 +93,9 @@ async def _drain(
                 ) from None
         except grpc.aio.AioRpcError as error:
             raise as_error(error, f"agent {at}") from None
-    print(f"{info.name} is empty and takes nothing new until it is restarted.")
+    print(
+        f"{info.name} is empty and takes nothing new until `unicluster drain --undo {info.name}`."
+    )
     return 0
 
 
@@ -89,6 +104,15 @@ async def _known(identity: Identity, peers: Sequence[str]) -> list[tuple[NodeInf
     async with Members(Store().require(), identity, peers) as members:
         await members.find()
         return await members.nodes()
+
+
+def _note(machine: str, *, drained: bool) -> None:
+    """Keeps it for the `serve` of this machine; one elsewhere learns it from the agent."""
+    try:
+        with contextlib.closing(Database()) as database:
+            Drains(database).note(machine, drained=drained)
+    except UniclusterError as error:
+        log.warning("a restart of %s's agent may offer it again: %s", machine, error)
 
 
 def _address_of(name: str, known: Sequence[tuple[NodeInfo, str]]) -> str:

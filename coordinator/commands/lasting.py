@@ -15,6 +15,7 @@ from coordinator.serving.options import ServeOptions
 from coordinator.state.claim import Claim, already_served, claimed
 from coordinator.state.cut import Cut
 from coordinator.state.database import Database
+from coordinator.state.drains import Drains
 from coordinator.state.services import Services, Wanted
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.identity import default_name
@@ -41,7 +42,7 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
             services = Services(database)
             wanted = services.begin(options.service, fingerprint(options))
             try:
-                yield Lasting(services, wanted, claim)
+                yield Lasting(services, Drains(database), wanted, claim)
             finally:
                 services.end(options.service)
 
@@ -49,8 +50,9 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
 class Lasting:
     """A service's record: as an earlier process left it, and as this one leaves it."""
 
-    def __init__(self, services: Services, wanted: Wanted, claim: Claim) -> None:
+    def __init__(self, services: Services, drains: Drains, wanted: Wanted, claim: Claim) -> None:
         self._services = services
+        self.drains = drains
         self._wanted = wanted
         self.claim = claim
 

@@ -243,7 +243,10 @@ async def _served(
         _started(server),
         _http(options, gateway, membership) as http,
         _measured(options, membership, gateway) as metrics,
-        Members(membership, identity, options.peers, options.host, options.service) as members,
+        Members(
+            *(membership, identity, options.peers, options.host, options.service),
+            lasts.drains if lasts is not None else None,
+        ) as members,
         contextlib.AsyncExitStack() as stack,
     ):
         where = _where(options, port)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import grpc
 
@@ -27,7 +28,15 @@ from unicluster.errors import InputError, TrustError, UnavailableError, Uniclust
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.identity import Credentials
 from unicluster.trust.keyring import Membership
-from unicluster.v1.node_pb2 import DescribeNodeRequest, InspectRequest, ModelLayout, NodeInfo
+from unicluster.v1.node_pb2 import (
+    DRAIN_ORDERS_GIVEN,
+    DRAIN_ORDERS_UNKNOWN,
+    DescribeNodeRequest,
+    DrainRequest,
+    InspectRequest,
+    ModelLayout,
+    NodeInfo,
+)
 from unicluster.v1.node_pb2_grpc import NodeStub
 
 log = logging.getLogger(__name__)
@@ -60,6 +69,13 @@ class _Hint:
     addresses: tuple[str, ...]
 
 
+class Drains(Protocol):
+    """Which machines are drained, as it is kept."""
+
+    def follow(self, machine: str, *, drained: bool, ordered: bool | None) -> bool:
+        """Notes how a machine says that it is; returns whether it is to be drained again."""
+
+
 # A machine's own description, and what TLS proved of it.
 _Member = tuple[NodeInfo, Reached]
 
@@ -74,14 +90,19 @@ class Members:
         peers: Sequence[str] = (),
         host: str = "",
         service: str = "",
+        drains: Drains | None = None,
     ) -> None:
-        """service: usable memory is stated as if its stages had ended: it is planned anew."""
+        """service: usable memory is stated as if its stages had ended: it is planned anew.
+
+        drains: which machines are drained, for those whose agents have started since.
+        """
         fingerprints = (
             cluster.fingerprint if isinstance(cluster, Cluster) else lambda: cluster.fingerprints
         )
         self._identity = identity
         self._peers = tuple(peers)
         self._asked = DescribeNodeRequest(without_service=service)
+        self._drains = drains
         # Of the service, when `machines` asked last: stages that nobody holds; who holds others.
         self.orphans: list[LeftStage] = []
         self.holders: list[str] = []
@@ -162,6 +183,8 @@ class Members:
         quiet: for one who looks again and again, those that don't answer are no news.
         """
         answering = await self._answering(lost, quiet=quiet)
+        if self._drains is not None:
+            answering = [await self._as_drained(self._drains, *member) for member in answering]
         if not answering:
             raise UnavailableError(next(iter(self._mismatched.values()), NOBODY))
         machines = [
@@ -183,6 +206,25 @@ class Members:
         self.orphans = [stage for stage, orphaned in stages if orphaned]
         self.holders = [stage.spec.coordinator for stage, orphaned in stages if not orphaned]
         return machines
+
+    async def _as_drained(self, drains: Drains, info: NodeInfo, reached: Reached) -> _Member:
+        """The machine, drained again where its agent started since it was drained."""
+        unknown = info.drain_orders == DRAIN_ORDERS_UNKNOWN
+        ordered = None if unknown else info.drain_orders == DRAIN_ORDERS_GIVEN
+        if not drains.follow(info.name, drained=info.draining, ordered=ordered):
+            return info, reached
+        who = f"machine {info.name} ({reached.address})"
+        async with self._dialer.connect(reached) as channel:
+            try:
+                info = await NodeStub(channel).Drain(DrainRequest(), timeout=ANSWER_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                log.warning("it could not be drained again: %s", as_error(error, who))
+            else:
+                log.warning(
+                    "%s is still drained: `unicluster drain --undo %s` offers it again",
+                    *(who, info.name),
+                )
+        return info, reached
 
     def expect(self, addresses: Iterable[str]) -> None:
         """Machines are asked at these addresses too, where they were before."""

@@ -366,10 +366,11 @@ class Service:
         )
 
     async def _look(self) -> None:
-        """Looks for better plans, until cancelled, where machines have come since the last plan."""
+        """Looks for better plans, until cancelled, where machines have come since the last plan.
+
+        So it learns of machines that are drained, too.
+        """
         rules = self._rebalancing
-        if rules.margin is None:
-            return
         clock = asyncio.get_running_loop().time
         while True:
             await self._members.changed(min(SURVEY_SECONDS, max(rules.settle_s / 4, 1.0)))
@@ -378,9 +379,9 @@ class Service:
             with going_on("looking for a better plan"), contextlib.suppress(UniclusterError):
                 machines = await self._members.machines(quiet=True)
                 found = None
-                if has_grown(self._known, machines):
+                if rules.margin is not None and has_grown(self._known, machines):
                     found = await self._plans.survey(machines, self._names(machines), rules.margin)
-                worth = found is not None and found.gain >= rules.margin
+                worth = found is not None and found.gain >= (rules.margin or 1.0)
                 self._offer(found, lifecycle.Surveyed(worth, clock(), rules.settle_s))
 
     def _offer(self, found: Survey | None, news: lifecycle.Surveyed | lifecycle.Asked) -> None:

@@ -56,6 +56,12 @@ MIGRATIONS: Sequence[str] = (
         cut TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE drains (
+        machine TEXT PRIMARY KEY,
+        since_s REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 

@@ -50,6 +50,8 @@ from unicluster.trust.role import audit
 from unicluster.trust.store import Store
 from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import (
+    DRAIN_ORDERS_GIVEN,
+    DRAIN_ORDERS_NONE,
     DescribeNodeRequest,
     Draining,
     DrainRequest,
@@ -113,6 +115,7 @@ class Agent(NodeServicer):
         self.computed_tokens = 0  # of prompts and answers, by all stages that ran here
         self._inspections = Inspections()
         self._drain = asyncio.Event()
+        self._drain_orders = DRAIN_ORDERS_NONE
         self._changed = asyncio.Event()
 
     def addresses(self) -> list[str]:
@@ -194,6 +197,7 @@ class Agent(NodeServicer):
             known=known,
             addresses=self.addresses(),
             draining=self._drain.is_set(),
+            drain_orders=self._drain_orders,
             oldest_protocol=OLDEST_PROTOCOL,
             clock=time.time(),
             engines=hardware.engines,
@@ -212,6 +216,7 @@ class Agent(NodeServicer):
             await self.changed(until - clock())
 
     async def Drain(self, request: DrainRequest, context: Context) -> NodeInfo:  # noqa: N802
+        self._drain_orders = DRAIN_ORDERS_GIVEN
         if request.off:
             self._drain.clear()
         else:

@@ -36,12 +36,44 @@ def test_a_drained_machine_is_empty_and_the_others_take_over(tmp_path: Path) -> 
     assert (drained.code, back.code) == (0, 0), drained.err + back.err
     taken, emptied = drained.out.splitlines()
     assert re.fullmatch(rf"Others take over layers \d+-\d+ of .*/model from {busy}\.", taken)
-    assert emptied == f"{busy} is empty and takes nothing new until it is restarted."
+    assert (
+        emptied == f"{busy} is empty and takes nothing new until `unicluster drain --undo {busy}`."
+    )
     (line,) = (line for line in nodes.splitlines() if line.startswith(f"{busy} "))
     assert "drained of" in line
     assert back.out == f"{busy} offers its memory again.\n"
     assert answer.usage.completion_tokens == 8
     assert empty
+
+
+@pytest.mark.sweep
+def test_a_drained_machine_stays_drained_when_everything_starts_again(tmp_path: Path) -> None:
+    model = endless_model(tmp_path / "model")
+    serve = ("--context", "512", "--orphan-grace", "0")
+    with LocalCluster(tmp_path / "cluster") as cluster:
+        cluster.start_agents("ann", "bob", "cid", memory=MEMORY)
+        with cluster.serve(model, *serve) as server:
+            cluster.run("drain", "bob")
+            until(lambda: server.describe().state == "ready", "others have taken over")
+        for agent in cluster.agents.values():
+            agent.end()
+        cluster.start_agents("ann", "bob", "cid", memory=MEMORY)
+
+        with cluster.serve(model, *serve) as server:
+            used = {stage.node for stage in server.describe().stages}
+            shown = cluster.run("nodes").out
+            undone = cluster.run("drain", "--undo", "bob")
+            cluster.agents.pop("cid").end()  # so that bob is needed
+
+            def holders() -> set[str]:
+                return {stage.node for stage in server.describe().stages}
+
+            until(lambda: holders() == {"ann", "bob"}, "bob is used again")
+
+    assert used == {"ann", "cid"}
+    assert re.search(r"^bob .*drained of", shown, re.MULTILINE)
+    assert "is still drained: `unicluster drain --undo bob` offers it again" in server.err
+    assert undone.code == 0
 
 
 def test_a_model_is_taken_down_only_on_purpose(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,28 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DrainOrders:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DrainOrdersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DrainOrders.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAIN_ORDERS_UNKNOWN: _DrainOrders.ValueType  # 0
+    """older than this field"""
+    DRAIN_ORDERS_NONE: _DrainOrders.ValueType  # 1
+    """what held before it started still does"""
+    DRAIN_ORDERS_GIVEN: _DrainOrders.ValueType  # 2
+
+class DrainOrders(_DrainOrders, metaclass=_DrainOrdersEnumTypeWrapper):
+    """Whether an agent has been drained, or that taken back, since it started."""
+
+DRAIN_ORDERS_UNKNOWN: DrainOrders.ValueType  # 0
+"""older than this field"""
+DRAIN_ORDERS_NONE: DrainOrders.ValueType  # 1
+"""what held before it started still does"""
+DRAIN_ORDERS_GIVEN: DrainOrders.ValueType  # 2
+Global___DrainOrders: _TypeAlias = DrainOrders  # noqa: Y015
 
 @_typing.final
 class Greeting(_message.Message):
@@ -207,6 +230,7 @@ class NodeInfo(_message.Message):
     ADDRESSES_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    DRAIN_ORDERS_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     CLOCK_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
@@ -229,6 +253,8 @@ class NodeInfo(_message.Message):
     platform: _builtins.str
     draining: _builtins.bool
     """it has nothing to offer until that is taken back"""
+    drain_orders: Global___DrainOrders.ValueType
+    """since its agent started"""
     oldest_protocol: _builtins.int
     """that it still works with; 0: only its own"""
     clock: _builtins.float
@@ -283,6 +309,7 @@ class NodeInfo(_message.Message):
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         known: _abc.Iterable[Global___KnownMachine] | None = ...,
         draining: _builtins.bool = ...,
+        drain_orders: Global___DrainOrders.ValueType = ...,
         oldest_protocol: _builtins.int = ...,
         clock: _builtins.float = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
@@ -293,7 +320,7 @@ class NodeInfo(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "orphaned", b"orphaned", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "drain_orders", b"drain_orders", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "orphaned", b"orphaned", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

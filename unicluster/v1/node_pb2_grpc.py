@@ -127,7 +127,8 @@ class NodeServicer:
 
     def Drain(self, request, context):
         """Before maintenance: takes no new stages, and asks those who run some to let go of them once
-        their answers have ended. Lasts until it is taken back or the agent ends.
+        their answers have ended. Lasts until it is taken back or the agent ends; a coordinator that
+        knows of it drains the agent again when that is back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,8 @@ class NodeStub:
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
     Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.NodeInfo]
     """Before maintenance: takes no new stages, and asks those who run some to let go of them once
-    their answers have ended. Lasts until it is taken back or the agent ends.
+    their answers have ended. Lasts until it is taken back or the agent ends; a coordinator that
+    knows of it drains the agent again when that is back.
     """
     Rotate: _grpc.UnaryUnaryMultiCallable[_node_pb2.Rotation, _node_pb2.Rotated]
     """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
@@ -81,7 +82,8 @@ class NodeAsyncStub(NodeStub):
     """Where multicast does not reach: an agent makes itself known to another, every few seconds."""
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.NodeInfo]  # type: ignore[assignment]
     """Before maintenance: takes no new stages, and asks those who run some to let go of them once
-    their answers have ended. Lasts until it is taken back or the agent ends.
+    their answers have ended. Lasts until it is taken back or the agent ends; a coordinator that
+    knows of it drains the agent again when that is back.
     """
     Rotate: _aio.UnaryUnaryMultiCallable[_node_pb2.Rotation, _node_pb2.Rotated]  # type: ignore[assignment]
     """The cluster's secret is changed: keeps the new one, beside the old one until it is to finish.
@@ -150,7 +152,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.NodeInfo, _abc.Awaitable[_node_pb2.NodeInfo]]:
         """Before maintenance: takes no new stages, and asks those who run some to let go of them once
-        their answers have ended. Lasts until it is taken back or the agent ends.
+        their answers have ended. Lasts until it is taken back or the agent ends; a coordinator that
+        knows of it drains the agent again when that is back.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,72 @@
+"""Drained machines in the state file: kept over restarts, and never against a newer order."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from coordinator.state.database import MIGRATIONS, Database
+from coordinator.state.drains import Drains
+from coordinator.state.services import Services
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state.sqlite3"
+
+
+@pytest.fixture
+def drains(path: Path) -> Drains:
+    return Drains(Database(path))
+
+
+def test_a_drained_machine_is_drained_again_once_its_agent_has_started_anew(
+    drains: Drains, path: Path
+) -> None:
+    assert not drains.follow("bob", drained=True, ordered=True)
+    again = Drains(Database(path))
+
+    assert again.follow("bob", drained=False, ordered=False)
+    assert not again.follow("ann", drained=False, ordered=False)
+    assert again.names() == {"bob"}
+
+
+@pytest.mark.parametrize("ordered", [True, None], ids=["taken back", "an older agent"])
+def test_what_an_agent_says_last_counts(drains: Drains, ordered: bool | None) -> None:
+    drains.note("bob", drained=True)
+
+    assert not drains.follow("bob", drained=False, ordered=ordered)
+    assert not drains.follow("bob", drained=False, ordered=False)
+    assert drains.names() == set()
+
+
+def test_an_order_is_noted_once(drains: Drains) -> None:
+    for _ in range(3):
+        drains.note("bob", drained=True)
+    assert drains.names() == {"bob"}
+    for _ in range(2):
+        drains.note("bob", drained=False)
+    assert drains.names() == set()
+
+
+def test_a_state_file_that_is_gone_drains_nothing(drains: Drains, path: Path) -> None:
+    drains.note("bob", drained=True)
+    with sqlite3.connect(path) as other:
+        other.execute("DROP TABLE drains")
+    other.close()
+
+    assert not drains.follow("bob", drained=False, ordered=False)
+
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_state_files_of_all_versions_are_migrated(path: Path, version: int) -> None:
+    with sqlite3.connect(path) as old:
+        for migration in MIGRATIONS[:version]:
+            old.executescript(migration)
+        old.execute(f"PRAGMA user_version = {version}")
+    old.close()
+
+    database = Database(path)
+
+    assert Drains(database).names() == set()
+    assert Services(database).begin("llama", "{}").last is None
