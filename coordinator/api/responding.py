@@ -17,7 +17,7 @@ from coordinator.protocols.errors import failure_of
 from coordinator.serving.gateway import Gateway
 from unicluster.client.answers import Event, collect, event_from_wire
 from unicluster.errors import UniclusterError
-from unicluster.v1.chat_pb2 import GenerateRequest
+from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
 
 Admission = Callable[[Sequence[GenerateRequest]], AbstractContextManager[Meter]]
 
@@ -112,21 +112,25 @@ class Respond:
         patience = PATIENCE_SECONDS
         begun = False
         while True:
+            event: GenerateEvent | None = None
             try:
                 item = await answers.next(patience)
             except TimeoutError:
-                yield (b"" if begun else reply.begin()) + reply.waiting
+                pass
             else:
                 if item is None:
                     break
                 index, event = item
-                if event.HasField("status"):
-                    if not begun or reply.media_type != EVENTS:
-                        continue
-                    part = comment(f"{event.status.state} {event.status.detail}")
-                else:
-                    part = reply.event(index, event)
-                yield (b"" if begun else reply.begin()) + part
+                if event.HasField("status") and not (begun and reply.media_type == EVENTS):
+                    continue
+            begin = b"" if begun else reply.begin()  # before what follows it: events are numbered
+            if event is None:
+                part = reply.waiting
+            elif event.HasField("status"):
+                part = comment(f"{event.status.state} {event.status.detail}")
+            else:
+                part = reply.event(index, event)
+            yield begin + part
             begun = True
             patience = KEEP_ALIVE_SECONDS
         yield reply.end()

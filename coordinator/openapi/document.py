@@ -168,11 +168,18 @@ def _content(path: Path) -> Json:
         return {JSON: {"schema": {"type": "object"}}}
     content: Json = {JSON: {"schema": ref(path.answer)}}
     if path.piece:
-        kind = LINES if path.error == "OllamaError" else EVENTS
-        # Of a stream OpenAPI 3.1 knows only that it is text; its parts match `itemSchema`, as
-        # OpenAPI 3.2 has it.
-        content[kind] = {"schema": TEXT, "itemSchema": ref(path.piece)}
+        # OpenAPI 3.1 says nothing of the parts of a stream; `itemSchema` is as 3.2 has it.
+        if path.error == "OllamaError":
+            content[LINES] = {"itemSchema": ref(path.piece)}
+        else:
+            content[EVENTS] = {"itemSchema": _event(path.piece)}
     return content
+
+
+def _event(piece: str) -> Json:
+    """An event of a stream, whose data are JSON of that schema, but for OpenAI's last, [DONE]."""
+    data = {**TEXT, "contentMediaType": JSON, "contentSchema": ref(piece)}
+    return {"type": "object", "required": ["data"]} | {"properties": {"data": data, "event": TEXT}}
 
 
 def _error(status: int, reason: str, schema: str) -> Json:

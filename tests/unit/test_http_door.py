@@ -152,10 +152,12 @@ async def test_responses_whole_and_streamed(ask: openai.AsyncOpenAI) -> None:
     broken = await ask.responses.create(
         model="parrot", input="break UNAVAILABLE machine ann is gone", stream=True
     )
-    *_, last = [event async for event in broken]
+    events: list[Any] = [event async for event in broken]
+    last = events[-1]
 
     assert last.type == "error"
     assert "machine ann is gone" in last.message
+    assert [event.sequence_number for event in events] == list(range(len(events)))
     assert whole.output_text == "You said: hello there"
     assert streamed.output_text == "Eight."
     assert [item.type for item in streamed.output] == ["reasoning", "message"]
