@@ -10,7 +10,7 @@ from tests.support.deadlines import scaled
 from tests.support.pages import ROOT, fenced, run_program
 
 CLIENTS = ROOT / "docs" / "clients"
-PAGES = ("openai-python", "anthropic", "ollama")
+PAGES = ("openai-python", "anthropic", "ollama", "langchain", "litellm")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,11 @@ def test_programs_of_a_page_get_answers(server: ServeProgram, page: str) -> None
         "ANTHROPIC_BASE_URL": server.http,
         "ANTHROPIC_API_KEY": "none",
         "OLLAMA_HOST": server.http,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it is fetched
     }
     programs = fenced((CLIENTS / f"{page}.md").read_text("utf-8"), "python")
 
     assert programs
     for program in programs:
+        program = program.replace("http://127.0.0.1:8080", server.http)
         assert run_program(program, env, scaled(120)).strip()
