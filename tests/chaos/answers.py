@@ -57,18 +57,18 @@ def requests(dice: random.Random) -> list[Request]:
     greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     sampled = {"temperature": 0.9, "ignore_eos": True}
     return [
-        Request("greedy", prompt(30), {**greedy, "max_tokens": 900}),
-        Request("greedy, short", "hello", {**greedy, "max_tokens": 120}),
-        Request("greedy, long prompt", prompt(800), {**greedy, "max_tokens": 400}),
-        Request("seed", prompt(30), {**sampled, "seed": 7, "max_tokens": 500}),
-        Request("seed, top-p", "hello", {**sampled, "seed": 8, "top_p": 0.8, "max_tokens": 300}),
+        Request("greedy", prompt(30), {**greedy, "max_tokens": 300}),
+        Request("greedy, short", "hello", {**greedy, "max_tokens": 60}),
+        Request("greedy, long prompt", prompt(800), {**greedy, "max_tokens": 150}),
+        Request("seed", prompt(30), {**sampled, "seed": 7, "max_tokens": 200}),
+        Request("seed, top-p", "hello", {**sampled, "seed": 8, "top_p": 0.8, "max_tokens": 120}),
         Request(
             "penalties",
             prompt(40),
-            {**greedy, "presence_penalty": 0.5, "repetition_penalty": 1.2, "max_tokens": 300},
+            {**greedy, "presence_penalty": 0.5, "repetition_penalty": 1.2, "max_tokens": 120},
         ),
-        Request("logprobs", prompt(20), {**greedy, "logprobs": 2, "max_tokens": 200}),
-        Request("regex", "hello", {"temperature": 0, "regex": "[a-z ]{300}", "max_tokens": 400}),
+        Request("logprobs", prompt(20), {**greedy, "logprobs": 2, "max_tokens": 100}),
+        Request("regex", "hello", {"temperature": 0, "regex": "[a-z ]{150}", "max_tokens": 200}),
     ]
 
 
