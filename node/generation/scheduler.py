@@ -34,10 +34,14 @@ from node.mlx.kv_quant import quantize
 from node.mlx.memory import give_all_back, give_back
 from node.pipeline.choosers import UNREAD
 from node.pipeline.disk_prefixes import DiskPrefixes
+from node.pipeline.idle_saving import IdleSaving
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.prefixes.index import MIN_TOKENS, DiskPrefix
 from node.ring.compute_thread import MLXThread, give_way, rested
+
+# Prefixes on disk that are tried for one prompt.
+MOST_RECALLS = 3
 
 log = logging.getLogger("unicluster.scheduler")
 
@@ -107,7 +111,12 @@ class Scheduler:
         self._first_chunks: deque[FirstChunks] = deque(maxlen=users)
         self._closed = False
         prefixes = config.prefixes if spec.kv_bytes else None
-        self._disk = DiskPrefixes(model, prefixes, spec.ring_prefill_s) if prefixes else None
+        self._disk: DiskPrefixes | None = None
+        self._idle: IdleSaving | None = None
+        if prefixes is not None:
+            self._disk = DiskPrefixes(model, prefixes, spec.ring_prefill_s)
+            workload = prefixes.store.workload
+            self._idle = IdleSaving(self._disk, workload, self.prefix_cache, self._start)
 
     def add(self, ticket: Ticket) -> None:
         """Queues a request: behind those that are resumed, which have waited before."""
@@ -133,6 +142,8 @@ class Scheduler:
     def close(self) -> None:
         """Releases everything; fibers that wait for another machine end when they wake."""
         self._closed = True
+        if self._idle is not None:
+            self._idle.close()
         for lane in self.lanes:
             lane.close()
         self.lanes.clear()
@@ -161,6 +172,8 @@ class Scheduler:
             if not lane.free:
                 return
             ticket = self.waiting.popleft()
+            if self._idle is not None:
+                self._idle.working()
             answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
             sequence = Sequence(ticket, answer)
             lane.sequences.add(sequence)
@@ -188,9 +201,15 @@ class Scheduler:
 
     def _recall(self, sequence: Sequence, lane: Lane, prefix: DiskPrefix, tokens: int) -> None:
         """Gives a sequence a cache from the disks of all stages; other prompts go on meanwhile."""
-        cache = self._disk.recall(prefix) if self._disk is not None else None
-        if self._closed:
-            return
+        cache = None
+        for _ in range(MOST_RECALLS):  # one that was not written everywhere, and one before it
+            cache = self._disk.recall(prefix) if self._disk is not None else None
+            if self._closed:
+                return
+            found = self._find_on_disk(sequence) if cache is None else None
+            if found is None:
+                break
+            prefix, tokens = found
         if cache is not None:
             cache = trimmed(cache, len(prefix.tokens), tokens)
             sequence.recalled = cache, tokens
@@ -341,6 +360,8 @@ class Scheduler:
         self._on_end(sequence.ticket)
         if not self._closed:
             self._schedule()
+            if self._idle is not None and not any(each.sequences for each in self.lanes):
+                self._idle.resting()
 
     def _rest(self) -> None:
         if not self._prefilling and not any(lane.awake for lane in self.lanes):

@@ -1,5 +1,6 @@
 """A stage of ggml: caches as sequences of llama.cpp, and the forward of its layers."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -10,22 +11,25 @@ from node.ggml.embedding import Lookup
 from node.ggml.layers import Layers
 from node.ggml.library import Floats, Inputs
 from node.ggml.memory.rows import Cache, Row, Sequences
-from node.ggml.memory.saved_state import StateFormat
+from node.ggml.memory.saved_state import Bytes, StateFormat
 from node.ggml.wire import Array, decode, encode
 from node.prefixes.saved import SavedArray, SavedEntry
 from node.ring.bounds import FrameError
 from node.ring.cache_engine import Extent
 from node.ring.frame_server import FrameServer
 from node.ring.leaves import FLOATS
+from unicluster.errors import UniclusterError
 from unicluster.v1.stage_pb2 import CacheAnswer, CacheOp, CacheState
 
 if TYPE_CHECKING:
     from node.ring.cache_engine import Leaves
 
+log = logging.getLogger(__name__)
+
 # Class name of a saved cache: mlx-lm has to know it to load one. Its state is a list of arrays
 # and two values that may be None.
 STATE_KIND = "ArraysCache"
-# Names of its two arrays in a file.
+# Names of its arrays in a file: the second one's with a number, for the state is in pieces there.
 LENGTH, STATE = "length", "state"
 TOKEN_TYPES = frozenset({"uint32", "int32"})
 
@@ -194,21 +198,27 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
 
     def save(self, cache: Cache) -> list[SavedEntry]:
         (row,) = cache.rows
-        length = np.array([row.length], np.uint32)
-        leaves = (
-            (LENGTH, SavedArray("uint32", length)),
-            (STATE, SavedArray("uint8", self._sequences.state(row))),
-        )
-        return [SavedEntry(STATE_KIND, leaves)]
+        length = SavedArray("uint32", np.array([row.length], np.uint32))
+        state = self._sequences.state(row)
+        pieces: list[tuple[Bytes, int | None]] = [(state, None)]
+        try:
+            if row.length:
+                pieces = self._known_format().pieces(state, row.length)
+        except UniclusterError as error:  # of another order, or no room to see its format
+            log.info("a prompt cache goes to disk whole: %s", error)
+        leaves = [SavedArray("uint8", piece, axis) for piece, axis in pieces]
+        named = ((f"{STATE}.{index}", leaf) for index, leaf in enumerate(leaves))
+        return [SavedEntry(STATE_KIND, ((LENGTH, length), *named))]
 
     def revive(self, entries: Sequence[SavedEntry]) -> tuple[Cache, Extent]:
         (entry,) = entries if len(entries) == 1 else (None,)
-        leaves = dict(entry.leaves) if entry is not None else {}
-        length, state = leaves.get(LENGTH), leaves.get(STATE)
-        if not isinstance(length, SavedArray) or not isinstance(state, SavedArray):
+        leaves = [leaf for _, leaf in entry.leaves] if entry is not None else []
+        arrays = [leaf.values for leaf in leaves if isinstance(leaf, SavedArray)]
+        if len(arrays) < 2 or len(arrays) < len(leaves) or arrays[0].shape != (1,):
             raise FrameError("a saved state of other parts than ggml's")
+        state = b"".join(array.tobytes() for array in arrays[1:])
         with self._sequences.rows(1) as rows:
-            self._load(rows[0], int(length.values[0]), state.values.tobytes())
+            self._load(rows[0], int(arrays[0][0]), state)
         cache = Cache(self._sequences, rows)
         return cache, Extent(1, cache.size)
 
@@ -223,6 +233,16 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             restored = self._layers.last_position(number) + 1
             if restored != tokens or self._layers.state_size(number) != len(state):
                 raise FrameError(f"a saved state of {restored} tokens, not of {tokens}")
+
+    def _known_format(self) -> StateFormat:
+        """The format of saved states. Raises StageError where there is no room for an example."""
+        if self._format is not None:
+            return self._format
+        row = self._sequences.new()
+        try:
+            return self._state_format(row)
+        finally:
+            self._sequences.release(row)
 
     def _state_format(self, row: Row) -> StateFormat:
         """The format of saved states, by an example that is computed in an empty row."""

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from node.mlx.compat_caches import Caches, count_tokens, interchangeable_kind, make_counter
+from node.mlx.saved.growing import by_tokens
 from node.mlx.saved.state import cache_from_state
 from node.mlx.tensors import save_trees, saved_tree
 from node.prefixes.saved import SavedEntry
@@ -70,7 +71,7 @@ def save(caches: Caches) -> list[SavedEntry]:
     """The states of caches for a file, which share their memory until the caches are written to."""
     trees = save_trees([cache.state for cache in caches])
     pairs = zip(caches, trees, strict=True)
-    return [SavedEntry(type(cache).__name__, leaves) for cache, leaves in pairs]
+    return [SavedEntry(type(cache).__name__, by_tokens(cache, leaves)) for cache, leaves in pairs]
 
 
 def revive(fresh: Caches, entries: Sequence[SavedEntry]) -> tuple[Caches, Extent]:

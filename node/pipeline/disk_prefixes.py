@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ READ_SECONDS = 2.0
 # Between two questions to a stage, at first and at most.
 FIRST_ASK_SECONDS = 0.002
 LAST_ASK_SECONDS = 0.05
+# Prefixes that others cover and that are still on disk, while these may not be there yet.
+MOST_COVERED = 64
 
 
 class DiskPrefixes:
@@ -37,6 +40,9 @@ class DiskPrefixes:
         self._index = index
         self._prefill_s = prefill_s
         self._ring = json.dumps(getattr(model, "cuts", []))
+        # Saved for when no answer runs, and not written everywhere yet.
+        self._idle: set[bytes] = set()
+        self._covered: deque[DiskPrefix] = deque()
         self._on = bool(getattr(model, "saves", True))
         if not self._on:
             log.warning("prompt caches are not kept on disk: not all machines can do that now")
@@ -46,21 +52,36 @@ class DiskPrefixes:
         return self._index.find(prompt, self._ring, more_than) if self._on else None
 
     def has(self, tokens: Array) -> bool:
-        return self._index.name_of(tokens, self._ring) in self._index
+        """Whether there is nothing to be done to have `tokens` on disk."""
+        return not self._on or self._index.name_of(tokens, self._ring) in self._index
 
-    def save(self, tokens: Array, cache: Sequence[Any], *, trimmable: bool) -> None:
-        """Has all stages save the cache of `tokens`, soon: it may be freed at once."""
+    def save(
+        self, tokens: Array, cache: Sequence[Any], *, trimmable: bool, idle: bool = False
+    ) -> None:
+        """Has all stages save the cache of `tokens`, soon: it may be freed at once.
+
+        idle: while no answer runs there.
+        """
         name = self._index.name_of(tokens, self._ring)
-        if not self._on or name in self._index:
+        if not self._on or (name in self._index and (idle or name not in self._idle)):
             return
+        blocks = self._index.blocks_of(tokens, self._ring)
         local = [part for part in cache if not isinstance(part, RemoteCache)]
         handles = [part for part in cache if isinstance(part, RemoteCache)]
         for handle in handles:
-            handle.save(name)
-        if local:
-            self._index.store.put(name.hex(), save(local))
-        for covered in self._index.add(tokens, self._ring, trimmable=trimmable):
-            self._erase(covered, [handle.stage for handle in handles])
+            handle.save(name, blocks, idle=idle)
+        if local and (idle or not self._index.store.hurry(name.hex())):
+            names = [block.hex() for block in blocks]
+            self._index.store.put(name.hex(), save(local), names, idle=idle)
+        if not idle:
+            self._idle.discard(name)
+        if name in self._index:
+            return
+        if idle:
+            self._idle.add(name)
+        self._covered.extend(self._index.add(tokens, self._ring, trimmable=trimmable, idle=idle))
+        while len(self._covered) > MOST_COVERED:
+            self._erase(self._covered.popleft(), [handle.stage for handle in handles])
 
     def recall(self, prefix: DiskPrefix) -> list[Any] | None:
         """A cache of all tokens of a prefix; None where a stage does not have it whole."""
@@ -83,11 +104,25 @@ class DiskPrefixes:
     def settle(self, seconds: float) -> bool:
         """Waits until all stages have written what they were to save; whether they have."""
         until = time.monotonic() + seconds
-        stages = [p.stage for p in make_prompt_cache(self._model) if isinstance(p, RemoteCache)]
-        while self._index.store.waiting or any(stage.unwritten() for stage in stages):
+        while not self.settled():
             if time.monotonic() > until:
                 return False
             pause(LAST_ASK_SECONDS)
+        return True
+
+    def settled(self) -> bool:
+        """Whether all stages have written what they were to save. Asks them.
+
+        Then what is of no use beside it is removed: not before, for a machine may be lost.
+        """
+        stages = [p.stage for p in make_prompt_cache(self._model) if isinstance(p, RemoteCache)]
+        if self._index.store.waiting or any(stage.unwritten() for stage in stages):
+            return False
+        self._idle.clear()
+        while self._covered:
+            covered = self._covered.popleft()
+            if covered.name not in self._index:
+                self._erase(covered, stages)
         return True
 
     def _recalled(

@@ -242,9 +242,10 @@ class RemoteCache:
         handle._quantized = True
         return handle
 
-    def save(self, name: bytes) -> None:
-        """Has the stage save it on its disk."""
-        self.stage.operations.append(CacheOp(cache=self.number, save=CacheOp.Save(name=name)))
+    def save(self, name: bytes, blocks: Sequence[bytes] = (), *, idle: bool = False) -> None:
+        """Has the stage save it on its disk; see CacheOp.Save."""
+        save = CacheOp.Save(name=name, blocks=blocks, idle=idle)
+        self.stage.operations.append(CacheOp(cache=self.number, save=save))
 
     def snapshot(self) -> "RemoteCache":
         """A snapshot of the parts that can't be trimmed, for `restore`."""

@@ -10,17 +10,22 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from node.prefixes.format import FRONT_BYTES, is_older
 
 # Under the directory of the user's choice, which may have other things in it.
 PREFIXES = "prefixes"
 LOCK = ".lock"
 STATE = ".state"  # caches of a stage
 TOKENS = ".tokens"  # of the head: the tokens that the caches are of
+BLOCK = ".block"  # caches of some tokens, which several prefixes may begin with
 PART = ".part"  # still being written
-SUFFIXES = (STATE, TOKENS, PART)
+STEP_NS = 1000  # between the times of files that are used together
+SUFFIXES = (STATE, TOKENS, BLOCK, PART)
 
 
 def default_directory() -> Path:
@@ -85,15 +90,27 @@ class Folder:
             raise OSError(f"{path} is no file")
         return descriptor
 
-    def touch(self, name: str) -> None:
-        """Marks a prefix as the one used last."""
-        for suffix in (STATE, TOKENS):
-            with contextlib.suppress(OSError):
-                os.utime(self.path / (name + suffix))
+    def touch(self, name: str, blocks: Sequence[str] = ()) -> None:
+        """Marks a prefix as the one used last, and before it its blocks, the first of them last:
+        without the blocks before it none is of use, nor the prefix without them all.
+        """
+        now = time.time_ns()
+        files = [[block + BLOCK] for block in blocks] + [[name + STATE, name + TOKENS]]
+        for number, group in enumerate(files):
+            used = now - number * STEP_NS
+            for file in group:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path / file, ns=(used, used))
+
+    def touch_as(self, name: str) -> None:
+        """Marks the tokens of a prefix as used when its caches were."""
+        with contextlib.suppress(OSError):
+            used = (self.path / (name + STATE)).lstat().st_mtime_ns
+            os.utime(self.path / (name + TOKENS), ns=(used, used))
 
     def erase(self, name: str) -> None:
         """Removes the files of a prefix. Raises OSError where they can't be."""
-        for suffix in (TOKENS, STATE):
+        for suffix in (TOKENS, STATE, BLOCK):
             (self.path / (name + suffix)).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -117,6 +134,7 @@ class Folder:
                 raise
         try:
             yield descriptor
+            os.fsync(descriptor)  # else a file may have its name, and not its bytes, without power
             part.replace(self.path / (name + suffix))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -163,21 +181,25 @@ class Folder:
         return list(groups.values())
 
     def _remove_stale(self) -> None:
-        """Removes files that nobody is writing any more: their writers hold a lock on them."""
-        for group in self._groups():
-            for path in (path for path in group.paths if path.name.endswith(PART)):
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                except OSError:
-                    path.unlink(missing_ok=True)
-                    continue
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink(missing_ok=True)
-                except BlockingIOError:
-                    pass
-                finally:
-                    os.close(descriptor)
+        """Removes files of earlier formats, and those that nobody is writing any more: their
+        writers hold a lock on them.
+        """
+        for path in [path for group in self._groups() for path in group.paths]:
+            if not path.name.endswith(PART):
+                _remove_older(path)
+                continue
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError:
+                path.unlink(missing_ok=True)
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -201,6 +223,18 @@ def _private(directory: Path) -> None:
         raise PermissionError(13, "it is another user's", str(directory))
     if stat.S_IMODE(found.st_mode) != 0o700:
         directory.chmod(0o700)
+
+
+def _remove_older(path: Path) -> None:
+    """Removes a file of an earlier format, of which nobody has any use."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            older = is_older(os.read(descriptor, FRONT_BYTES))
+        finally:
+            os.close(descriptor)
+        if older:
+            path.unlink(missing_ok=True)
 
 
 def _take_room(descriptor: int, nbytes: int) -> None:

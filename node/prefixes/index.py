@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from node.prefixes.blocks import NAME_BYTES, block_names
 from node.prefixes.saved import Array, SavedArray, SavedEntry
 from node.prefixes.store import PrefixStore
 
 # Reading a file for fewer tokens costs more than it saves.
 MIN_TOKENS = 64
-NAME_BYTES = 16
 KIND = "tokens"
 
 
@@ -58,6 +58,10 @@ class PrefixIndex:
         data = ring.encode() + b"\0" + tokens.astype("<u4").tobytes()
         return hashlib.blake2b(data, digest_size=NAME_BYTES).digest()
 
+    def blocks_of(self, tokens: Array, ring: str) -> list[bytes]:
+        """Names of the blocks that these files begin with, on all stages of a ring."""
+        return block_names(tokens, ring)
+
     def find(self, prompt: Array, ring: str, more_than: int) -> tuple[DiskPrefix, int] | None:
         """The prefix with most tokens in common with a prompt, and their number, if it is
         MIN_TOKENS or more larger than `more_than`.
@@ -75,10 +79,13 @@ class PrefixIndex:
     def __contains__(self, name: bytes) -> bool:
         return name in self._prefixes
 
-    def add(self, tokens: Array, ring: str, *, trimmable: bool) -> list[DiskPrefix]:
+    def add(
+        self, tokens: Array, ring: str, *, trimmable: bool, idle: bool = False
+    ) -> list[DiskPrefix]:
         """Notes a prefix that is being written, and writes which tokens it is of.
 
-        Returns those that it covers, which are no longer of use.
+        idle: while the machine does nothing else. Returns those that it covers, which are no longer
+        of use.
         """
         new = DiskPrefix(self.name_of(tokens, ring), tokens, trimmable)
         covered = [p for p in self._of(ring) if covers(tokens, p.tokens, trimmable=trimmable)]
@@ -91,7 +98,7 @@ class PrefixIndex:
             ("ring", json.dumps(ring)),
             ("trimmable", json.dumps(trimmable)),
         )
-        self.store.put_tokens(new.name.hex(), [SavedEntry(KIND, leaves)])
+        self.store.put_tokens(new.name.hex(), [SavedEntry(KIND, leaves)], idle=idle)
         return [prefix for prefix in covered if prefix.name != new.name]
 
     def remove(self, prefix: DiskPrefix) -> None:

@@ -28,10 +28,14 @@ DTYPES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class SavedArray:
-    """An array of `dtype`, a key of DTYPES; `values` are of numpy's dtype for it."""
+    """An array of `dtype`, a key of DTYPES; `values` are of numpy's dtype for it.
+
+    axis: along which it has one place a token, from the first token on; None of other arrays.
+    """
 
     dtype: str
     values: Array
+    axis: int | None = None
 
 
 # A tree of arrays, and values in JSON, flattened.

@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from node.prefixes.folder import STATE, TOKENS, Folder, TooLargeError
-from node.prefixes.format import DamagedError, Sealed, read
+from node.prefixes.blocks import join, split
+from node.prefixes.folder import BLOCK, STATE, TOKENS, Folder, TooLargeError
+from node.prefixes.format import Contents, DamagedError, Sealed, read
 from node.prefixes.saved import SavedEntry
+from node.prefixes.workload import Workload
 from unicluster import failpoints
 from unicluster.units import format_bytes
 
@@ -23,10 +26,23 @@ log = logging.getLogger("unicluster.prefixes")
 # Caches that wait to be written stay in memory: of more bytes than these, others are not written.
 MOST_WAITING_BYTES = 1 << 30
 READERS = 2
+# How often writing that may wait looks whether the machine is idle.
+LOOK_SECONDS = 0.05
+
+
+@dataclass
+class _Waiting:
+    """Files of a prefix that are to be written. idle: they may wait until no answer runs."""
+
+    nbytes: int
+    idle: bool
 
 
 class PrefixStore:
-    """Saved caches of one stage by name. Threads may share it."""
+    """Saved caches of one stage by name. Threads may share it.
+
+    workload: of the stage's machine; whoever computes there says so.
+    """
 
     def __init__(self, folder: Folder, key: bytes) -> None:
         """key: the machine's, with which its files are sealed."""
@@ -35,7 +51,9 @@ class PrefixStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="prefixes-out", initializer=_nice)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefixes-in")
         self._lock = threading.Lock()
-        self._waiting: dict[str, int] = {}  # bytes by name
+        self._waiting: dict[str, _Waiting] = {}  # by name
+        self._closing = False
+        self.workload = Workload()
         self._warned: set[str] = set()
         self.most = folder.most
         self.nbytes = folder.nbytes  # of the whole directory, when it was looked at last
@@ -55,39 +73,57 @@ class PrefixStore:
 
     @property
     def waiting(self) -> int:
-        """Bytes that are still to be written."""
+        """Bytes of prefixes that are still to be written; those of blocks that are there count."""
         with self._lock:
-            return sum(self._waiting.values())
+            return sum(each.nbytes for each in self._waiting.values())
 
-    def put(self, name: str, entries: Sequence[SavedEntry], suffix: str = STATE) -> None:
-        """Writes a prefix, soon. Its arrays must not change."""
-        sealed = Sealed(name, self._key, entries)
+    def hurry(self, name: str) -> bool:
+        """Whether a prefix waits to be written; now it does not wait for the machine to be idle."""
         with self._lock:
-            if name + suffix in self._waiting:
-                return
-            total = sum(self._waiting.values())
-            if total and total + sealed.nbytes > MOST_WAITING_BYTES:
-                self._warn("slow", "the disk is too slow for all of them")
-                return
-            self._waiting[name + suffix] = sealed.nbytes
-        self._writer.submit(self._write, name, suffix, sealed)
+            waiting = [self._waiting.get(name + suffix) for suffix in (STATE, TOKENS)]
+            for each in waiting:
+                if each is not None:
+                    each.idle = False
+            return waiting[0] is not None
 
-    def put_tokens(self, name: str, entries: Sequence[SavedEntry]) -> None:
+    def put(
+        self,
+        name: str,
+        entries: Sequence[SavedEntry],
+        blocks: Sequence[str] = (),
+        *,
+        idle: bool = False,
+    ) -> None:
+        """Writes a prefix, soon. Its arrays must not change.
+
+        blocks: names of those that it begins with; such as are on disk are not written again.
+        idle: writes while the machine does nothing else.
+        """
+        parts, rest = split(entries, len(blocks))
+        names = list(blocks[: len(parts)])
+        files = [
+            (block, BLOCK, Sealed(block, self._key, part))
+            for block, part in zip(names, parts, strict=True)
+        ]
+        files.append((name, STATE, Sealed(name, self._key, rest, names)))
+        self._put(name, STATE, files, idle)
+
+    def put_tokens(self, name: str, entries: Sequence[SavedEntry], *, idle: bool = False) -> None:
         """Writes the tokens that a prefix is of, after its caches."""
-        self.put(name, entries, TOKENS)
+        self._put(name, TOKENS, [(name, TOKENS, Sealed(name, self._key, entries))], idle)
 
     def read(self, name: str) -> "Future[list[SavedEntry] | None]":
         """Begins to read a prefix: None where it is not there whole and unchanged."""
-        return self._readers.submit(self._read, name, STATE)
+        return self._readers.submit(self._read_whole, name)
 
     def tokens(self) -> list[tuple[str, list[SavedEntry]]]:
         """Tokens of all prefixes by name, those first that were used longest ago. Blocks."""
         names = self._folder.names(TOKENS)
         found = [(name, self._read(name, TOKENS)) for name in names]
-        return [(name, entries) for name, entries in found if entries is not None]
+        return [(name, contents.entries) for name, contents in found if contents is not None]
 
     def erase(self, name: str) -> None:
-        """Removes a prefix, soon."""
+        """Removes a prefix, soon, but not its blocks, which others may begin with."""
         self._writer.submit(self._erase, name)
 
     def settle(self, seconds: float) -> bool:
@@ -99,43 +135,93 @@ class PrefixStore:
 
     def close(self) -> None:
         """Writes what waits to be written. The store is of no use afterwards."""
+        self._closing = True
         self._writer.shutdown()
         self._readers.shutdown()
 
-    def _write(self, name: str, suffix: str, sealed: Sealed) -> None:
+    def _put(
+        self, name: str, suffix: str, files: "Sequence[tuple[str, str, Sealed]]", idle: bool
+    ) -> None:
+        nbytes = sum(sealed.nbytes for _, _, sealed in files)
+        with self._lock:
+            if name + suffix in self._waiting:
+                return
+            total = sum(each.nbytes for each in self._waiting.values())
+            if total and total + nbytes > MOST_WAITING_BYTES:
+                self._warn("slow", "the disk is too slow for all of them")
+                return
+            self._waiting[name + suffix] = _Waiting(nbytes, idle)
+        self._writer.submit(self._write, name, suffix, files)
+
+    def _write(self, name: str, suffix: str, files: "Sequence[tuple[str, str, Sealed]]") -> None:
+        waiting = self._waiting[name + suffix]
+        blocks = [file for file, kind, _ in files if kind == BLOCK]
+
         def write() -> None:
             failpoints.reach("prefixes.write")
-            if self._folder.size(name, suffix) == sealed.nbytes:
-                self._folder.touch(name)
-                return
-            with (
-                self._folder.writing(name, suffix, sealed.nbytes) as descriptor,
-                open(descriptor, "wb", buffering=0, closefd=False) as file,
-            ):
-                sealed.write(file)
+            if waiting.nbytes > self.most:
+                raise TooLargeError
+            there = [self._folder.size(file, kind) == sealed.nbytes for file, kind, sealed in files]
+            if any(there):  # else they might go to make room for the others
+                self._folder.touch(name, blocks)
+            for (file, kind, sealed), is_there in zip(files, there, strict=True):
+                if not is_there:
+                    self._write_file(file, kind, sealed, waiting)
+            if suffix == STATE:
+                self._folder.touch(name, blocks)
+            else:
+                self._folder.touch_as(name)
 
         self._guarded(name, write)
         self._guarded(name, self._count)
         with self._lock:
             self._waiting.pop(name + suffix, None)
 
+    def _write_file(self, name: str, suffix: str, sealed: Sealed, waiting: _Waiting) -> None:
+        with (
+            self._folder.writing(name, suffix, sealed.nbytes) as descriptor,
+            open(descriptor, "wb", buffering=0, closefd=False) as file,
+        ):
+            sealed.write(file, lambda: self._await_idle(waiting))
+
+    def _await_idle(self, waiting: _Waiting) -> None:
+        """Returns when no answer runs here, or at once where something behind can't wait."""
+        while waiting.idle and self.workload.busy and not self._closing:
+            with self._lock:
+                if not all(each.idle for each in self._waiting.values()):
+                    return
+            time.sleep(LOOK_SECONDS)
+
     def _count(self) -> None:
         self.nbytes = self._folder.nbytes
 
-    def _read(self, name: str, suffix: str) -> list[SavedEntry] | None:
-        entries: list[SavedEntry] = []
+    def _read_whole(self, name: str) -> list[SavedEntry] | None:
+        """A prefix with its blocks."""
+        rest = self._read(name, STATE)
+        if rest is None:
+            return None
+        parts = []
+        for block in rest.blocks:
+            part = self._read(block, BLOCK)
+            if part is None:
+                return None
+            parts.append(part.entries)
+        whole: list[SavedEntry] = []
+        if not self._guarded(name, lambda: whole.extend(join(parts, rest.entries))):
+            return None
+        self._folder.touch(name, rest.blocks)
+        return whole
+
+    def _read(self, name: str, suffix: str) -> Contents | None:
+        contents: list[Contents] = []
 
         def load() -> None:
             failpoints.reach("prefixes.read")
             descriptor = self._folder.open(name, suffix)
             with open(descriptor, "rb", buffering=0) as file:
-                entries.extend(read(file, os.fstat(descriptor).st_size, name, self._key))
+                contents.append(read(file, os.fstat(descriptor).st_size, name, self._key))
 
-        if not self._guarded(name, load):
-            return None
-        if suffix == STATE:
-            self._folder.touch(name)
-        return entries
+        return contents[0] if self._guarded(name, load) else None
 
     def _erase(self, name: str) -> None:
         self._guarded(name, lambda: self._folder.erase(name))

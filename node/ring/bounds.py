@@ -14,8 +14,6 @@ MOST_STATE_BYTES = 2**31 - 1
 MOST_ARRIVING = 16
 # Leaves of one tree of arrays: a stage of many layers whose caches have several arrays each.
 MOST_LEAVES = 2**14
-# Of the name of a prefix on disk, a hash.
-NAME_BYTES = 16
 MOST_DIMENSIONS = 8
 MOST_DEPTH = 16
 

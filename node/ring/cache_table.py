@@ -7,6 +7,7 @@ from typing import Generic
 
 from google.protobuf.message import DecodeError
 
+from node.prefixes.blocks import BLOCK_TOKENS
 from node.ring.bounds import (
     MOST_ARRIVING,
     MOST_CACHES,
@@ -308,8 +309,12 @@ class CacheTable(Generic[C]):
         slot, name = self._settled(op.cache), prefix_name(op.save.name)
         if self._rows(slot) != 1:
             raise FrameError(f"a prefix of {slot.rows} rows")
-        if self._engine.prefixes is not None:
-            self._engine.prefixes.put(name, self._engine.save(slot.cache))
+        self._check("blocks", len(op.save.blocks), MOST_TOKENS // BLOCK_TOKENS)
+        blocks = [prefix_name(block) for block in op.save.blocks]
+        prefixes = self._engine.prefixes
+        if prefixes is None or (not op.save.idle and prefixes.hurry(name)):
+            return
+        prefixes.put(name, self._engine.save(slot.cache), blocks, idle=op.save.idle)
 
     def recall(self, op: CacheOp, report: StageReport) -> None:
         name, step = op.recall.name, op.recall.step

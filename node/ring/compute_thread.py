@@ -190,7 +190,9 @@ def give_way() -> None:
 def pause(seconds: float) -> None:
     """In a fiber: returns after so many seconds, in which others run."""
     over = Signal()
-    threading.Timer(seconds, over.set).start()
+    timer = threading.Timer(seconds, over.set)
+    timer.daemon = True
+    timer.start()
     over.wait()
 
 

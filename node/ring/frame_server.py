@@ -2,6 +2,7 @@
 
 import time
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Generic
 
 from node.ring.bounds import FrameError
@@ -55,7 +56,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
                 if part.cache and session.skips(frame):
                     self._skip(session, part, frame, report)
                 elif part.cache:
-                    self._forward(session, part, frame, report)
+                    with self._working():
+                        self._forward(session, part, frame, report)
                 del frame.parts[index]
                 break
         if session.last:
@@ -63,7 +65,8 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
                 if number in session.deferred:
                     self.drop(session.deferred.pop(number))
             if frame.claim:
-                self._claim(session, frame)
+                with self._working():
+                    self._claim(session, frame)
         session.cancelled.served(frame.id)
         self.tidy(freed=freed, prefill=frame.hold)
         if self.prefixes is not None:
@@ -114,6 +117,10 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
     @abstractmethod
     def extent(self, hidden: "Leaves") -> tuple[int, int]:
         """(batch, tokens) of a frame's input. Raises FrameError if the layers can't take it."""
+
+    def _working(self) -> AbstractContextManager[None]:
+        """Lets prefixes that can wait do so while an answer is computed."""
+        return nullcontext() if self.prefixes is None else self.prefixes.workload.running()
 
     def _forward(
         self, session: Session[C, H], part: StagePart, frame: Frame, report: StageReport

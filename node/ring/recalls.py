@@ -4,8 +4,9 @@ import logging
 from concurrent.futures import Future
 from typing import Generic
 
+from node.prefixes.blocks import NAME_BYTES
 from node.prefixes.saved import SavedEntry
-from node.ring.bounds import MOST_ARRIVING, NAME_BYTES, FrameError
+from node.ring.bounds import MOST_ARRIVING, FrameError
 from node.ring.cache_engine import C, CacheEngine, Extent
 from unicluster.errors import UniclusterError
 from unicluster.v1.stage_pb2 import MISSING, READING, THERE, Recalled

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-from tests.support.cluster import LocalCluster
-from tests.support.prefixes import counted
+import pytest
+
+from node.prefixes.folder import STATE
+from tests.support.cluster import LocalCluster, until
+from tests.support.prefixes import counted, files_in
 from tests.support.tiny import tiny_config, write_model
 from unicluster.client.answers import Answer
 from unicluster.client.metrics import Metrics
@@ -13,8 +16,13 @@ TEXT = "all of this was said before. " * 10
 AGENTS = {"ann": "1.35MB", "bob": "720KB"}
 
 
-def asked(cluster: LocalCluster, model: Path) -> tuple[Answer, Metrics, str]:
-    """An answer of a cluster that is started for it and ended, its metrics, and its status."""
+def asked(
+    cluster: LocalCluster, model: Path, *, killed: bool = False
+) -> tuple[Answer, Metrics, str]:
+    """An answer of a cluster that is started for it and ended, its metrics, and its status.
+
+    killed: all of it is, as without power, once all machines have written the answer's cache.
+    """
     for name, memory in AGENTS.items():
         cluster.start_agent(name, "--cache-dir", str(cluster.folder / name), memory=memory)
     cluster.wait_for_agents()
@@ -25,9 +33,19 @@ def asked(cluster: LocalCluster, model: Path) -> tuple[Answer, Metrics, str]:
         answer = client.chat(TEXT, temperature=0, max_tokens=8)
         metrics = client.measure()
         status = cluster.run("status", "--server", server.address).out
+        if killed:
+            until(lambda: all(written(cluster.folder / name) for name in AGENTS), "it is on disk")
+            for process in [*cluster.workers(), server, *cluster.agents.values()]:
+                process.kill()
+            cluster.agents.clear()
+            return answer, metrics, status
     for name in AGENTS:
         cluster.agents.pop(name).end()
     return answer, metrics, status
+
+
+def written(directory: Path) -> bool:
+    return files_in(directory, STATE) != []
 
 
 def test_a_prompt_is_on_disk_after_a_restart_of_everything(tmp_path: Path) -> None:
@@ -46,3 +64,15 @@ def test_a_prompt_is_on_disk_after_a_restart_of_everything(tmp_path: Path) -> No
     assert [stage.disk_bytes for stage in after.stages] == sizes
     assert min(sizes) > 0
     assert "1 hit" in status
+
+
+@pytest.mark.sweep
+def test_a_prompt_is_on_disk_after_all_was_killed(tmp_path: Path) -> None:
+    write_model(model := tmp_path / "tiny", tiny_config("llama"))
+    with LocalCluster(tmp_path / "cluster", HF_HOME=str(tmp_path / "hf")) as cluster:
+        first, _, _ = asked(cluster, model, killed=True)
+        second, after, _ = asked(cluster, model)
+
+    assert first.text == second.text
+    assert after.disk_hits == 1
+    assert second.usage.cached_tokens == second.usage.prompt_tokens - 1

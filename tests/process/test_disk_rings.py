@@ -12,6 +12,8 @@ from mlx_lm.models.cache import make_prompt_cache
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 from node.pipeline.disk_prefixes import DiskPrefixes
+from node.prefixes.folder import BLOCK, STATE
+from node.prefixes.folder import TOKENS as TOKENS_FILE
 from tests.support.deadlines import scaled
 from tests.support.mixed import mixed
 from tests.support.prefixes import files_in, index_in
@@ -19,7 +21,8 @@ from tests.support.tiny import tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint
 from unicluster.trust.cluster import Cluster
 
-TOKENS = np.arange(5, 125)
+TOKENS = np.arange(5, 305) % 250  # a block, and more
+GROWN = np.append(TOKENS, [7, 8, 9])
 SECONDS = 60.0
 
 
@@ -48,17 +51,29 @@ def test_a_ring_goes_on_from_the_disks_of_one_before_if_all_have_it(
         before = disks(model, disk)
         before.save(TOKENS, cache, trimmable=True)
         assert before.settle(scaled(SECONDS))
+        blocks = inodes(disk, BLOCK)
+        model(mx.array([[7, 8, 9]]), cache=cache)[:]
+        before.save(GROWN, cache, trimmable=True, idle=True)
+        assert before.settle(scaled(SECONDS))
         expected = next_logits(model, cache)
-    prompt = np.append(TOKENS, [3, 4])
+    assert len(blocks) == len(engines)
+    assert inodes(disk, BLOCK) == blocks  # they were not written again
+    prompt = np.append(GROWN, [3, 4])
     with mixed(path, file, engines, identity=identity, disk=disk) as model:
         after = disks(model, disk)
         found = after.find(prompt, 0)
         assert found is not None
-        assert found[1] == len(TOKENS)
+        assert found[1] == len(GROWN)
         cache = after.recall(found[0]) or []
         assert np.array_equal(next_logits(model, cache), expected)
         shutil.rmtree(disk / "1")
         assert after.recall(found[0]) is None
         assert after.find(prompt, 0) is None
         assert after.settle(scaled(SECONDS))
-    assert files_in(disk / "0") == []
+    assert files_in(disk / "0", STATE) == files_in(disk / "0", TOKENS_FILE) == []
+
+
+def inodes(disk: Path, suffix: str) -> dict[Path, int]:
+    """Files with that suffix of all machines."""
+    files = [file for machine in disk.iterdir() for file in files_in(machine, suffix)]
+    return {file: file.stat().st_ino for file in files}

@@ -1,5 +1,6 @@
 """Prefixes on disk, from an engine that answers to the files and back after a restart."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import pytest
 
 from node.generation.engine import GenerationEngine
+from node.prefixes.blocks import BLOCK_TOKENS
+from node.prefixes.folder import BLOCK, PART, STATE, TOKENS
+from node.prefixes.saved import SavedArray
 from tests.support import zoo
+from tests.support.cluster import until
 from tests.support.deadlines import scaled
 from tests.support.engines import DEADLINE, THREAD, Completion, Tiny, listen
 from tests.support.prefixes import counted, files_in, index_in
@@ -27,7 +32,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     async def load(model_type: str) -> Tiny:
         if model_type not in loaded:
             path = tmp_path_factory.mktemp(model_type)
-            write_model(path, tiny_config(model_type))
+            kind, _, wide = model_type.partition(" ")
+            write_model(path, tiny_config(kind) | ({"head_dim": 32} if wide else {}))
             loaded[model_type] = await Tiny.load(path)
         return loaded[model_type]
 
@@ -84,3 +90,59 @@ async def test_states_of_recurrent_layers_come_back_whole(load: Load, tmp_path: 
         len(prompt) + len(first.tokens),
         0,
     ]
+
+
+@pytest.mark.parametrize("kv_bits", [0, 8])
+async def test_answers_go_to_disk_when_none_runs_and_only_what_they_added(
+    kv_bits: int, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.pipeline.idle_saving.IDLE_SECONDS", 0.0)
+    tiny = await load("llama wide")
+    room = ROOM | {"context": 1024, "kv_bits": kv_bits}
+    engine = await tiny.engine(**room, prefixes=index_in(tmp_path))
+    prompt = [7 + n % 199 for n in range(BLOCK_TOKENS + 20)]
+    first = await ask(engine, prompt)
+    await asyncio.to_thread(until, lambda: len(files_in(tmp_path, TOKENS)) == 1, "it is written")
+    (before,) = files_in(tmp_path, BLOCK)
+    written = before.stat().st_ino
+    turn = [*prompt, *first.tokens, *prompt]
+    second = await ask(engine, turn)
+    # The first turn is of no use beside the second one, and is removed when that is written.
+    await asyncio.to_thread(until, lambda: one_longer(tmp_path, len(turn)), "it is covered")
+    assert len(files_in(tmp_path, BLOCK)) == 2
+    assert before.stat().st_ino == written
+    # Nothing is saved or ended: as after a loss of power.
+    again = await tiny.engine(**room, prefixes=index_in(tmp_path))
+    third = await ask(again, [*turn, *second.tokens, 5])
+    for each in (engine, again):
+        each.close()
+    cached = third.finish.usage.cached_tokens if third.finish else 0
+    assert cached > len(turn)
+
+
+def one_longer(directory: Path, tokens: int) -> bool:
+    """Whether one prefix alone is on disk, of more than so many tokens."""
+    index = index_in(directory)
+    found = [dict(entries[0].leaves)["tokens"] for _, entries in index.store.tokens()]
+    index.store.close()
+    sizes = [leaf.values.size for leaf in found if isinstance(leaf, SavedArray)]
+    return len(sizes) == 1 and sizes[0] > tokens
+
+
+async def test_no_answer_waits_for_what_is_written_meanwhile(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.pipeline.idle_saving.IDLE_SECONDS", 0.0)
+    tiny = await load("llama")
+    index = index_in(tmp_path)
+    engine = await tiny.engine(**ROOM, prefixes=index)
+    index.store.workload.begin()  # as of another answer, on another lane or head
+    await ask(engine, PROMPT)
+    await asyncio.to_thread(until, lambda: files_in(tmp_path, PART) != [], "it is begun")
+    second = await ask(engine, [n + 1 for n in PROMPT])
+    assert second.finish is not None
+    assert files_in(tmp_path, STATE) == []
+    index.store.workload.end()
+    await asyncio.to_thread(until, lambda: len(files_in(tmp_path, TOKENS)) == 2, "all are written")
+    engine.close()
+    assert not index.store.workload._running

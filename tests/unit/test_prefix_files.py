@@ -88,7 +88,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a bit of an array": _middle_changed,
     "a name in the header": _header_changed,
     "a header without end": _long_header,
-    "another version": lambda data: data[:8] + b"\2" + data[9:],
+    "another version": lambda data: data[:8] + b"\x7f" + data[9:],
     "zeros": lambda data: bytes(len(data)),
     "something else": lambda _: b"GIF89a" * 100,
 }

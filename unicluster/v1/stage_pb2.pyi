@@ -730,20 +730,30 @@ class CacheOp(_message.Message):
 
     @_typing.final
     class Save(_message.Message):
-        """To a file of the stage's own, soon; where that is not possible, nothing happens."""
+        """To a file of the stage's own, soon; where that is not possible, nothing happens.
+        blocks: names of those that it begins with, each of as many tokens, in order: those that the
+        stage has on disk are not written again. idle: writing may wait while answers run.
+        """
 
         DESCRIPTOR: _descriptor.Descriptor
 
         NAME_FIELD_NUMBER: _builtins.int
+        BLOCKS_FIELD_NUMBER: _builtins.int
+        IDLE_FIELD_NUMBER: _builtins.int
         name: _builtins.bytes
+        idle: _builtins.bool
+        @_builtins.property
+        def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
         def __init__(
             self,
             *,
             name: _builtins.bytes = ...,
+            blocks: _abc.Iterable[_builtins.bytes] | None = ...,
+            idle: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "idle", b"idle", "name", b"name"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,11 +10,14 @@ the layers' states. All integers are little-endian.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from node.ring.bounds import FrameError
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 MAGIC = 0xAF143CD8
 # numpy's dtypes of the types that this project's caches have, by their numbers in ggml.
@@ -29,11 +32,15 @@ EXT_BYTES = 12  # of a cell: two coordinates, and a token
 
 @dataclass(frozen=True)
 class _Block:
-    """Numbers of one layer: bytes of its header, dtype, and how many there are for a cell."""
+    """Numbers of one layer: bytes of its header, dtype, and how many there are for a cell.
+
+    transposed: all cells' first numbers come first.
+    """
 
     header: bytes
     dtype: str
     per_cell: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,42 @@ class StateFormat:
                 _check_block(reader, section, block, cells)
         if reader.at != len(state):
             raise FrameError(f"a saved state with {len(state) - reader.at} bytes too many")
+
+    def pieces(self, state: Bytes, tokens: int) -> list[tuple[Bytes, int | None]]:
+        """The bytes of a state in order, as arrays of which some have one place a token: each with
+        the axis of these, or None. Cells are in the order of their tokens.
+
+        Raises FrameError where it is not the state of a sequence of so many tokens.
+        """
+        reader, pieces = _Reader(state.data), list[tuple[Bytes, int | None]]()
+        fixed = 0  # where the bytes begin that are not in a piece yet
+        reader.integers("Ii")
+        for section in self.sections:
+            start = reader.at + 8
+            count = _check_cells(reader, section, tokens)
+            grows = section.attention and count == tokens
+            order: Any = slice(None)
+            if grows:
+                cells = state[start : reader.at].reshape(count, -1)
+                positions = cells[:, :4].copy().view("<i4")[:, 0]
+                if (np.diff(positions) < 0).any():  # llama.cpp uses cells of others again
+                    order = np.argsort(positions)
+                pieces += [(state[fixed:start], None), (cells[order], None)]
+                fixed = reader.at
+            reader.take(len(section.header))
+            for block in section.blocks:
+                reader.take(len(block.header))
+                at, size = reader.at, np.dtype(block.dtype).itemsize
+                reader.take(size * block.per_cell * count)
+                if grows and block.per_cell:
+                    numbers, pieces = state[at : reader.at], [*pieces, (state[fixed:at], None)]
+                    if block.transposed:
+                        numbers = numbers.reshape(block.per_cell, count, size)[:, order]
+                    else:
+                        numbers = numbers.reshape(count, -1)[order]
+                    pieces.append((numbers, int(block.transposed)))
+                    fixed = reader.at
+        return [*pieces, (state[fixed:], None)]
 
 
 def _check_cells(reader: _Reader, section: _Section, tokens: int) -> int:
@@ -196,7 +239,7 @@ def _transposed(reader: _Reader) -> _Block:
     """A block of one row a number: its type, bytes of a number, numbers of a cell."""
     start = reader.at
     kind, size, count = reader.integers("iII")
-    return _block(reader, start, kind, size * count)
+    return replace(_block(reader, start, kind, size * count), transposed=True)
 
 
 def _block(reader: _Reader, start: int, kind: int, size: int) -> _Block:
