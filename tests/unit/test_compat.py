@@ -33,9 +33,10 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
-from node.mlx import compat, compat_caches
+from node.mlx import cache_view, compat, compat_caches
 from node.mlx.saved.state import cache_from_state
 from node.pipeline.pending_logits import PendingLogits
+from node.prefixes.saved import SavedArray
 from tests.support import zoo
 
 HEADS, SIZE = 2, 64
@@ -370,6 +371,17 @@ def test_a_cache_is_made_of_its_saved_state(kind: str) -> None:
     assert (extent.rows, extent.tokens) == (1, 5), piece
 
 
+@pytest.mark.parametrize("kind", ["KVCache", "QuantizedKVCache", "CacheList"])
+def test_saved_keys_and_values_grow_by_one_place_a_token(kind: str) -> None:
+    cache = CacheList(KVCache(), RotatingKVCache(8)) if kind == "CacheList" else KV_KINDS[kind]()
+    update(cache.caches[0] if kind == "CacheList" else cache, 5)
+    (saved,) = cache_view.save([cache])
+    arrays = {key: leaf for key, leaf in saved.leaves if isinstance(leaf, SavedArray)}
+    piece = f"mlx_lm.models.cache.{kind}.state is laid out otherwise than saved/growing.py knows"
+    assert len(arrays) == (6 if kind == "QuantizedKVCache" else 2), piece
+    assert {(leaf.axis, leaf.values.shape[2]) for leaf in arrays.values()} == {(2, 5)}, piece
+
+
 class Handle:
     """A cache elsewhere, as RemoteCache is one."""
 
@@ -570,6 +582,7 @@ ROOT = Path(__file__).parents[2]
 COMPAT = {
     "node/mlx/compat.py",
     "node/mlx/compat_caches.py",
+    "node/mlx/saved/growing.py",
     "node/mlx/saved/state.py",
     "node/weights/hub_compat.py",
     "node/ggml/library.py",
