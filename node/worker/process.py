@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from node.worker.config import WorkerConfig
 from node.worker.lines import LineReader
@@ -154,17 +154,22 @@ class WorkerProcess:
         self._report.name = f"{config.node}, layers {spec.first_layer}-{spec.end_layer - 1}"
         self._kills_before = _oom_kills()
         self._configured.set()
-        giving = self._transports[0]
+        giving = self._stdin
         # A worker that ended at once has closed its end; `exit` says why.
-        if isinstance(giving, asyncio.WriteTransport) and not giving.is_closing():
+        if not giving.is_closing():
             # Not drained: it is small, and a caller cancelled here would leave the worker behind.
             giving.write(config.to_line())
 
     def renew(self, identity: dict[str, str]) -> None:
         """Hands the worker a new certificate, in place of the one it has."""
-        giving = self._transports[0]
-        if isinstance(giving, asyncio.WriteTransport) and not giving.is_closing():
+        giving = self._stdin
+        if not giving.is_closing():
             giving.write(json.dumps(identity).encode() + b"\n")
+
+    @property
+    def _stdin(self) -> asyncio.WriteTransport:
+        # uvloop's transports have another class, with the same methods.
+        return cast(asyncio.WriteTransport, self._transports[0])
 
     @property
     def pid(self) -> int:
