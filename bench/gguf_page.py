@@ -3,6 +3,7 @@
 from coordinator.models.catalog import Entry, entries
 from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, OF_MLX, REFUSED, Architecture
 from tests.support.any_gguf import SPECS
+from tests.support.gguf_variants import VARIANTS
 
 
 def gguf_architectures() -> str:
@@ -24,6 +25,16 @@ def gguf_architectures() -> str:
     ]
     lines += [f"| {name} | {SPECS[name].layers} | {_where(KNOWN[name])} |" for name in cut]
     lines += [
+        "",
+        "Variants of them are tried in the same way, at the first, the last and all cuts together:",
+        "",
+        *(f"- {kind}: {', '.join(names)}." for kind, names in _variants().items()),
+        "",
+        "Refused by the name of the key, before llama.cpp reads the file: counts, periods and",
+        "arrays that can't be or contradict one another, tensors of layers that are none, windows",
+        "that no layer has, and heads that differ by layer where llama.cpp takes the first layer's",
+        "for all. As a stage is loaded, all tensors of its layers must take part in computing a",
+        "token.",
         "",
         "These run on one machine only, as does any that is not known here, in which something may",
         "depend on a layer's number (metadata with a value for each layer is not all there is):",
@@ -51,6 +62,14 @@ def gguf_architectures() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _variants() -> dict[str, list[str]]:
+    """Architectures by the kind of variant."""
+    kinds: dict[str, list[str]] = {}
+    for variant, (name, _) in VARIANTS.items():
+        kinds.setdefault(variant.partition(": ")[2], []).append(name)
+    return kinds
 
 
 def _model(entry: Entry) -> str:

@@ -10,6 +10,7 @@ import psutil
 
 from node.ggml.cut import Gguf
 from node.ggml.cutting.architectures import KNOWN
+from node.ggml.cutting.checked import check_layer_numbers, check_metadata
 from node.ggml.cutting.kinds import (
     known,
     layer_count,
@@ -64,6 +65,9 @@ def open_gguf(checkpoint: Checkpoint) -> Gguf:
     root = checkpoint.root
     headers = {name: read_header(root / name) for name in checkpoint.manifest.weights}
     check_parts(root, headers)
+    first, header = next(iter(headers.items()))
+    check_metadata(root / first, header)
+    check_layer_numbers(root / first, headers.values())
     gguf = Gguf(headers)
     if gguf.header.architecture in KNOWN:
         check_layers(root, headers)

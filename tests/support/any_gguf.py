@@ -112,15 +112,13 @@ ASKED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """metadata: of a model, beside COMMON. variants: further ones, each beside that.
-
-    optional: see derive.
-    """
+    """metadata: of a model, beside COMMON. optional, further, later: see derive."""
 
     layers: int = LAYERS
     metadata: dict[str, Any] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
-    variants: tuple[dict[str, Any], ...] = ()
+    further: tuple[str, ...] = ()
+    later: dict[str, Any] = field(default_factory=dict)
 
 
 def _hybrid(pattern: str, heads: int = KV_HEADS) -> dict[str, Any]:
@@ -237,13 +235,16 @@ SPECS: dict[str, Spec] = {
 }
 
 
-def derived(folder: Path, architecture: str, variant: int = 0) -> Derived:
-    """What a file of it has. variant: of those of its Spec; 0 for none of them."""
-    spec = SPECS[architecture]
+def derived(folder: Path, architecture: str, spec: Spec | None = None) -> Derived:
+    """What a file of it has. spec: another than that of SPECS; its keys of None are left out.
+
+    Raises NotDerivedError where llama.cpp takes no such file.
+    """
+    spec = spec or SPECS[architecture]
     own = COMMON | {"block_count": spec.layers} | spec.metadata
-    if variant:
-        own |= spec.variants[variant - 1]
-    return derive(folder / f"{architecture}.derived.gguf", architecture, own, ASKED, spec.optional)
+    stated = {key: value for key, value in own.items() if value is not None}
+    file = folder / f"{architecture}.derived.gguf"
+    return derive(file, architecture, stated, ASKED, spec.optional, spec.further, spec.later)
 
 
 def save_random(file: Path, made: Derived, seed: int = 0) -> None:

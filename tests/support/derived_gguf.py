@@ -5,7 +5,7 @@ it: so a file is derived, error by error, of nothing but the architecture's name
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,25 @@ def derive(
     metadata: dict[str, Any],
     values: dict[str, Any],
     optional: Sequence[str] = (),
+    further: Sequence[str] = (),
+    later: Mapping[str, Any] | None = None,
 ) -> Derived:
     """`metadata`: as it is to be; `values`: of keys that are added where llama.cpp asks for them.
 
     optional: names of a layer's tensors that llama.cpp can do without, such as `attn_q.bias`; each
-    layer that may have them has them.
+    layer that may have them has them. further: names of tensors as they are in the file; with the
+    first of them the metadata `later` is added, of layers that llama.cpp can do without, too.
+
+    Raises NotDerivedError where llama.cpp takes no such file.
     """
     made = Derived(architecture, dict(metadata))
     made.shapes["token_embd.weight"] = (1, 1)
     _complete(file, made, values)
+    made.metadata |= later or {}
+    for name in further:
+        if name not in made.shapes:
+            made.shapes[name] = (1,)
+            _complete(file, made, values)
     for name in optional:
         for layer in range(int(metadata["block_count"])):
             shapes = dict(made.shapes)

@@ -117,6 +117,7 @@ def unsplit(file: Path, rows: list[list[list[int]]]) -> list[Any]:
         wanted = lib.llama_context_default_params()
         wanted.n_ctx, wanted.kv_unified, wanted.swa_full = 512, True, True
         wanted.n_batch = wanted.n_ubatch = BATCH
+        wanted.n_threads = wanted.n_threads_batch = 1  # more wait for one another on a busy machine
         wanted.type_k = wanted.type_v = 0
         wanted.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = lib.llama_init_from_model(model, wanted)

@@ -14,8 +14,9 @@ from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, REFUSED
 from node.ggml.cutting.kinds import check_cut, forbidden_cuts, why_uncut
 from node.ggml.layout import cache_bytes
 from node.ggml.load import open_gguf
-from tests.support.any_gguf import SPECS, derived, save_random
+from tests.support.any_gguf import SPECS, Spec, derived, save_random
 from tests.support.ggml_stages import CHUNKS, TOKENS, Tiny, make, same, through, unsplit
+from tests.support.gguf_variants import SHORT, VARIANTS
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.errors import StageError
 from unicluster.v1.stage_pb2 import CacheOp
@@ -23,13 +24,12 @@ from unicluster.v1.stage_pb2 import CacheOp
 # They come in the order of a batch, and at other places: the sums of tiny random models with
 # large logits differ by so much.
 NEAR = 1e-3
-VARIANTS = [(name, n) for name, spec in SPECS.items() for n in range(1 + len(spec.variants))]
 KV_LINE = r"(?:llama_kv_cache|llama_memory_recurrent|llama_dsv4\w*): (?:.*layers = \d+, )?size ="
 
 
-def tiny(folder: Path, architecture: str, variant: int = 0) -> Tiny:
+def tiny(folder: Path, architecture: str, spec: Spec | None = None) -> Tiny:
     file = folder / f"{architecture}.gguf"
-    save_random(file, derived(folder, architecture, variant))
+    save_random(file, derived(folder, architecture, spec))
     return Tiny(file, open_gguf(whole(file)), folder)
 
 
@@ -69,12 +69,32 @@ def test_a_cut_model_gives_the_logits_of_the_whole(tmp_path: Path, architecture:
     check(model, (0, *middle, model.gguf.layers), wanted)
 
 
+@pytest.mark.parametrize("variant", SHORT)
+def test_a_variant_cut_gives_the_logits_of_the_whole(tmp_path: Path, variant: str) -> None:
+    model = tiny(tmp_path, *VARIANTS[variant])
+    (wanted,) = unsplit(model.file, [CHUNKS])
+    cuts = allowed(model)
+
+    check(model, (0, cuts[len(cuts) // 2], model.gguf.layers), wanted)
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize(("architecture", "variant"), VARIANTS)
-def test_every_cut(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, variant: int
-) -> None:
-    model = tiny(tmp_path, architecture, variant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_at_the_first_the_last_and_all_cuts(tmp_path: Path, variant: str) -> None:
+    model = tiny(tmp_path, *VARIANTS[variant])
+    (wanted,) = unsplit(model.file, [CHUNKS])
+    cuts, count = allowed(model), model.gguf.layers
+    assert cuts
+
+    for bounds in ((0, cuts[0], count), (0, cuts[-1], count), (0, *cuts, count), (0, count)):
+        assert fits(model, bounds)
+        check(model, bounds, wanted)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("architecture", sorted(SPECS))
+def test_every_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str) -> None:
+    model = tiny(tmp_path, architecture)
     (wanted,) = unsplit(model.file, [CHUNKS])
     cuts, count = allowed(model), model.gguf.layers
     every = [(0, cut, count) for cut in cuts] + [(0, *cuts, count), (0, count)]

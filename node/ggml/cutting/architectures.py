@@ -15,6 +15,7 @@ class Architecture:
 
     window: period of layers that attend to everything, where the others have a window and the
     file has no array; `full_first`: they are the first ones of their periods, else the last ones.
+    always: layers have windows also where the file doesn't say of how many tokens.
     distinct: windowed layers differ from others in more than the window, so that a stage needs at
     least one, as llama.cpp insists; else its other layers are written as windowed ones.
     interval: period of attention among recurrent layers, where the file has no array.
@@ -35,6 +36,7 @@ class Architecture:
 
     window: int = 0
     full_first: bool = False
+    always: bool = False
     distinct: bool = False
     interval: int = 0
     hybrid: bool = False
@@ -112,19 +114,21 @@ KNOWN: dict[str, Architecture] = {
     "qwen35": Architecture(interval=4),
     "qwen35moe": Architecture(interval=4),
     # Windows.
-    "gemma2": Architecture(window=2, total=(46,), entry="inp_scaled"),
+    "gemma2": Architecture(window=2, always=True, total=(46,), entry="inp_scaled"),
     "gemma3": Architecture(window=6, total=(62,), scaled=True),
     "gemma4": Architecture(distinct=True, scaled=True),
-    "gpt-oss": Architecture(window=2, untied=True),
-    "cohere2": Architecture(window=4, distinct=True),
-    "cohere2moe": Architecture(window=4, full_first=True, distinct=True),
+    "gpt-oss": Architecture(window=2, always=True, untied=True),
+    "cohere2": Architecture(window=4, always=True, distinct=True),
+    "cohere2moe": Architecture(window=4, full_first=True, always=True, distinct=True),
     "exaone4": Architecture(window=4, distinct=True, total=(64,)),
-    "exaone-moe": Architecture(window=4, distinct=True, untied=True),
+    "exaone-moe": Architecture(window=4, always=True, distinct=True, untied=True),
     "granite_swa": Architecture(entry="embd", distinct=True),
     "maple": Architecture(distinct=True, untied=True),
     "mellum": Architecture(window=4, distinct=True, untied=True),
     "mimo2": Architecture(distinct=True, untied=True),
-    "muse-glimmer": Architecture(window=4, distinct=True, entry="embd_norm", untied=True),
+    "muse-glimmer": Architecture(
+        window=4, always=True, distinct=True, entry="embd_norm", untied=True
+    ),
     "olmo2": Architecture(window=4, distinct=True, untied=True),
     "plamo3": Architecture(window=8, distinct=True),
     "spark2_5": Architecture(distinct=True),
@@ -132,7 +136,7 @@ KNOWN: dict[str, Architecture] = {
     # Positions in some layers only, or experts.
     "afmoe": Architecture(window=4, distinct=True, every=(4,), entry="inp_embd_scaled"),
     "ernie4_5-moe": Architecture(every=(_INTERLEAVED,)),
-    "llama4": Architecture(every=(4, _INTERLEAVED)),
+    "llama4": Architecture(window=4, always=True, distinct=True, every=(4, _INTERLEAVED)),
     "smallthinker": Architecture(window=4, full_first=True, distinct=True, every=(4,), total=(4,)),
     "smollm3": Architecture(every=(4,)),
     # Something is done to the embedding, or llama.cpp takes rows of it for an image.
@@ -188,6 +192,16 @@ REFUSED = {
     "plamo2": "llama.cpp mixes up sequences that it computes at once",
     "minimax-m3": "llama.cpp computes its sparse attention only for one sequence at a time",
 }
+
+# Layers may have other numbers of heads than one another; of any other model llama.cpp takes the
+# first layer's for all, and ends the process when they are not.
+UNEQUAL_HEADS = frozenset(
+    (
+        *("bailingmoe3", "deci", "gemma4", "granitehybrid", "granite_swa", "jamba", "kimi-linear"),
+        *("lfm2", "lfm2moe", "mimo2", "nemotron_h", "nemotron_h_moe", "openelm", "plamo2"),
+        *("plamo3", "spark2_5", "step35"),
+    )
+)
 
 # By mlx-lm's name of a model: what its GGUFs are called.
 OF_MLX = {

@@ -47,17 +47,18 @@ def layer_kinds(header: Header) -> dict[str, list[bool]]:
     """Metadata with a value for each layer, where llama.cpp would go by the layer's number."""
     rule, count = known(header), layer_count(header)
     kinds: dict[str, list[bool]] = {}
-    period = header.arch(PATTERN_KEY)
-    if isinstance(period, list):
-        kinds[PATTERN_KEY] = [bool(flag) for flag in period[:count]]
-    elif rule.window and header.arch(WINDOW_KEY, 0):
-        period = int(period or rule.window)
-        full = 0 if rule.full_first else period - 1
-        kinds[PATTERN_KEY] = [i % period != full for i in range(count)]
-    if rule.interval:
-        interval = header.arch(INTERVAL_KEY, rule.interval)
-        usual = [(i + 1) % interval != 0 for i in range(count)]
-        kinds[RECURRENT_KEY] = [bool(flag) for flag in header.arch(RECURRENT_KEY, usual)[:count]]
+    pattern = header.arch(PATTERN_KEY, rule.window)
+    if isinstance(pattern, list):
+        kinds[PATTERN_KEY] = [bool(flag) for flag in pattern[:count]]
+    elif rule.window and header.arch(WINDOW_KEY, int(rule.always)):
+        # As llama_hparams::set_swa_pattern: of a period of 0 all have a window, of 1 none.
+        full = 0 if rule.full_first else pattern - 1
+        kinds[PATTERN_KEY] = [not pattern or i % pattern != full for i in range(count)]
+    if rule.interval and header.arch(RECURRENT_KEY) is not None:
+        kinds[RECURRENT_KEY] = [bool(flag) for flag in by_layer(header, RECURRENT_KEY, count)]
+    elif rule.interval:
+        interval = int(header.arch(INTERVAL_KEY, rule.interval))
+        kinds[RECURRENT_KEY] = [(i + 1) % interval != 0 for i in range(count)]
     if rule.indexer and header.arch("attention.indexer.top_k", 0):
         types = header.arch(INDEXER_KEY, choosing(count, header.arch("context_length", 0)))
         kinds[INDEXER_KEY] = [bool(flag) for flag in types[:count]]
@@ -105,6 +106,8 @@ def why_uncut(header: Header) -> str:
     rule, arch = known(header), header.arch
     if rule.uncut and not (header.architecture == "nanbeige" and int(arch(LOOPS_KEY, 1)) == 1):
         return rule.uncut
+    if header.architecture == "llama4" and arch(WINDOW_KEY) == 0:
+        return "llama.cpp computes the last layer without positions"
     if arch(PER_LAYER_KEY, 0):
         return "every layer takes an embedding of its own"
     if layer_count(header) in rule.total and not is_lite(header):
@@ -127,8 +130,6 @@ def period(header: Header) -> int:
     rule = known(header)
     if header.architecture == "smallthinker" and not header.arch(WINDOW_KEY, 0):
         return 1
-    if header.architecture == "llama4" and header.arch(WINDOW_KEY, 1) == 0:
-        return lcm(*(int(header.arch(k, 0)) or 1 for k in rule.every if isinstance(k, str)))
     return lcm(*(k if isinstance(k, int) else int(header.arch(k, 0)) or 1 for k in rule.every))
 
 
