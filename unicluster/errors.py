@@ -56,6 +56,10 @@ class UnavailableError(UniclusterError):
     """A machine or the service can't be reached, or went away. The message names it."""
 
 
+class StoppingError(UnavailableError):
+    """The server is ending: its successor may answer who asks again."""
+
+
 class BusyError(UniclusterError):
     """The queue is full: try again later."""
 

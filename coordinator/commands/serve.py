@@ -232,7 +232,8 @@ async def _served(
     if lasts is not None:
         lasts.claim.at(_where(options, port))
     gateway = Gateway(options.source.display, options.recover_s)
-    add_ChatServicer_to_server(ChatDoor(gateway), server)
+    door = ChatDoor(gateway)
+    add_ChatServicer_to_server(door, server)
     add_ControlServicer_to_server(ControlDoor(gateway), server)
     named = (options.source, options.gguf)
     models = [source.model for source in named if source is not None]
@@ -241,6 +242,7 @@ async def _served(
     offered = await asyncio.to_thread(offer, models, port, server)
     async with (
         _started(server),
+        contextlib.aclosing(door),
         _http(options, gateway, membership) as http,
         _measured(options, membership, gateway) as metrics,
         Members(

@@ -7,7 +7,7 @@ Times are seconds.
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from unicluster.errors import DoesNotFitError, UnavailableError, UniclusterError
+from unicluster.errors import DoesNotFitError, StoppingError, UnavailableError, UniclusterError
 
 # A head that failed one answer and goes on: until the answer is tried on it again.
 SAME_SECONDS = 3.0
@@ -315,7 +315,7 @@ def fate(state: State, answer: BrokenOff, model: str) -> GoOn | Wait | End:
     """Fate of an answer that broke off. `model` is its name, for messages."""
     reason, waited, since = answer.reason, answer.waited, answer.since
     if state.phase is Phase.ENDED:
-        return End(UnavailableError("the model is being unloaded"))
+        return End(StoppingError("the model is being unloaded"))
     if answer.tries > MOST_TRIES:
         tried = f"{reason}; the answer was given up after {answer.tries} attempts to go on"
         return End(type(reason)(tried))

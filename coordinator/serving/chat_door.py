@@ -1,22 +1,30 @@
 """The gRPC doors: Chat of the gateway, for clients, and Control of its service, for members."""
 
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from coordinator.planning.placement import Plan
+from coordinator.recovery.kept_answers import KeptAnswer, KeptAnswers, check_seconds
 from coordinator.recovery.survey import Survey
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.service import LEAST_GAIN, Service
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
+from unicluster.cluster.roles import caller_of
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.role import audit
 from unicluster.v1.chat_pb2 import (
+    AbandonReply,
+    AbandonRequest,
     ChatInfo,
+    ContinueRequest,
     DescribeChatRequest,
+    GenerateEvent,
     GenerateRequest,
+    Kept,
     Measured,
     MeasureRequest,
     TokenCount,
@@ -32,6 +40,7 @@ from unicluster.v1.control_pb2 import (
 from unicluster.v1.control_pb2_grpc import ControlServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Answer = AsyncGenerator[GenerateEvent, None]
 
 
 class ChatDoor(ChatServicer):
@@ -39,17 +48,31 @@ class ChatDoor(ChatServicer):
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._kept = KeptAnswers()
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        """Streams an answer. A client that cancels, leaves or is out of time ends it."""
-        events = self._gateway.answer(request, peer_name(context), context.time_remaining())
+        """Streams an answer.
+
+        A client that cancels, leaves or is out of time ends it, unless it said it would come back.
+        """
         try:
-            async with aclosing(events):
-                async for event in events:
-                    if request.statuses or not event.HasField("status"):
-                        await context.write(event)
+            events = self._answer(request, context)
+            await _send(events, context)
         except UniclusterError as error:
             await abort(context, error)
+
+    async def Continue(self, request: ContinueRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """Streams the rest of an answer that is kept for this client."""
+        try:
+            answer = self._kept.find(_owner(context), request.answer_id)
+            await _send(answer.read(request.events), context)
+        except UniclusterError as error:
+            await abort(context, error)
+
+    async def Abandon(self, request: AbandonRequest, context: Context) -> AbandonReply:  # noqa: N802
+        """Ends an answer that is kept for this client."""
+        self._kept.abandon(_owner(context), request.answer_id)
+        return AbandonReply()
 
     async def CountTokens(  # noqa: N802
         self, request: GenerateRequest, context: Context
@@ -71,6 +94,48 @@ class ChatDoor(ChatServicer):
 
     async def Measure(self, request: MeasureRequest, context: Context) -> Measured:  # noqa: N802
         return await self._gateway.measure()
+
+    async def aclose(self) -> None:
+        """Ends the answers that are kept."""
+        await self._kept.close()
+
+    def _answer(self, request: GenerateRequest, context: Context) -> Answer:
+        """Events of an answer, which is kept where its client asks for that and there is room."""
+        seconds, statuses, owner = request.resume_s, request.statuses, _owner(context)
+        check_seconds(seconds)
+        events = self._gateway.answer(request, peer_name(context), context.time_remaining())
+        if not statuses:
+            events = _without_statuses(events)
+        if seconds and owner and self._kept.has_room(owner):
+            return _kept(self._kept.keep(owner, events, seconds))
+        return events
+
+
+async def _kept(answer: KeptAnswer) -> Answer:
+    """A kept answer from its beginning, and before it by which id its client can have the rest."""
+    yield GenerateEvent(kept=Kept(answer_id=answer.id, resume_s=answer.seconds))
+    async with aclosing(answer.read(0)) as events:
+        async for event in events:
+            yield event
+
+
+async def _without_statuses(events: Answer) -> Answer:
+    async with aclosing(events):
+        async for event in events:
+            if not event.HasField("status"):
+                yield event
+
+
+async def _send(events: Answer, context: Context) -> None:
+    # Closed here, because a generator that is only dropped ends later, and its caches with it.
+    async with aclosing(events):
+        async for event in events:
+            await context.write(event)
+
+
+def _owner(context: Context) -> str:
+    """Whose answers they are: the holder of the key that the caller has proved to have."""
+    return caller_of(context)[1]
 
 
 class ControlDoor(ControlServicer):

@@ -13,11 +13,11 @@ import grpc
 
 from coordinator.recovery.lifecycle import BrokenOff
 from coordinator.recovery.recoveries import Gap, RecoveryMeter
-from coordinator.recovery.transcript import Transcript
 from coordinator.serving.deployment import Deployment
 from coordinator.serving.options import RECOVER_SECONDS
 from coordinator.serving.service import Service
 from unicluster.chat_limits import check_limits
+from unicluster.client.transcript import Transcript
 from unicluster.cluster.channels import as_error, channel_was_closed
 from unicluster.errors import (
     AnswerError,
@@ -83,7 +83,8 @@ class Gateway:
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Events of one answer, to the Finish. Changes `request`.
 
-        Where the answer breaks off, a Status says so, and another when it goes on.
+        Where the answer breaks off, a Status says so, and another when it goes on. With
+        `resume_s` in the request there is one Begun, by which its client can ask for the rest.
         caller: for the log. timeout: seconds for the whole answer. Whoever leaves early closes
         the iterator (`contextlib.aclosing`): then the head stops computing for it.
 
@@ -94,7 +95,11 @@ class Gateway:
         """
         service, deployment = await self._admitted(request)
         request.ClearField("model")
+        announced = not request.HasField("resume_s")
+        request.ClearField("resume_s")
+        request.begun = True
         transcript = Transcript(request)
+        resumed = request.HasField("resume")
         clock = asyncio.get_running_loop().time
         ends = None if timeout is None else clock() + timeout
         gap: Gap | None = None
@@ -103,11 +108,17 @@ class Gateway:
         self.running += 1
         try:
             while True:
-                ring, had, alone = service.ring, transcript.count, gap is None
+                ring, had = service.ring, transcript.count
+                alone = gap is None and not resumed
                 try:
                     attempt = self._attempt(deployment, transcript, ends, alone=alone)
                     async with contextlib.aclosing(attempt) as events:
                         async for event in events:
+                            if event.HasField("begun"):
+                                if not announced:
+                                    yield event
+                                announced = True
+                                continue
                             heard = clock()
                             if gap is not None:
                                 self.recoveries.resumed(gap, heard, transcript.replayed)
@@ -175,6 +186,8 @@ class Gateway:
                         if alone and ready.HasField("finish"):
                             finished(ready.finish)
                         yield ready
+                    if event.HasField("begun"):
+                        yield event
         finally:
             # The client may have gone: the head must stop computing for it.
             call.cancel()
@@ -235,8 +248,8 @@ class Gateway:
         if service is None:
             raise UnavailableError(self.why_not)
         check_limits(request)
-        if request.HasField("resume") or request.begun:
-            raise InputError("resume: only the coordinator asks a head to go on with an answer")
+        if request.begun:
+            raise InputError("begun: only the coordinator asks a head for it: set resume_s")
         if self.running + self._waiting >= MOST_ANSWERS:
             raise BusyError(f"{MOST_ANSWERS} answers run or wait here: try again later")
         if request.model and request.model not in service.names:

@@ -6,9 +6,12 @@ import grpc.aio
 
 from node.generation.engine import GenerationEngine
 from unicluster.cluster.abort import abort
-from unicluster.errors import UniclusterError
+from unicluster.errors import NotFoundError, UniclusterError
 from unicluster.v1.chat_pb2 import (
+    AbandonReply,
+    AbandonRequest,
     ChatInfo,
+    ContinueRequest,
     DescribeChatRequest,
     GenerateEvent,
     GenerateRequest,
@@ -17,6 +20,8 @@ from unicluster.v1.chat_pb2 import (
     TokenCount,
 )
 from unicluster.v1.chat_pb2_grpc import ChatServicer
+
+KEPT_ELSEWHERE = "answer_id: answers are kept by the coordinator, not by a head"
 
 
 class ChatService(ChatServicer):
@@ -41,6 +46,18 @@ class ChatService(ChatServicer):
                 ticket.cancel()
         except UniclusterError as error:
             await abort(context, error)
+
+    async def Continue(  # type: ignore[override]  # noqa: N802
+        self, request: ContinueRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> None:
+        """Refused: a head keeps nothing for those who leave."""
+        await abort(context, NotFoundError(KEPT_ELSEWHERE))
+
+    async def Abandon(  # noqa: N802
+        self, request: AbandonRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AbandonReply:
+        """Refused likewise."""
+        await abort(context, NotFoundError(KEPT_ELSEWHERE))
 
     async def CountTokens(  # noqa: N802
         self, request: GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"

@@ -322,11 +322,23 @@ async def test_a_deadline_ends_a_recovery(
             process.resume()
 
 
-async def test_a_client_can_not_make_up_a_part_of_an_answer(client: AsyncClient) -> None:
-    request = wire.GenerateRequest(token_ids=[65], resume=wire.Resume(token_ids=[66]))
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"begun": True}, "begun: only the coordinator"),
+        ({"resume": wire.Resume(token_ids=[10_000_000])}, "resume: 10000000 is not in the voc"),
+        ({"resume": wire.Resume(token_ids=[66, EOS, 66])}, "resume: the answer ends before"),
+        ({"resume": wire.Resume(token_ids=[66] * 2 * CONTEXT)}, "resume: the answer ends before"),
+        ({"resume": wire.Resume(cached_tokens=1)}, "resume: 1 cached tokens of a prompt of 1"),
+        ({"resume_s": 1e9}, "resume_s: between 0 and"),
+    ],
+)
+async def test_a_part_of_an_answer_that_can_be_none_is_refused(
+    client: AsyncClient, fields: dict[str, Any], complaint: str
+) -> None:
     async with client._stub() as stub:
-        call = stub.Generate(request)
-        with pytest.raises(grpc.aio.AioRpcError, match="resume: only the coordinator"):
+        call = stub.Generate(wire.GenerateRequest(token_ids=[65], **fields))
+        with pytest.raises(grpc.aio.AioRpcError, match=complaint):
             await call.read()
 
 

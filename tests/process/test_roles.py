@@ -58,6 +58,8 @@ def test_clients_may_chat_and_ask_for_the_status_and_no_more() -> None:
 
     assert open_to_clients == {
         "/unicluster.v1.Chat/Generate",
+        "/unicluster.v1.Chat/Continue",
+        "/unicluster.v1.Chat/Abandon",
         "/unicluster.v1.Chat/Describe",
         "/unicluster.v1.Chat/Measure",
         "/unicluster.v1.Chat/CountTokens",

@@ -70,7 +70,9 @@ class ScriptedChat(ChatServicer):
         content = request.messages[-1].content if request.messages else "request"
         script, _, argument = content.partition(" ")
         match script:
-            case "request":  # shows the request as it came
+            case "request":  # shows the request as it came, but for what all clients send
+                if not request.resume_s:
+                    request.ClearField("resume_s")
                 yield text(MessageToJson(request, preserving_proto_field_name=True))
                 yield finish(1)
             case "think":

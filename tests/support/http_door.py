@@ -59,6 +59,9 @@ class Parrot:
     def answer(self) -> Iterator[Callable[[Finish], None]]:
         yield self.finished.append
 
+    async def describe(self) -> ChatInfo:
+        return self.info()
+
     async def measure(self) -> Measured:
         return Measured(info=self.info())
 

@@ -34,7 +34,7 @@ from coordinator.recovery.lifecycle import (
     apply,
     fate,
 )
-from unicluster.errors import DoesNotFitError, StageError, UnavailableError
+from unicluster.errors import DoesNotFitError, StageError, StoppingError, UnavailableError
 
 EVENTS: tuple[Event, ...] = (
     Planned(),
@@ -350,7 +350,7 @@ def test_an_answer_that_looks_again_when_it_is_to_comes_to_an_end() -> None:
             UnavailableError,
             "machine bob failed; the answer has waited 300 s: llama is recovering: bob is gone",
         ),
-        (State(Phase.ENDED, 1), broken_off(), UnavailableError, "the model is being unloaded"),
+        (State(Phase.ENDED, 1), broken_off(), StoppingError, "the model is being unloaded"),
     ],
     ids=["no room", "tries", "time", "the end"],
 )

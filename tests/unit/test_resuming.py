@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.recovery.transcript import Transcript
 from node.generation.engine import GenerationEngine
 from node.generation.sampling import STEPS_PER_SEED
 from node.generation.ticket import Ticket
@@ -18,6 +17,7 @@ from node.speculation.drafting import Lookup, Speculation
 from tests.support.constrained import point_of
 from tests.support.engines import Script, Tiny, of_tokens
 from tests.support.tiny import CHAT_TEMPLATE, EOS, MARKS, tiny_config, write_model
+from unicluster.client.transcript import Transcript
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import (
     Constraint,

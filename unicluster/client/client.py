@@ -9,13 +9,9 @@ with Client() as client:
 
 import asyncio
 import contextlib
-import logging
-import os
-import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import grpc
 import grpc.aio
@@ -24,30 +20,28 @@ from unicluster.client.answers import (
     Answer,
     ChatInfo,
     Event,
-    Finish,
     Options,
     Status,
     collect,
     deadline_of,
-    event_from_wire,
     info_from_wire,
     request_to_wire,
 )
 from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.client.prompts import Messages
+from unicluster.client.returning import Asking, Patience
+from unicluster.client.target import Channels, Target
 from unicluster.cluster.channels import as_error, connect, connect_sync
-from unicluster.cluster.versions import mismatch
-from unicluster.errors import UnavailableError
+from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.cluster import ClientAccess, Cluster
-from unicluster.trust.identity import Credentials, Identity, default_name
-from unicluster.trust.keyring import Keyring
-from unicluster.trust.store import Store
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1.chat_pb2_grpc import ChatStub
 
 if TYPE_CHECKING:
     from unicluster.v1.chat_pb2_grpc import ChatAsyncStub
 
+# To tell a server that an answer is not to be kept any longer.
+ABANDON_SECONDS = 2.0
 
 OnStatus = Callable[[Status], None] | None
 
@@ -58,6 +52,12 @@ class Client:
     `server` is "HOST:PORT"; None: $UNICLUSTER_SERVER, else whichever machine of the cluster
     serves, found by mDNS within `timeout` seconds. `cluster` defaults to the one this machine
     is in. Connects when first used.
+
+    An answer whose connection is lost goes on where it broke off, behind what is here, also with
+    a coordinator that was started anew. For `resume` seconds, which the server is asked to keep
+    the answer, the client comes back; 0: it does not; None: for 30, and the server keeps nothing:
+    what is missing is computed again. `wait`: seconds to wait for a server that loads or recovers,
+    before anything is asked; `on_status` hears how it is.
 
     All methods raise InputError for what can't be asked (before or after asking the server),
     TrustError where this machine is in no cluster or the server is not of it, NotFoundError for
@@ -71,9 +71,13 @@ class Client:
         *,
         cluster: Cluster | ClientAccess | None = None,
         timeout: float = 10.0,
+        resume: float | None = None,
+        wait: float = 0.0,
     ) -> None:
-        self._target = _Target(server, cluster, timeout)
-        self._channels: _Channels[grpc.Channel] = _Channels(connect_sync)
+        self._target = Target(server, cluster, timeout)
+        self._patience = Patience(resume, wait)
+        self._closed = False
+        self._channels: Channels[grpc.Channel] = Channels(connect_sync)
 
     def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
         """The whole answer to a prompt or a conversation."""
@@ -87,7 +91,8 @@ class Client:
         Closing the generator before that stops the answer, and so does dropping it.
         """
         request = request_to_wire(messages, options)
-        return self._events(request, deadline_of(options), options.get("on_status"))
+        asking = Asking(request, self._patience, deadline_of(options))
+        return self._events(asking, options.get("on_status"))
 
     def describe(self) -> ChatInfo:
         """The deployment and its state."""
@@ -119,6 +124,7 @@ class Client:
 
     def close(self) -> None:
         """Answers that still run are stopped."""
+        self._closed = True
         for channel in self._channels.all():
             channel.close()
 
@@ -137,24 +143,54 @@ class Client:
             for unused in self._channels.leave(channel):
                 unused.close()
 
-    def _events(
-        self, request: wire.GenerateRequest, deadline: float | None, on_status: OnStatus
-    ) -> Generator[Event, None, None]:
-        event: Event | None = None
-        with self._stub() as stub:
-            call = stub.Generate(request, timeout=deadline)
-            try:
-                for message in call:
-                    if message.HasField("status"):
-                        _report(message.status, on_status)
-                        continue
-                    event = event_from_wire(message)
-                    yield event
-            except grpc.RpcError as error:
-                raise as_error(error, self._target.address) from error
-            finally:
-                call.cancel()  # type: ignore[no-untyped-call]
-        _check_finished(event, self._target.address)
+    def _events(self, asking: Asking, on_status: OnStatus) -> Generator[Event, None, None]:
+        try:
+            while not asking.finished:
+                error: Exception | None = None
+                try:
+                    with self._stub() as stub:
+                        call = _ask(stub, asking)
+                        try:
+                            for message in call:
+                                for event in asking.take(message):
+                                    if isinstance(event, Status):
+                                        _report(event, on_status)
+                                    else:
+                                        yield event
+                        finally:
+                            call.cancel()  # type: ignore[no-untyped-call]
+                except (grpc.RpcError, UnavailableError) as caught:
+                    error = caught
+                if not asking.finished:
+                    self._prepare(asking, error, on_status)
+        finally:
+            if asking.kept:
+                self._abandon(asking.kept)
+
+    def _prepare(self, asking: Asking, error: Exception | None, on_status: OnStatus) -> None:
+        """Waits until the next attempt at an answer that broke off or was refused."""
+        if self._closed:
+            raise UnavailableError("the client was closed") from error
+        server = self._target.address
+        self._target.forget()
+        pause, news = asking.broke_off(error, server)
+        _report(news, on_status)
+        while asking.waits:
+            time.sleep(pause)
+            pause, news = asking.looked(self._state())
+            _report(news, on_status)
+        time.sleep(pause)
+
+    def _state(self) -> ChatInfo | UniclusterError:
+        try:
+            return self.describe()
+        except UniclusterError as error:
+            return error
+
+    def _abandon(self, answer_id: str) -> None:
+        """Lets go of an answer that the server keeps: it is complete, or nobody wants the rest."""
+        with contextlib.suppress(grpc.RpcError, UniclusterError, ValueError), self._stub() as stub:
+            stub.Abandon(wire.AbandonRequest(answer_id=answer_id), timeout=ABANDON_SECONDS)
 
 
 class AsyncClient:
@@ -166,9 +202,13 @@ class AsyncClient:
         *,
         cluster: Cluster | ClientAccess | None = None,
         timeout: float = 10.0,
+        resume: float | None = None,
+        wait: float = 0.0,
     ) -> None:
-        self._target = _Target(server, cluster, timeout)
-        self._channels: _Channels[grpc.aio.Channel] = _Channels(connect)
+        self._target = Target(server, cluster, timeout)
+        self._patience = Patience(resume, wait)
+        self._closed = False
+        self._channels: Channels[grpc.aio.Channel] = Channels(connect)
 
     async def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
         """The whole answer to a prompt or a conversation."""
@@ -180,7 +220,8 @@ class AsyncClient:
         Closing the generator before that stops the answer, and so does dropping it.
         """
         request = request_to_wire(messages, options)
-        return self._events(request, deadline_of(options), options.get("on_status"))
+        asking = Asking(request, self._patience, deadline_of(options))
+        return self._events(asking, options.get("on_status"))
 
     async def find(self) -> str:
         """The address of the server, which is looked for if it was not named."""
@@ -223,6 +264,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Answers that still run are stopped."""
+        self._closed = True
         for channel in self._channels.all():
             await channel.close(None)
 
@@ -241,159 +283,81 @@ class AsyncClient:
             for unused in self._channels.leave(channel):
                 await unused.close(None)
 
-    async def _events(
-        self, request: wire.GenerateRequest, deadline: float | None, on_status: OnStatus
-    ) -> AsyncGenerator[Event, None]:
-        event: Event | None = None
-        async with self._stub() as stub:
-            call = stub.Generate(request, timeout=deadline)
-            try:
-                async for message in call:
-                    if message.HasField("status"):
-                        _report(message.status, on_status)
-                        continue
-                    event = event_from_wire(message)
-                    yield event
-            except grpc.RpcError as error:
-                raise as_error(error, self._target.address) from error
-            finally:
-                call.cancel()
-        _check_finished(event, self._target.address)
-
-
-log = logging.getLogger(__name__)
-
-C = TypeVar("C")
-
-# A gateway on this machine answers in milliseconds, unless the machine is very busy.
-HERE_SECONDS = 1.0
-
-
-class _Channels(Generic[C]):
-    """One channel at a time, made anew when the certificate that it shows was renewed.
-
-    An older one is kept until the calls that run over it have ended.
-    """
-
-    def __init__(self, make: Callable[[str, Credentials], C]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._shown: Identity | None = None
-        self._newest: C | None = None
-        self._calls: dict[C, int] = {}
-
-    def use(self, address: str, keyring: Keyring) -> C:
-        """The channel for a call, whose end `leave` is to be told."""
-        with self._lock:
-            now = keyring.current
-            if self._newest is None or now is not self._shown:
-                self._newest, self._shown = self._make(address, now), now
-                self._calls[self._newest] = 0
-            self._calls[self._newest] += 1
-            return self._newest
-
-    def leave(self, channel: C) -> list[C]:
-        """A call has ended; returns the channels that are of no more use."""
-        with self._lock:
-            self._calls[channel] -= 1
-            unused = [c for c, calls in self._calls.items() if not calls and c is not self._newest]
-            for each in unused:
-                del self._calls[each]
-            return unused
-
-    def all(self) -> list[C]:
-        with self._lock:
-            return list(self._calls)
-
-
-class _Target:
-    """The server to talk to, and who we are."""
-
-    def __init__(
-        self, server: str | None, cluster: Cluster | ClientAccess | None, timeout: float
-    ) -> None:
-        self.timeout = timeout
-        self.address = server or os.environ.get("UNICLUSTER_SERVER", "")
-        self._cluster = cluster
-
-    @cached_property
-    def keyring(self) -> Keyring:
-        if self._cluster is None:  # follows a rotation, or another `login`
-            return Keyring.of_access(Store(), default_name())
-        return Keyring.of_client(self._access, default_name())
-
-    async def find(self) -> str:
-        """The server's address: `server`, else that of the first gateway found by mDNS."""
-        if not self.address:
-            self.address = await self.find_here()
-        if not self.address:
-            # Here, because zeroconf is slow to import and an address makes it needless.
-            from unicluster.cluster.discovery import Browser
-            from unicluster.cluster.records import Kind
-            from unicluster.dialing.dialer import Dialer
-
-            async with Browser(Kind.CHAT, self._access.fingerprint) as browser:
-                if not await browser.wait_for(bool, self.timeout):
-                    raise UnavailableError(
-                        f"no machine of this cluster was found serving within {self.timeout:g} s: "
-                        "run `unicluster serve`, or name the server as HOST:PORT"
-                    )
-                server = next(iter(browser.found.values()))
-                versions = server.version, server.protocol, server.oldest
-                if wrong := mismatch(f"the server at {server.address}", *versions):
-                    raise UnavailableError(wrong)
-                dialer = Dialer(self.keyring)
-                reached = await dialer.reach(server.addresses, f"the server {server.name}")
-                self.address = reached.address
-        return self.address
-
-    async def find_here(self) -> str:
-        """The server's address if it is known, else that of a gateway here; "" if none answers."""
-        if self.address:
-            return self.address
-        from unicluster.cluster import here
-        from unicluster.cluster.records import Kind
-
-        for service in here.services(Kind.CHAT):
-            async with connect(service.address, self.keyring.current) as channel:
+    async def _events(self, asking: Asking, on_status: OnStatus) -> AsyncGenerator[Event, None]:
+        try:
+            while not asking.finished:
+                error: Exception | None = None
                 try:
-                    await ChatStub(channel).Describe(
-                        wire.DescribeChatRequest(), timeout=min(HERE_SECONDS, self.timeout)
-                    )
-                except grpc.aio.AioRpcError as error:
-                    log.info("nothing is served at %s: %s", service.address, error.details())
-                    continue
-            versions = service.version, service.protocol, service.oldest
-            if wrong := mismatch(f"the server at {service.address}", *versions):
-                raise UnavailableError(wrong)
-            return service.address
-        return ""
+                    async with self._stub() as stub:
+                        call = _ask_async(stub, asking)
+                        try:
+                            async for message in call:
+                                for event in asking.take(message):
+                                    if isinstance(event, Status):
+                                        _report(event, on_status)
+                                    else:
+                                        yield event
+                        finally:
+                            call.cancel()
+                except (grpc.RpcError, UnavailableError) as caught:
+                    error = caught
+                if not asking.finished:
+                    await self._prepare(asking, error, on_status)
+        finally:
+            if asking.kept:
+                await self._abandon(asking.kept)
 
-    def find_sync(self) -> str:
-        if not self.address:
-            # In a thread, because the caller's may run an event loop: a notebook's does.
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(asyncio.run, self.find()).result()
-        return self.address
+    async def _prepare(self, asking: Asking, error: Exception | None, on_status: OnStatus) -> None:
+        """Waits until the next attempt at an answer that broke off or was refused."""
+        if self._closed:
+            raise UnavailableError("the client was closed") from error
+        server = self._target.address
+        self._target.forget()
+        pause, news = asking.broke_off(error, server)
+        _report(news, on_status)
+        while asking.waits:
+            await asyncio.sleep(pause)
+            pause, news = asking.looked(await self._state())
+            _report(news, on_status)
+        await asyncio.sleep(pause)
 
-    @cached_property
-    def _access(self) -> ClientAccess:
-        if self._cluster is None:
-            return Store().require_access()
-        # A member too shows a client's certificate here: it needs no more.
-        return self._cluster.client_access if isinstance(self._cluster, Cluster) else self._cluster
+    async def _state(self) -> ChatInfo | UniclusterError:
+        try:
+            return await self.describe()
+        except UniclusterError as error:
+            return error
+
+    async def _abandon(self, answer_id: str) -> None:
+        """Lets go of an answer that the server keeps: it is complete, or nobody wants the rest."""
+        with contextlib.suppress(grpc.RpcError, UniclusterError, asyncio.CancelledError):
+            async with self._stub() as stub:
+                request = wire.AbandonRequest(answer_id=answer_id)
+                await stub.Abandon(request, timeout=ABANDON_SECONDS)
 
 
-def _report(status: wire.Status, on_status: OnStatus) -> None:
-    if on_status is not None:
-        on_status(Status(status.state, status.detail))
+def _ask(stub: ChatStub, asking: Asking) -> "grpc.CallIterator[wire.GenerateEvent]":
+    """The next call for an answer."""
+    asked = asking.ask()
+    if isinstance(asked, wire.ContinueRequest):
+        return stub.Continue(asked, timeout=asking.timeout)
+    return stub.Generate(asked, timeout=asking.timeout)
 
 
-def _check_finished(last: Event | None, server: str) -> None:
-    if not isinstance(last, Finish):
-        raise UnavailableError(f"the answer of {server} broke off without a reason: ask again")
+def _ask_async(
+    stub: "ChatAsyncStub", asking: Asking
+) -> "grpc.aio.UnaryStreamCall[Any, wire.GenerateEvent]":
+    """The next call for an answer, in an event loop."""
+    asked = asking.ask()
+    if isinstance(asked, wire.ContinueRequest):
+        return stub.Continue(asked, timeout=asking.timeout)
+    return stub.Generate(asked, timeout=asking.timeout)
 
 
-def _count_seconds(options: Options, target: _Target) -> float:
+def _report(status: Status | None, on_status: OnStatus) -> None:
+    if status is not None and on_status is not None:
+        on_status(status)
+
+
+def _count_seconds(options: Options, target: Target) -> float:
     deadline = deadline_of(options)
     return target.timeout if deadline is None else deadline

@@ -25,6 +25,7 @@ from unicluster.errors import (
     InputError,
     NotFoundError,
     StageError,
+    StoppingError,
     TrustError,
     UnavailableError,
     UniclusterError,
@@ -295,6 +296,8 @@ _CODES: list[tuple[type[UniclusterError], grpc.StatusCode]] = [
 
 # Sent with the errors that our own servers raise: their messages are passed on as they are.
 OUR_OWN = (("unicluster-error", "1"),)
+# Besides, with a StoppingError.
+STOPPING = (("unicluster-stopping", "1"),)
 
 # What gRPC makes of a message that could not be written, if it notices before the connection's end.
 _WRITE_FAILED = "Internal error from Core"
@@ -332,12 +335,23 @@ def status_of(error: UniclusterError) -> grpc.StatusCode:
     return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
+def is_our_own(error: grpc.RpcError) -> bool:
+    """Whether a server of ours has ended the call with one of our errors, and not gRPC."""
+    return OUR_OWN[0][0] in _marks(error)
+
+
+def _marks(error: grpc.RpcError) -> set[str]:
+    metadata: Any = error.trailing_metadata() or ()
+    return {key for key, _ in metadata}
+
+
 def as_error(error: grpc.RpcError, who: str) -> UniclusterError:
     """One of our errors for a failed call to `who`. `error` comes from any kind of channel."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
-    metadata: Any = error.trailing_metadata() or ()
-    is_ours = any(key == OUR_OWN[0][0] for key, _ in metadata)
+    is_ours = is_our_own(error)
+    if is_ours and STOPPING[0][0] in _marks(error):
+        return StoppingError(details)
     for pattern, meaning in () if is_ours else _BROKEN:
         if code is grpc.StatusCode.UNAVAILABLE and re.search(pattern, details):
             message = f"{who} {meaning}"

@@ -41,6 +41,16 @@ class ChatStub:
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Continue = channel.unary_stream(
+                '/unicluster.v1.Chat/Continue',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.ContinueRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
+                _registered_method=True)
+        self.Abandon = channel.unary_unary(
+                '/unicluster.v1.Chat/Abandon',
+                request_serializer=unicluster_dot_v1_dot_chat__pb2.AbandonRequest.SerializeToString,
+                response_deserializer=unicluster_dot_v1_dot_chat__pb2.AbandonReply.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/unicluster.v1.Chat/CountTokens',
                 request_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
@@ -66,6 +76,21 @@ class ChatServicer:
         """Errors: INVALID_ARGUMENT (the message begins with the field's name), NOT_FOUND
         (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
         (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Continue(self, request, context):
+        """The rest of a kept answer, for the client that asked for it, whose connection was lost: the
+        newest such call gets it. NOT_FOUND: it is not kept here, or not that part of it any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abandon(self, request, context):
+        """Ends a kept answer, whose client does not come back for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +123,16 @@ def add_ChatServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=unicluster_dot_v1_dot_chat__pb2.GenerateRequest.FromString,
                     response_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Continue': grpc.unary_stream_rpc_method_handler(
+                    servicer.Continue,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.ContinueRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_chat__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Abandon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abandon,
+                    request_deserializer=unicluster_dot_v1_dot_chat__pb2.AbandonRequest.FromString,
+                    response_serializer=unicluster_dot_v1_dot_chat__pb2.AbandonReply.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -143,6 +178,60 @@ class Chat:
             '/unicluster.v1.Chat/Generate',
             unicluster_dot_v1_dot_chat__pb2.GenerateRequest.SerializeToString,
             unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Continue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/unicluster.v1.Chat/Continue',
+            unicluster_dot_v1_dot_chat__pb2.ContinueRequest.SerializeToString,
+            unicluster_dot_v1_dot_chat__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abandon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unicluster.v1.Chat/Abandon',
+            unicluster_dot_v1_dot_chat__pb2.AbandonRequest.SerializeToString,
+            unicluster_dot_v1_dot_chat__pb2.AbandonReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,12 @@ class ChatStub:
     (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
+    Continue: _grpc.UnaryStreamMultiCallable[_chat_pb2.ContinueRequest, _chat_pb2.GenerateEvent]
+    """The rest of a kept answer, for the client that asked for it, whose connection was lost: the
+    newest such call gets it. NOT_FOUND: it is not kept here, or not that part of it any more.
+    """
+    Abandon: _grpc.UnaryUnaryMultiCallable[_chat_pb2.AbandonRequest, _chat_pb2.AbandonReply]
+    """Ends a kept answer, whose client does not come back for it."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GenerateRequest, _chat_pb2.TokenCount]
     """Tokens of a request's prompt; nothing is generated."""
     Describe: _grpc.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]
@@ -55,6 +61,12 @@ class ChatAsyncStub(ChatStub):
     (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
     (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
     """
+    Continue: _aio.UnaryStreamMultiCallable[_chat_pb2.ContinueRequest, _chat_pb2.GenerateEvent]  # type: ignore[assignment]
+    """The rest of a kept answer, for the client that asked for it, whose connection was lost: the
+    newest such call gets it. NOT_FOUND: it is not kept here, or not that part of it any more.
+    """
+    Abandon: _aio.UnaryUnaryMultiCallable[_chat_pb2.AbandonRequest, _chat_pb2.AbandonReply]  # type: ignore[assignment]
+    """Ends a kept answer, whose client does not come back for it."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_chat_pb2.GenerateRequest, _chat_pb2.TokenCount]  # type: ignore[assignment]
     """Tokens of a request's prompt; nothing is generated."""
     Describe: _aio.UnaryUnaryMultiCallable[_chat_pb2.DescribeChatRequest, _chat_pb2.ChatInfo]  # type: ignore[assignment]
@@ -74,6 +86,24 @@ class ChatServicer(metaclass=_abc_1.ABCMeta):
         (another model is served), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
         (a machine is gone; it is named), DEADLINE_EXCEEDED, CANCELLED.
         """
+
+    @_abc_1.abstractmethod
+    def Continue(
+        self,
+        request: _chat_pb2.ContinueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_chat_pb2.GenerateEvent], _abc.AsyncIterator[_chat_pb2.GenerateEvent]]:
+        """The rest of a kept answer, for the client that asked for it, whose connection was lost: the
+        newest such call gets it. NOT_FOUND: it is not kept here, or not that part of it any more.
+        """
+
+    @_abc_1.abstractmethod
+    def Abandon(
+        self,
+        request: _chat_pb2.AbandonRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.AbandonReply, _abc.Awaitable[_chat_pb2.AbandonReply]]:
+        """Ends a kept answer, whose client does not come back for it."""
 
     @_abc_1.abstractmethod
     def CountTokens(

@@ -1,4 +1,4 @@
-"""A running answer as the gateway holds it: all that another head needs to go on with it."""
+"""An answer as gateway and client hold it: all that another head needs to go on with it."""
 
 from array import array
 
@@ -16,14 +16,20 @@ class Transcript:
     Takes the events of one head after another. What a head says is checked: it may be damaged.
     """
 
-    def __init__(self, request: GenerateRequest) -> None:
-        """`request` is changed, and sent to the first head."""
-        request.begun = True
+    def __init__(self, request: GenerateRequest, who: str = "the head") -> None:
+        """`request` is sent to the first head, and has to ask for a Begun. who: in errors."""
         self._request = request
+        self._who = who
         self._prompt: array[int] | None = None
         self._tokens = array("I")
         self._cached_tokens = 0
         self._most_reasoning: int | None = None
+        if request.HasField("resume"):
+            self._prompt = array("I", request.token_ids)
+            self._tokens = array("I", request.resume.token_ids)
+            self._cached_tokens = request.resume.cached_tokens
+            if request.reasoning.HasField("most_tokens"):
+                self._most_reasoning = request.reasoning.most_tokens
         self._held: list[GenerateEvent] = []
         self._begun = False
         self.replayed = 0  # tokens computed again by the head that goes on
@@ -42,7 +48,7 @@ class Transcript:
 
     def request(self) -> GenerateRequest:
         """The request to the next head: for the whole answer, or for the rest of it."""
-        self._held.clear()
+        self.drop_held()
         self._begun = False
         if self._prompt is None:
             return self._request
@@ -57,6 +63,10 @@ class Transcript:
         request.resume.CopyFrom(Resume(token_ids=self._tokens, cached_tokens=self._cached_tokens))
         return request
 
+    def drop_held(self) -> None:
+        """Forgets text whose token has not come, before it comes again."""
+        self._held.clear()
+
     def take(self, event: GenerateEvent) -> list[GenerateEvent]:
         """The events that the client may have now: a token's text comes with the token, or not.
 
@@ -67,20 +77,20 @@ class Transcript:
             self._begin(event.begun)
             return []
         if kind not in ("delta", "finish"):
-            raise StageError("the head sent an event of another kind than an answer has")
+            raise StageError(f"{self._who} sent an event of another kind than an answer has")
         if self._prompt is not None and not self._begun and kind == "delta":
-            raise StageError("the head began the answer anew: is its version an older one?")
+            raise StageError(f"{self._who} began the answer anew: is its version an older one?")
         if self._prompt is None:
             self._sent, self.finished = True, kind == "finish"
             return [event]
         self._held.append(event)
         if kind == "delta" and not event.delta.token_ids:
             if len(self._held) > MOST_HELD:
-                raise StageError(f"the head sent {MOST_HELD} pieces of text without a token")
+                raise StageError(f"{self._who} sent {MOST_HELD} pieces of text without a token")
             return []
         self._tokens.extend(event.delta.token_ids)
         if len(self._tokens) > MOST_TOKENS:
-            raise StageError(f"the head sent more than {MOST_TOKENS} tokens")
+            raise StageError(f"{self._who} sent more than {MOST_TOKENS} tokens")
         self.finished = kind == "finish"
         ready, self._held = self._held, []
         return ready
@@ -90,9 +100,9 @@ class Transcript:
         total = len(prompt or self._prompt or ()) + len(self._tokens)
         first = self._prompt is None
         if self._begun or bool(prompt) != first or len(prompt) > MOST_TOKENS:
-            raise StageError("the head began an answer that it has begun")
+            raise StageError(f"{self._who} began an answer that it has begun")
         if begun.cached_tokens >= total:
-            raise StageError("the head has more tokens in its caches than there are")
+            raise StageError(f"{self._who} has more tokens in its caches than there are")
         self._begun = True
         if first:
             self._prompt, self._cached_tokens = array("I", prompt), begun.cached_tokens
