@@ -108,7 +108,7 @@ def test_llama_cpp_s_own_reason_is_passed_on(tmp_path: Path) -> None:
     data = file.read_bytes()
     key = b"llama.attention.head_count_kv"
     at = data.index(key) + len(key) + 4
-    file.write_bytes(data[:at] + b"\x03" + data[at + 1 :])
+    file.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
     spec = StageSpec(first_layer=0, end_layer=6, finishes=True, context=64, users=1)
 
     with pytest.raises(StageError) as caught:
