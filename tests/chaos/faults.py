@@ -95,11 +95,15 @@ class Faults:
         while True:
             await asyncio.sleep(0.3)
             if not self.server.running:
-                self.gave_up.append((self.server.err.strip() or "a failpoint").splitlines()[-1])
+                self.gave_up.append(self._last_words())
                 self.server = self._serve()
             for name, agent in list(self._cluster.agents.items()):
                 if not agent.running and name not in self._absent:
                     self._start(name)
+
+    def _last_words(self) -> str:
+        out, err = (text.strip().splitlines() for text in (self.server.out, self.server.err))
+        return f"code {self.server.process.returncode}: {' / '.join(out[-1:] + err[-1:])}"
 
     # Kinds of faults; each returns the name that it is counted by.
 
