@@ -9,6 +9,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,9 @@ class Events:
     losses: of stages and workers so far, by cause; words that are none of Cause count as failed.
     """
 
+    # Of the newest loss: its cause, and when it was published, by `time.monotonic`.
+    _newest: tuple[Cause, float] | None = None
+
     def __init__(self) -> None:
         self.losses: Counter[Cause] = Counter()
         self._followers: list[Follower] = []
@@ -256,9 +260,17 @@ class Events:
     def publish(self, event: Event) -> None:
         if isinstance(event, StageFailed | WorkerEnded):
             known = event.cause in list(Cause)
-            self.losses[Cause(event.cause) if known else Cause.FAILED] += 1
+            cause = Cause(event.cause) if known else Cause.FAILED
+            self.losses[cause] += 1
+            self._newest = cause, time.monotonic()
         for follower in self._followers:
             follower.put(event)
+
+    def cause_since(self, seconds: float) -> str:
+        """The cause of the newest loss, if it was published within the last `seconds`, else ""."""
+        if self._newest is None or time.monotonic() - self._newest[1] > seconds:
+            return ""
+        return self._newest[0].value
 
     @contextlib.contextmanager
     def followed(self, handler: Handler, name: str) -> "Iterator[Follower]":

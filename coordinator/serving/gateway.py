@@ -15,7 +15,7 @@ from coordinator.recovery.lifecycle import BrokenOff
 from coordinator.recovery.recoveries import Gap, RecoveryMeter
 from coordinator.serving.deployment import Deployment
 from coordinator.serving.options import RECOVER_SECONDS
-from coordinator.serving.service import Service
+from coordinator.serving.service import CAUSE_SECONDS, Service
 from unicluster.chat_limits import check_limits
 from unicluster.client.transcript import Transcript
 from unicluster.cluster.channels import as_error, channel_was_closed
@@ -122,8 +122,9 @@ class Gateway:
                             heard = clock()
                             if gap is not None:
                                 self.recoveries.resumed(gap, heard, transcript.replayed)
-                                gap = None
-                                yield _status("resumed", "")
+                                gap_heard, gap = gap.heard, None
+                                cause = service.cause_since(gap_heard - CAUSE_SECONDS)
+                                yield _status("resumed", "", cause)
                             first = first or heard
                             if not alone and event.HasField("finish"):
                                 _time(event.finish, began, first, heard)
@@ -140,7 +141,9 @@ class Gateway:
                     raise reason
                 if gap is None:
                     gap = Gap(heard, clock())
-                    yield _status("recovering", str(reason))
+                    yield _status(
+                        "recovering", str(reason), service.cause_since(heard - CAUSE_SECONDS)
+                    )
                 deployment = await service.until_serving(
                     partial(self._broken_off, ring, reason, tries, gap, clock(), ends)
                 )
@@ -278,8 +281,8 @@ def _meaning(broken: grpc.aio.AioRpcError, deployment: Deployment) -> Exception:
     return reason
 
 
-def _status(state: str, detail: str) -> GenerateEvent:
-    return GenerateEvent(status=Status(state=state, detail=detail))
+def _status(state: str, detail: str, cause: str) -> GenerateEvent:
+    return GenerateEvent(status=Status(state=state, detail=detail, cause=cause))
 
 
 def _time(finish: Finish, began: float, first: float, last: float) -> None:

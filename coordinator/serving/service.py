@@ -59,6 +59,8 @@ HEAD_SECONDS = 5.0
 SURVEY_SECONDS = 15.0
 # For running answers to end before the layers move to a better plan; then they go on there.
 FINISH_SECONDS = 10.0
+# A loss may show so much sooner than the ring breaks for it.
+CAUSE_SECONDS = 2.0
 # A plan that somebody asks for is no better if it saves less of a token's time.
 LEAST_GAIN = 0.01
 
@@ -114,6 +116,7 @@ class Service:
         self._known: dict[str, int] = {}  # offers of machines that the last plan was made over
         self._better: Plan | None = None  # the plan to move to
         self._declined = ""  # why the last such plan came to nothing
+        self._answered_at = 0.0  # by the event loop's clock
         self._taking_up = resume is not None
         self._on_ready = on_ready
         self._generation = generation
@@ -149,6 +152,17 @@ class Service:
             return self._life.problem
         loading = self._life.phase is lifecycle.Phase.LOADING
         return f"loading {self.display}" if loading else "looking for machines"
+
+    @property
+    def cause(self) -> str:
+        """The cause of the loss for which it does not answer, in a word; empty: there is none."""
+        if self._life.phase is lifecycle.Phase.READY:
+            return ""
+        return self.cause_since(self._answered_at - CAUSE_SECONDS)
+
+    def cause_since(self, at: float) -> str:
+        """The cause of the newest loss since `at`, by the event loop's clock; "" for none."""
+        return self._events.cause_since(asyncio.get_running_loop().time() - at)
 
     @property
     def why_not(self) -> str:
@@ -224,6 +238,7 @@ class Service:
             users=self.layout.users,
             state=self.state,
             detail=self.detail,
+            cause=self.cause,
         )
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
@@ -273,6 +288,7 @@ class Service:
 
     def _note(self, news: lifecycle.Event) -> lifecycle.Actions:
         """The state machine decides what follows, and it is done, as far as it takes no time."""
+        before = self._life.phase
         self._life, actions = lifecycle.apply(self._life, news)
         deployment = self.deployment
         for action in actions:
@@ -293,6 +309,8 @@ class Service:
                     deployment.stages_stay = True
                 case lifecycle.Action.WAKE_ANSWERS:
                     self._turned.set()
+        if before is lifecycle.Phase.READY:
+            self._answered_at = asyncio.get_running_loop().time()
         if self._life.phase is lifecycle.Phase.READY and deployment is not None:
             self._plans.stands(deployment.plan)
         self._changed.set()

@@ -54,6 +54,7 @@ def state_of(service: Service, coordinator: str) -> dict[str, Any]:
         "version": __version__,
         "state": service.state,
         "detail": service.detail,
+        "cause": service.cause,
         "quant": service.layout.quant,
         "context": service.layout.context,
         "users": service.layout.users,
@@ -89,7 +90,7 @@ class Published:
             events.append({"event": "plan_changed", **of_model, "stages": state["stages"]})
             self.stages = state["stages"]
         if state["state"] != self.state:
-            detail = {"state": state["state"], "detail": state["detail"]}
+            detail = {name: state[name] for name in ("state", "detail", "cause")}
             events.append({"event": "state_changed", **of_model, **detail})
             self.state = state["state"]
         self.machines = machines

@@ -46,7 +46,8 @@ class _Status:
         )
         yield title
         if info.detail:
-            yield Text(info.detail, "red" if info.state == "failed" else "yellow")
+            style = "red" if info.state == "failed" else "yellow"
+            yield Text(f"{info.cause}: {info.detail}" if info.cause else info.detail, style)
         if info.stages:
             shapes = [(True, 16), (False, 16), (False, 8), (False, 0)]
             yield fitting(console, options, (self._stages(*shape) for shape in shapes))

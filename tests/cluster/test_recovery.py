@@ -199,6 +199,7 @@ async def test_a_worker_is_killed(
     struck = await strike_at_all(client, undisturbed, agent.worker.kill)
 
     assert all(f"machine {agent.name} " in answer.statuses[0].detail for answer in struck)
+    assert {answer.statuses[-1].cause for answer in struck} == {"killed"}
     counted = await recoveries(client)
     assert counted.resumed == before.resumed + len(struck)
     assert counted.failed == before.failed

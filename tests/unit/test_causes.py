@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from unicluster.causes import Cause, of_error, of_exit
 from unicluster.client.metrics import metrics_from_wire
 from unicluster.errors import InputError, UnavailableError
 from unicluster.v1.chat_pb2 import Measured
+
+ROOT = Path(__file__).parents[2]
 
 
 def chained(cause: Exception) -> Exception:
@@ -90,6 +93,22 @@ def test_losses_are_counted_by_cause_for_prometheus() -> None:
     )
     counted = {sample.labels["cause"]: sample.value for sample in family.samples if sample.value}
     assert counted == {"killed": 1, "unreachable": 2, "failed": 1}
+
+
+def test_the_newest_cause_is_known_for_as_long_as_one_asks_for() -> None:
+    events = Events()
+    assert events.cause_since(math.inf) == ""
+    events.publish(WorkerEnded("ann", "ended by signal 9 (SIGKILL)", "killed"))
+    events.publish(StageFailed("bob", "machine bob stopped answering", "unreachable"))
+
+    assert events.cause_since(math.inf) == "unreachable"
+    assert events.cause_since(-1.0) == ""
+
+
+def test_what_is_published_of_a_model_names_every_cause() -> None:
+    schema = json.loads((ROOT / "docs" / "mqtt.schema.json").read_text())
+
+    assert schema["$defs"]["cause"]["enum"] == ["", *Cause]
 
 
 def test_the_log_keeps_the_newest(tmp_path: Path) -> None:

@@ -125,10 +125,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A gap in an answer: its `state` is recovering, and then resumed. `detail`: why."""
+    """A gap in an answer: its `state` is recovering, and then resumed. `detail`: why.
+
+    `cause` says it in a word: killed, out of memory, frozen, unreachable, disk full, driver fault,
+    ... It may be known only when the answer goes on; empty: it is not.
+    """
 
     state: str
     detail: str
+    cause: str = ""
 
 
 Event = Delta | Finish
@@ -169,6 +174,7 @@ class ServedStage:
 class ChatInfo:
     """A deployment. `state` is loading, ready, recovering or failed; `detail` says why.
 
+    `cause` is that of the loss for which it does not answer, in a word; empty where there is none.
     `live_caches` counts the KV caches of answers on all machines but the first. The prefix
     cache has `kept_caches` of finished answers, of `kept_bytes` on all machines together.
     `lanes` are batches that take turns on the machines. `ring_s` is the time of an empty frame
@@ -187,6 +193,7 @@ class ChatInfo:
     kept_caches: int = 0
     kept_bytes: int = 0
     ring_s: float = 0.0
+    cause: str = ""
 
 
 # Options whose field on the wire is not set to their value.
@@ -309,6 +316,7 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
         kept_caches=info.kept_caches,
         kept_bytes=info.kept_bytes,
         ring_s=info.ring_s,
+        cause=info.cause,
     )
 
 

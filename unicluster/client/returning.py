@@ -115,7 +115,8 @@ class Asking:
             return []
         self._begun = self._came = True
         if kind == "status":
-            return [Status(message.status.state, message.status.detail)]
+            said = message.status
+            return [Status(said.state, said.detail, said.cause)]
         if kind is None:
             event_from_wire(message)  # raises what it means
         ready = self._transcript.take(message)
@@ -165,7 +166,7 @@ class Asking:
         """
         why = str(state)
         if isinstance(state, ChatInfo):
-            said = Status(state.state, state.detail)
+            said = Status(state.state, state.detail, state.cause)
             why = f"{state.model} is {state.state}" + (f": {state.detail}" if state.detail else "")
         elif isinstance(state, UnavailableError):
             said = Status("loading", why)

@@ -716,19 +716,23 @@ class Status(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """recovering, resumed"""
     detail: _builtins.str
     """why, in a sentence"""
+    cause: _builtins.str
+    """of the loss, in a word: killed, frozen, ...; empty: not known yet"""
     def __init__(
         self,
         *,
         state: _builtins.str = ...,
         detail: _builtins.str = ...,
+        cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "detail", b"detail", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -957,6 +961,7 @@ class ChatInfo(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     KEPT_CACHES_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     RING_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     quant: _builtins.str
@@ -974,6 +979,8 @@ class ChatInfo(_message.Message):
     """caches of finished answers, kept for prompts that begin alike"""
     kept_bytes: _builtins.int
     """of these, on all stages together"""
+    cause: _builtins.str
+    """of the loss for which it does not answer, as in Status"""
     ring_s: _builtins.float
     """of a frame that asks for no computing, once round, just now"""
     @_builtins.property
@@ -992,11 +999,12 @@ class ChatInfo(_message.Message):
         lanes: _builtins.int = ...,
         kept_caches: _builtins.int = ...,
         kept_bytes: _builtins.int = ...,
+        cause: _builtins.str = ...,
         ring_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
