@@ -7,7 +7,7 @@ from llguidance import LLMatcher
 from node.constraints.call_constraint import CallConstraint, Marks
 from node.constraints.call_grammar import call_grammar
 from node.constraints.constraint import TextConstraint
-from node.constraints.grammar import LIMITS, grammar_of, shortened
+from node.constraints.grammar import LIMITS, grammar_of, shortened, unforced
 from node.constraints.mask import Filter, Mask
 from node.constraints.phase import TEXT, Phase
 from node.constraints.reasoning_budget import ReasoningBudget
@@ -85,7 +85,11 @@ def _of_text(
         marks.append(call)
     elif len(call) == 1:
         leaving.update(call)
-    matcher = _matcher(vocabulary, grammar_of(request.constraint))
+    grammar = grammar_of(request.constraint)
+    # In a schema's text, too: json.dumps leaves letters and angle brackets as they are.
+    if any(name in grammar for name in vocabulary.special()):
+        grammar = unforced(grammar)
+    matcher = _matcher(vocabulary, grammar)
     return TextConstraint(
         matcher,
         Phase(tokenizer, dialect.marks(state, with_tools=with_tools)),

@@ -44,6 +44,19 @@ def grammar_of(constraint: Constraint) -> str:
     return _valid(kind, LLMatcher.grammar_from_lark(text))
 
 
+def unforced(grammar: str) -> str:
+    """A grammar of `grammar_of` under which the text of an answer is never forced.
+
+    Where only one text may follow, llguidance has it in the tokens that a prompt would have. Text
+    like "<think>" is a mark there, which the grammar does not allow: its tokens must be chosen.
+    """
+    if grammar.startswith("{"):
+        (single,) = json.loads(grammar)["grammars"]
+        schema = single["json_schema"]
+        grammar = single["lark_grammar"] or f"start: %json {json.dumps(schema)}"
+    return f'%llguidance {{"no_forcing": true}}\n{grammar}'
+
+
 def _parsed(text: str) -> Any:
     try:
         schema = json.loads(text)

@@ -212,6 +212,27 @@ async def test_marks_within_the_text_belong_to_it(paths: dict[bool, Path]) -> No
     assert (completion.text, completion.reasoning, completion.tool_calls) == (text, "", [])
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint(regex="a <think> or </tool_call>[.]"),
+        Constraint(grammar='start: "a <think> or " "</tool_call>" "."'),
+        Constraint(grammar='%llguidance {}\nstart: "a <think> or " "</tool_call>" "."'),
+        Constraint(json_schema='{"const": "a <think> or </tool_call>."}'),
+    ],
+    ids=lambda constraint: str(constraint.WhichOneof("kind")),
+)
+async def test_a_constraint_may_demand_what_looks_like_a_mark(
+    paths: dict[bool, Path], constraint: Constraint
+) -> None:
+    text = "a <think> or </tool_call>."
+    expected = json.dumps(text) if constraint.json_schema else text
+
+    completion = await scripted(paths, list(expected.encode()), constraint)
+
+    assert (completion.text, completion.reason) == (expected, "stop")
+
+
 # Refusals
 
 
