@@ -413,6 +413,33 @@ def test_errors_are_one_line_on_stderr(
     assert (done.stdout, done.stderr, done.returncode) == ("", f"unicluster: {complaint}\n", code)
 
 
+def test_a_server_that_loads_is_waited_for(environment: dict[str, str]) -> None:
+    with terminal(environment) as chat:
+        chat.say("load 2")
+        chat.expect("waiting, loading: 3 of 12 GB")
+        chat.expect("Loaded.")
+        chat.expect("TTFT")
+    assert "\r\x1b[K" in chat.raw
+
+    done = pipe(environment, "load 2")
+    assert (done.stdout, done.stderr, done.returncode) == ("Loaded.\n", "", 0)
+
+
+def test_ctrl_c_ends_the_wait_and_so_does_its_bound(environment: dict[str, str]) -> None:
+    with terminal(environment) as chat:
+        chat.say("load 100000")
+        chat.expect("waiting, loading: 3 of 12 GB")
+        chat.type(CTRL_C)
+        chat.expect("stopped")
+        chat.expect(READY)
+    done = pipe(environment, "load 100000", "--wait", "0.1")
+    assert done.stdout == ""
+    assert "parrot" in done.stderr
+    assert "is loading" in done.stderr
+    assert done.returncode == 1
+    assert pipe(environment, "load 0").stdout == "Loaded.\n"
+
+
 def test_an_answer_that_breaks_keeps_what_came_and_fails(environment: dict[str, str]) -> None:
     done = pipe(environment, "break UNAVAILABLE studio is gone")
 

@@ -16,7 +16,9 @@ import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToJson
 
+from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import bind, make_server
+from unicluster.errors import UnavailableError
 from unicluster.trust.cluster import Cluster
 from unicluster.v1 import chat_pb2 as wire
 from unicluster.v1 import stage_pb2
@@ -31,6 +33,7 @@ class ScriptedChat(ChatServicer):
 
     def __init__(self) -> None:
         self.live = 0
+        self.looks = -1  # until it has loaded; below 0: it was not asked to
 
     async def Generate(  # noqa: N802
         self, request: wire.GenerateRequest, context: Context
@@ -58,13 +61,19 @@ class ScriptedChat(ChatServicer):
             quant="q4",
             context=4096,
             users=4,
-            state="ready",
+            state="loading" if self._loads() else "ready",
+            detail="3 of 12 GB",
             stages=[
                 stage_pb2.StageInfo(node="ann", first_layer=0, end_layer=8, weight_bytes=100),
                 stage_pb2.StageInfo(node="bob", first_layer=8, end_layer=12, weight_bytes=50),
             ],
             live_caches=self.live,
         )
+
+    def _loads(self) -> bool:
+        """Whether it loads, at one look after another."""
+        self.looks = max(self.looks - 1, -1) if self.looks else 0
+        return self.looks > 0
 
     async def _answer(self, request: wire.GenerateRequest, context: Context) -> Events:
         content = request.messages[-1].content if request.messages else "request"
@@ -73,7 +82,18 @@ class ScriptedChat(ChatServicer):
             case "request":  # shows the request as it came, but for what all clients send
                 if not request.resume_s:
                     request.ClearField("resume_s")
+                request.ClearField("statuses")
                 yield text(MessageToJson(request, preserving_proto_field_name=True))
+                yield finish(1)
+            case "load":  # "load N": loads first, for so many looks; "load 0": no longer
+                if argument == "0":
+                    self.looks = 0
+                elif self.looks < 0:
+                    self.looks = int(argument) + 1
+                if self.looks:
+                    await abort(context, UnavailableError("parrot is loading"))
+                self.looks = -1
+                yield text("Loaded.")
                 yield finish(1)
             case "think":
                 yield wire.GenerateEvent(delta=wire.Delta(reasoning="Let me see. "))

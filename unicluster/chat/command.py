@@ -8,14 +8,17 @@ from typing import Any, cast
 import click
 
 from unicluster.chat.screen import Screen
+from unicluster.chat.status_line import StatusLine
 from unicluster.client.answers import Delta, Options, deadline_of, request_to_wire
 from unicluster.client.client import AsyncClient
+from unicluster.client.returning import RETURN_SECONDS, Patience
 from unicluster.cluster.idle import idle
 from unicluster.command_line import Argument, Command, Option, server_option
 from unicluster.errors import InputError, UnavailableError
 from unicluster.terminal.waiting import doing
 from unicluster.trust.store import Store
 
+WAIT_SECONDS = 300.0
 NOTHING = "nothing is served in this cluster: run `unicluster serve`, or name a server by --server"
 _SAMPLING = {
     "temperature": (float, "0: always the most likely token"),
@@ -38,6 +41,8 @@ def run(
     system: str | None,
     trace: str | None,
     stop: tuple[str, ...],
+    resume: float | None,
+    wait: float,
     **sampling: Any,
 ) -> int:
     """Returns the exit code. Without a prompt or piped text, opens a conversation."""
@@ -47,7 +52,8 @@ def run(
         if text is None:
             raise InputError("--trace needs a PROMPT: it records one answer")
         options["trace"] = True
-    return run_chat(server, text, system=system, options=options, trace=trace)
+    patience = Patience(resume, wait)
+    return run_chat(server, text, system=system, options=options, trace=trace, patience=patience)
 
 
 def run_chat(
@@ -57,6 +63,7 @@ def run_chat(
     system: str | None = None,
     options: Options | None = None,
     trace: str | None = None,
+    patience: Patience | None = None,
 ) -> int:
     """Answers `prompt` on stdout, or talks with the person at the terminal where it is None.
 
@@ -64,7 +71,7 @@ def run_chat(
     of AsyncClient, InputError where a file can't be written, KeyboardInterrupt, and
     BrokenPipeError where the reader of standard output has gone.
     """
-    asyncio.run(chat(server, prompt, system, options, trace))
+    asyncio.run(chat(server, prompt, system, options, trace, patience))
     return 0
 
 
@@ -74,6 +81,7 @@ async def chat(
     system: str | None = None,
     options: Options | None = None,
     trace: str | None = None,
+    patience: Patience | None = None,
 ) -> None:
     """Answers `prompt`, or holds a conversation, within a running event loop."""
     options = options or Options()
@@ -81,7 +89,8 @@ async def chat(
     if messages:  # what can't be asked is said before anything is looked for
         request_to_wire(messages, options)
         deadline_of(options)
-    async with AsyncClient(server) as client:
+    patience = patience or Patience()
+    async with AsyncClient(server, resume=patience.resume, wait=patience.wait) as client:
         if not server:
             with doing("Looking for what is served"):
                 if not await client.find_here() and await idle(Store().load()):
@@ -111,6 +120,8 @@ async def _answer(
 ) -> None:
     """Only the answer: no reasoning, no numbers."""
     screen = Screen(sys.stdout)
+    line = StatusLine(sys.stderr, screen)
+    options = {**options, "on_status": line.show}
     try:
         async for event in client.stream(messages, **options):
             if isinstance(event, Delta):
@@ -120,6 +131,7 @@ async def _answer(
                     raise UnavailableError("the server sent no trace: does it run this version?")
                 event.trace.save(trace)
     finally:
+        line.clear()
         screen.end_line()
 
 
@@ -145,6 +157,21 @@ command = Command(
         "Where": [
             server_option("default: it is found by mDNS"),
             Option("--model", "fail unless this model is served"),
+            Option(
+                "--wait",
+                "how long to wait for a server that loads or recovers "
+                f"(default: {WAIT_SECONDS:g}; 0: not at all)",
+                type=float,
+                default=WAIT_SECONDS,
+                metavar="SECONDS",
+            ),
+            Option(
+                "--resume",
+                "have the server keep an answer for so long when its connection is lost "
+                f"(default: not, and its rest is asked for within {RETURN_SECONDS:g} seconds)",
+                type=float,
+                metavar="SECONDS",
+            ),
         ],
         "Conversation": [
             Option("--system", "the system message", metavar="TEXT"),

@@ -2,7 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from unicluster.chat.context import fullness, refused_as_full, turns_to_drop
 from unicluster.chat.screen import Screen
-from unicluster.client.answers import ChatInfo, Finish, Options
+from unicluster.chat.status_line import StatusLine
+from unicluster.client.answers import ChatInfo, Event, Finish, Options
 from unicluster.client.client import AsyncClient
 from unicluster.errors import UniclusterError
 
@@ -166,7 +168,15 @@ class Repl:
 
     async def _stream(self, question: str) -> None:
         messages = [*self._conversation.messages(), {"role": "user", "content": question}]
-        async for event in self._client.stream(messages, **self._options):
+        line = StatusLine(sys.stderr, self._screen)
+        options: Options = {**self._options, "on_status": line.show}
+        try:
+            await self._hear(self._client.stream(messages, **options))
+        finally:
+            line.clear()
+
+    async def _hear(self, events: AsyncGenerator[Event, None]) -> None:
+        async for event in events:
             if isinstance(event, Finish):
                 self._used = event.usage.prompt_tokens + event.usage.completion_tokens
                 self._screen.note(summary(event))

@@ -54,6 +54,11 @@ class Screen:
         if self._line_open:
             self._write("\n")
 
+    def break_line(self) -> None:
+        """As `end_line`, on a terminal: other output is to come. A file gets nothing more."""
+        if self._terminal:
+            self.end_line()
+
     def _line(self, line: str, style: str) -> None:
         self.end_line()
         self._write(wrapped(line, self._out), style)

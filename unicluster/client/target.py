@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import grpc.aio
 
-from unicluster.cluster.channels import connect
+from unicluster.cluster.channels import connect, is_our_own
 from unicluster.cluster.versions import mismatch
 from unicluster.errors import UnavailableError
 from unicluster.trust.cluster import ClientAccess, Cluster
@@ -127,8 +127,9 @@ class Target:
                         wire.DescribeChatRequest(), timeout=min(HERE_SECONDS, self.timeout)
                     )
                 except grpc.aio.AioRpcError as error:
-                    log.info("nothing is served at %s: %s", service.address, error.details())
-                    continue
+                    if not is_our_own(error):  # else it is there, and inspects its model
+                        log.info("nothing is served at %s: %s", service.address, error.details())
+                        continue
             versions = service.version, service.protocol, service.oldest
             if wrong := mismatch(f"the server at {service.address}", *versions):
                 raise UnavailableError(wrong)
