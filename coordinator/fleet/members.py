@@ -14,6 +14,7 @@ import grpc
 
 from coordinator.fleet.descriptions import nonsense
 from coordinator.fleet.left_stages import LeftStage
+from coordinator.fleet.slept import Slept
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
 from unicluster.checkpoints.fingerprint import whole
@@ -103,6 +104,7 @@ class Members:
         self._peers = tuple(peers)
         self._asked = DescribeNodeRequest(without_service=service)
         self._drains = drains
+        self._slept = Slept()
         # Of the service, when `machines` asked last: stages that nobody holds; who holds others.
         self.orphans: list[LeftStage] = []
         self.holders: list[str] = []
@@ -196,6 +198,7 @@ class Members:
             )
             for info, reached in answering
         ]
+        self._slept.note({info.name: info.slept_s for info, _ in answering})
         service = self._asked.without_service
         stages = [
             (LeftStage(machine, spec, gone=False), spec.deployment in info.orphaned)
@@ -225,6 +228,10 @@ class Members:
                     *(who, info.name),
                 )
         return info, reached
+
+    def woken(self) -> dict[str, float]:
+        """Machines that were asleep since this was asked last, and for how many seconds."""
+        return self._slept.take()
 
     def expect(self, addresses: Iterable[str]) -> None:
         """Machines are asked at these addresses too, where they were before."""

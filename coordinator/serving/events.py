@@ -107,6 +107,14 @@ class WorkerEnded:
 
 
 @dataclass(frozen=True)
+class WasAsleep:
+    """A machine is back, and says that it was asleep: for that it was lost, if it was."""
+
+    machine: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model answers for the first time."""
 
@@ -204,6 +212,7 @@ Event = (
     | StageReady
     | StageFailed
     | WorkerEnded
+    | WasAsleep
     | Ready
     | Listening
     | Recovering
@@ -263,6 +272,8 @@ class Events:
             cause = Cause(event.cause) if known else Cause.FAILED
             self.losses[cause] += 1
             self._newest = cause, time.monotonic()
+        if isinstance(event, WasAsleep):
+            self.losses[Cause.ASLEEP] += 1
         for follower in self._followers:
             follower.put(event)
 

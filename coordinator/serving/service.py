@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -26,6 +26,7 @@ from coordinator.serving.events import (
     Recovering,
     Retrying,
     Staying,
+    WasAsleep,
     moves,
 )
 from coordinator.serving.inspected import Inspected
@@ -319,7 +320,7 @@ class Service:
     async def _deploy_once(self) -> None:
         self._note(lifecycle.PauseOver())
         lost, self._lost = self._lost, []
-        machines = await self._members.machines(lost)
+        machines = await self._machines(lost)
         await failpoints.reach_async("serve.plan")
         placed = await self._plans.next(machines, self._names(machines))
         await failpoints.reach_async("serve.planned")
@@ -383,6 +384,15 @@ class Service:
             self._note,
         )
 
+    async def _machines(
+        self, lost: Sequence[Machine] = (), *, quiet: bool = False
+    ) -> list[Machine]:
+        """As `Members.machines`; sleep that they tell of is published."""
+        machines = await self._members.machines(lost, quiet=quiet)
+        for name, seconds in self._members.woken().items():
+            self._events.publish(WasAsleep(name, seconds))
+        return machines
+
     async def _look(self) -> None:
         """Looks for better plans, until cancelled, where machines have come since the last plan.
 
@@ -395,7 +405,7 @@ class Service:
             if self._life.phase is not lifecycle.Phase.READY or self._life.move is not None:
                 continue
             with going_on("looking for a better plan"), contextlib.suppress(UniclusterError):
-                machines = await self._members.machines(quiet=True)
+                machines = await self._machines(quiet=True)
                 found = None
                 if rules.margin is not None and has_grown(self._known, machines):
                     found = await self._plans.survey(machines, self._names(machines), rules.margin)
@@ -418,7 +428,7 @@ class Service:
             raise UnavailableError(self.why_not)
         if self._life.move is not None:
             raise BusyError(f"{self.display} moves already")
-        machines = await self._members.machines()
+        machines = await self._machines()
         found = await self._plans.survey(machines, self._names(machines), 2 * LEAST_GAIN)
         if found is None:
             raise UnavailableError(self.why_not if self.detail else "a machine has just been lost")
@@ -451,7 +461,7 @@ class Service:
             if better is None:
                 continue
             try:
-                machines = await self._members.machines(quiet=True)
+                machines = await self._machines(quiet=True)
                 specs = (await self._deployment(better, machines)).specs
                 busy = {stage.machine.name for stage in deployment.plan.stages}
                 ahead = loaded_ahead(better, specs, busy, self._dialer, self._events)

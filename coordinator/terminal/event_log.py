@@ -11,11 +11,13 @@ from coordinator.serving.events import (
     StageFailed,
     Staying,
     Unloading,
+    WasAsleep,
     WorkerEnded,
 )
 from coordinator.state.database import Database
 from coordinator.state.event_log import EventLog
 from coordinator.terminal.printer import moving_line, recovered_line
+from unicluster.causes import Cause
 
 
 class EventLogger:
@@ -37,6 +39,9 @@ class EventLogger:
                 self._add("worker ended", event.machine, event.cause, event.reason)
             case StageFailed():
                 self._add("stage lost", event.machine, event.cause, event.reason)
+            case WasAsleep():
+                text = f"for {event.seconds:.0f} s"
+                self._add("was asleep", event.machine, Cause.ASLEEP, text)
             case Recovering():
                 self._add("recovering", text=event.reason)
             case Recovered():

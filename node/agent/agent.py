@@ -19,6 +19,7 @@ from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.agent.quiet import QuietMeasuring
+from node.agent.sleep import Sleep
 from node.supervision.running import RunningStage, keep_renewed
 from node.supervision.spare import SpareWorker
 from node.weights import hub
@@ -116,6 +117,7 @@ class Agent(NodeServicer):
         self._inspections = Inspections()
         self._drain = asyncio.Event()
         self._drain_orders = DRAIN_ORDERS_NONE
+        self._sleep = Sleep()
         self._changed = asyncio.Event()
 
     def addresses(self) -> list[str]:
@@ -198,6 +200,7 @@ class Agent(NodeServicer):
             addresses=self.addresses(),
             draining=self._drain.is_set(),
             drain_orders=self._drain_orders,
+            slept_s=self._sleep.seconds,
             oldest_protocol=OLDEST_PROTOCOL,
             clock=time.time(),
             engines=hardware.engines,

@@ -231,6 +231,7 @@ class NodeInfo(_message.Message):
     KNOWN_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     DRAIN_ORDERS_FIELD_NUMBER: _builtins.int
+    SLEPT_S_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_FIELD_NUMBER: _builtins.int
     CLOCK_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
@@ -255,6 +256,8 @@ class NodeInfo(_message.Message):
     """it has nothing to offer until that is taken back"""
     drain_orders: Global___DrainOrders.ValueType
     """since its agent started"""
+    slept_s: _builtins.float
+    """that it was asleep, in all, since its agent started"""
     oldest_protocol: _builtins.int
     """that it still works with; 0: only its own"""
     clock: _builtins.float
@@ -310,6 +313,7 @@ class NodeInfo(_message.Message):
         known: _abc.Iterable[Global___KnownMachine] | None = ...,
         draining: _builtins.bool = ...,
         drain_orders: Global___DrainOrders.ValueType = ...,
+        slept_s: _builtins.float = ...,
         oldest_protocol: _builtins.int = ...,
         clock: _builtins.float = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
@@ -320,7 +324,7 @@ class NodeInfo(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "drain_orders", b"drain_orders", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "orphaned", b"orphaned", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backend", b"backend", "bandwidth", b"bandwidth", "bandwidth_measured", b"bandwidth_measured", "chip", b"chip", "clock", b"clock", "devices", b"devices", "drain_orders", b"drain_orders", "draining", b"draining", "engines", b"engines", "ggml_backend", b"ggml_backend", "ggml_bandwidth", b"ggml_bandwidth", "known", b"known", "name", b"name", "oldest_protocol", b"oldest_protocol", "orphaned", b"orphaned", "peers", b"peers", "platform", b"platform", "protocol", b"protocol", "slept_s", b"slept_s", "stages", b"stages", "total_memory", b"total_memory", "usable_memory", b"usable_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
