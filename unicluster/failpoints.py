@@ -61,9 +61,11 @@ class _Failpoint:
 
     def act(self) -> float:
         """Ends the process, raises, or returns the seconds to wait."""
-        log.warning("failpoint %s: %s", self.name, self.action)
         if self.action == "panic":
+            # Not by the log, which a thread may write that does not live to do so.
+            os.write(2, f"at failpoint {self.name}: panic\n".encode())
             os._exit(PANIC_CODE)
+        log.warning("failpoint %s: %s", self.name, self.action)
         if self.action == "freeze":
             ctypes.PyDLL(None).sleep(int(FOR_EVER))  # a PyDLL's functions keep the GIL
         if self.action.startswith("error"):
