@@ -69,7 +69,7 @@ def _all() -> Iterator[tuple[str, str, Spec]]:
         yield "untied", name, further(name, {}, UNTIED)
     yield "rope factors", "llama", further("llama", {}, FREQUENCIES)
     yield "rope factors", "phi3", further("phi3", {}, *FACTORS)
-    yield "rope factors", "minicpm", further("minicpm", {}, *FACTORS)
+    yield "rope factors", "minicpm", further("minicpm", {"rope.scaling.type": "longrope"}, *FACTORS)
 
 
 VARIANTS = {f"{name}: {kind}": (name, spec) for kind, name, spec in _all()}
