@@ -1,13 +1,14 @@
-"""A decoder of one answer whose guesses fill the pipe, each a frame of its own.
+"""A decoder of one answer whose guesses fill the pipe, in frames of their own.
 
 While one token is on its way round the ring, the tokens guessed after it follow, one behind the
-other. They are verified in order. After a wrong guess all frames behind it are doomed: stages skip
-those that they have not begun, and the caches are rolled back, without asking any stage.
+other, or several in a frame where that costs little more. They are verified in order. After a wrong
+guess all frames behind it are doomed: stages skip those that they have not begun, and the caches
+are rolled back, without asking any stage.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +21,26 @@ from node.generation.sequence import Sequence
 from node.generation.single import Decoding
 from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from node.ring.compute_thread import give_way, rested
-from node.speculation.depth import MOST_FRAMES, RECENT_WEIGHT
-from node.speculation.gate import Gate, PipedTimes
+from node.speculation.depth import MOST_FRAMES
+from node.speculation.gate import Gate
+from node.speculation.pace import Pace
 
-# Steps after which the depth of the pipe follows what was measured.
-MEASURED_STEPS = 16
+# Tokens before a cache can't be trimmed any more, from which on each has a frame of its own: none
+# of several is on its way when snapshots begin.
+ONE_BY_ONE = 12 * MOST_FRAMES
 
 
 @dataclass
 class _Frame:
-    """A frame on its way, with one token: the last of the text, or a guess.
+    """A frame on its way: tokens that are guesses, but for the first if it is the text's last.
 
-    chooser: of the token after it. saved: a snapshot of the caches before it, where they can't be
-    trimmed.
+    choosers: of the token after each. saved: a snapshot of the caches before it, where they can't
+    be trimmed.
     """
 
-    token: int
+    tokens: list[int]
     logits: Any
-    chooser: TokenChooser
+    choosers: list[TokenChooser]
     saved: list[Any] | None
 
 
@@ -64,28 +67,26 @@ class PipedDecoder:
         self._chooses = bool(getattr(model, "chooses", False))
         self._trimmable_below = trimmable_below(kinds)
         self._drafter = speculation.drafter()
+        self._most = speculation.most
         self._free = speculation.free
         # By itself it takes no memory that the plan doesn't count.
         self._snapshots = model.copies_states and not speculation.auto
         self._ends = ends
         self._share = share
         self._run: Decoding | None = None
-        self._times = PipedTimes()
-        self._gate = Gate(lambda: self._times.least_rate)
+        self._pace = Pace(model.pipe_times)
+        self._gate = self._new_gate()
         self._flight: deque[_Frame] = deque()
         self._drafts: deque[int] = deque()  # proposed after those in flight, and not sent yet
         self._wrong = False  # the last guess was
-        self._chosen_at: float | None = None  # when the last token was, if nobody else computed
-        self._steps = 0
-        self._frame_s = 0.0  # the head's time for a frame, a running mean
-        self._deepest = model.pipe_times(0.0).depth()
 
     def add(self, sequence: Sequence) -> None:
         """Takes over a prefilled sequence; there must be no other."""
         self._run = Decoding(sequence)
-        self._gate = Gate(lambda: self._times.least_rate)
+        self._gate = self._new_gate()
+        self._pace.begin()
         self._drafts.clear()
-        self._wrong, self._chosen_at = False, None
+        self._wrong = False
 
     def remove(self, sequence: Sequence) -> None:
         """Frees its cache."""
@@ -108,7 +109,7 @@ class PipedDecoder:
             sequence.hand_over(run.tokens, sequence.cache, run.cached)
 
     def step(self) -> list[Token]:
-        """Fills the pipe, and decodes one token more."""
+        """Fills the pipe, and decodes the tokens of its oldest frame that prove right."""
         run = self._run
         if run is None:
             return []
@@ -117,63 +118,85 @@ class PipedDecoder:
         sent = self._fill(run)
         if self._run is not run:
             return []  # the engine was closed meanwhile
+        wide = any(len(frame.tokens) > 1 for frame in self._flight)
         oldest = self._flight.popleft()
         run.look_ahead()
-        chosen = run.choose(oldest.logits[:, -1, :], oldest.chooser)
-        run.cached += 1
+        chosen = list(self._chosen(run, oldest))
         now = time.perf_counter()
-        self._note(now, guessed)
-        self._gate.next_token()
-        if self._flight:
-            self._verify(run, chosen.token)
+        self._note(now, oldest, len(chosen), guessed)
+        wrong = len(oldest.tokens) - len(chosen)
+        run.sequence.answer.count_drafted(len(oldest.tokens) - 1, len(chosen) - 1)
+        for index in range(1, len(chosen) + bool(wrong)):
+            self._gate.note(right=index < len(chosen))
+        for _ in chosen:
+            self._gate.next_token()
+        if wrong:
+            self._abandon(behind=wrong)
+            self._wrong = True
+        elif self._flight:
+            self._verify(run, chosen[-1].token)
         elif self._drafts:
-            self._compare(chosen.token)
-        self._measure(now - began - (rested() - away), sent)
-        return [chosen]
+            self._compare(chosen[-1].token)
+        self._pace.step(now - began - (rested() - away), 0 if wide else sent)
+        return chosen
 
     def close(self) -> None:
         self._run = None
         self._flight.clear()
 
+    def _new_gate(self) -> Gate:
+        return Gate(lambda: self._pace.times.least_rate)
+
+    def _chosen(self, run: Decoding, frame: _Frame) -> Iterator[Token]:
+        """The model's choices after each token of a frame, up to the first that was not guessed."""
+        for index, chooser in enumerate(frame.choosers):
+            token = run.choose(frame.logits[:, index, :], chooser)
+            run.cached += 1
+            yield token
+            if index + 1 < len(frame.tokens) and frame.tokens[index + 1] != token.token:
+                for later in reversed(frame.choosers[index + 1 :]):
+                    later.take_back()
+                return
+
     def _fill(self, run: Decoding) -> int:
         """Sends frames until as many are in flight as may be; returns how many."""
         sent = 0
         while not self._flight or len(self._flight) < self._depth():
-            if not self._flight:
-                token: int | None = run.tokens[-1]
-            elif sent:
+            if self._flight and sent:
                 give_way()  # to other answers, and to frames that came back meanwhile
                 if self._run is not run or run.sequence.ticket.ended:
                     break
-                token = self._guess(run)
-            else:
-                token = self._guess(run)
-            if token is None:
+            tokens = [] if self._flight else [run.tokens[-1]]
+            width = self._width(run)
+            while len(tokens) < width and (guess := self._guess(run, tokens)) is not None:
+                tokens.append(guess)
+            if not tokens:
                 break
-            self._send(run, token)
+            self._send(run, tokens)
             sent += 1
         return sent
 
-    def _send(self, run: Decoding, token: int) -> None:
+    def _send(self, run: Decoding, tokens: list[int]) -> None:
         cache = run.sequence.cache
         saved = None
         # Nobody knows how many more will be in the cache when this one turns out to be wrong.
-        longest = run.cached + len(self._flight) + MOST_FRAMES
+        longest = run.cached + self._in_flight() + MOST_FRAMES
         if self._flight and longest >= self._trimmable_below:
             saved = snapshot(cache)
-        chooser = run.sequence.chooser.ahead()
-        more = {"choosers": [chooser]} if self._chooses else {}
-        logits = self._model(mx.array([[token]]), cache=cache, **more)
-        self._flight.append(_Frame(token, logits, chooser, saved))
+        choosers = [run.sequence.chooser.ahead() for _ in tokens]
+        more = {"choosers": choosers} if self._chooses else {}
+        logits = self._model(mx.array([tokens]), cache=cache, **more)
+        self._flight.append(_Frame(tokens, logits, choosers, saved))
 
-    def _guess(self, run: Decoding) -> int | None:
-        """The next token to send ahead; None for none."""
-        ahead = [frame.token for frame in self._flight][1:]
+    def _guess(self, run: Decoding, begun: list[int]) -> int | None:
+        """The next token to send ahead, behind those of a frame that is begun; None for none."""
+        ahead = [token for frame in self._flight for token in frame.tokens]
+        ahead = [*ahead, *begun][1:]
         guesses = self._gate.lets_pass
         if len(ahead) >= run.room or not (guesses or self._free):
             return None
         if not self._drafts:
-            count = self._depth() - len(self._flight)
+            count = self._depth() * self._width(run) - len(ahead) - 1
             self._drafts.extend(self._drafter.propose(run.tokens, max(count, 1), ahead))
         if not guesses or not self._drafts or self._drafts[0] in self._ends:
             return None
@@ -183,7 +206,7 @@ class PipedDecoder:
 
     def _verify(self, run: Decoding, token: int) -> None:
         """Compares the model's choice with the guess in flight, and rolls a wrong one back."""
-        right = self._flight[0].token == token
+        right = self._flight[0].tokens[0] == token
         self._gate.note(right=right)
         self._wrong = not right
         if right:
@@ -199,58 +222,56 @@ class PipedDecoder:
         if not right:
             self._drafts.clear()
 
-    def _abandon(self, verified: int = 0) -> None:
+    def _abandon(self, verified: int = 0, behind: int = 0) -> None:
         """Dooms all frames in flight, and takes their tokens out of the caches.
 
-        `verified`: frames that were guesses and proved right before.
+        `verified`: tokens that were guesses and proved right before. `behind`: wrong tokens of the
+        frame that came back last.
         """
         self._drafts.clear()
         run, doomed = self._run, list(self._flight)
+        count = self._in_flight()
         self._flight.clear()
-        if run is None or not doomed:
+        if run is None or not count + behind:
             return
-        run.sequence.answer.count_drafted(len(doomed) - verified, 0)
-        for frame in reversed(doomed):
-            frame.chooser.take_back()
-        self._model.cancel(frame.logits for frame in doomed)
-        saved = doomed[0].saved
+        if count:
+            run.sequence.answer.count_drafted(count - verified, 0)
+            for frame in reversed(doomed):
+                for chooser in reversed(frame.choosers):
+                    chooser.take_back()
+            self._model.cancel(frame.logits for frame in doomed)
+        saved = doomed[0].saved if doomed else None
         if saved is not None:
-            restore(run.sequence.cache, saved, len(doomed))
+            restore(run.sequence.cache, saved, count)
         else:
-            trim(run.sequence.cache, len(doomed))
+            trim(run.sequence.cache, count + behind)
+
+    def _in_flight(self) -> int:
+        return sum(len(frame.tokens) for frame in self._flight)
 
     def _depth(self) -> int:
         run = self._run
         snapshots = run is not None and run.cached + 2 * MOST_FRAMES >= self._trimmable_below
         if snapshots and not self._snapshots:
             return 1
-        return max(1, self._share(self._deepest))
+        return max(1, self._share(self._pace.depth))
 
-    def _measure(self, seconds: float, sent: int) -> None:
-        """Learns how deep the pipe is, by the head's seconds of a step that sent so many frames."""
-        if sent:
-            each = seconds / sent
-            self._frame_s += RECENT_WEIGHT * (each - self._frame_s) if self._frame_s else each
-        self._steps += 1
-        if self._steps % MEASURED_STEPS == 0:
-            pipe = self._model.pipe_times(self._frame_s)
-            self._deepest = pipe.depth()
-            self._times.expected = pipe.trip, pipe.slowest
-            self._times.weigh()
+    def _width(self, run: Decoding) -> int:
+        if run.cached + self._in_flight() + ONE_BY_ONE >= self._trimmable_below:
+            return 1
+        return self._pace.width(self._gate.rate, self._depth(), self._most)
 
-    def _note(self, now: float, guessed: bool) -> None:
-        """Notes the time of a token, unless others had a part of the pipe.
-
-        `guessed`: it was computed before the token in front of it was known.
-        """
-        times = self._times
-        before, self._chosen_at = self._chosen_at, None
-        if self._share(MOST_FRAMES) == MOST_FRAMES:
-            self._chosen_at = now
-            if before is not None and (guessed or self._wrong or not self._flight):
-                kind = times.right if guessed else times.wrong if self._wrong else times.plain
-                kind.note(now - before)
+    def _note(self, now: float, frame: _Frame, chosen: int, guessed: bool) -> None:
+        """Notes the time of a frame's chosen tokens: of those not guessed none may be behind."""
+        times, kind = self._pace.times, None
+        if guessed or chosen > 1:
+            kind = times.right
+        elif self._wrong or len(frame.tokens) > 1:
+            kind = times.wrong
+        elif not self._flight:
+            kind = times.plain
         self._wrong = False
+        self._pace.token(now, chosen, kind, alone=self._share(MOST_FRAMES) == MOST_FRAMES)
 
 
 def pipes(model: Any, config: GenerationConfig) -> bool:

@@ -64,6 +64,7 @@ class Recent:
 class StageMeter:
     """Work of one machine. `decode`: compute seconds of frames with one token of one answer.
 
+    growth: what each further token of the answer adds to those, as a part of them.
     disk_bytes: of prefixes on its disk.
     `skipped`: of the frames, those that were cancelled before they were begun.
     """
@@ -73,7 +74,13 @@ class StageMeter:
     queue_s: float = 0.0
     skipped: int = 0
     decode: Recent = field(default_factory=Recent)
+    growth: Recent = field(default_factory=Recent)
     disk_bytes: int = 0
+
+    def note_drafted(self, drafted: int, seconds: float) -> None:
+        """Counts a frame with `drafted` tokens behind the first of one answer."""
+        if single := self.decode.median:
+            self.growth.note((seconds / single - 1) / drafted)
 
     def to_wire(self, machine: str) -> wire.StageMeter:
         return wire.StageMeter(

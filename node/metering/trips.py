@@ -16,7 +16,8 @@ from unicluster.v1.stage_pb2 import StageReport
 class Trip:
     """Round trip of one frame; `sent_s` and `returned_s` by the head's clock.
 
-    `single`: it carried one token of one answer. `returned_bytes` of hidden state came back.
+    `single`: it carried one token of one answer; `drafted`: so many more of it, else 0.
+    `returned_bytes` of hidden state came back.
     """
 
     sent_s: float
@@ -24,6 +25,7 @@ class Trip:
     returned_bytes: int
     single: bool
     reports: Sequence[StageReport]
+    drafted: int = 0
 
     def differences(self) -> list[float]:
         """Seconds for each hop, arrival less departure, each by its machine's clock."""
@@ -62,6 +64,8 @@ class Trips:
             meter.skipped += report.skipped
             if trip.single and not report.skipped:
                 meter.decode.note(report.compute_s)
+            elif trip.drafted and not report.skipped:
+                meter.note_drafted(trip.drafted, report.compute_s)
         self.head.frames += 1
         taken = self.clocks.hops(trip.differences(), trip.returned_s)
         for hop, seconds, carried in zip(self.hops, taken, trip.carried(), strict=True):

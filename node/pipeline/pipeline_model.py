@@ -31,6 +31,8 @@ from unicluster.v1.stage_pb2 import CacheOp, Choice, Frame, HopMessage, StageRep
 # Up to this many tokens a forward's result is sent back unasked: decode and speculative
 # verification need it. Of longer ones, prefill, it rarely is: the last stage keeps it back.
 PUSHED_TOKENS = 16
+# Frames of several tokens, before what they cost is believed.
+GROWTHS = 3
 # Frames of decode on their progress: far more than lanes, each of which has one.
 PUSHED_FRAMES = 64
 
@@ -223,7 +225,7 @@ class PipelineModel(nn.Module):
             self.prefill_window.give_up()
             raise
         self.prefill_window.depart()
-        reply = self._forward(message, handles, self.prefill_window, False, began, timelines)
+        reply = self._forward(message, handles, self.prefill_window, (), began, timelines)
         number = reply.number
 
         def resolve() -> mx.array:
@@ -263,8 +265,9 @@ class PipelineModel(nn.Module):
         except BaseException:
             self._steps.leave()
             raise
-        single = inputs.shape == (1, 1)
-        reply = self._forward(message, handles, self._steps, single, began, timelines, choices)
+        reply = self._forward(
+            message, handles, self._steps, inputs.shape, began, timelines, choices
+        )
         handles[0].expected = expected
         returned = before.returned if before is not None else ()
 
@@ -310,7 +313,13 @@ class PipelineModel(nn.Module):
     def pipe_times(self, head_s: float) -> PipeTimes:
         """Seconds of one answer's token, as lately measured; `head_s` of them at the head."""
         stages = [stage.decode.median for stage in self.trips.stages]
-        return PipeTimes((head_s, *stages), sum(hop.decode.median for hop in self.trips.hops))
+        grown = [stage.growth for stage in self.trips.stages]
+        known = all(growth.count >= GROWTHS for growth in grown)
+        return PipeTimes(
+            (head_s, *stages),
+            sum(hop.decode.median for hop in self.trips.hops),
+            max(0.0, *(growth.median for growth in grown)) if known and grown else None,
+        )
 
     def cancel(self, frames: Iterable[PendingLogits]) -> None:
         """Has stages skip these decode frames where they have not begun them.
@@ -331,17 +340,20 @@ class PipelineModel(nn.Module):
         message: HopMessage,
         handles: Sequence[RemoteCache],
         window: Window,
-        single: bool,
+        shape: tuple[int, ...],
         began: float,
         timelines: Sequence[Timeline],
         choices: Sequence[Choice] = (),
     ) -> Reply:
+        """Sends a frame; `shape` is that of its tokens (answers, tokens) in decode, else empty."""
         versions = [handle.before_forward() for handle in handles]
         sent = time.perf_counter()
+        alone = shape[1] if shape and shape[0] == 1 else 0
         returned = 0.0
 
         def trip(frame: Frame) -> Trip:
-            return Trip(sent, returned, leaf_bytes(frame.hidden), single, frame.reports)
+            size = leaf_bytes(frame.hidden)
+            return Trip(sent, returned, size, alone == 1, frame.reports, max(alone - 1, 0))
 
         def on_reply(frame: Frame) -> None:
             nonlocal returned

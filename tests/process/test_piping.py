@@ -4,6 +4,7 @@ The model is cut over three processes. Its caches are of every sort; see tests/s
 """
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from node.generation.engine import GenerationEngine
 from node.generation.piped import PipedDecoder
 from node.generation.scheduler import Scheduler
 from node.speculation.drafting import DraftModel, Lookup, Speculation
+from node.speculation.pace import Pace
 from tests.support.constrained import point_of
 from tests.support.engines import THREAD, Split, ask, listen, of_tokens
 from tests.support.guessing import (
@@ -61,6 +63,31 @@ async def test_the_text_is_that_of_plain_decode(split: Split, wrong: int) -> Non
     assert [completion.tokens for completion in completions] == await tokens_alone(split)
     for drafted, accepted in map(guessed, completions):
         assert 0 < accepted <= drafted
+    await split.until_free()
+
+
+async def test_several_tokens_a_frame(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    if split.name != "llama":
+        pytest.skip("caches that need snapshots have one token a frame")
+    widths = itertools.cycle([3, 1, 4, 2])
+    monkeypatch.setattr(Pace, "width", lambda *_: next(widths))
+    sampling = Sampling(temperature=0.9, repetition_penalty=1.2, seed=7)
+    plain = await split.engine()
+    drawn = [await hear(plain, prompt, sampling=sampling) for prompt in PROMPTS]
+    plain.close()
+    texts = [prompt + one.tokens for prompt, one in zip(PROMPTS, drawn, strict=True)]
+    engine = await piping(split, await oracle(split))
+    seeded = await piping(split, piped(Oracle(texts)))
+
+    completions = [await hear(engine, prompt) for prompt in PROMPTS]
+    completions += [await hear(seeded, prompt, sampling=sampling) for prompt in PROMPTS]
+
+    engine.close()
+    seeded.close()
+    expected = [*(await tokens_alone(split)), *(one.tokens for one in drawn)]
+    assert [completion.tokens for completion in completions] == expected
+    for drafted, accepted in map(guessed, completions):
+        assert 0 < accepted < drafted
     await split.until_free()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from node.metering.meters import StageMeter
 from node.ring.bounds import MOST_CANCELLED, FrameError
 from node.ring.session import CancelledFrames
 from node.speculation.depth import MOST_FRAMES, PipeTimes
@@ -130,3 +131,39 @@ def test_the_depth_keeps_the_slowest_stage_busy(
     stages: tuple[float, ...], hops: float, depth: int
 ) -> None:
     assert PipeTimes(stages, hops).depth() == depth
+
+
+EQUAL = (0.02, 0.02, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("growth", "rate", "frames", "width"),
+    [
+        (None, 0.9, 3, 1),  # not known what it would cost
+        (1.0, 0.9, 3, 1),  # each token reads its own experts: one behind the other
+        (0.0, 0.98, 3, 8),  # a frame of several takes no longer
+        (0.0, 0.0, 3, 1),  # and helps nothing where guesses are wrong
+        (0.9, 0.9, 1, 1),
+        (0.02, 0.9, 1, 8),  # with others in the pipe, several in one trip
+    ],
+)
+def test_tokens_of_a_frame_by_what_they_cost(
+    growth: float | None, rate: float, frames: int, width: int
+) -> None:
+    assert PipeTimes(EQUAL, 0.0, growth).width(rate, frames, 8) == width
+
+
+def test_the_speed_of_a_full_pipe_is_that_of_the_formula() -> None:
+    pipe, tokens = PipeTimes(EQUAL), 10
+    assert pipe.speed(0.9, 3, 1) * pipe.trip == pytest.approx(tokens * 3 / (3 + tokens - 1))
+    assert pipe.speed(0.9, 1, 1) * pipe.trip == pytest.approx(1)  # nothing beside it in the pipe
+
+
+def test_growth_is_what_further_tokens_add_to_a_stage() -> None:
+    meter = StageMeter()
+    meter.note_drafted(3, 0.05)  # nothing to compare with yet
+    meter.decode.note(0.02)
+    meter.note_drafted(3, 0.05)
+
+    assert meter.growth.count == 1
+    assert meter.growth.median == pytest.approx(0.5)
