@@ -119,6 +119,16 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
         ("accepted_tokens", "Drafted tokens that were accepted.", metrics.accepted_tokens),
     ):
         yield CounterMetricFamily(f"unicluster_{name}", meaning, value=value)
+    guessing = metrics.speculation
+    if guessing.mode:
+        yield _gauge(
+            "unicluster_speculation_depth", "Frames in flight of one answer.", guessing.depth
+        )
+        yield _gauge(
+            "unicluster_speculation_gain",
+            "Tokens a second of a lone answer with guesses, in times of those without.",
+            guessing.gain,
+        )
     yield _histogram(
         "unicluster_time_to_first_token_seconds",
         "From a request's arrival to its first token.",

@@ -22,7 +22,7 @@ from coordinator.terminal.tables import (
     new_table,
     whole,
 )
-from unicluster.client.metrics import Metrics
+from unicluster.client.metrics import Metrics, Speculation
 from unicluster.units import format_bytes, format_ms
 
 _STATES = {"ready": "green", "failed": "bold red"}
@@ -111,6 +111,8 @@ class _Status:
         if metrics.prompt_tokens:
             reused = f"{metrics.reused_tokens} of them from the prefix cache"
             yield "prompts", f"{metrics.prompt_tokens} tokens, {reused}"
+        if metrics.speculation.mode:
+            yield "speculation", _speculation(metrics.speculation)
         if metrics.drafted_tokens:
             share = metrics.accepted_tokens / metrics.drafted_tokens
             yield "drafted", f"{metrics.drafted_tokens} tokens, {share * 100:.0f} % accepted"
@@ -124,6 +126,14 @@ class _Status:
             limit = format_bytes(metrics.disk_limit_bytes)
             hits = f"{counted(metrics.disk_hits, 'hit')}, {metrics.disk_tokens} tokens"
             yield "on disk", f"{used}, of {limit} each; {hits}"
+
+
+def _speculation(how: Speculation) -> str:
+    said = how.mode
+    if how.depth:
+        said += f", {counted(how.depth, 'frame')} in flight"
+        said += f" of {how.width} tokens" if how.width > 1 else ""
+    return said + (f", {how.gain:.2f} x plain decode" if how.gain else "")
 
 
 _ENDED = {

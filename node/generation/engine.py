@@ -28,6 +28,7 @@ from node.prompts.templates import MOST_AT_ONCE, TEMPLATES
 from node.prompts.tokenizing import LONG, Tokenizing
 from node.prompts.turns import Turns
 from node.ring.compute_thread import MLXThread
+from node.speculation.meter import speculation_meter
 from unicluster.errors import (
     BusyError,
     NotFoundError,
@@ -184,6 +185,8 @@ class GenerationEngine:
             meters.kept_bytes = scheduler.prefix_cache.nbytes
             meters.promised_bytes = scheduler.reserved
             meters.cache_bytes = scheduler.kv_budget.total
+            if (speculation := self._config.speculation) is not None:
+                meters.speculation.CopyFrom(speculation_meter(speculation, scheduler.paces))
         if self._config.prefixes is not None:
             meters.disk_limit_bytes = self._config.prefixes.store.most
         return meters

@@ -74,7 +74,7 @@ class PipedDecoder:
         self._ends = ends
         self._share = share
         self._run: Decoding | None = None
-        self._pace = Pace(model.pipe_times)
+        self.pace = Pace(model.pipe_times)
         self._gate = self._new_gate()
         self._flight: deque[_Frame] = deque()
         self._drafts: deque[int] = deque()  # proposed after those in flight, and not sent yet
@@ -84,7 +84,7 @@ class PipedDecoder:
         """Takes over a prefilled sequence; there must be no other."""
         self._run = Decoding(sequence)
         self._gate = self._new_gate()
-        self._pace.begin()
+        self.pace.begin()
         self._drafts.clear()
         self._wrong = False
 
@@ -137,7 +137,7 @@ class PipedDecoder:
             self._verify(run, chosen[-1].token)
         elif self._drafts:
             self._compare(chosen[-1].token)
-        self._pace.step(now - began - (rested() - away), 0 if wide else sent)
+        self.pace.step(now - began - (rested() - away), 0 if wide else sent)
         return chosen
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class PipedDecoder:
         self._flight.clear()
 
     def _new_gate(self) -> Gate:
-        return Gate(lambda: self._pace.times.least_rate)
+        return Gate(lambda: self.pace.times.least_rate)
 
     def _chosen(self, run: Decoding, frame: _Frame) -> Iterator[Token]:
         """The model's choices after each token of a frame, up to the first that was not guessed."""
@@ -254,16 +254,16 @@ class PipedDecoder:
         snapshots = run is not None and run.cached + 2 * MOST_FRAMES >= self._trimmable_below
         if snapshots and not self._snapshots:
             return 1
-        return max(1, self._share(self._pace.depth))
+        return max(1, self._share(self.pace.depth))
 
     def _width(self, run: Decoding) -> int:
         if run.cached + self._in_flight() + ONE_BY_ONE >= self._trimmable_below:
             return 1
-        return self._pace.width(self._gate.rate, self._depth(), self._most)
+        return self.pace.width(self._gate.rate, self._depth(), self._most)
 
     def _note(self, now: float, frame: _Frame, chosen: int, guessed: bool) -> None:
         """Notes the time of a frame's chosen tokens: of those not guessed none may be behind."""
-        times, kind = self._pace.times, None
+        times, kind = self.pace.times, None
         if guessed or chosen > 1:
             kind = times.right
         elif self._wrong or len(frame.tokens) > 1:
@@ -271,7 +271,7 @@ class PipedDecoder:
         elif not self._flight:
             kind = times.plain
         self._wrong = False
-        self._pace.token(now, chosen, kind, alone=self._share(MOST_FRAMES) == MOST_FRAMES)
+        self.pace.token(now, chosen, kind, alone=self._share(MOST_FRAMES) == MOST_FRAMES)
 
 
 def pipes(model: Any, config: GenerationConfig) -> bool:

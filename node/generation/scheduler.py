@@ -39,6 +39,7 @@ from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.prefixes.index import MIN_TOKENS, DiskPrefix
 from node.ring.compute_thread import MLXThread, give_way, rested
+from node.speculation.pace import Pace
 
 # Prefixes on disk that are tried for one prompt.
 MOST_RECALLS = 3
@@ -83,8 +84,10 @@ class Scheduler:
             if not piped:
                 return SingleDecoder(model, kinds, config, tokenizer.eos_token_ids)
             alone = PipedDecoder(model, kinds, config, tokenizer.eos_token_ids, self._share)
+            self.paces.append(alone.pace)
             return MovingDecoder(BatchDecoder(model), alone) if places > 1 else alone
 
+        self.paces: list[Pace] = []  # of the lanes that guess through the pipe
         self._stages = int(getattr(model, "stages", 1))
         lanes = min(spec.lanes or self._stages, users) if batches else users
         self.waiting: deque[Ticket] = deque()

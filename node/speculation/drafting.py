@@ -50,6 +50,11 @@ class Speculation:
     free: bool = False
     auto: bool = False
 
+    @property
+    def mode(self) -> str:
+        """What guesses, in a word: auto, lookup or model."""
+        return "auto" if self.auto else "lookup" if self.free else "model"
+
     @classmethod
     def of(cls, spec: StageSpec, draft: Any, vocabulary: int) -> "Speculation | None":
         """Speculation as the stage's options ask for it; None for none.

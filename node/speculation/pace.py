@@ -23,6 +23,9 @@ class Pace:
 
     def __init__(self, pipe_times: Callable[[float], PipeTimes]) -> None:
         self.times = PipedTimes()
+        self.latest_width = 1
+        self.tokens = 0  # of answers that had the pipe to themselves, and their seconds
+        self._seconds = 0.0
         self._pipe_times = pipe_times
         self._pipe = pipe_times(0.0)
         self._head_s = 0.0
@@ -36,6 +39,10 @@ class Pace:
 
     def width(self, rate: float, frames: int, most: int) -> int:
         """Tokens of the next frame, where so many frames may be in flight."""
+        self.latest_width = self._width(rate, frames, most)
+        return self.latest_width
+
+    def _width(self, rate: float, frames: int, most: int) -> int:
         if self._pipe.growth is None and self._pipe.trip:
             tries = rate >= TRIED_RATE and self._steps % TRIED_STEPS == 0
             return min(TRIED_WIDTH, most) if tries else 1
@@ -51,8 +58,22 @@ class Pace:
         alone: nobody else has a part of the pipe.
         """
         before, self._chosen_at = self._chosen_at, now if alone else None
-        if before is not None and alone and kind is not None:
+        if before is None or not alone:
+            return
+        self.tokens += tokens
+        self._seconds += now - before
+        if kind is not None:
             kind.note((now - before) / tokens)
+
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a lone answer's token without guesses; 0 until known."""
+        return self.times.plain.median or self.times.expected[0]
+
+    @property
+    def guessing_s(self) -> float:
+        """Seconds of its token on average, whether guesses were sent or not; 0 until known."""
+        return self._seconds / self.tokens if self.tokens else 0.0
 
     def step(self, head_s: float, frames: int) -> None:
         """A step has sent so many frames, of one token each, in so many seconds of the head."""

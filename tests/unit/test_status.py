@@ -8,7 +8,13 @@ from rich.console import Console
 
 from coordinator.terminal.status import status_table
 from unicluster.client.answers import ChatInfo, ServedStage
-from unicluster.client.metrics import Histogram, HopMetrics, Metrics, StageMetrics
+from unicluster.client.metrics import (
+    Histogram,
+    HopMetrics,
+    Metrics,
+    Speculation,
+    StageMetrics,
+)
 
 GB = 10**9
 NAMES = ("studio-of-ann", "framework [2]")
@@ -79,6 +85,18 @@ def test_drafted_tokens_are_shown_where_there_are_any() -> None:
 
     assert "200 tokens, 75 % accepted" in shown(drafting)
     assert "drafted" not in shown(NOW)
+
+
+def test_how_tokens_are_guessed_is_shown() -> None:
+    fresh = replace(NOW, speculation=Speculation("auto", depth=3, width=1))
+    measured = replace(NOW, speculation=Speculation("model", 3, 4, plain_s=0.06, guessing_s=0.03))
+    in_one_trip = replace(NOW, speculation=Speculation("lookup"))
+
+    assert "auto, 3 frames in flight" in shown(fresh)
+    assert "plain decode" not in shown(fresh)
+    assert "model, 3 frames in flight of 4 tokens, 2.00 x plain decode" in shown(measured)
+    assert "speculation" in shown(in_one_trip)
+    assert "speculation" not in shown(NOW)
 
 
 def test_without_a_head_there_is_the_reason_instead_of_figures() -> None:

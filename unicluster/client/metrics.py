@@ -80,6 +80,27 @@ class Recoveries:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """How tokens are guessed: by `mode` (auto, lookup, model; empty: not at all).
+
+    depth: frames of one answer on their way; 0: several guesses in one trip. width: tokens in the
+    latest. plain_s, guessing_s: for a token of a lone answer, without guesses and on average with
+    them; 0 until known.
+    """
+
+    mode: str = ""
+    depth: int = 0
+    width: int = 0
+    plain_s: float = 0.0
+    guessing_s: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """Tokens a second with guesses, in times of those without; 0 until known."""
+        return self.plain_s / self.guessing_s if self.guessing_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """Counters since the head's process started, `now_s` by its clock, and how it is now.
 
@@ -102,6 +123,7 @@ class Metrics:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    speculation: Speculation = field(default_factory=Speculation)
     running: int = 0
     waiting: int = 0
     cached_bytes: int = 0
@@ -164,6 +186,13 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
         reused_tokens=meters.reused_tokens,
         drafted_tokens=meters.drafted_tokens,
         accepted_tokens=meters.accepted_tokens,
+        speculation=Speculation(
+            mode=meters.speculation.mode,
+            depth=meters.speculation.depth,
+            width=meters.speculation.width,
+            plain_s=meters.speculation.plain_s,
+            guessing_s=meters.speculation.guessing_s,
+        ),
         running=meters.running,
         waiting=meters.waiting,
         cached_bytes=meters.kept_bytes,

@@ -57,6 +57,7 @@ class Meters(_message.Message):
     REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
@@ -109,6 +110,10 @@ class Meters(_message.Message):
     def ended(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """requests, by how: stop, length, cancelled, failed"""
 
+    @_builtins.property
+    def speculation(self) -> Global___Speculation:
+        """unset: no tokens are guessed"""
+
     def __init__(
         self,
         *,
@@ -123,6 +128,7 @@ class Meters(_message.Message):
         reused_tokens: _builtins.int = ...,
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
+        speculation: Global___Speculation | None = ...,
         running: _builtins.int = ...,
         waiting: _builtins.int = ...,
         kept_bytes: _builtins.int = ...,
@@ -132,13 +138,51 @@ class Meters(_message.Message):
         disk_tokens: _builtins.int = ...,
         disk_limit_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["between_tokens", b"between_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["between_tokens", b"between_tokens", "speculation", b"speculation", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "between_tokens", b"between_tokens", "cache_bytes", b"cache_bytes", "disk_hits", b"disk_hits", "disk_limit_bytes", b"disk_limit_bytes", "disk_tokens", b"disk_tokens", "drafted_tokens", b"drafted_tokens", "ended", b"ended", "generated_tokens", b"generated_tokens", "hops", b"hops", "kept_bytes", b"kept_bytes", "now_s", b"now_s", "promised_bytes", b"promised_bytes", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens", "running", b"running", "stages", b"stages", "time_to_first_token", b"time_to_first_token", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "between_tokens", b"between_tokens", "cache_bytes", b"cache_bytes", "disk_hits", b"disk_hits", "disk_limit_bytes", b"disk_limit_bytes", "disk_tokens", b"disk_tokens", "drafted_tokens", b"drafted_tokens", "ended", b"ended", "generated_tokens", b"generated_tokens", "hops", b"hops", "kept_bytes", b"kept_bytes", "now_s", b"now_s", "promised_bytes", b"promised_bytes", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens", "running", b"running", "speculation", b"speculation", "stages", b"stages", "time_to_first_token", b"time_to_first_token", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Meters: _TypeAlias = Meters  # noqa: Y015
+
+@_typing.final
+class Speculation(_message.Message):
+    """How tokens are guessed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    PLAIN_S_FIELD_NUMBER: _builtins.int
+    GUESSING_S_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """auto, lookup, model"""
+    depth: _builtins.int
+    """frames of one answer on their way; 0: several guesses in one trip"""
+    width: _builtins.int
+    """tokens in the latest of them"""
+    plain_s: _builtins.float
+    """for a token of a lone answer without guesses; 0: not known"""
+    guessing_s: _builtins.float
+    """and with them, on average"""
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        width: _builtins.int = ...,
+        plain_s: _builtins.float = ...,
+        guessing_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "guessing_s", b"guessing_s", "mode", b"mode", "plain_s", b"plain_s", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Speculation: _TypeAlias = Speculation  # noqa: Y015
 
 @_typing.final
 class StageMeter(_message.Message):
