@@ -13,7 +13,9 @@ from node.generation.batch import BatchDecoder
 from node.generation.engine import GenerationEngine
 from node.generation.piped import PipedDecoder
 from node.generation.scheduler import Scheduler
+from node.speculation.depth import PipeTimes
 from node.speculation.drafting import DraftModel, Lookup, Speculation
+from node.speculation.gate import PipedTimes
 from node.speculation.pace import Pace
 from tests.support.constrained import point_of
 from tests.support.engines import THREAD, Split, ask, listen, of_tokens
@@ -32,6 +34,13 @@ from tests.support.tiny import VOCAB
 from unicluster.v1.chat_pb2 import Sampling
 
 __all__ = ["split"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def _always_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether guessing pays, and how deep, is measured; here it doesn't depend on the machine."""
+    monkeypatch.setattr(PipedTimes, "weigh", lambda _: None)
+    monkeypatch.setattr(PipeTimes, "depth", lambda _: 3)
 
 
 def piped(drafter: Any) -> Speculation:
