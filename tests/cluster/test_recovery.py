@@ -305,6 +305,74 @@ async def _streamed(
     return [texts, reasons, usage], comments
 
 
+ASKED = {"model": "llama", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+DOORS: dict[str, dict[str, Any]] = {
+    "/v1/messages": {**ASKED, "max_tokens": TOKENS, "temperature": 0},
+    "/api/chat": {**ASKED, "options": {"num_predict": TOKENS, "temperature": 0}},
+    "/v1/responses": {
+        "model": "llama",
+        "stream": True,
+        "input": "hello",
+        "max_output_tokens": TOKENS,
+        "temperature": 0,
+    },
+}
+
+
+async def test_answers_over_the_doors_of_other_protocols_go_on(
+    cluster: LocalCluster, server: ServeProgram, model: Path
+) -> None:
+    agent = stages(cluster, server)[1]
+    begun = {path: asyncio.Event() for path in DOORS}
+    async with httpx.AsyncClient(base_url=server.http, timeout=scaled(GOES_ON_WITHIN)) as http:
+        whole = {path: await _lines(http, path) for path in DOORS}
+        answers = [asyncio.create_task(_lines(http, path, begun[path])) for path in DOORS]
+        async with asyncio.timeout(scaled(GOES_ON_WITHIN)):
+            await asyncio.gather(*(event.wait() for event in begun.values()))
+            agent.worker.kill()
+            again = dict(zip(DOORS, await asyncio.gather(*answers), strict=True))
+
+    for path in DOORS:
+        said, comments = _said(again[path])
+        assert said == _said(whole[path])[0], path
+        assert said[0]
+        assert said[1] in ("max_tokens", "length", "incomplete")
+        assert said[2] == TOKENS
+        gaps = [line.split()[1] for line in comments if line.startswith((": rec", ": res"))]
+        assert gaps == ([] if path == "/api/chat" else ["recovering", "resumed"]), path
+
+
+async def _lines(
+    http: httpx.AsyncClient, path: str, begun: asyncio.Event | None = None
+) -> list[str]:
+    lines: list[str] = []
+    async with http.stream("POST", path, json=DOORS[path]) as response:
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if begun is not None and len(lines) == 40:
+                begun.set()
+    return lines
+
+
+def _said(lines: list[str]) -> tuple[list[Any], list[str]]:
+    """Text, reason and completion tokens of a stream, and its comments."""
+    text, reason, tokens = "", "", 0
+    values = [line.removeprefix("data: ") for line in lines]
+    for value in (json.loads(value) for value in values if value.startswith("{")):
+        assert "error" not in value, value
+        response = value.get("response", {})
+        if isinstance(delta := value.get("delta"), str):
+            text += delta
+        elif delta is not None:
+            text += delta.get("text", "")
+        text += value.get("message", {}).get("content", "") if "done" in value else ""
+        reason = (delta or {}).get("stop_reason", reason) if isinstance(delta, dict) else reason
+        reason = value.get("done_reason") or response.get("status") or reason
+        usage = value.get("usage") or response.get("usage") or {}
+        tokens = value.get("eval_count") or usage.get("output_tokens") or tokens
+    return [text, reason, tokens], [line for line in lines if line.startswith(":")]
+
+
 async def test_a_deadline_ends_a_recovery(
     cluster: LocalCluster, server: ServeProgram, client: AsyncClient
 ) -> None:
