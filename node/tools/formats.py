@@ -1,6 +1,7 @@
 """Which format of calls a model has, and the marks by which its answers are sorted."""
 
 import importlib
+import threading
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
@@ -63,6 +64,7 @@ class Dialect:
             with_tools: _machine(tokenizer, self.calls, with_tools=with_tools)
             for with_tools in (False, True)
         }
+        self._making = threading.Lock()
 
     @property
     def initial_state(self) -> str:
@@ -88,5 +90,9 @@ class Dialect:
         return self._tokenizer.think_end, self._tokenizer.think_end
 
     def marks(self, state: str, *, with_tools: bool) -> Any:
-        """A state of mlx-lm's TextStateMachine for one answer, which begins in `state`."""
-        return self._machines[with_tools].make_state(state)
+        """A state of mlx-lm's TextStateMachine for one answer, which begins in `state`.
+
+        From any thread: a machine adds a state that it has not seen, and answers share it.
+        """
+        with self._making:
+            return self._machines[with_tools].make_state(state)

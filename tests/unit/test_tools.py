@@ -1,7 +1,10 @@
 """Tool calls: reading them in each family's format, and holding an answer to them."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -415,3 +418,24 @@ async def test_an_answer_has_the_calls_that_were_asked_for(
         assert [call.name for call in calls] == ["set"]
         jsonschema.validate(json.loads(calls[0].arguments), POINT)
         assert events[-1].finish.reason == "tool_calls"
+
+
+def test_answers_that_begin_at_the_same_time_share_the_machine_s_states(
+    tokenizer_of: Callable[[str], Any],
+) -> None:
+    dialect = Vocabulary(tokenizer_of("qwen")).dialect
+    machine = dialect._machines[False]
+    both = threading.Barrier(2)
+
+    class Slow(dict[str, Any]):
+        """Lets another thread look before a state is there, if it may."""
+
+        def __setitem__(self, name: str, state: Any) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            super().__setitem__(name, state)
+
+    machine._states = Slow(machine._states)
+    with ThreadPoolExecutor(2) as pool:
+        states = list(pool.map(lambda _: dialect.marks("unseen", with_tools=False), range(2)))
+    assert states[0][1] is states[1][1] is machine._states["unseen"][0]
