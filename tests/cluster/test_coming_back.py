@@ -100,5 +100,7 @@ async def test_answers_go_on_with_the_next_coordinator(
 
     for kind, answer in zip(KINDS, again, strict=True):
         assert seen(answer) == seen(whole[kind]), kind
-    assert sorted(status.state for status in statuses) == ["lost", "lost", "resumed", "resumed"]
+    # A coordinator that is stopped says first that it is recovering: its stages end before it does.
+    states = sorted(status.state for status in statuses if status.state != "recovering")
+    assert states == ["lost", "lost", "resumed", "resumed"]
     assert number != signal.SIGKILL or adopted == workers  # nothing was loaded again
