@@ -132,6 +132,8 @@ class PipedDecoder:
             self._gate.next_token()
         if wrong:
             self._abandon(behind=wrong)
+            for later in reversed(oldest.choosers[len(chosen) :]):  # after those of frames behind
+                later.take_back()
             self._wrong = True
         elif self._flight:
             self._verify(run, chosen[-1].token)
@@ -154,8 +156,6 @@ class PipedDecoder:
             run.cached += 1
             yield token
             if index + 1 < len(frame.tokens) and frame.tokens[index + 1] != token.token:
-                for later in reversed(frame.choosers[index + 1 :]):
-                    later.take_back()
                 return
 
     def _fill(self, run: Decoding) -> int:
