@@ -81,7 +81,7 @@ class DiskPrefixes:
             self._idle.add(name)
         self._covered.extend(self._index.add(tokens, self._ring, trimmable=trimmable, idle=idle))
         while len(self._covered) > MOST_COVERED:
-            self._erase(self._covered.popleft(), [handle.stage for handle in handles])
+            self._erase_covered([handle.stage for handle in handles])
 
     def recall(self, prefix: DiskPrefix) -> list[Any] | None:
         """A cache of all tokens of a prefix; None where a stage does not have it whole."""
@@ -120,9 +120,7 @@ class DiskPrefixes:
             return False
         self._idle.clear()
         while self._covered:
-            covered = self._covered.popleft()
-            if covered.name not in self._index:
-                self._erase(covered, stages)
+            self._erase_covered(stages)
         return True
 
     def _recalled(
@@ -154,6 +152,12 @@ class DiskPrefixes:
             return None
         made = revive(local, entries)[0] if entries is not None else []
         return [*made, *handles]
+
+    def _erase_covered(self, stages: Sequence[RemoteStage]) -> None:
+        """Erases the first of those covered, unless it was saved again."""
+        covered = self._covered.popleft()
+        if covered.name not in self._index:
+            self._erase(covered, stages)
 
     def _erase(self, prefix: DiskPrefix, stages: Sequence[RemoteStage]) -> None:
         self._index.store.erase(prefix.name.hex())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from node.pipeline.disk_prefixes import DiskPrefixes
-from node.prefixes.index import MIN_TOKENS
+from node.prefixes.index import MIN_TOKENS, covers
 from node.prefixes.saved import Array
 from node.prefixes.workload import Workload
 from node.ring.compute_thread import pause
@@ -70,11 +70,7 @@ class IdleSaving:
         now = self._pause
         pause(IDLE_SECONDS)
         while now == self._pause:
-            unsaved = [
-                prefix
-                for prefix in self._prefixes
-                if len(prefix.tokens) >= MIN_TOKENS and not self._disk.has(prefix.tokens)
-            ]
+            unsaved = self._unsaved()
             if not unsaved:
                 return
             last = unsaved[-1]
@@ -83,3 +79,23 @@ class IdleSaving:
             while now == self._pause and not self._disk.settled():
                 pause(seconds)
                 seconds = min(2 * seconds, LAST_LOOK_SECONDS)
+
+    def _unsaved(self) -> list[Prefix]:
+        """Prefixes that are not on disk, but for those of no use beside a longer one.
+
+        To save the longer one makes them useless on disk, too: they would be saved after each.
+        """
+        prefixes = list(self._prefixes)
+        return [
+            prefix
+            for prefix in prefixes
+            if len(prefix.tokens) >= MIN_TOKENS
+            and not self._disk.has(prefix.tokens)
+            and not any(_longer(other, prefix) for other in prefixes)
+        ]
+
+
+def _longer(one: Prefix, other: Prefix) -> bool:
+    """Whether a cache is of use wherever another is, and has more tokens."""
+    more = len(one.tokens) > len(other.tokens)
+    return more and covers(one.tokens, other.tokens, trimmable=one.trimmable)
