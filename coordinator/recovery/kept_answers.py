@@ -87,6 +87,11 @@ class KeptAnswer:
                 self._read_to = None
                 self._start_timer()
 
+    def leave(self) -> None:
+        """The time runs for a client that has gone, perhaps before it read anything."""
+        if self._read_to is None and self._timer is None:
+            self._start_timer()
+
     def end(self) -> None:
         """Ends the answer, if it is still computed, and forgets its events."""
         self.gone.set()

@@ -113,10 +113,13 @@ class ChatDoor(ChatServicer):
 
 async def _kept(answer: KeptAnswer) -> Answer:
     """A kept answer from its beginning, and before it by which id its client can have the rest."""
-    yield GenerateEvent(kept=Kept(answer_id=answer.id, resume_s=answer.seconds))
-    async with aclosing(answer.read(0)) as events:
-        async for event in events:
-            yield event
+    try:
+        yield GenerateEvent(kept=Kept(answer_id=answer.id, resume_s=answer.seconds))
+        async with aclosing(answer.read(0)) as events:
+            async for event in events:
+                yield event
+    finally:
+        answer.leave()
 
 
 async def _without_statuses(events: Answer) -> Answer:

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from coordinator.recovery import kept_answers
+from coordinator.serving.chat_door import ChatDoor
 from tests.support import cluster
 from tests.support.deadlines import scaled
 from tests.support.spelling import TEXT, TOKENS, SpellingServer, spelling_server
@@ -215,6 +216,34 @@ async def test_an_answer_belongs_to_the_key_that_asked_for_it(server: SpellingSe
         unknown = wire.ContinueRequest(answer_id=kept.answer_id, events=1000)
         with pytest.raises(grpc.aio.AioRpcError, match="events: there are no 1000"):
             await ChatStub(mine).Continue(unknown).read()
+
+
+class Gone:
+    """The context of a call whose client leaves before its first event."""
+
+    def __init__(self, server: SpellingServer) -> None:
+        self._server = server
+        self._identity = server.cluster.client_access.issue("me")
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_pem_cert": [self._identity.cert_pem.encode()]}
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, _: wire.GenerateEvent) -> None:
+        await until(lambda: self._server.head.live == 1)
+        raise asyncio.CancelledError
+
+
+async def test_who_leaves_before_the_first_event_frees_it_too(server: SpellingServer) -> None:
+    door, gone = ChatDoor(server.gateway), cast(Any, Gone(server))
+    with pytest.raises(asyncio.CancelledError):
+        await door.Generate(wire.GenerateRequest(resume_s=0.1, token_ids=[1]), gone)
+    await until(lambda: server.head.live == 0)
 
 
 async def test_what_is_kept_is_bounded(
