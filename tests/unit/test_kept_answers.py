@@ -315,3 +315,40 @@ async def test_a_client_waits_no_longer_than_it_said(server: SpellingServer) -> 
     with pytest.raises(UnavailableError, match="is failed"):
         await Listener(server, wait=LONG).answer()
     assert not server.head.asked
+
+
+async def test_an_answer_of_a_closed_client_is_let_go_of_in_silence(server: SpellingServer) -> None:
+    server.head.allow(2)
+    client = AsyncClient(server.address, cluster=server.cluster, resume=LONG)
+    stream = client.stream("spell")
+    await anext(stream)
+    await client.close()
+    await stream.aclose()
+
+    plain = Client(server.address, cluster=server.cluster, resume=LONG)
+    events = plain.stream("spell")
+    await asyncio.to_thread(next, events)
+    await asyncio.to_thread(plain.close)
+    await asyncio.to_thread(events.close)
+
+
+async def test_who_is_cancelled_while_letting_go_of_an_answer_is_cancelled(
+    server: SpellingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def hang(*_: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(ChatDoor, "Abandon", hang)
+    await server.stop()
+    await server.start()
+    server.head.allow()
+    async with AsyncClient(server.address, cluster=server.cluster, resume=LONG) as client:
+        asking = asyncio.create_task(client.chat("spell"))
+        async with asyncio.timeout(scaled(60)):
+            await asked.wait()
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking

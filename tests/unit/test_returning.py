@@ -7,6 +7,7 @@ import pytest
 
 from unicluster.client.answers import ChatInfo, Delta, Finish, Status
 from unicluster.client.returning import LAST_PAUSE, MOST_TRIES, RETURN_SECONDS, Asking, Patience
+from unicluster.client.target import Target
 from unicluster.cluster.channels import OUR_OWN, STOPPING
 from unicluster.errors import BusyError, InputError, StageError, TrustError, UnavailableError
 from unicluster.v1 import chat_pb2 as wire
@@ -239,3 +240,23 @@ def test_times_are_those_that_the_client_saw() -> None:
 def test_patience_without_a_meaning_is_refused(patience: dict[str, float]) -> None:
     with pytest.raises(InputError, match="give seconds, 0 or more"):
         Patience(**patience)
+
+
+def test_a_server_that_another_answer_has_looked_away_from_is_still_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Forgetful(Target):
+        """Another thread's answer breaks off just when this one has found the server."""
+
+        async def find_here(self) -> str:
+            return "ann:1"
+
+        async def find(self) -> str:
+            found = await super().find()
+            self.forget()
+            return found
+
+    monkeypatch.delenv("UNICLUSTER_SERVER", raising=False)
+    target = Forgetful(None, None, 1.0)
+    assert target.find_sync() == "ann:1"
+    assert target.address == ""

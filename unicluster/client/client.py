@@ -31,7 +31,7 @@ from unicluster.client.metrics import Metrics, metrics_from_wire
 from unicluster.client.prompts import Messages
 from unicluster.client.returning import Asking, Patience
 from unicluster.client.target import Channels, Target
-from unicluster.cluster.channels import as_error, connect, connect_sync
+from unicluster.cluster.channels import as_error, channel_was_closed, connect, connect_sync
 from unicluster.errors import UnavailableError, UniclusterError
 from unicluster.trust.cluster import ClientAccess, Cluster
 from unicluster.v1 import chat_pb2 as wire
@@ -329,10 +329,15 @@ class AsyncClient:
 
     async def _abandon(self, answer_id: str) -> None:
         """Lets go of an answer that the server keeps: it is complete, or nobody wants the rest."""
-        with contextlib.suppress(grpc.RpcError, UniclusterError, asyncio.CancelledError):
+        try:
             async with self._stub() as stub:
                 request = wire.AbandonRequest(answer_id=answer_id)
                 await stub.Abandon(request, timeout=ABANDON_SECONDS)
+        except (grpc.RpcError, UniclusterError, grpc.aio.UsageError):
+            pass  # it ends by itself, a while later; UsageError: the client was closed
+        except asyncio.CancelledError:
+            if not channel_was_closed():
+                raise
 
 
 def _ask(stub: ChatStub, asking: Asking) -> "grpc.CallIterator[wire.GenerateEvent]":

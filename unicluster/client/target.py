@@ -90,9 +90,9 @@ class Target:
 
     async def find(self) -> str:
         """The server's address: `server`, else that of the first gateway found by mDNS."""
-        if not self.address:
-            self.address = await self.find_here()
-        if not self.address:
+        # What was found is returned: another answer of this client may `forget` it meanwhile.
+        address = self.address or await self.find_here()
+        if not address:
             # Here, because zeroconf is slow to import and an address makes it needless.
             from unicluster.cluster.discovery import Browser
             from unicluster.cluster.records import Kind
@@ -110,13 +110,14 @@ class Target:
                     raise UnavailableError(wrong)
                 dialer = Dialer(self.keyring)
                 reached = await dialer.reach(server.addresses, f"the server {server.name}")
-                self.address = reached.address
-        return self.address
+                address = reached.address
+        self.address = address
+        return address
 
     async def find_here(self) -> str:
         """The server's address if it is known, else that of a gateway here; "" if none answers."""
-        if self.address:
-            return self.address
+        if address := self.address:
+            return address
         from unicluster.cluster import here
         from unicluster.cluster.records import Kind
 
@@ -137,11 +138,11 @@ class Target:
         return ""
 
     def find_sync(self) -> str:
-        if not self.address:
-            # In a thread, because the caller's may run an event loop: a notebook's does.
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(asyncio.run, self.find()).result()
-        return self.address
+        if address := self.address:
+            return address
+        # In a thread, because the caller's may run an event loop: a notebook's does.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self.find()).result()
 
     @cached_property
     def _access(self) -> ClientAccess:
