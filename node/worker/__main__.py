@@ -289,7 +289,8 @@ def _first_line() -> str:
     for module in LATER_IMPORTS:
         if select.select([sys.stdin], [], [], 0)[0]:
             break
-        with contextlib.suppress(ImportError):  # an engine that is not installed here
+        # Of an engine that is not installed here, or is broken: a stage of it says so.
+        with contextlib.suppress(ImportError, OSError, RuntimeError):
             importlib.import_module(module)
     return sys.stdin.readline()
 

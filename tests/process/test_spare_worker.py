@@ -1,6 +1,7 @@
 """A spare worker takes a stage at once, is not taken where it would not do, and never stays."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -155,6 +156,7 @@ async def test_there_is_none_where_it_is_switched_off(config: WorkerConfig) -> N
 def test_a_spare_ends_with_whoever_started_it(tmp_path: Path) -> None:
     program = """
 import asyncio
+import os
 from node.worker.process import WorkerProcess
 
 async def main():
@@ -173,3 +175,23 @@ asyncio.run(main())
 
         _, alive = psutil.wait_procs([worker], timeout=scaled(DEADLINE))
     assert alive == []
+
+
+async def test_a_broken_library_of_another_engine_does_not_end_the_spare(
+    config: WorkerConfig, tmp_path: Path
+) -> None:
+    imported = tmp_path / "imported"
+    code = f"open({str(imported)!r}, 'w').close()\nraise RuntimeError('libllama.so is damaged')\n"
+    (tmp_path / "llama_cpp.py").write_text(code)
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    async with spares() as workers:
+        workers.renew(environment)
+        spare = await one(workers)
+        await true(imported.exists)
+
+        worker = await workers.start(config, environment)
+        try:
+            assert worker.pid == spare
+            assert await is_ready(worker)
+        finally:
+            await worker.stop()
