@@ -219,15 +219,18 @@ class Members:
         who = f"machine {info.name} ({reached.address})"
         async with self._dialer.connect(reached) as channel:
             try:
-                info = await NodeStub(channel).Drain(DrainRequest(), timeout=ANSWER_SECONDS)
+                drained = await NodeStub(channel).Drain(DrainRequest(), timeout=ANSWER_SECONDS)
             except grpc.aio.AioRpcError as error:
                 log.warning("it could not be drained again: %s", as_error(error, who))
-            else:
-                log.warning(
-                    "%s is still drained: `unicluster drain --undo %s` offers it again",
-                    *(who, info.name),
-                )
-        return info, reached
+                return info, reached
+        if drained.name != info.name or nonsense(drained):
+            log.warning("%s could not be drained again: it answers nonsense", who)
+            return info, reached
+        log.warning(
+            "%s is still drained: `unicluster drain --undo %s` offers it again",
+            *(who, info.name),
+        )
+        return drained, reached
 
     def woken(self) -> dict[str, float]:
         """Machines that were asleep since this was asked last, and for how many seconds."""

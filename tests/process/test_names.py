@@ -18,7 +18,7 @@ from unicluster.cluster.records import Kind, ServiceRecord
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import BusyError, InputError
 from unicluster.trust.cluster import Cluster
-from unicluster.v1.node_pb2 import DescribeNodeRequest, NodeInfo
+from unicluster.v1.node_pb2 import DRAIN_ORDERS_NONE, DescribeNodeRequest, DrainRequest, NodeInfo
 from unicluster.v1.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 
 HOST = "127.0.0.1"
@@ -41,7 +41,19 @@ class Described(NodeServicer):
             protocol=PROTOCOL,
             oldest_protocol=OLDEST_PROTOCOL,
             addresses=["evil\x1b[2J:1", "10.0.0.1:0", f"{HOST}:9"],
+            drain_orders=DRAIN_ORDERS_NONE,
         )
+
+    async def Drain(self, request: DrainRequest, context: Any) -> NodeInfo:  # noqa: N802
+        """Here it lies."""
+        return NodeInfo(name="another", bandwidth=math.inf)
+
+
+class Drained:
+    """A state file in which every machine is drained."""
+
+    def follow(self, machine: str, *, drained: bool, ordered: bool | None) -> bool:
+        return not drained and ordered is False
 
 
 class Agents:
@@ -109,6 +121,20 @@ async def test_a_machine_that_was_made_anew_takes_its_name_over(agents: Agents) 
     members._browser.found["studio"] = agents.record("studio", first, second)
 
     assert [machine.address for machine in await members.machines()] == [second]
+
+
+async def test_a_machine_that_is_drained_again_is_called_what_its_certificate_says(
+    agents: Agents, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = await agents.start("studio")
+    members = agents.members(agents.record("studio", address))
+    members._drains = Drained()
+
+    (machine,) = await members.machines()
+
+    assert machine.name == "studio"
+    assert "studio" in caplog.text
+    assert "could not be drained again" in caplog.text
 
 
 async def test_a_machine_is_called_what_its_certificate_says(
