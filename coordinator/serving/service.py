@@ -43,6 +43,7 @@ from unicluster.errors import (
     StageError,
     UnavailableError,
     UniclusterError,
+    in_one_line,
 )
 from unicluster.retry import attempts, succeeded
 from unicluster.trust.identity import Credentials
@@ -424,15 +425,20 @@ class Service:
 
         Raises BusyError while it moves already.
         """
+        self._check_stands()
+        machines = await self._machines()
+        found = await self._plans.survey(machines, self._names(machines), 2 * LEAST_GAIN)
+        self._check_stands()  # still: that took seconds
+        if found is None:
+            raise UnavailableError("a machine has just been lost: try again later")
+        return found
+
+    def _check_stands(self) -> None:
+        """Raises as `survey` does where no plan stands, or not for long."""
         if self._life.phase is not lifecycle.Phase.READY:
             raise UnavailableError(self.why_not)
         if self._life.move is not None:
             raise BusyError(f"{self.display} moves already")
-        machines = await self._machines()
-        found = await self._plans.survey(machines, self._names(machines), 2 * LEAST_GAIN)
-        if found is None:
-            raise UnavailableError(self.why_not if self.detail else "a machine has just been lost")
-        return found
 
     async def rebalance(self) -> Survey:
         """Moves to the best plan, if it is better at all, and returns when the model answers there.
@@ -443,6 +449,7 @@ class Service:
         found = await self.survey()
         if found.gain < LEAST_GAIN:
             return found
+        self._declined = ""
         self._offer(found, lifecycle.Asked(asyncio.get_running_loop().time()))
         while self._life.move is not None or self._life.phase is not lifecycle.Phase.READY:
             if self._life.phase is lifecycle.Phase.ENDED:
@@ -450,6 +457,8 @@ class Service:
             self._changed.clear()
             await self._changed.wait()
         if moves(self._plans.served, found.better.stages):
+            if not self._declined:
+                raise UnavailableError("machines have come or gone meanwhile: try again")
             raise StageError(f"{self.display} answers where it did: {self._declined}")
         return found
 
@@ -469,10 +478,12 @@ class Service:
                     self._left.add(left)
                     self._note(lifecycle.Prepared())
                     await deployment.until_movable(FINISH_SECONDS)
-            except UniclusterError as error:
-                log.warning("%s stays where it is: %s", self.display, error)
-                self._declined = str(error)
-                self._events.publish(Staying(self.display, str(error)))
+            except Exception as error:  # whatever it is, the deployment that answers goes on
+                if not isinstance(error, UniclusterError):
+                    log.exception("a better plan could not be prepared")
+                self._declined = in_one_line(error)
+                log.warning("%s stays where it is: %s", self.display, self._declined)
+                self._events.publish(Staying(self.display, self._declined))
                 self._note(lifecycle.Abandoned())
                 continue
             if self._life.move is lifecycle.Move.BETTER:
