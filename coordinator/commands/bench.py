@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from coordinator.commands.baselines import baselines
 from coordinator.commands.serve import served
@@ -25,7 +24,7 @@ from coordinator.terminal.printer import printing
 from unicluster.benchmark import bench
 from unicluster.benchmark.measure import Ask
 from unicluster.client.client import AsyncClient
-from unicluster.command_line import Argument, Command, Option, server_option
+from unicluster.command_line import Argument, Command, Option, on_command_line, server_option
 from unicluster.errors import InputError, UniclusterError
 from unicluster.terminal.console import Console
 from unicluster.v1.node_pb2 import StageSpec
@@ -57,14 +56,14 @@ class BenchOptions:
 
 
 def run(**options: Any) -> int:
+    stated = any(on_command_line(str(option.name)) for option in generation_options())
     generation = take_generation(options)
     args = BenchOptions(**options, generation=generation)
     if args.local is None and args.model is not None:
         raise InputError(f"bench {args.model}: give --local N to cut it on this machine")
-    if args.local is None and args.generation != StageSpec():
+    if args.local is None and stated:
         raise InputError("generation options need --local N: a deployment has its own")
-    stated = click.get_current_context().get_parameter_source("server")
-    if args.local is not None and stated is ParameterSource.COMMANDLINE:
+    if args.local is not None and on_command_line("server"):
         raise InputError("give either --local or --server")
     for name, least in (("local", 1), ("rounds", 1), ("tokens", 2), ("prompt", 1)):
         value = getattr(args, name)

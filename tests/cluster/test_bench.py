@@ -70,6 +70,7 @@ def test_a_gguf_is_measured_beside_llama_cpp(tmp_path: Path) -> None:
         (["--local", "2", "--server", "a:1"], "either --local or --server"),
         (["--local", "2", "owner/name"], "give a directory, a GGUF, or demo"),
         (["--users", "0"], "--users 0: at least 1"),
+        (["--speculate", "auto"], "generation options need --local N"),
     ],
 )
 def test_what_can_t_be_measured_is_refused(

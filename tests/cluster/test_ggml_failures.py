@@ -44,7 +44,7 @@ def server(
 
 def test_llama_cpp_s_reason_reaches_who_typed_serve(cluster: LocalCluster, tmp_path: Path) -> None:
     """That there are as many rows as heads, nobody but llama.cpp looks at."""
-    file = write_gguf(tmp_path / "odd.gguf", metadata={"attention.head_count_kv": 3})
+    file = write_gguf(tmp_path / "odd.gguf", metadata={"attention.head_count_kv": 1})
 
     told = cluster.serve(file, "--context", "64", "--nodes", "ann,bob").result()
 

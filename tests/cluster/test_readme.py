@@ -40,7 +40,8 @@ def transcript() -> str:
 def shape(text: str) -> list[str]:
     """The lines, with all that differs from machine to machine masked.
 
-    That is numbers, addresses, chips, the order of the three agents and their bottleneck.
+    That is numbers, addresses, chips, the order of the three agents, their bottleneck, and
+    whether tokens were guessed.
     """
     lines: list[str] = []
     chips: tuple[int, int] | None = None
@@ -59,6 +60,7 @@ def shape(text: str) -> list[str]:
         line = re.sub(r"^(bottleneck) .*", r"\1 WHY", line)
         line = re.sub(r"(together) \S+ (ms)", r"\1 N \2", line)
         line = re.sub(r"; prompt processing[^;]*", "", line)
+        line = re.sub(r", N of N drafted tokens accepted", "", line)  # where guessing pays
         lines.append(" ".join(line.split()))
     return lines
 

@@ -223,8 +223,8 @@ class ServeProgram(Program):
     def client(self) -> Client:
         return Client(self.address, cluster=self._cluster)
 
-    def async_client(self) -> AsyncClient:
-        return AsyncClient(self.address, cluster=self._cluster)
+    def async_client(self, resume: float | None = None) -> AsyncClient:
+        return AsyncClient(self.address, cluster=self._cluster, resume=resume)
 
     def describe(self) -> ChatInfo:
         with self.client() as client:

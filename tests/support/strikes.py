@@ -32,7 +32,7 @@ async def errors_after(
     server: ServeProgram, strike: Callable[[], None]
 ) -> list[tuple[float, BaseException | None]]:
     """Strikes while two answers run; what ended each, and after how many seconds."""
-    async with server.async_client() as client:
+    async with server.async_client(resume=0) as client:
         begun = [asyncio.Event() for _ in range(2)]
         answers = [asyncio.create_task(hear_out(client, event)) for event in begun]
         async with asyncio.timeout(scaled(30)):
