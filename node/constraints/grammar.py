@@ -62,17 +62,20 @@ def _parsed(text: str) -> Any:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"constraint.json_schema: is no JSON: {in_one_line(error)}") from None
-    if not isinstance(schema, dict | bool):
+    if schema is True:  # any value, as of no conditions
+        return {}
+    if not isinstance(schema, dict):
         raise InputError("constraint.json_schema: must be an object")
     return schema
 
 
 def _of_schema(schema: Any) -> str:
     """Whitespace may stand where JSON allows it, as models write it."""
-    return _valid(
-        "json_schema",
-        LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS),
-    )
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    except (ValueError, RecursionError) as error:  # what Python's JSON has, and others don't
+        raise InputError(f"constraint.json_schema: {shortened(str(error))}") from None
+    return _valid("json_schema", grammar)
 
 
 def _valid(kind: str, grammar: str) -> str:

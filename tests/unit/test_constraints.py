@@ -244,6 +244,13 @@ async def test_a_constraint_may_demand_what_looks_like_a_mark(
         (Constraint(json_schema="{"), "constraint.json_schema: is no JSON"),
         (Constraint(json_schema="[1]"), "constraint.json_schema: must be an object"),
         (Constraint(json_schema="[" * 100_000), "constraint.json_schema: is no JSON"),
+        (Constraint(json_schema="false"), "constraint.json_schema: must be an object"),
+        (Constraint(json_schema='{"minimum": NaN}'), "constraint.json_schema: expected value"),
+        (Constraint(json_schema=r'{"const": "\ud800"}'), "constraint.json_schema: .*hex escape"),
+        (
+            Constraint(json_schema='{"items":' * 300 + "{}" + "}" * 300),
+            "constraint.json_schema: recursion limit",
+        ),
         (Constraint(json_schema='{"not": {}}'), 'constraint.json_schema: .*"not"'),
         (
             Constraint(json_schema='{"$ref": "http://192.0.2.1/x.json"}'),
@@ -264,6 +271,11 @@ async def test_what_can_not_be_followed_is_refused_by_field(
         await engine.submit(request(constraint))
 
     assert "\n" not in str(caught.value)
+
+
+async def test_a_schema_that_is_true_lets_any_json_pass(engine: GenerationEngine) -> None:
+    completion = await ask(engine, Constraint(json_schema="true"), max_tokens=1)
+    assert completion.tokens
 
 
 async def test_an_answer_without_end_can_not_be_constrained(engine: GenerationEngine) -> None:
