@@ -128,6 +128,22 @@ def test_a_kept_answer_is_continued_behind_what_is_here_or_asked_for_anew() -> N
     assert (list(again.token_ids), list(again.resume.token_ids)) == ([1, 2, 3], [5])
 
 
+def test_a_kept_answer_that_still_waits_is_asked_for_again_where_nothing_is_known_of_it() -> None:
+    clock = Clock()
+    asked = asking(clock, resume=60)
+    generating(asked)
+    asked.take(KEPT)
+    asked.broke_off(LOST, "studio")
+    assert asked.ask() == wire.ContinueRequest(answer_id="some-id")
+    assert asked.broke_off(UNKNOWN, "studio") == (0.0, None)
+    assert not generating(asked).HasField("resume")
+    asked.broke_off(LOADING, "studio")
+    assert not asked.waits
+    clock.now += 60
+    with pytest.raises(UnavailableError, match="not to be had for 60 s"):
+        asked.broke_off(LOADING, "studio")
+
+
 def test_a_deadline_is_that_of_the_whole_answer() -> None:
     clock = Clock()
     asked = asking(clock, deadline=10)

@@ -164,7 +164,7 @@ class Client:
                 if not asking.finished:
                     self._prepare(asking, error, on_status)
         finally:
-            if asking.kept:
+            if asking.kept and self._target.address:  # not worth a search of seconds
                 self._abandon(asking.kept)
 
     def _prepare(self, asking: Asking, error: Exception | None, on_status: OnStatus) -> None:
@@ -330,10 +330,9 @@ class AsyncClient:
     async def _abandon(self, answer_id: str) -> None:
         """Lets go of an answer that the server keeps: it is complete, or nobody wants the rest."""
         try:
-            async with self._stub() as stub:
-                request = wire.AbandonRequest(answer_id=answer_id)
-                await stub.Abandon(request, timeout=ABANDON_SECONDS)
-        except (grpc.RpcError, UniclusterError, grpc.aio.UsageError):
+            async with asyncio.timeout(ABANDON_SECONDS), self._stub() as stub:
+                await stub.Abandon(wire.AbandonRequest(answer_id=answer_id))
+        except (grpc.RpcError, UniclusterError, grpc.aio.UsageError, TimeoutError):
             pass  # it ends by itself, a while later; UsageError: the client was closed
         except asyncio.CancelledError:
             if not channel_was_closed():

@@ -84,7 +84,7 @@ class Asking:
         self.kept = ""  # id of the answer, where a server keeps it
         self._continues = False  # whether the call that runs is for the rest of that
         self._events = 0  # of the server's answer, that are here
-        self._begun = False  # whether a server has begun to answer
+        self._begun = False  # whether a server has begun to answer, or keeps the answer
         self._came = False  # whether the call that runs has brought anything
         self._moved = False  # whether another server went on
         self._gap = _Gap()
@@ -111,7 +111,7 @@ class Asking:
         """The events that are new by a message. Raises StageError for what no server says."""
         kind = message.WhichOneof("event")
         if kind == "kept":
-            self.kept = message.kept.answer_id
+            self.kept, self._begun = message.kept.answer_id, True
             return []
         self._begun = self._came = True
         if kind == "status":
