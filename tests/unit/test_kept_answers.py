@@ -342,6 +342,7 @@ async def test_who_is_cancelled_while_letting_go_of_an_answer_is_cancelled(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(ChatDoor, "Abandon", hang)
+    monkeypatch.setattr("unicluster.client.client.ABANDON_SECONDS", LONG)
     await server.stop()
     await server.start()
     server.head.allow()
