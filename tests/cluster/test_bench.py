@@ -18,6 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "qwen2", config)
 
 
+@pytest.mark.sweep
 def test_a_model_is_cut_here_and_measured_beside_mlx_lm(tmp_path: Path, model: Path) -> None:
     """Slow: it starts two agents, a server and three processes of mlx-lm."""
     file = tmp_path / "found.json"
@@ -44,6 +45,7 @@ def test_a_model_is_cut_here_and_measured_beside_mlx_lm(tmp_path: Path, model: P
     assert "against mlx-lm in one" in result.out
 
 
+@pytest.mark.sweep
 def test_a_gguf_is_measured_beside_llama_cpp(tmp_path: Path) -> None:
     """Slow: it starts two agents, a server and llama.cpp."""
     pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")

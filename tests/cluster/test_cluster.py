@@ -104,6 +104,7 @@ def test_serve_that_is_told_to_end_while_loading_leaves_nothing(
     assert all(agent.running for agent in cluster.agents.values())
 
 
+@pytest.mark.sweep
 def test_without_multicast_one_peer_leads_to_all(cluster: LocalCluster, tmp_path: Path) -> None:
     """Over IPv6 loopback, which carries no multicast to those on IPv4, and on Linux none at all."""
     model = endless_model(tmp_path / "llama")

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.support.cluster import LocalCluster, Result, endless_model, until
 
 
@@ -12,6 +14,7 @@ def run(cluster: LocalCluster, *words: str) -> Result:
     return cluster.start(*words).result(deadline=240)
 
 
+@pytest.mark.sweep
 def test_a_served_model_teaches_the_plans_of_its_fleet(tmp_path: Path) -> None:
     """Slow: it serves a model twice, and runs four commands."""
     model = endless_model(tmp_path / "it", num_hidden_layers=8, hidden_size=256)

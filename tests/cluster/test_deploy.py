@@ -270,6 +270,7 @@ def test_the_playbook_has_no_syntax_errors(book: str, tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.sweep
 @needs("ansible-lint")
 def test_ansible_lint_is_content(tmp_path: Path) -> None:
     linted = run(

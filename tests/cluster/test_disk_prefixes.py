@@ -48,6 +48,7 @@ def written(directory: Path) -> bool:
     return files_in(directory, STATE) != []
 
 
+@pytest.mark.sweep
 def test_a_prompt_is_on_disk_after_a_restart_of_everything(tmp_path: Path) -> None:
     write_model(model := tmp_path / "tiny", tiny_config("llama"))
     with LocalCluster(tmp_path / "cluster", HF_HOME=str(tmp_path / "hf")) as cluster:

@@ -16,6 +16,7 @@ def stages_on(cluster: LocalCluster, name: str) -> int:
     return len(cluster.agents[name].workers)
 
 
+@pytest.mark.sweep
 def test_a_drained_machine_is_empty_and_the_others_take_over(tmp_path: Path) -> None:
     model = endless_model(tmp_path / "model")
     with LocalCluster(tmp_path / "cluster") as cluster:
@@ -110,6 +111,7 @@ def test_a_deadline_that_is_none_is_refused(seconds: str, tmp_path: Path) -> Non
     assert refused.err == f"unicluster: --timeout {seconds}: a number of seconds, 0 or more\n"
 
 
+@pytest.mark.sweep
 def test_draining_lets_a_running_answer_end(tmp_path: Path) -> None:
     model = endless_model(tmp_path / "model")
     with LocalCluster(tmp_path / "cluster") as cluster:

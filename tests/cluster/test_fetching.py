@@ -166,6 +166,7 @@ def test_each_file_leaves_the_hub_once_and_goes_only_where_it_is_needed(
         assert {f for f in copy.manifest.weights if copy.is_whole(f)} <= needed
 
 
+@pytest.mark.sweep
 def test_the_machine_with_the_token_fetches_for_the_others(
     cluster: LocalCluster, hub: Hub, model: Path
 ) -> None:
@@ -204,6 +205,7 @@ def cut_of(server: ServeProgram) -> list[tuple[str, int, int]]:
     return [(stage.node, stage.first_layer, stage.end_layer) for stage in stages]
 
 
+@pytest.mark.sweep
 def test_a_second_start_fetches_nothing_and_needs_no_hub(
     cluster: LocalCluster, hub: Hub, model: Path
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_second_start_fetches_nothing_and_needs_no_hub(
     assert fetching == (cut_again != cut), (cut, cut_again)
 
 
+@pytest.mark.sweep
 def test_a_machine_that_joins_takes_its_part_from_the_others(
     cluster: LocalCluster, hub: Hub, model: Path
 ) -> None:
@@ -341,6 +344,7 @@ def test_a_disk_that_is_too_small(hub: Hub, tmp_path: Path) -> None:
     assert "make room, or set HF_HOME" in ran.stderr
 
 
+@pytest.mark.sweep
 def test_what_another_program_fetched_is_used_without_a_hub(
     cluster: LocalCluster, hub: Hub, model: Path
 ) -> None:

@@ -71,6 +71,7 @@ def join(cluster: LocalCluster, *names: str) -> None:
     cluster.wait_for_agents()
 
 
+@pytest.mark.sweep
 def test_each_machine_gets_what_it_needs_from_the_hub_or_the_others(
     tmp_path: Path, hub: Hub, repository: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_guesses_are_checked_by_both_engines(both: Both) -> None:
     assert list(answer.token_ids) == both.alone(again)
 
 
+@pytest.mark.sweep
 def test_another_machine_takes_over_in_the_form_that_it_can_compute(both: Both) -> None:
     with both.serve() as server:
         both.cluster.start_agent("cat", "--engine", "ggml", memory=ONE)
@@ -135,6 +136,7 @@ def test_what_does_not_go_together_is_refused(
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("ann", "bob", "ring"),
     [

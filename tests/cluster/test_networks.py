@@ -49,6 +49,7 @@ def worker_of_bob(cluster: LocalCluster, net: Networks) -> str:
     return next((str(each["address"]) for each in stages if each["node"] == "bob"), "")
 
 
+@pytest.mark.sweep
 def test_a_link_goes_down_in_mid_life(net: Networks, cluster: LocalCluster) -> None:
     for number, name in enumerate(("ann", "bob"), start=1):
         net.plug(name, "eth0", "fast", f"10.83.1.{number}/24")

@@ -59,6 +59,7 @@ def test_each_coordinator_adopts_those_of_the_one_before_and_loads_nothing(
     assert not cluster.workers()  # the end of the last one was a clean one
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", [("--context", "256"), ("--lookup",)])
 def test_a_model_with_other_options_takes_their_place(
     cluster: LocalCluster, model: Path, options: tuple[str, ...]
@@ -79,6 +80,7 @@ def test_the_end_of_their_grace_ends_them(cluster: LocalCluster, model: Path) ->
     until(lambda: cluster.run("nodes").out.count("1.1 MB of") == 2, "their memory is back")
 
 
+@pytest.mark.sweep
 def test_draining_a_machine_ends_them(cluster: LocalCluster, model: Path) -> None:
     workers, _ = killed(cluster, model, "--orphan-grace", "3600")
 

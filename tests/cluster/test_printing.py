@@ -92,6 +92,7 @@ def test_a_model_is_served_whatever_becomes_of_standard_output(
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.sweep
 def test_after_a_recovery_the_layers_that_moved_are_printed(
     cluster: LocalCluster, model: Path
 ) -> None:

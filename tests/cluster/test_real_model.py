@@ -66,6 +66,7 @@ def in_tokens(model: Path, questions: list[str], answers: list[Answer]) -> Answe
     return [(p, a.token_ids) for p, a in zip(prompts, answers, strict=True)]
 
 
+@pytest.mark.sweep
 def test_a_real_gguf_over_three_machines_of_70_mb_answers_as_llama_cpp_does(
     cluster: LocalCluster, file: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_real_gguf_over_three_machines_of_70_mb_answers_as_llama_cpp_does(
     assert max(map(max, [*default, *without])) < NEAR_TIE
 
 
+@pytest.mark.sweep
 def test_the_same_model_in_safetensors_over_three_machines(
     cluster: LocalCluster, file: Path
 ) -> None:

@@ -26,6 +26,9 @@ from unicluster.client.client import AsyncClient
 from unicluster.errors import DoesNotFitError, UnavailableError
 from unicluster.v1 import chat_pb2 as wire
 
+# Its cluster is the slowest of all to start; tests/unit/test_resuming.py has what answers become.
+pytestmark = pytest.mark.sweep
+
 # Three machines hold the model.
 MACHINES = ("ann", "bob", "cat", "dee")
 MEMORY = 5_500_000

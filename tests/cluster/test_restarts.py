@@ -35,6 +35,7 @@ def leave_stages(cluster: LocalCluster, model: Path) -> set[int]:
     return pids
 
 
+@pytest.mark.sweep
 def test_a_damaged_record_costs_time_and_nothing_else(cluster: LocalCluster, model: Path) -> None:
     pids = leave_stages(cluster, model)
     with sqlite3.connect(cluster.home / NAME) as database:

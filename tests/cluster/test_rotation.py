@@ -34,6 +34,7 @@ def admits(port: int, identity: Identity) -> bool:
     return True
 
 
+@pytest.mark.sweep
 def test_rotating_the_token_cuts_no_answer_and_ends_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

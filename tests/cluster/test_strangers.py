@@ -76,6 +76,7 @@ def test_idle_connections_neither_end_an_agent_nor_keep_members_out(tmp_path: Pa
         assert process.memory_info().rss < 1.5 * before
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("many_files")
 def test_idle_connections_to_the_metrics_take_few_threads(tmp_path: Path) -> None:
     with LocalCluster(tmp_path) as cluster:

@@ -81,6 +81,7 @@ async def weighed(engine: GenerationEngine) -> int:
     return engine.describe().kept_bytes
 
 
+@pytest.mark.sweep
 async def test_kept_caches_are_as_small(split: Split) -> None:
     sizes = []
     for bits in (0, 8, 4):

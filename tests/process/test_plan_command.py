@@ -50,6 +50,7 @@ def test_what_does_not_fit_exits_with_3_and_says_what_would_do() -> None:
     assert again.code == 0
 
 
+@pytest.mark.sweep
 def test_the_machines_suggested_are_enough() -> None:
     done = run_here("plan", "glm-5", "--fleet", "framework-desktop-128")
     assert done.code == 3

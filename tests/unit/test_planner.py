@@ -186,6 +186,7 @@ def test_without_machines_the_one_needed_is_reported() -> None:
         plan(a_layout([GB] * 10), [])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_more_unlike_machines_than_are_searched_exactly_still_fit(objective: Objective) -> None:
     layout = a_layout([3 * GB] * 60, head=2 * GB)
