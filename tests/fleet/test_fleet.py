@@ -3,6 +3,7 @@
 Three Debian hosts without internet; the playbook, over ssh, is all that is done to them.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,9 +40,9 @@ def machines_of(fleet: Fleet, host: str) -> set[str]:
 
 
 def stages(fleet: Fleet) -> set[str]:
-    """The hosts on which a stage worker runs."""
-    running = "pgrep -f node.worker"
-    return {host.name for host in fleet.each() if host.try_run(running).returncode == 0}
+    """The hosts over which the model is spread."""
+    told = json.loads(fleet.unicluster("ann", "status", "--json"))
+    return {stage["machine"] for stage in told["stages"]}
 
 
 def ask(fleet: Fleet, host: str, question: str = QUESTION) -> str:
