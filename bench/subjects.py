@@ -1,4 +1,4 @@
-"""What `bench.real` compares: deployments as their clients reach them, and llama.cpp or mlx-lm."""
+"""Subjects of `bench.real`: deployments as their clients reach them, llama.cpp and mlx-lm."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ LIBRARIES = "LLAMA_CPP_LIB_PATH"  # of llama-cpp-python: the folder of the libra
 
 @dataclass(frozen=True)
 class Times:
-    """Of one answer, in seconds: to its first token, and of each token after that."""
+    """Seconds of one answer: to its first token, and of each token after that."""
 
     first: float
     step: float

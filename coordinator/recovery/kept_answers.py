@@ -80,7 +80,7 @@ class KeptAnswer:
                 elif self._ended:
                     return
                 else:
-                    await self._news.wait()
+                    await self._news.wait()  # its call's end, or the answer's, ends this
             raise BusyError("the answer goes on in a newer connection of its client")
         finally:
             if me == self._readers:
@@ -122,7 +122,7 @@ class KeptAnswer:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
                     while self._bytes > MOST_BYTES and not self._drop_oldest():
-                        await self._news.wait()
+                        await self._news.wait()  # the timer ends it where no client comes
                     self._log.append(event)
                     self._bytes += event.ByteSize()
                     self._wake()

@@ -47,7 +47,7 @@ async def loaded_ahead(
                 for lease in leases:
                     if lease.lost is not None:
                         raise lease.lost
-                await changed.wait()
+                await changed.wait()  # a lease ends by its own deadlines
             yield left
         finally:
             for hold in holds:

@@ -455,7 +455,7 @@ class Service:
             if self._life.phase is lifecycle.Phase.ENDED:
                 raise UnavailableError("the model is being unloaded")
             self._changed.clear()
-            await self._changed.wait()
+            await self._changed.wait()  # the caller's deadline ends it
         if moves(self._plans.served, found.better.stages):
             if not self._declined:
                 raise UnavailableError("machines have come or gone meanwhile: try again")
@@ -491,7 +491,7 @@ class Service:
                 return
 
     async def _until_move(self, move: lifecycle.Move) -> None:
-        while self._life.move is not move:
+        while self._life.move is not move:  # ended with the service's task
             self._changed.clear()
             await self._changed.wait()
 

@@ -64,7 +64,10 @@ def cores(use: Use) -> Finding:
 def measured(seconds: float = WATCHED_S) -> Use:
     """How the cores of this machine are used, watched for some time."""
     workers = list(_workers())
-    before = {worker: worker.cpu_times() for worker in workers if worker.is_running()}
+    before = {}
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):  # it ended, or is another user's
+            before[worker] = worker.cpu_times()
     total, began = psutil.cpu_times(), time.perf_counter()
     time.sleep(seconds)
     passed = time.perf_counter() - began

@@ -77,7 +77,7 @@ class Tap:
             self._noted.complete()
 
     def set_threads(self, threads: int) -> None:
-        """Of the computation of graphs again."""
+        """Sets the number of threads with which repeated graphs are computed."""
         if self._known is not None:
             self._known.backend.set_threads(threads)
 

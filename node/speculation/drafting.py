@@ -52,7 +52,7 @@ class Speculation:
 
     @property
     def mode(self) -> str:
-        """What guesses, in a word: auto, lookup or model."""
+        """The source of guesses, in a word: auto, lookup or model."""
         return "auto" if self.auto else "lookup" if self.free else "model"
 
     @classmethod

@@ -254,7 +254,7 @@ class WorkerProcess:
 
     async def _break_off_silent(self) -> None:
         """Breaks the channel off once nothing has come through it for too long."""
-        await self._configured.wait()
+        await self._configured.wait()  # until then nothing is expected of it
         report, stall = self._report, Stall()
         while not report.broken.is_set():
             await asyncio.sleep(look_seconds())

@@ -1,4 +1,4 @@
-"""What is left of a run once nothing is asked for any more: caches, processes, files."""
+"""Leftovers of a run once nothing is asked for any more: caches, processes, files."""
 
 import asyncio
 import time

@@ -78,7 +78,7 @@ class Lan:
         )
 
     def slow(self, host: str, dice: random.Random) -> Callable[[], None]:
-        """What it sends is late: by netem, or behind a queue where the kernel has no netem."""
+        """Delays all that it sends: by netem, or behind a queue where the kernel has no netem."""
         delay = dice.randint(*DELAY_MS)
         netem = ("netem", "delay", f"{delay}ms", f"{delay // 4}ms")
         queue = ("tbf", "rate", SLOW_RATE, "burst", "16kbit", "latency", "300ms")

@@ -236,8 +236,9 @@ SPECS: dict[str, Spec] = {
 
 
 def derived(folder: Path, architecture: str, spec: Spec | None = None) -> Derived:
-    """What a file of it has. spec: another than that of SPECS; its keys of None are left out.
+    """Metadata and tensors of a file of an architecture.
 
+    spec: another than that of SPECS; its keys of None are left out.
     Raises NotDerivedError where llama.cpp takes no such file.
     """
     spec = spec or SPECS[architecture]

@@ -118,7 +118,7 @@ async def _pass(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 class SpellingServer:
-    """What a test handles: `address` leads to the door over `line`."""
+    """A server in a test's hands: `address` leads to the door over `line`."""
 
     def __init__(self, cluster: Cluster, head: SpellingHead, chat: Any, line: Line) -> None:
         self.cluster = cluster

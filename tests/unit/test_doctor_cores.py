@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import NoReturn
 
+import psutil
 import pytest
 
+from node.doctor import processors
 from node.doctor.finding import Level
 from node.doctor.processors import THREADS_ENV, Use, cores, measured
 from node.ggml import load
@@ -53,6 +56,27 @@ def test_a_worker_is_no_other_program_and_its_threads_are_read() -> None:
     assert use.others >= 0
     assert cores(use).level is Level.WARNING
     assert measured(0.05).stages.count(57) == before
+
+
+@pytest.mark.parametrize("error", [psutil.NoSuchProcess(1), psutil.AccessDenied(1)])
+def test_a_worker_that_can_t_be_read_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: psutil.Error
+) -> None:
+    """It ended meanwhile, or is another user's."""
+
+    class Unreadable(psutil.Process):
+        def cmdline(self) -> list[str]:
+            return [processors.WORKER]
+
+        def cpu_times(self) -> NoReturn:
+            raise error
+
+        def environ(self) -> NoReturn:
+            raise error
+
+    monkeypatch.setattr(psutil, "process_iter", lambda: iter([Unreadable()]))
+
+    assert measured(0.01).stages == ()
 
 
 def _with(threads: int, count: int) -> Use | None:

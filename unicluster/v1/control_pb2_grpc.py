@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout.
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class ControlStub:
 
 
 class ControlServicer:
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout.
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout.
     """
 
     def Survey(self, request, context):
@@ -87,7 +87,7 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout.
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ControlStub:
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout."""
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -40,7 +40,7 @@ class ControlStub:
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout."""
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Survey: _aio.UnaryUnaryMultiCallable[_control_pb2.SurveyRequest, _control_pb2.SurveyReply]  # type: ignore[assignment]
@@ -49,7 +49,7 @@ class ControlAsyncStub(ControlStub):
     """Moves to the best plan, if it is better at all: answered when the model answers there."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
-    """What members of the cluster ask of a coordinator, beside its Chat. Seconds throughout."""
+    """A coordinator's service for members of the cluster, beside its Chat. Seconds throughout."""
 
     @_abc_1.abstractmethod
     def Survey(
