@@ -15,6 +15,11 @@ _FACTORS = {
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 stage", "2 stages"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_bytes(text: str) -> int:
     """96000000000 from "96GB", "96 gb" or "96G"; also MiB and so on, and plain bytes.
 

@@ -26,7 +26,6 @@ from coordinator.terminal.tables import (
     add_names,
     add_numbers,
     add_words,
-    counted,
     fitting,
     layer_range,
     new_table,
@@ -34,7 +33,7 @@ from coordinator.terminal.tables import (
     who,
     whole,
 )
-from unicluster.units import format_bytes, format_ms, format_rate
+from unicluster.units import counted, format_bytes, format_ms, format_rate
 from unicluster.v1 import node_pb2
 
 MEMORY = "memory"

@@ -16,14 +16,13 @@ from coordinator.terminal.tables import (
     add_names,
     add_numbers,
     add_words,
-    counted,
     fitting,
     layer_range,
     new_table,
     whole,
 )
 from unicluster.client.metrics import Metrics, Speculation
-from unicluster.units import format_bytes, format_ms
+from unicluster.units import counted, format_bytes, format_ms
 
 _STATES = {"ready": "green", "failed": "bold red"}
 

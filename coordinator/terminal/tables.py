@@ -119,7 +119,3 @@ def add_numbers(table: Table, *headers: str) -> None:
 def layer_range(first: int, end: int) -> str:
     """Layers [first, end) as people count them, both ends named."""
     return str(first) if end - first == 1 else f"{first}-{end - 1}"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from node.doctor.finding import Finding, Level
+from unicluster.units import counted
 
 # node.ggml.load has it too, and imports what this command does without.
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
@@ -39,15 +40,15 @@ def cores(use: Use) -> Finding:
         return Finding(
             Level.WARNING,
             subject,
-            f"{stated} threads are stated for {count} stage{'s' * (count > 1)} on {use.cores} "
-            f"core{'s' * (use.cores > 1)}: they wait for one another",
+            f"{stated} threads are stated for {counted(count, 'stage')} on "
+            f"{counted(use.cores, 'core')}: they wait for one another",
             f"unset {THREADS_ENV} for the agent: a stage tries out how many are fastest",
         )
     if count > use.cores:
         return Finding(
             Level.WARNING,
             subject,
-            f"{count} stages share {use.cores} core{'s' * (use.cores > 1)}",
+            f"{count} stages share {counted(use.cores, 'core')}",
             "one agent a machine is enough: end the others, or serve over fewer with --nodes",
         )
     used = f"other programs use {use.others:.1f} of {use.cores}"

@@ -16,6 +16,7 @@ from unicluster.benchmark.measure import Ask
 from unicluster.client.answers import ChatInfo
 from unicluster.client.client import AsyncClient
 from unicluster.errors import InputError
+from unicluster.units import counted
 
 MEASURES = ("decode", "users", "prefill", "turns", "gap", "hops")
 FRAMES = 20
@@ -208,8 +209,8 @@ def table(bench: Bench) -> Table:
     """The figures for people: medians, and what the rounds lie between."""
     info = bench.info
     made = Table(
-        title=f"{info.model} {info.quant}, {len(info.stages)} stages, {info.lanes} lanes, "
-        f"{bench.rounds} rounds",
+        title=f"{info.model} {info.quant}, {counted(len(info.stages), 'stage')}, "
+        f"{counted(info.lanes, 'lane')}, {counted(bench.rounds, 'round')}",
         title_justify="left",
         box=None,
     )

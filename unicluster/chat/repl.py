@@ -19,6 +19,7 @@ from unicluster.chat.status_line import StatusLine
 from unicluster.client.answers import ChatInfo, Event, Finish, Options
 from unicluster.client.client import AsyncClient
 from unicluster.errors import UniclusterError
+from unicluster.units import counted
 
 COMMANDS = {
     "/help": ("", "show this"),
@@ -237,15 +238,11 @@ class Repl:
             self._screen.note(f"saved to {path}")
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def greeting(info: ChatInfo) -> str:
     machines = len({stage.node for stage in info.stages})
     parts = [
         " ".join(filter(None, (info.model, info.quant))),
-        f"{machines} {'machine' if machines == 1 else 'machines'}" if machines else "",
+        counted(machines, "machine") if machines else "",
         f"context {info.context}" if info.context else "",
         "" if info.state == "ready" else ": ".join(filter(None, (info.state, info.detail))),
         "/help lists the commands",
