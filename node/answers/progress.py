@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from node.answers.text import Segment, TextStream
+from node.constraints.beginning import Beginning
 from unicluster.v1.chat_pb2 import Delta, GenerateEvent
 
 _FIELD_OF = {"normal": "text", "reasoning": "reasoning", "tool": "tool_call"}
@@ -20,13 +21,13 @@ class AnswerProgress:
         *,
         max_tokens: int,
         end_tokens: Collection[int],
-        constrained: bool,
+        beginning: Beginning | None,
         single_tool_call: bool,
     ) -> None:
-        """`marks`: a state of mlx-lm's TextStateMachine, in which the answer begins."""
+        """`marks` and `beginning` as of TextStream."""
         self.count = 0
         self.reason = ""  # stop or length
-        self._text = TextStream(tokenizer, stop, marks, constrained=constrained)
+        self._text = TextStream(tokenizer, stop, marks, beginning)
         self._max_tokens = max_tokens
         self._end_tokens = end_tokens
         self._single_tool_call = single_tool_call

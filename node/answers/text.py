@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from mlx_lm.generate import TextStateMachine
 
+from node.constraints.beginning import Beginning
+
 # mlx-lm states no types.
 _Machine: Any = TextStateMachine
 
@@ -80,12 +82,16 @@ class StopSearch:
 class TextStream:
     """Text of one answer; withholds what may still become part of a stop string or a mark.
 
-    Where it is `constrained` its text, once begun, has no marks: whatever looks like one belongs
-    to it.
+    Where its text is constrained, `beginning` knows the token with which that begins: it has no
+    marks, and whatever looks like one belongs to it.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str], marks: Any, *, constrained: bool = False
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        marks: Any,
+        beginning: Beginning | None = None,
     ) -> None:
         """`marks`: a state of mlx-lm's TextStateMachine, in which the answer begins."""
         self._detokenizer = tokenizer.detokenizer
@@ -93,7 +99,10 @@ class TextStream:
         self._stop = StopSearch(stop)
         self._marks = marks
         self._tool = ""
-        self._constrained = constrained
+        self._beginning = beginning
+        self._read = 0  # characters of the raw text so far
+        self._sorted = 0  # of them, those that no stop string can take any more
+        self._text_from: int | None = None  # where in the raw text there are no marks any more
         self._settled = False
         self.stopped = False
 
@@ -104,6 +113,8 @@ class TextStream:
 
     def add(self, token: int) -> list[Segment]:
         """The text that is certain after one more token."""
+        if self._beginning is not None and self._beginning.add(token) and self._text_from is None:
+            self._text_from = self._read
         self._detokenizer.add_token(token)
         return self._pass(self._detokenizer.last_segment)
 
@@ -122,17 +133,20 @@ class TextStream:
         return segments
 
     def _pass(self, text: str) -> list[Segment]:
+        self._read += len(text)
         certain, self.stopped = self._stop.add(text)
         return self._sort(certain)
 
     def _sort(self, text: str) -> list[Segment]:
         if self._settled:
             return self._keep([("normal", text)])
-        self._marks, parts = _Machine.split(self._marks, text)
-        if self._constrained and any(kind == "normal" and part for kind, part in parts):
+        marked = len(text) if self._text_from is None else self._text_from - self._sorted
+        self._sorted += len(text)
+        self._marks, parts = _Machine.split(self._marks, text[:marked])
+        if len(text) > marked:
             self._settled = True
             self._marks, rest, kind = _Machine.flush(self._marks)
-            parts = [*parts, (kind, rest)]
+            parts = [*parts, (kind, rest), ("normal", text[marked:])]
         return self._keep(parts)
 
     def _keep(self, parts: Sequence[tuple[str, str]]) -> list[Segment]:

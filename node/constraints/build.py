@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from llguidance import LLMatcher
 
+from node.constraints.beginning import Beginning
 from node.constraints.call_constraint import CallConstraint, Marks
 from node.constraints.call_grammar import call_grammar
 from node.constraints.constraint import TextConstraint
 from node.constraints.grammar import LIMITS, grammar_of, shortened, unforced
 from node.constraints.mask import Filter, Mask
+from node.constraints.numbers import NumberLimit
 from node.constraints.phase import TEXT, Phase
 from node.constraints.reasoning_budget import ReasoningBudget
 from node.constraints.vocabulary import Vocabulary
@@ -86,18 +88,25 @@ def _of_text(
     elif len(call) == 1:
         leaving.update(call)
     grammar = grammar_of(request.constraint)
-    # In a schema's text, too: json.dumps leaves letters and angle brackets as they are.
-    if any(name in grammar for name in vocabulary.special()):
+    is_json = request.constraint.WhichOneof("kind") in ("json_schema", "json_object")
+    # A pattern may spell a mark in any way; json.dumps leaves letters and angle brackets.
+    has_pattern = not is_json or "pattern" in grammar.lower()
+    if has_pattern or any(name in grammar for name in vocabulary.special()):
         grammar = unforced(grammar)
     matcher = _matcher(vocabulary, grammar)
+
+    def beginning() -> Beginning:
+        phase = Phase(tokenizer, dialect.marks(state, with_tools=with_tools))
+        return Beginning(phase, marks, tokenizer.eos_token_ids)
+
     return TextConstraint(
         matcher,
-        Phase(tokenizer, dialect.marks(state, with_tools=with_tools)),
+        beginning,
         prompt_tokens,
         vocabulary.get().vocab_size,
-        marks=marks,
         leaving=leaving,
         end_tokens=tokenizer.eos_token_ids,
+        numbers=NumberLimit(vocabulary.numbers()) if is_json else None,
     )
 
 
@@ -124,6 +133,7 @@ def _of_calls(
         end=[] if calls.transitions else vocabulary.tokens_of(calls.end),
         end_tokens=sorted(tokenizer.eos_token_ids),
         required=required,
+        numbers=NumberLimit(vocabulary.numbers()),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from llguidance import LLMatcher
 
 from node.constraints.mask import Allowed, Mask
+from node.constraints.numbers import NumberLimit
 from node.constraints.phase import REASONING, TOOL, Phase
 
 Marks = list[list[int]]
@@ -29,8 +30,9 @@ class CallConstraint(Mask):
         end: Sequence[int],
         end_tokens: Sequence[int],
         required: bool,
+        numbers: NumberLimit,
     ) -> None:
-        super().__init__(matcher, prompt_tokens, vocabulary)
+        super().__init__(matcher, prompt_tokens, vocabulary, numbers)
         self._phase = phase
         self._starts = starts
         self._end = list(end)

@@ -10,6 +10,7 @@ from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from node.constraints.grammar import shortened
+from node.constraints.numbers import NumberLimit
 from unicluster.errors import AnswerError
 
 Allowed = np.ndarray[Any, np.dtype[np.bool_]]
@@ -77,14 +78,23 @@ class Filter(ABC):
 class Mask(Filter):
     """A filter by a grammar of llguidance, within its limits."""
 
-    def __init__(self, matcher: LLMatcher, prompt_tokens: int, vocabulary: int) -> None:
-        """`vocabulary`: tokens that the matcher knows."""
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        prompt_tokens: int,
+        vocabulary: int,
+        numbers: NumberLimit | None = None,
+    ) -> None:
+        """`vocabulary`: tokens that the matcher knows; `numbers`: limit of those of its JSON."""
         super().__init__(prompt_tokens, vocabulary)
         self._matcher = matcher
+        self._numbers = numbers
         self._bits = allocate_token_bitmask(1, vocabulary)
 
     def _consume(self, token: int) -> None:
         self._matcher.consume_token(token)
+        if self._numbers is not None:
+            self._numbers.take(token)
         self._check()
 
     def _of_grammar(self) -> Allowed:
@@ -92,7 +102,8 @@ class Mask(Filter):
         fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
         bits = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little")
-        return bits[: self._vocabulary].astype(np.bool_)
+        allowed = bits[: self._vocabulary].astype(np.bool_)
+        return allowed if self._numbers is None else self._numbers.limit(allowed)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
+from node.constraints.numbers import NumberTokens
 from node.tools.formats import Dialect
 from unicluster.errors import InputError
 
@@ -37,6 +38,7 @@ class Vocabulary:
         self.dialect = Dialect(tokenizer)
         self._lock = threading.Lock()
         self._made: LLTokenizer | None = None
+        self._numbers: NumberTokens | None = None
 
     def get(self) -> LLTokenizer:
         """Takes about a second the first time; raises InputError where it can't be made."""
@@ -44,6 +46,14 @@ class Vocabulary:
             if self._made is None:
                 self._made = self._make()
             return self._made
+
+    def numbers(self) -> NumberTokens:
+        """The tokens of numbers; made once, as `get` makes what it gives."""
+        known = self.get()
+        with self._lock:
+            if self._numbers is None:
+                self._numbers = NumberTokens(known)
+            return self._numbers
 
     def tokens_of(self, text: str) -> list[int]:
         """Token ids of one of the model's marks; none for no text."""

@@ -7,6 +7,7 @@ from typing import Any
 from node.answers.progress import AnswerProgress
 from node.answers.resumed import Resumed, check_resume, read_again
 from node.constraints.build import constraint_of, reasoning_budget
+from node.constraints.constraint import TextConstraint
 from node.constraints.mask import Filter, Mask
 from node.constraints.reasoning_budget import ReasoningBudget
 from node.constraints.vocabulary import Vocabulary
@@ -52,13 +53,14 @@ class Job:
         """Reader of the answer's tokens, which has read those of the resumed part."""
         if self.resumed is not None:
             return self.resumed.progress
+        text = self.constraint
         return AnswerProgress(
             tokenizer,
             self.stop,
             self.marks,
             max_tokens=self.max_tokens,
             end_tokens=() if self.ignore_eos else tokenizer.eos_token_ids,
-            constrained=self.constraint is not None,
+            beginning=text.beginning() if isinstance(text, TextConstraint) else None,
             single_tool_call=self.single_tool_call,
         )
 

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from node.constraints.numbers import LONGEST_NUMBER
 from node.generation.engine import GenerationEngine
 from node.speculation.drafting import Lookup, Speculation
 from tests.support.constrained import POINT
@@ -219,6 +220,7 @@ async def test_marks_within_the_text_belong_to_it(paths: dict[bool, Path]) -> No
         Constraint(grammar='start: "a <think> or " "</tool_call>" "."'),
         Constraint(grammar='%llguidance {}\nstart: "a <think> or " "</tool_call>" "."'),
         Constraint(json_schema='{"const": "a <think> or </tool_call>."}'),
+        Constraint(json_schema='{"type": "string", "pattern": "^a <thin[k]> or </tool_call>[.]$"}'),
     ],
     ids=lambda constraint: str(constraint.WhichOneof("kind")),
 )
@@ -231,6 +233,80 @@ async def test_a_constraint_may_demand_what_looks_like_a_mark(
     completion = await scripted(paths, list(expected.encode()), constraint)
 
     assert (completion.text, completion.reason) == (expected, "stop")
+
+
+@pytest.mark.parametrize("mark", ["<think>", "</think>", "<tool_call>"])
+@pytest.mark.parametrize("kind", ["regex", "grammar"])
+async def test_a_text_may_begin_with_what_looks_like_a_mark(
+    paths: dict[bool, Path], mark: str, kind: str
+) -> None:
+    """Letter by letter it is text; the token of that name would begin the reasoning."""
+    text = f"{mark} is no end."
+    constraint = Constraint(
+        **{kind: f'start: "{text}"' if kind == "grammar" else text[:-1] + "[.]"}
+    )
+
+    plain = await scripted(paths, list(text.encode()), constraint)
+    behind = await scripted(
+        paths,
+        [THINK, *b"so", THOUGHT, *text.encode()],
+        constraint,
+        stop=["</think>!"],  # of which the mark itself may become a part
+    )
+
+    assert (plain.text, plain.reasoning, plain.tool_calls) == (text, "", [])
+    assert (behind.text, behind.reasoning, behind.tool_calls) == (text, "so", [])
+    assert (plain.reason, behind.reason) == ("stop", "stop")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("kind", ["number", "integer"])
+@pytest.mark.parametrize(
+    ("begins", "around"),
+    [
+        ("", lambda number: number),
+        ('{"x": ', lambda number: POINT | {"properties": {"x": number}, "required": ["x"]}),
+        ("[7, ", lambda number: {"type": "array", "items": number, "maxItems": 2}),
+    ],
+)
+async def test_a_number_ends_whatever_the_model_would_say(
+    paths: dict[bool, Path], begins: str, around: Callable[[Any], Any], kind: str
+) -> None:
+    schema = around({"type": kind})
+    begun = begins + ("3." if kind == "number" else "3")
+    tokens = list(f"{begun}{'1' * 150}".encode())
+
+    completion = await scripted(paths, tokens, Constraint(json_schema=json.dumps(schema)))
+
+    number = completion.text.removeprefix(begins).rstrip("]} \n\t")
+    assert completion.reason == "stop"
+    assert 24 < len(number) <= LONGEST_NUMBER
+    jsonschema.validate(json.loads(completion.text), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "string"}, f'"{"1" * 90}"'),
+        ({"type": "string", "pattern": "^[0-9]{90}$"}, f'"{"1" * 90}"'),
+    ],
+)
+async def test_digits_that_a_schema_demands_or_a_string_has_all_come(
+    paths: dict[bool, Path], schema: Any, text: str
+) -> None:
+    constraint = Constraint(json_schema=json.dumps(schema))
+
+    completion = await scripted(paths, list(text.encode()), constraint)
+
+    assert completion.text == text
+
+
+async def test_digits_of_a_regex_go_on(paths: dict[bool, Path]) -> None:
+    completion = await scripted(paths, list(b"1" * 90 + b","), Constraint(regex="[0-9]+,"))
+
+    assert completion.text == "1" * 90 + ","
 
 
 # Refusals

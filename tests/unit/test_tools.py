@@ -21,7 +21,7 @@ from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
 from node.tools.reader import CallReader
 from tests.support.constrained import POINT
-from tests.support.engines import Tiny
+from tests.support.engines import Script, Tiny
 from tests.support.tiny import tiny_config, write_model, write_tokenizer
 from unicluster.errors import InputError
 from unicluster.v1.chat_pb2 import (
@@ -388,6 +388,10 @@ TEMPLATE = (
     "{{ tool.function.parameters | tojson }}{% endfor %}"
     "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
 )
+NAMES_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("choice", [ToolChoice(required=True), ToolChoice(none=True)], ids=str)
@@ -418,6 +422,32 @@ async def test_an_answer_has_the_calls_that_were_asked_for(
         assert [call.name for call in calls] == ["set"]
         jsonschema.validate(json.loads(calls[0].arguments), POINT)
         assert events[-1].finish.reason == "tool_calls"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_call_may_follow_a_text(strict: bool, tmp_path: Path) -> None:
+    """A strict tool's call is constrained, and the text before it is not."""
+    tiny = await Tiny.load(write_model(tmp_path / "m", tiny_config("llama"), marks=True))
+    tiny.tokenizer.chat_template = NAMES_TOOLS
+    call = '<tool_call>{"name": "set", "arguments": {"x": 3, "on": true}}</tool_call>'
+    says = tiny.tokenizer.encode(f"Let me <see>. {call}", add_special_tokens=False)
+    prompt = tiny.tokenizer.encode("set;hello", add_special_tokens=False)
+    engine = await tiny.engine(Script(says, prompt=len(prompt)), context=2048)
+    request = GenerateRequest(
+        messages=[Message(role="user", content="hello")],
+        tools=[Tool(name="set", parameters=json.dumps(POINT), strict=strict)],
+        max_tokens=200,
+    )
+
+    events = [event async for event in await engine.submit(request)]
+    engine.close()
+
+    calls = [call for event in events for call in event.delta.calls]
+    assert "".join(event.delta.text for event in events).strip() == "Let me <see>."
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [
+        ("set", {"x": 3, "on": True})
+    ]
+    assert events[-1].finish.reason == "tool_calls"
 
 
 def test_answers_that_begin_at_the_same_time_share_the_machine_s_states(
