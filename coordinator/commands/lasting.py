@@ -32,7 +32,8 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
     """The service of `serve`, wanted from here on; no more when the block is left.
 
     None for a service without a name, which nobody takes up. Raises InputError where another
-    process here serves it, and for a state file that can't be used.
+    process here serves it, and for a state file that can't be used; UnavailableError for one whose
+    disk is full.
     """
     if not options.service:
         yield None
@@ -44,7 +45,15 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
             try:
                 yield Lasting(services, Drains(database), wanted, claim)
             finally:
-                services.end(options.service)
+                _end(services, options.service)
+
+
+def _end(services: Services, service: str) -> None:
+    """Wanted no more. Where that can't be kept, the next start looks for stages that are gone."""
+    try:
+        services.end(service)
+    except UniclusterError as error:
+        log.warning("%s still counts as wanted: %s", service, error)
 
 
 class Lasting:

@@ -20,6 +20,7 @@ from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Plan, Stage
 from coordinator.planning.variants import ModelVariants
 from unicluster.causes import Cause
+from unicluster.errors import UniclusterError
 from unicluster.v1.node_pb2 import LoadProgress
 
 log = logging.getLogger(__name__)
@@ -302,14 +303,15 @@ class Follower:
     """A thread that hands events to a handler, in order, each once.
 
     Where the handler is so slow that WAITING events wait, further ones are dropped. The first
-    drop and the first error are logged.
+    drop and the first error are logged; of those that a handler explains, as for a full disk, the
+    first after it has worked.
     """
 
     def __init__(self, handler: Handler, name: str) -> None:
         self._handler = handler
         self._name = name
         self._waiting: queue.Queue[Event | threading.Event | None] = queue.Queue(WAITING)
-        self._dropped = self._failed = False
+        self._dropped = self._failed = self._hindered = False
         # A daemon: a handler that is stuck must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -351,7 +353,13 @@ class Follower:
     def _try(self, call: Callable[[], None], place: str) -> None:
         try:
             call()
+        except UniclusterError as error:
+            if not self._hindered:
+                log.warning("%s: %s", self._name, error)
+            self._hindered = True
         except Exception:
             if not self._failed:
                 log.exception("%s failed at %s", self._name, place)
             self._failed = True
+        else:
+            self._hindered = False

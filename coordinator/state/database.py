@@ -1,17 +1,19 @@
 """The state file: a small SQLite database beside the cluster's token, its schema versioned."""
 
 import contextlib
+import errno
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from unicluster import failpoints
-from unicluster.errors import InputError
+from unicluster.errors import InputError, UnavailableError
 from unicluster.trust.store import default_folder
 
 NAME = "state.sqlite3"
 # For another process that writes.
 BUSY_SECONDS = 5.0
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 # Version n of the schema is what the first n of these make. Only ever append.
 MIGRATIONS: Sequence[str] = (
@@ -68,8 +70,9 @@ MIGRATIONS: Sequence[str] = (
 class Database:
     """A connection to the state file at `path`, which is made where it is missing.
 
-    For one thread. Raises InputError, which names the file, for a file that can't be used: one
-    that is damaged, or that a newer version has written.
+    For one thread. Errors name the file: InputError for one that can't be used, because it is
+    damaged or a newer version has written it; UnavailableError for what may pass by itself: a full
+    disk, or another process that writes for longer than BUSY_SECONDS.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -108,22 +111,29 @@ class Database:
 
     def _migrate(self) -> None:
         execute = self._connection.execute
+        if self._version() == len(MIGRATIONS):
+            return  # and nothing is written: on a full disk it can still be read
         execute("BEGIN IMMEDIATE")
         try:
-            (version,) = execute("PRAGMA user_version").fetchone()
-            if version > len(MIGRATIONS):
-                raise InputError(
-                    f"{self.path} was written by a newer unicluster: update this one, or delete "
-                    "the file, and the keys with it"
-                )
-            for migration in MIGRATIONS[version:]:
+            for migration in MIGRATIONS[self._version() :]:
                 for statement in migration.split(";"):
                     execute(statement)
             execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            execute("COMMIT")
         except BaseException:
-            execute("ROLLBACK")
+            if self._connection.in_transaction:  # SQLite may have ended it, on a full disk
+                execute("ROLLBACK")
             raise
-        execute("COMMIT")
+
+    def _version(self) -> int:
+        """Of the schema. Raises InputError for one that is not known here."""
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise InputError(
+                f"{self.path} was written by a newer unicluster: update this one, or delete "
+                "the file, and the keys with it"
+            )
+        return int(version)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -132,4 +142,13 @@ class Database:
         except sqlite3.IntegrityError:
             raise
         except (sqlite3.Error, OSError) as error:
-            raise InputError(f"the state file {self.path} can't be used: {error}") from error
+            kind = UnavailableError if _may_pass(error) else InputError
+            raise kind(f"the state file {self.path} can't be used: {error}") from error
+
+
+def _may_pass(error: sqlite3.Error | OSError) -> bool:
+    """Whether the same may work later: where a disk is full, slow or failing, or a lock is held."""
+    if isinstance(error, OSError):
+        return error.errno in _PASSING
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the kind of I/O
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)

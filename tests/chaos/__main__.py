@@ -27,11 +27,12 @@ from coordinator.planning.planner import Layout, least_memory
 from tests.chaos.clients import SILENCE, Clients
 from tests.chaos.faults import Faults
 from tests.chaos.left import at_rest, files_left, folders_left, open_files
-from tests.chaos.network import DOOR, Lan, lan, small_disk
+from tests.chaos.network import DOOR, Lan, lan
 from tests.chaos.points import Points
 from tests.chaos.report import table
 from tests.support.cluster import HOST, AgentProgram, LocalCluster, ServeProgram, endless_model
 from tests.support.deadlines import scaled
+from tests.support.mounts import small_disk
 from unicluster.client.client import AsyncClient
 from unicluster.cluster.channels import split_address
 from unicluster.deadlines import VARIABLE

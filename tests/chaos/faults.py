@@ -14,6 +14,7 @@ import psutil
 from tests.chaos.network import DOOR, Lan
 from tests.chaos.points import LOADING, OFTEN, SERVING, Points
 from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram
+from tests.support.mounts import fill
 
 # Seconds that a trouble of the network, or of a disk, lasts: some are noticed, some are not.
 TROUBLE = (0.3, 8.0)
@@ -184,12 +185,7 @@ class Faults:
         """Nothing can be written to it for a while."""
         if self._disk is None:
             raise RuntimeError("there is no disk to fill")
-        filler = self._disk / "filler"
-        with contextlib.suppress(OSError), filler.open("wb") as file:
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        self._later(self._emptied(filler))
+        self._later(self._emptied(fill(self._disk)))
         return "disk full"
 
     async def memory_limit(self) -> str:

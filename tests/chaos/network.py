@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from tests.support.netns import Networks, why_not
 
@@ -109,17 +108,3 @@ def lan(*hosts: str) -> Iterator[Lan | None]:
         return
     with Networks(DOOR, *hosts) as net:
         yield Lan(net, hosts)
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path | None]:
-    """A disk of its own, for this machine to fill; None where it can't be mounted."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        yield None
-        return
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
