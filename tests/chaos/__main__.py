@@ -2,12 +2,16 @@
 
     python -m tests.chaos [--faults N] [--seed N] [--minutes N] [--json FILE]
 
-A tiny model on five agents behind `unicluster serve`, real processes, mTLS on; some machines are
-more than are needed. Each machine has a network namespace of its own, where root may make them.
-Every answer is known from before the first fault. With faults beneath it, an answer must come out
-the same, or end with a typed error after a part of it that is right. Ends with exit code 1 if any
-text is wrong, repeated or cut off, any stream stands still, or any cache, worker, file or file
-descriptor is left at the end.
+A tiny model on five machines behind `unicluster serve`, real processes, mTLS on; two machines are
+more than are needed. Where root may make them, each machine has a network namespace of its own,
+sees nothing of the model's folder, and has its files on a disk that can be filled. Every answer is
+known from before the first fault. With faults beneath it, an answer must come out the same, or end
+with a typed error after a part of it that is right.
+
+Ends with exit code 1 if any text is wrong, repeated or cut off, any stream stands still, any cache,
+worker, file or file descriptor is left at the end, or `serve` ends so that its unit would not start
+it again; and where so little happened that nothing is proven. How many faults there are in a time
+is the machine's affair, and no reason to fail.
 """
 
 import argparse
@@ -19,50 +23,64 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coordinator.fleet.local import inspect
 from coordinator.planning.planner import Layout, least_memory
-from tests.chaos.clients import SILENCE, Clients
-from tests.chaos.faults import Faults
+from tests.chaos.clients import Clients
+from tests.chaos.faults import Faults, Kind
 from tests.chaos.left import at_rest, files_left, folders_left, open_files
-from tests.chaos.network import DOOR, Lan, lan
+from tests.chaos.machines import CONTEXT, USERS, Machines
+from tests.chaos.network import Lan, lan
 from tests.chaos.points import Points
-from tests.chaos.report import table
-from tests.support.cluster import HOST, AgentProgram, LocalCluster, ServeProgram, endless_model
+from tests.chaos.report import table, too_little
+from tests.support.cluster import LocalCluster, endless_model
 from tests.support.deadlines import scaled
-from tests.support.mounts import small_disk
+from tests.support.mounts import can_mount, small_disk
+from tests.support.netns import why_not
 from unicluster.client.client import AsyncClient
-from unicluster.cluster.channels import split_address
 from unicluster.deadlines import VARIABLE
 from unicluster.v1.node_pb2 import InspectRequest
 
 MACHINES = ("ann", "bob", "cat", "dan", "eve")
 # As few as hold the model: two may be gone, and it still fits.
 STAGES = 3
-CONTEXT = 2048
-USERS = 4
 # Seconds without progress after which a process counts as stuck, on an idle machine.
 FROZEN = 2.0
-# Between two faults; with this chance there is no pause at all.
-PAUSE, AT_ONCE_CHANCE = (0.1, 1.0), 0.1
-DISK = "4m"
+# Between two light faults, which wait for nothing.
+LIGHT_PAUSE = (0.6, 2.4)
+# From when answers go on to the next heavy fault; with this chance it does not wait for them.
+HEAVY_PAUSE, AT_ONCE_CHANCE = (0.5, 3.0), 0.12
+# However long the start took.
+LEAST_SECONDS = 60.0
+DISK = "24m"
 
 
-async def strike(
-    faults: Faults, clients: Clients, count: int, until: float, dice: random.Random
-) -> None:
-    """So many faults, or as many as there is time for; most fall into answers that go on."""
-    began = time.monotonic()
-    for at in range(1, count + 1):
-        if time.monotonic() > until:
-            break
-        kind = await faults.strike()
-        print(f"{time.monotonic() - began:6.1f} s, fault {at}: {kind}", flush=True)
-        if dice.random() > AT_ONCE_CHANCE:
-            await clients.moving(SILENCE / 2)
-            await asyncio.sleep(dice.uniform(*PAUSE))
+async def strike(faults: Faults, clients: Clients, count: int, until: float, seed: int) -> None:
+    """So many faults, or as many as there is time for; most fall into answers that go on.
+
+    Heavy ones follow each other once answers go on, light ones fall all the time.
+    """
+    began, at = time.monotonic(), 0
+
+    async def strikes(kinds: Sequence[Kind], dice: random.Random, *, wait: bool) -> None:
+        nonlocal at
+        while at < count and time.monotonic() < until:
+            if wait and dice.random() > AT_ONCE_CHANCE:
+                await clients.moving(until)
+            await asyncio.sleep(dice.uniform(*(HEAVY_PAUSE if wait else LIGHT_PAUSE)))
+            if at >= count or time.monotonic() > until:
+                return
+            at += 1
+            number, kind = at, await faults.strike(kinds, dice)
+            print(f"{time.monotonic() - began:6.1f} s, fault {number}: {kind}", flush=True)
+
+    await asyncio.gather(
+        strikes(faults.heavy, random.Random(f"{seed} heavy"), wait=True),
+        strikes(faults.light, random.Random(f"{seed} light"), wait=False),
+    )
     await faults.healed()
 
 
@@ -70,79 +88,62 @@ async def chaos(
     folder: Path, count: int, seed: int, minutes: float, net: Lan | None, disk: Path | None
 ) -> dict[str, Any]:
     """Runs it; returns what is printed."""
+    begun = time.monotonic()
     dice = random.Random(seed)
     model = endless_model(folder / "llama")
     request = InspectRequest(model=str(model), context=CONTEXT, users=USERS)
     memory = least_memory(Layout.from_proto(await inspect(request)), STAGES)
     frozen = scaled(FROZEN)
     points = Points(folder / "points", dice)
-    temporary = folder / "tmp"
-    temporary.mkdir()
-    cluster = LocalCluster(folder / "cluster", **{VARIABLE: str(frozen), "TMPDIR": str(temporary)})
-    port = ["0"]
-
-    def start(name: str) -> AgentProgram:
-        return cluster.start_agent(
-            name,
-            *(("--cache-dir", str(disk / name)) if disk is not None else ()),
-            memory=memory,
-            host=net.address(name) if net is not None else HOST,
-            prefix=net.prefix(name) if net is not None else (),
-            spare=True,
-            **points.variables(name),
-        )
-
-    def serve() -> ServeProgram:
-        host = net.address(DOOR) if net is not None else HOST
-        options = ("--context", str(CONTEXT), "--users", str(USERS), "--grpc-port", port[0])
-        kept = ("--cache-disk", "1MB") if disk is not None else ()
-        return cluster.serve(model, *options, "--host", host, *kept, env=points.variables(DOOR))
-
+    (temporary := folder / "tmp").mkdir()
+    (files := (disk or folder) / "machines").mkdir()
+    cluster = LocalCluster(
+        folder / "cluster",
+        home=disk / "home" if disk is not None else None,
+        **{VARIABLE: str(frozen), "TMPDIR": str(temporary)},
+    )
+    machines = Machines(cluster, model, memory, points, net, files, hidden=can_mount())
+    faults = Faults(machines, frozen, points, net, disk)
     with cluster:
-        for name in MACHINES:
-            start(name)
-        cluster.wait_for_agents()
-        faults = Faults(cluster, start, serve, frozen, dice, points, net, disk)
-        address = faults.server.address
-        port[0] = str(split_address(address)[1])
-        async with AsyncClient(address, cluster=cluster.cluster) as client:
-            clients = Clients(client, dice)
+        machines.begin(*MACHINES)
+        async with AsyncClient(machines.server.address, cluster=cluster.cluster) as client:
+            clients = Clients(client, dice, machines.note_stages)
             await clients.learn()
             print(f"all answers are known; seed {seed}", flush=True)
-            files = open_files(cluster, faults)
-            begun = time.monotonic()
-            supervision = asyncio.create_task(faults.supervise())
-            work = strike(faults, clients, count, begun + 60 * minutes, dice)
-            await clients.ask_until(asyncio.create_task(work))
-            seconds = time.monotonic() - begun
-            clients.wrong += await at_rest(client, cluster, faults)
+            before = open_files(machines)
+            until = max(begun + 60 * minutes, time.monotonic() + LEAST_SECONDS)
+            struck_at = time.monotonic()
+            supervision = asyncio.create_task(machines.supervise())
+            await clients.ask_until(
+                asyncio.create_task(strike(faults, clients, count, until, seed))
+            )
+            seconds = time.monotonic() - struck_at
+            left = await at_rest(client, machines)
             supervision.cancel()
-            clients.wrong += files_left(files, open_files(cluster, faults))
-    killed = sum(faults.struck[kind] for kind in ("agent killed", "machine killed"))
-    acted = [line.split("failpoint ")[1] for line in logged(cluster, "failpoint")]
-    panics = sum("panic" in each for each in acted)
-    clients.wrong += folders_left(temporary, killed + panics)
+            left += files_left(before, open_files(machines))
+    killed = sum(n for kind, n in faults.struck.items() if "killed" in kind or "panic" in kind)
+    left += folders_left(temporary, killed)
     return {
         "seed": seed,
         "seconds": seconds,
+        "whole_seconds": time.monotonic() - begun,
         "faults": dict(faults.struck),
-        "reached": dict(
-            Counter(line.split("failpoint ")[1] for line in logged(cluster, "failpoint"))
-        ),
+        "acted": dict(Counter(acted(cluster))),
         "answers": dict(clients.ended),
         "refused": clients.refused,
         "errors": dict(clients.errors),
         "gaps": sorted(clients.gaps),
         "parts": clients.parts,
-        "gave_up": faults.gave_up,
-        "wrong": clients.wrong,
+        "gave_up": machines.gave_up,
+        "wrong": clients.wrong + machines.wrong + left,
     }
 
 
-def logged(cluster: LocalCluster, word: str) -> list[str]:
-    """Lines that programs of the cluster have logged with that word."""
+def acted(cluster: LocalCluster) -> list[str]:
+    """Failpoints that acted, `place: action`, as programs of the cluster have logged them."""
     logs = (path.read_text(errors="replace") for path in cluster.folder.glob("*.err"))
-    return [line for log in logs for line in log.splitlines() if f" {word} " in line]
+    lines = (line for log in logs for line in log.splitlines() if " failpoint " in line)
+    return [line.split(" failpoint ")[1] for line in lines]
 
 
 def main() -> None:
@@ -151,21 +152,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=5.0, help="no fault after that")
+    parser.add_argument("--minutes", type=float, default=6.0, help="no fault after that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, lan(*MACHINES) as net:
         folder = Path(temporary)
         with small_disk(folder / "disk", DISK) as disk:
+            for lack in lacks(net, disk):
+                print(f"left out: {lack}", flush=True)
             if net is not None:
                 net.enter_door()
             limits = options.faults, options.seed, options.minutes
             found = asyncio.run(chaos(folder, *limits, net, disk))
-    print(table(found))
+    print(table(found, options.faults))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(bool(found["wrong"]))
+    sys.exit(bool(found["wrong"] or too_little(found)))
+
+
+def lacks(net: Lan | None, disk: Path | None) -> list[str]:
+    """Faults that this machine has no means for, a line each."""
+    lacks = net.lacks() if net is not None else [f"all faults of the network: {why_not()}"]
+    if disk is None:
+        lacks.append("full disks: only root may mount a small one")
+    if not can_mount():
+        lacks.append("fetching: only root of a Linux machine can hide a folder from a process")
+    return lacks
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 
 from tests.chaos.answers import Heard, Request, hear, requests, with_stop, wrong
@@ -26,10 +28,17 @@ class Clients:
 
     Like a client that looks before it asks, each waits until the model is served. `ended` counts
     requests by how they ended, `refused` those that came while it was not served after all.
+    on_stages: gets the machines that serve it, the head first.
     """
 
-    def __init__(self, client: AsyncClient, dice: random.Random) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        dice: random.Random,
+        on_stages: Callable[[tuple[str, ...]], None],
+    ) -> None:
         self.client = client
+        self._on_stages = on_stages
         self.ended: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.refused = 0
@@ -62,11 +71,11 @@ class Clients:
         await asyncio.gather(work, *(self._ask() for _ in range(AT_ONCE)))
         recoveries.cancel()
 
-    async def moving(self, most: float) -> None:
-        """Returns when a piece of any answer has come, or after so many seconds."""
+    async def moving(self, until: float) -> None:
+        """Returns when a piece of any answer has come, or at that time by the monotonic clock."""
         self._moved.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._moved.wait(), most)
+            await asyncio.wait_for(self._moved.wait(), max(until - time.monotonic(), 0))
 
     async def _ask(self) -> None:
         while not self._over.is_set():
@@ -97,7 +106,9 @@ class Clients:
             async with asyncio.timeout(scaled(AWAY)):
                 while not self._over.is_set():
                     with contextlib.suppress(UniclusterError):
-                        if (await self.client.describe()).state == "ready":
+                        info = await self.client.describe()
+                        if info.state == "ready":
+                            self._on_stages(tuple(stage.node for stage in info.stages))
                             return
                     await asyncio.sleep(LOOK_SECONDS)
 

@@ -6,83 +6,106 @@ import random
 import resource
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import psutil
 
+from tests.chaos.machines import Machines
 from tests.chaos.network import DOOR, Lan
-from tests.chaos.points import LOADING, OFTEN, SERVING, Points
-from tests.support.cluster import AgentProgram, LocalCluster, ServeProgram
+from tests.chaos.points import (
+    FETCHING,
+    KINDS,
+    OFTEN,
+    PLANNING,
+    PREFIXES,
+    SERVING,
+    STARTING,
+    STATE,
+    Points,
+)
+from tests.support.cluster import AgentProgram, Program
 from tests.support.mounts import fill
 
-# Seconds that a trouble of the network, or of a disk, lasts: some are noticed, some are not.
-TROUBLE = (0.3, 8.0)
+# Seconds that a heavy trouble of the network, or of a disk, lasts, and a light one, which is not
+# to be noticed.
+LONG, SHORT = (1.0, 8.0), (0.2, 1.2)
 # Seconds after which a failpoint that nobody reached is disarmed.
-ARMED = (1.0, 5.0)
+ARMED = (3.0, 8.0)
+# More of them until a machine that came back with an empty disk gets a stage again.
+FETCHES = 20.0
+AWAY = (0.0, 3.0)
 # Bytes of memory that a worker may have beyond those it has.
 MORE_MEMORY = 4 << 20
+# A machine that was killed comes back with another disk, with this chance.
+NEW_DISK_CHANCE = 0.3
+
+Kind = tuple[int, Callable[[random.Random], Awaitable[str]]]
 
 
 class Faults:
     """Faults for a running cluster, whose machines come back after each.
 
-    start: starts an agent. serve: starts `serve`. frozen: seconds after which a process that
-    computes nothing counts as lost. lan: None for no faults of the network. disk: a small one
-    that holds the prompt caches of all machines; None for none.
+    Heavy ones take something away that has to be made anew; light ones should cost a moment.
+    frozen: seconds after which a process that computes nothing counts as lost. lan: None for no
+    faults of the network. disk: a small one, of all machines and of `serve`; None for none.
     """
 
     def __init__(
         self,
-        cluster: LocalCluster,
-        start: Callable[[str], AgentProgram],
-        serve: Callable[[], ServeProgram],
+        machines: Machines,
         frozen: float,
-        dice: random.Random,
         points: Points,
         lan: Lan | None,
         disk: Path | None,
     ) -> None:
         self.struck: Counter[str] = Counter()
-        self.gave_up: list[str] = []  # last words of `serve`
-        self.server = serve()
-        self._cluster = cluster
-        self._start = start
-        self._serve = serve
+        self._machines = machines
         self._frozen = frozen
-        self._dice = dice
         self._points = points
         self._lan = lan
         self._disk = disk
         self._returns: set[asyncio.Task[None]] = set()
-        self._absent: set[str] = set()
         self._troubled: set[str] = set()
-        self._kinds: list[tuple[int, Callable[[], Awaitable[str]]]] = [
-            (24, self.worker_killed),
-            (10, self.worker_sleeps),
-            (3, self.worker_frozen),
+        self.heavy: list[Kind] = [
+            (18, self.worker_killed),
+            (4, self.worker_frozen),
             (6, self.agent_killed),
-            (5, self.machine_killed),
-            (5, self.agent_sleeps),
-            (22, self.failpoint),
-            (4, self.coordinator_killed),
+            (6, self.machine_killed),
+            (3, self.agent_frozen),
+            (26, self.panic),
+            (6, self.error),
+            (5, self.coordinator_killed),
             (4, self.memory_limit),
         ]
+        self.light: list[Kind] = [
+            (25, self.worker_sleeps),
+            (10, self.agent_sleeps),
+            (6, self.coordinator_sleeps),
+            (25, self.delay),
+        ]
         if lan is not None:
-            self._kinds.append((18, self.network))
+            self.heavy.append((16, self.network))
+            self.light.append((30, self.brief_network))
         if disk is not None:
-            self._kinds.append((3, self.disk_full))
-        self._taking = {self.agent_killed, self.machine_killed, self.network}
+            self.heavy.append((4, self.fetching_on_a_full_disk))
+            self.light.append((5, self.disk_full))
+        self._taking = {
+            self.agent_killed,
+            self.machine_killed,
+            self.network,
+            self.fetching_on_a_full_disk,
+        }
 
-    async def strike(self) -> str:
-        """One fault; its name. What it took away comes back by itself, later.
+    async def strike(self, kinds: Sequence[Kind], dice: random.Random) -> str:
+        """One fault of these kinds; its name. What it took away comes back by itself, later.
 
-        Only one machine is away, or troubled, at a time.
+        Only one machine is away, or troubled for long, at a time.
         """
-        away = self._absent or self._troubled
-        kinds = [each for each in self._kinds if not (away and each[1] in self._taking)]
-        ((_, kind),) = self._dice.choices(kinds, [weight for weight, _ in kinds])
-        name = await kind()
+        away = self._machines.absent or self._troubled
+        kinds = [each for each in kinds if not (away and each[1] in self._taking)]
+        ((_, kind),) = dice.choices(kinds, [weight for weight, _ in kinds])
+        name = await kind(dice)
         self.struck[name] += 1
         return name
 
@@ -91,125 +114,181 @@ class Faults:
         while self._returns:
             await asyncio.gather(*self._returns)
 
-    async def supervise(self) -> None:
-        """Starts programs again that ended by themselves, as their units do."""
-        while True:
-            await asyncio.sleep(0.3)
-            if not self.server.running:
-                self.gave_up.append(self._last_words())
-                self.server = self._serve()
-            for name, agent in list(self._cluster.agents.items()):
-                if not agent.running and name not in self._absent:
-                    self._start(name)
+    # Kinds of heavy faults; each returns the name that it is counted by.
 
-    def _last_words(self) -> str:
-        out, err = (text.strip().splitlines() for text in (self.server.out, self.server.err))
-        return f"code {self.server.process.returncode}: {' / '.join(out[-1:] + err[-1:])}"
-
-    # Kinds of faults; each returns the name that it is counted by.
-
-    async def worker_killed(self) -> str:
-        self._send(self._worker(), signal.SIGKILL)
+    async def worker_killed(self, dice: random.Random) -> str:
+        self._send(self._worker(dice), signal.SIGKILL)
         return "worker killed"
 
-    async def worker_sleeps(self) -> str:
-        """For less than what counts as lost."""
-        self._asleep(self._worker(), self._dice.uniform(0.05, 0.5) * self._frozen)
-        return "worker sleeps"
-
-    async def worker_frozen(self) -> str:
+    async def worker_frozen(self, dice: random.Random) -> str:
         """For more than what counts as lost."""
-        self._asleep(self._worker(), self._dice.uniform(1.5, 3) * self._frozen)
+        self._asleep(self._worker(dice), dice.uniform(1.5, 3) * self._frozen)
         return "worker frozen"
 
-    async def agent_killed(self) -> str:
+    async def agent_killed(self, dice: random.Random) -> str:
         """Its workers end by themselves: nobody is left who holds them."""
-        agent = self._agent()
-        self._absent.add(agent.name)
+        agent = dice.choice(self._machines.working())
+        self._machines.absent.add(agent.name)
         agent.kill()
-        self._later(self._back(agent.name))
+        self._later(dice.uniform(*AWAY), lambda: self._machines.start(agent.name))
         return "agent killed"
 
-    async def machine_killed(self) -> str:
+    async def machine_killed(self, dice: random.Random) -> str:
         """Agent and workers at once."""
-        agent = self._agent()
+        return await self._machine_killed(dice, new_disk=dice.random() < NEW_DISK_CHANCE)
+
+    async def _machine_killed(
+        self, dice: random.Random, agent: AgentProgram | None = None, *, new_disk: bool
+    ) -> str:
+        agent = agent or dice.choice(self._machines.working())
         workers = agent.workers
-        self._absent.add(agent.name)
+        self._machines.absent.add(agent.name)
         agent.kill()
         for worker in workers:
             self._send(worker, signal.SIGKILL)
-        self._later(self._back(agent.name))
-        return "machine killed"
+        if new_disk:
+            self._machines.lose_files(agent.name)
+        self._later(dice.uniform(*AWAY), lambda: self._machines.start(agent.name))
+        return "machine killed, its disk lost" if new_disk else "machine killed"
 
-    async def agent_sleeps(self) -> str:
-        self._asleep(psutil.Process(self._agent().pid), self._dice.uniform(0.1, 1.5) * self._frozen)
-        return "agent sleeps"
+    async def agent_frozen(self, dice: random.Random) -> str:
+        agent = dice.choice(self._machines.there())
+        self._asleep(_process(agent), dice.uniform(1, 2) * self._frozen)
+        return "agent frozen"
 
-    async def failpoint(self) -> str:
-        """A place of the code is armed, and what leads there begins."""
-        kind = self._dice.choice((OFTEN, OFTEN, LOADING, SERVING))
-        point = self._dice.choice(kind)
-        if kind is SERVING:
-            name = DOOR
-        else:
-            working = [agent for agent in self._there() if agent.workers]
-            name = self._dice.choice(working or self._there()).name
-        self._points.arm(name, point)
-        self._later(self._disarmed(name))
-        if kind is not OFTEN:  # it is reached in a recovery
-            agent = self._cluster.agents.get(name)
-            victims = agent.workers if agent is not None and agent.running else []
-            self._send(victims[0] if victims else self._worker(), signal.SIGKILL)
-        return f"failpoint {point}"
+    async def panic(self, dice: random.Random) -> str:
+        """A process ends at a place of the code, and what leads there begins."""
+        point = self._points.turn(dice.choice(KINDS))
+        name = self._where(point, dice)
+        self._points.panic(name, point)
+        self._disarm_later(name, point, dice)
+        await self._lead_to(point, name, dice)
+        return f"panic at {point}"
 
-    async def coordinator_killed(self) -> str:
+    async def error(self, dice: random.Random) -> str:
+        """A place of the code raises an error that nobody foresaw."""
+        point = self._points.turn((*OFTEN, *STARTING))
+        name = self._where(point, dice)
+        self._points.error(name, point)
+        self._disarm_later(name, point, dice)
+        await self._lead_to(point, name, dice)
+        return f"error at {point}"
+
+    async def _lead_to(self, point: str, name: str, dice: random.Random) -> None:
+        """Makes it likely that a place is reached, on a machine or in `serve`."""
+        agent = next((agent for agent in self._machines.there() if agent.name == name), None)
+        if point in FETCHING and not self._machines.absent:
+            await self._machine_killed(dice, agent, new_disk=True)
+        elif point in PLANNING and not self._machines.absent:
+            await self.agent_killed(dice)
+        elif point.endswith(".adopted"):
+            await self.coordinator_killed(dice)
+        elif point not in (*OFTEN, *PREFIXES):
+            workers = agent.workers if agent is not None else self._machines.workers()
+            self._send(dice.choice(workers) if workers else None, signal.SIGKILL)
+
+    async def coordinator_killed(self, dice: random.Random) -> str:
         """And started again at once, as its unit would."""
-        self.server.kill()
-        self.server = self._serve()
+        self._machines.server.kill()
+        self._machines.serve()
         return "coordinator killed"
 
-    async def network(self) -> str:
-        """A machine, or the coordinator's, that others can't reach, or not well."""
-        if self._lan is None:
-            raise RuntimeError("there is no network to trouble")
-        kinds = self._lan.kinds()
-        kind = self._dice.choice(sorted(kinds))
-        names = [agent.name for agent in self._there()]
-        host = self._dice.choice([*names, DOOR])
-        self._troubled.add(host)
-        end = kinds[kind](host, self._dice)
-        self._later(self._healed(host, end))
-        return kind
-
-    async def disk_full(self) -> str:
-        """Nothing can be written to it for a while."""
-        if self._disk is None:
-            raise RuntimeError("there is no disk to fill")
-        self._later(self._emptied(fill(self._disk)))
-        return "disk full"
-
-    async def memory_limit(self) -> str:
+    async def memory_limit(self, dice: random.Random) -> str:
         """A worker that gets no more memory from the system."""
-        if (worker := self._worker()) is not None:
+        if (worker := self._worker(dice)) is not None:
             with contextlib.suppress(psutil.Error):
                 most = worker.memory_info().vms + MORE_MEMORY
                 worker.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-                self._later(self._unlimited(worker))
+                self._later(dice.uniform(*LONG), lambda: _unlimited(worker))
         return "memory limit"
+
+    async def network(self, dice: random.Random) -> str:
+        """A machine, or the coordinator's, that others can't reach, or not well, for seconds."""
+        return self._network(dice, LONG, "for seconds")
+
+    async def fetching_on_a_full_disk(self, dice: random.Random) -> str:
+        """A machine that comes back without its copy of the model finds no room for another."""
+        await self._machine_killed(dice, new_disk=True)
+        await self._fill(dice.uniform(*LONG))
+        return "disk full, and a copy of the model lost"
+
+    # Light ones
+
+    async def worker_sleeps(self, dice: random.Random) -> str:
+        """For less than what counts as lost."""
+        self._asleep(self._worker(dice), dice.uniform(0.05, 0.4) * self._frozen)
+        return "worker sleeps"
+
+    async def agent_sleeps(self, dice: random.Random) -> str:
+        agent = dice.choice(self._machines.there())
+        self._asleep(_process(agent), dice.uniform(0.05, 0.4) * self._frozen)
+        return "agent sleeps"
+
+    async def coordinator_sleeps(self, dice: random.Random) -> str:
+        server = self._machines.server
+        self._asleep(_process(server), dice.uniform(0.05, 0.4) * self._frozen)
+        return "coordinator sleeps"
+
+    async def delay(self, dice: random.Random) -> str:
+        """A process waits for a moment at a place of the code."""
+        point = self._points.turn((*OFTEN, *STARTING, *STATE, *PREFIXES))
+        name = self._where(point, dice)
+        self._points.delay(name, point)
+        self._disarm_later(name, point, dice)
+        return f"delay at {point}"
+
+    async def brief_network(self, dice: random.Random) -> str:
+        return self._network(dice, SHORT, "for a moment")
+
+    async def disk_full(self, dice: random.Random) -> str:
+        """Nothing can be written for a while: no caches of prompts, no state."""
+        await self._fill(dice.uniform(*LONG))
+        return "disk full"
 
     # How
 
-    def _there(self) -> list[AgentProgram]:
-        agents = self._cluster.agents.items()
-        return [agent for name, agent in agents if name not in self._absent and agent.running]
+    def _network(self, dice: random.Random, lasts: tuple[float, float], words: str) -> str:
+        if self._lan is None:
+            raise RuntimeError("there is no network to trouble")
+        kinds = self._lan.kinds()
+        kind = dice.choice(sorted(kinds))
+        host = dice.choice([*(agent.name for agent in self._machines.there()), DOOR])
+        if lasts is LONG:
+            self._troubled.add(host)
+        end = kinds[kind](host, dice)
 
-    def _agent(self) -> AgentProgram:
-        """Any machine that is there."""
-        return self._dice.choice(self._there())
+        def heal() -> None:
+            end()
+            if lasts is LONG:
+                self._troubled.discard(host)
 
-    def _worker(self) -> psutil.Process | None:
-        workers = [worker for agent in self._there() for worker in agent.workers]
-        return self._dice.choice(workers) if workers else None
+        self._later(dice.uniform(*lasts), heal)
+        return f"{kind} {words}"
+
+    def _where(self, point: str, dice: random.Random) -> str:
+        """The name of a process that may reach a place."""
+        if point in SERVING:
+            return DOOR
+        head, *stages = self._machines.stages or ("",)
+        names = [agent.name for agent in self._machines.working()]
+        if point in OFTEN:
+            wanted = [head] if point.startswith("head.") else stages
+            names = [name for name in names if name in wanted] or names
+        return dice.choice(names)
+
+    def _disarm_later(self, name: str, point: str, dice: random.Random) -> None:
+        lasts = dice.uniform(*ARMED) + (FETCHES if point in FETCHING else 0)
+        self._later(lasts, lambda: self._points.disarm(name, point))
+
+    async def _fill(self, seconds: float) -> None:
+        if self._disk is None:
+            raise RuntimeError("there is no disk to fill")
+        filler = await asyncio.to_thread(fill, self._disk)
+        self._later(seconds, lambda: filler.unlink(missing_ok=True))
+
+    def _worker(self, dice: random.Random) -> psutil.Process | None:
+        workers = self._machines.workers()
+        return dice.choice(workers) if workers else None
 
     def _send(self, process: psutil.Process | None, number: signal.Signals) -> None:
         if process is not None:
@@ -218,36 +297,25 @@ class Faults:
 
     def _asleep(self, process: psutil.Process | None, seconds: float) -> None:
         self._send(process, signal.SIGSTOP)
-        self._later(self._wake(process, seconds))
+        self._later(seconds, lambda: self._send(process, signal.SIGCONT))
 
-    async def _wake(self, process: psutil.Process | None, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        self._send(process, signal.SIGCONT)
+    def _later(self, seconds: float, end: Callable[[], None]) -> None:
+        async def ends() -> None:
+            await asyncio.sleep(seconds)
+            end()
 
-    async def _back(self, name: str) -> None:
-        await asyncio.sleep(self._dice.uniform(0, 3))
-        self._start(name)
-        self._absent.discard(name)
-
-    async def _disarmed(self, name: str) -> None:
-        await asyncio.sleep(self._dice.uniform(*ARMED))
-        self._points.disarm(name)
-
-    async def _healed(self, host: str, end: Callable[[], None]) -> None:
-        await asyncio.sleep(self._dice.uniform(*TROUBLE))
-        end()
-        self._troubled.discard(host)
-
-    async def _emptied(self, filler: Path) -> None:
-        await asyncio.sleep(self._dice.uniform(*TROUBLE))
-        await asyncio.to_thread(filler.unlink)
-
-    async def _unlimited(self, worker: psutil.Process) -> None:
-        await asyncio.sleep(self._dice.uniform(*TROUBLE))
-        with contextlib.suppress(psutil.Error):
-            worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-    def _later(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+        task = asyncio.create_task(ends())
         self._returns.add(task)
         task.add_done_callback(self._returns.discard)
+
+
+def _process(program: Program) -> psutil.Process | None:
+    try:
+        return psutil.Process(program.pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _unlimited(worker: psutil.Process) -> None:
+    with contextlib.suppress(psutil.Error):
+        worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.clients import LOOK_SECONDS, SILENCE
-from tests.chaos.faults import Faults
+from tests.chaos.machines import Machines
 from tests.support.cluster import LocalCluster, is_worker
 from tests.support.deadlines import scaled
 from unicluster.client.answers import ChatInfo
@@ -18,23 +18,23 @@ from unicluster.errors import UniclusterError
 MORE_FILES = 25
 
 
-def open_files(cluster: LocalCluster, faults: Faults) -> dict[int, int]:
+def open_files(machines: Machines) -> dict[int, int]:
     """Open files by process, of agents and `serve`."""
     counts = {}
-    for program in (faults.server, *cluster.agents.values()):
+    for program in (machines.server, *machines.cluster.agents.values()):
         if program.running:
             counts[program.pid] = psutil.Process(program.pid).num_fds()
     return counts
 
 
-async def at_rest(client: AsyncClient, cluster: LocalCluster, faults: Faults) -> list[str]:
+async def at_rest(client: AsyncClient, machines: Machines) -> list[str]:
     """Waits until it answers again and nothing is left; what still is then, a line each."""
     end = time.monotonic() + scaled(SILENCE)
     shown: list[str] = []
     while True:
         try:
             await client.chat("hello", max_tokens=4, temperature=0)
-            left = _left(await client.describe(), cluster)
+            left = _left(await client.describe(), machines.cluster)
         except UniclusterError as error:
             left = [f"it does not answer any more: {error}"]
         if not left:
@@ -43,7 +43,7 @@ async def at_rest(client: AsyncClient, cluster: LocalCluster, faults: Faults) ->
             shown = left
             print("waiting, because", "; ".join(left), flush=True)
         if time.monotonic() > end:
-            print(faults.server.out, faults.server.err, sep="\n")
+            print(machines.server.out, machines.server.err, sep="\n")
             return left
         await asyncio.sleep(LOOK_SECONDS)
 
