@@ -147,8 +147,10 @@ class DiskPrefixes:
                 states = [stage.recall(name, READ) for stage in stages]
         handles = [stage.recalled(name) for stage in stages] if there else [None]
         if None in handles:
-            self._index.remove(prefix)
-            self._erase(prefix, stages)
+            # One that waits for an idle machine is not lost: it comes later.
+            if name not in self._idle:
+                self._index.remove(prefix)
+                self._erase(prefix, stages)
             return None
         made = revive(local, entries)[0] if entries is not None else []
         return [*made, *handles]

@@ -5,9 +5,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from node.generation.engine import GenerationEngine
+from node.pipeline.disk_prefixes import DiskPrefixes
 from node.prefixes.blocks import BLOCK_TOKENS
 from node.prefixes.folder import BLOCK, PART, STATE, TOKENS
 from node.prefixes.saved import SavedArray
@@ -146,3 +150,33 @@ async def test_no_answer_waits_for_what_is_written_meanwhile(
     await asyncio.to_thread(until, lambda: len(files_in(tmp_path, TOKENS)) == 2, "all are written")
     engine.close()
     assert not index.store.workload._running
+
+
+async def test_a_prefix_that_still_waits_to_be_written_is_not_forgotten(
+    load: Load, tmp_path: Path
+) -> None:
+    tiny = await load("llama")
+    index = index_in(tmp_path)
+    tokens = np.array(PROMPT, np.uint32)
+
+    def waits() -> DiskPrefixes:
+        cache = make_prompt_cache(tiny.model)
+        mx.eval(tiny.model(mx.array(PROMPT)[None], cache=cache))
+        disk = DiskPrefixes(tiny.model, index, 0.0)
+        disk.save(tokens, cache, trimmable=True, idle=True)
+        return disk
+
+    def recalled(disk: DiskPrefixes) -> list[Any] | None:
+        found = disk.find(tokens, 0)
+        assert found is not None  # or it was forgotten
+        return disk.recall(found[0])
+
+    index.store.workload.begin()
+    disk = await THREAD.run(waits)
+    assert await THREAD.run(lambda: recalled(disk)) is None
+    index.store.workload.end()
+    assert await THREAD.run(lambda: disk.settle(scaled(DEADLINE)))
+    cache = await THREAD.run(lambda: recalled(disk))
+    index.store.close()
+    assert cache is not None
+    assert cache[0].offset == len(PROMPT)
