@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 
 from node.ggml.cutting.kinds import check_cut, known, layer_count
 from node.ggml.cutting.metadata import stage_metadata, text
+from unicluster.checkpoints.checkpoint import write_at
 from unicluster.checkpoints.gguf import (
     ALIGNMENT,
     MAGIC,
@@ -208,7 +209,7 @@ def _copy(file: Path, where: Range, to: int, at: int) -> None:
             data = os.pread(source.fileno(), min(COPY_BYTES, end - start), start)
             if not data:
                 raise InputError(f"{file}: ends before byte {end}")
-            os.pwrite(to, data, at)
+            write_at(to, data, at)
             start, at = start + len(data), at + len(data)
 
 

@@ -1,12 +1,13 @@
 """Fetches a model's files onto this machine: only those that its stage needs."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from node.weights import hub, store
 from node.weights.caches import unused_stages
-from node.weights.made import check_space
+from node.weights.made import MAKE_ROOM, check_space
 from node.weights.progress import Stop
 from node.weights.sources import Sources
 from unicluster.checkpoints.checkpoint import Checkpoint, Manifest, is_gguf
@@ -43,7 +44,8 @@ async def describe(model: str, revision: str, sources: Sources) -> Checkpoint:
                 raise
             raise _not_again(damaged, error) from error
         checkpoint = await asyncio.to_thread(store.create, manifest)
-    await _mend(checkpoint, sources)
+    with _stored(checkpoint):
+        await _mend(checkpoint, sources)
     return checkpoint
 
 
@@ -102,7 +104,8 @@ async def fetch_ranges(
         asyncio.create_task(sources.fetch(checkpoint, parts, progress.add)),
     ]
     try:
-        await asyncio.gather(*tasks)
+        with _stored(checkpoint):
+            await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
@@ -235,6 +238,19 @@ def tensor_ranges(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str,
         if ranges := merged(in_file[tensor] for tensor in in_file.keys() & tensors):
             by_file[name] = ranges
     return by_file
+
+
+@contextmanager
+def _stored(checkpoint: Checkpoint) -> Iterator[None]:
+    """Names the folder where files can't be stored: the disk is full, or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UnavailableError(
+            f"{checkpoint.root}: can't be written: {error.strerror}; {MAKE_ROOM}"
+        ) from error
 
 
 def _check_space(checkpoint: Checkpoint, needed: int) -> None:

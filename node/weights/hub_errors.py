@@ -1,5 +1,6 @@
 """Errors of huggingface_hub as ours, each one line with the hub's reason."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from node.weights.hub_compat import HTTPError
+from node.weights.made import MAKE_ROOM
 from unicluster.errors import NotFoundError, UnavailableError, in_one_line
 
 
@@ -46,7 +48,10 @@ def translated_errors(model: str) -> Iterator[None]:
             "copy the model here and give its directory"
         ) from error
     except OSError as error:
-        raise UnavailableError(f"{model}: {in_one_line(error)}") from error
+        reason = in_one_line(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{error.strerror}: {MAKE_ROOM}"
+        raise UnavailableError(f"{model}: {reason}") from error
 
 
 def _reason(error: HfHubHTTPError) -> str:

@@ -19,6 +19,7 @@ from unicluster.units import format_bytes
 log = logging.getLogger(__name__)
 
 PART = ".part"
+MAKE_ROOM = "make room, or set HF_HOME to a larger disk"
 
 
 def hold(file: Path) -> IO[bytes] | None:
@@ -77,7 +78,7 @@ def check_space(folder: Path, needed: int, model: str, unused: Iterable[Path] = 
     if needed > free:
         raise UnavailableError(
             f"{model}: {format_bytes(needed)} are to be stored in {folder}, where "
-            f"{format_bytes(free)} are free: make room, or set HF_HOME to a larger disk"
+            f"{format_bytes(free)} are free: {MAKE_ROOM}"
         )
 
 

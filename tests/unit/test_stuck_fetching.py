@@ -1,10 +1,12 @@
-"""Files from machines and hubs that trickle, or send nothing: no fetch waits for ever.
+"""Files from machines and hubs that trickle, or send nothing, or find no room on this disk.
 
-Servers in this process, over real gRPC and HTTP, and a download that its caller gives up.
+Servers in this process, over real gRPC and HTTP, and a download that its caller gives up: no fetch
+waits for ever, and none takes for right what was not written.
 """
 
 import asyncio
 import hashlib
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -21,8 +23,10 @@ from node.weights.sources import Sources
 from tests.support.cluster import until
 from tests.support.deadlines import scaled
 from tests.support.hub import Hub
+from tests.support.mounts import fill, small_disk
 from tests.support.tiny_gguf import write_gguf
 from unicluster.checkpoints.checkpoint import Checkpoint, File, Manifest
+from unicluster.checkpoints.ranges import without
 from unicluster.checkpoints.weights_service import WeightsService
 from unicluster.cluster.channels import bind, make_server
 from unicluster.deadlines import VARIABLE
@@ -87,8 +91,12 @@ async def serve() -> AsyncIterator[Any]:
         await server.stop(grace=None)
 
 
+def empty_copy(root: Path) -> Checkpoint:
+    return Checkpoint.create(root, Manifest(REPO, "1" * 40, {NAME: File(len(CONTENT), "")}))
+
+
 async def fetched(root: Path, *addresses: str) -> bytes:
-    copy = Checkpoint.create(root, Manifest(REPO, "1" * 40, {NAME: File(len(CONTENT), "")}))
+    copy = empty_copy(root)
     async with Sources(addresses, CLUSTER.issue("ann")) as sources, asyncio.timeout(scaled(60)):
         await sources.fetch(copy, {NAME: copy.all_of(NAME)})
     return copy.read(NAME, 0, len(CONTENT))
@@ -233,3 +241,104 @@ async def test_of_a_header_no_more_is_read_than_it_has_and_not_on_the_event_loop
     assert reads
     assert max(length for length, _ in reads) < 1 << 20
     assert not any(on_loop for _, on_loop in reads)
+
+
+# To a disk that is full
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "8m") as made:
+        if made is None:
+            pytest.skip("only root may mount a small disk")
+        yield made
+
+
+def leave(disk: Path, room: int) -> Path:
+    """Takes all of a disk but `room` bytes; the file that has it."""
+    filler = fill(disk)
+    os.truncate(filler, filler.stat().st_size - room)
+    return filler
+
+
+def assert_right(copy: Checkpoint) -> None:
+    """All that a copy says it has is so."""
+    for start, end in copy.available(NAME):
+        assert copy.read(NAME, start, end) == CONTENT[start:end]
+
+
+async def test_a_machine_s_bytes_find_no_room_until_there_is_some(
+    serve: Any, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills after its room was looked at. A block of odd size finds room for a part."""
+    monkeypatch.setattr(fetch, "check_space", lambda *arguments: None)
+    address = await serve(Sender(10_007, 0.0))
+    copy = empty_copy(disk / "copy")
+    filler = leave(disk, len(CONTENT) // 2)
+
+    async def pulled() -> None:
+        async with Sources([address], CLUSTER.issue("ann")) as sources, asyncio.timeout(scaled(60)):
+            await fetch_ranges(copy, {NAME: copy.all_of(NAME)}, (), sources)
+
+    with pytest.raises(UnavailableError, match=f"^{disk}/copy: can't be written: No space left .*"):
+        await pulled()
+    assert_right(copy)
+
+    filler.unlink()
+    await pulled()
+    assert copy.read(NAME, 0, len(CONTENT)) == CONTENT
+
+
+async def test_a_hub_s_bytes_find_no_room_until_there_is_some(
+    served: Hub, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(disk / "cache"))
+    monkeypatch.setattr(fetch, "check_space", lambda *arguments: None)
+    copy = store.create(hub.resolve(REPO))
+    filler = leave(disk, len(CONTENT) // 2)
+
+    with pytest.raises(UnavailableError, match=rf"^{REPO}: No space left on device: make room, or"):
+        await get(copy)
+    assert_right(copy)
+
+    filler.unlink()
+    await get(copy)
+    assert copy.read(NAME, 0, len(CONTENT)) == CONTENT
+
+
+def test_where_the_system_writes_a_part_the_rest_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = empty_copy(tmp_path)
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda to, data, at: whole(to, data[:777], at))
+
+    copy.write(NAME, 0, CONTENT)
+
+    assert copy.read(NAME, 0, len(CONTENT)) == CONTENT
+
+
+def test_a_list_that_was_cut_off_says_no_more_than_is_true(tmp_path: Path) -> None:
+    copy = empty_copy(tmp_path)
+    first, second = (1024, 20_480), (40_960, 81_920)
+    copy.list(NAME, (first,))
+    (listed,) = tmp_path.glob(f"{NAME}.*")
+    text = listed.read_bytes()
+
+    for length in range(len(text)):
+        listed.write_bytes(text[:length])
+        assert without(copy.available(NAME), (first,)) == ()
+
+        copy.list(NAME, (second,))
+        assert without(copy.available(NAME), (first, second)) == ()
+        assert without((second,), copy.available(NAME)) == ()
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"7", b"9 7", b"0 99999999999", b"-1 7", b"1 2 3"])
+def test_a_damaged_line_of_a_list_says_nothing(tmp_path: Path, line: bytes) -> None:
+    copy = empty_copy(tmp_path)
+    copy.list(NAME, ((0, 7),))
+    (listed,) = tmp_path.glob(f"{NAME}.*")
+    listed.write_bytes(line + b"\n" + listed.read_bytes())
+
+    assert copy.available(NAME) == ((0, 7),)

@@ -144,10 +144,11 @@ class Checkpoint:
         if not file.exists() or file.stat().st_size != length:
             return ()
         try:
-            lines = self._list(name).read_text().splitlines()
+            lines = self._list(name).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return merged([(0, length)])
-        return merged(_range(line) for line in lines)
+        parts = (_range(line) for line in lines)
+        return merged(part for part in parts if part is not None and part[1] <= length)
 
     def missing(self, name: str, wanted: Ranges) -> Ranges:
         """The bytes of `wanted` that are not here."""
@@ -171,15 +172,17 @@ class Checkpoint:
     def write(self, name: str, start: int, data: bytes) -> None:
         """Puts bytes into a sparse file. They are available once they are listed."""
         with self._sparse(name) as descriptor:
-            os.pwrite(descriptor, data, start)
+            write_at(descriptor, data, start)
 
     def list(self, name: str, ranges: Ranges) -> None:
         """Says of bytes that were written that they are right."""
         with self._sparse(name) as descriptor:
             os.fsync(descriptor)
         text = "".join(f"{start} {end}\n" for start, end in ranges)
-        with self._list(name).open("a") as stream:
-            stream.write(text)
+        with self._list(name).open("ab+") as stream:
+            if stream.tell() and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n":
+                text = f"\n{text}"  # behind a line that found no room
+            stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -238,6 +241,23 @@ class Checkpoint:
         return self.root / (FileName(name) + LIST)
 
 
-def _range(line: str) -> Range:
+def write_at(descriptor: int, data: bytes, start: int) -> None:
+    """Writes all of `data` at byte `start`. Raises OSError, as for a disk that has no more room.
+
+    One call to the system writes a part of it, without an error, where there is room for a part.
+    """
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, start)
+        rest, start = rest[written:], start + written
+
+
+def _range(line: str) -> Range | None:
+    """The range in a line of a list; None for a line that is damaged.
+
+    Of one that was cut off, as by a full disk, nothing or a part of the range is left.
+    """
     start, _, end = line.partition(" ")
+    if not (start.isdecimal() and end.isdecimal()) or int(start) >= int(end):
+        return None
     return int(start), int(end)
