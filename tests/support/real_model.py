@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,42 @@ _LAYER = {
 }
 
 
+# SmolLM2's, with tools in the form that Qwen's models have.
+TOOLS_TEMPLATE = """\
+{%- if tools %}{{ '<|im_start|>system\\nYou may call functions. Write each call as <tool_call>\\n\
+{"name": NAME, "arguments": {...}}\\n</tool_call>. The functions:\\n' }}
+{%- for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + message.content + \
+'\\n</tool_response><|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>\\n{"name": "' + call.function.name + \
+'", "arguments": ' }}{{ call.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
 def gguf_file() -> Path | None:
     """The GGUF; None where the package is not installed. The package itself is never imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def gguf_with_tools(file: Path, folder: Path) -> Path:
+    """A copy of the GGUF in `folder`, whose chat template has tools, as SmolLM2's own has not."""
+    template, copy = folder / "template.jinja", folder / "smollm2-tools.gguf"
+    template.write_text(TOOLS_TEMPLATE)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "gguf.scripts.gguf_new_metadata"),
+            *("--chat-template-file", str(template), str(file), str(copy)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return copy
 
 
 def safetensors_folder(file: Path) -> Path:
