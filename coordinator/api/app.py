@@ -30,6 +30,7 @@ from coordinator.protocols.errors import (
     HttpError,
     anthropic_error,
     failure_of,
+    not_ready,
     openai_error,
 )
 from coordinator.protocols.ollama import ollama_error
@@ -58,6 +59,7 @@ def make_app(
 ) -> ASGIApp:
     """The application; `hosts` and `origins` as of Guard."""
     door = _Door(gateway, doorman)
+    failed = partial(_failed, gateway)
     return Starlette(
         routes=[
             Route("/healthz", door.healthy),
@@ -83,7 +85,7 @@ def make_app(
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[
-            Middleware(Guard, hosts=hosts, origins=origins, refuse=_failed),
+            Middleware(Guard, hosts=hosts, origins=origins, refuse=failed),
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(origins),
@@ -92,9 +94,9 @@ def make_app(
             ),
         ],
         exception_handlers={
-            HTTPException: _no_such_path,
-            UniclusterError: _failed,
-            Exception: _failed,
+            HTTPException: partial(_no_such_path, gateway),
+            UniclusterError: failed,
+            Exception: failed,
         },
     )
 
@@ -116,7 +118,8 @@ class _Door:
         reason = self._gateway.why_not
         if not reason:
             return JSONResponse({"status": "ready"})
-        said = {"status": self._gateway.info().state, "reason": reason}
+        how = not_ready(self._gateway.info(), reason)
+        said = {"status": how.state, "reason": reason, "progress": how.progress}
         return JSONResponse(said, 503, {"Retry-After": str(LOADING_RETRY)})
 
     async def metrics(self, request: Request) -> Response:
@@ -197,18 +200,18 @@ class _Door:
         return served | {model_name(self._gateway)}
 
 
-def _no_such_path(request: Request, error: Exception) -> Response:
+def _no_such_path(gateway: Gateway, request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = dict(getattr(error, "headers", None) or {})
     message = {404: "there is nothing at this path", 405: "this path takes another method"}
     reason = message.get(status, "the request is refused")
-    return _failed(request, HttpError(status, reason, code="unknown_url", headers=headers))
+    return _failed(gateway, request, HttpError(status, reason, code="unknown_url", headers=headers))
 
 
-def _failed(request: Request, error: Exception) -> Response:
+def _failed(gateway: Gateway, request: Request, error: Exception) -> Response:
     if not isinstance(error, UniclusterError):
         log.error("a request to %s failed", request.url.path, exc_info=error)
-    failure = failure_of(error)
+    failure = failure_of(error).of_model(gateway.info(), gateway.why_not)
     in_their_form = openai_error
     if request.url.path.startswith("/v1/messages"):
         in_their_form = anthropic_error

@@ -103,7 +103,8 @@ class Respond:
             except Exception as error:
                 if not isinstance(error, UniclusterError):
                     log.exception("an answer for %s failed", self._caller)
-                await _send(send, self._asked.reply.failed(failure_of(error)))
+                failure = failure_of(error).of_model(self._gateway.info(), self._gateway.why_not)
+                await _send(send, self._asked.reply.failed(failure))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _parts(self, answers: Answers) -> AsyncGenerator[bytes, None]:

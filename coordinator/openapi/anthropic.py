@@ -7,6 +7,7 @@ from coordinator.openapi.parts import (
     ID,
     MODEL,
     NAME,
+    NOT_READY,
     NULL,
     OBJECT,
     STOP,
@@ -65,7 +66,7 @@ def _typed(kind: str, **fields: Json) -> Json:
 
 
 SCHEMAS: dict[str, Json] = {
-    "AnthropicError": _typed("error", error=answered({"type": TEXT, "message": TEXT})),
+    "AnthropicError": _typed("error", error=answered({"type": TEXT, "message": TEXT}, NOT_READY)),
     "TextBlock": asked({"type": choice("text"), "text": TEXT}, {**_CACHED, "citations": ANY}),
     "InputMessage": either(
         asked({"role": choice("system"), "content": _TEXTS}, {}),

@@ -6,13 +6,22 @@ That it is what the translations read and write is tested: tests/unit/test_opena
 from dataclasses import dataclass
 
 from coordinator.openapi import anthropic, ollama, openai_answers, openai_requests, responses
-from coordinator.openapi.parts import TEXT, answered, choice, ref
+from coordinator.openapi.parts import NOT_READY, TEXT, answered, choice, ref
 from coordinator.protocols.asked import EVENTS, LINES, Json
 from unicluster import __version__
 
-JSON = "application/json"
-# Without a body; with one; where the model answers.
-REFUSED = {401: "no good key", 403: "not for this key or page", 421: "another Host"}
+JSON, PLAIN = "application/json", "text/plain"
+# Of every path; with a body.
+REFUSED = {
+    400: "no HTTP, or two lengths of the body",
+    401: "no good key",
+    403: "not for this key or page",
+    421: "another Host",
+    503: "too many connections",
+    505: "another version of HTTP",
+}
+# Statuses that the server itself may answer with, in plain text, before anything is read.
+OF_SERVER = (400, 503)
 OF_BODIES = {
     400: "the request, with the field",
     404: "another model",
@@ -24,7 +33,6 @@ OF_BODIES = {
     503: "the model loads, moves or has lost a machine",
 }
 WITH_RETRY = (429, 503)
-STATE = {"status": TEXT}
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ SCHEMAS: dict[str, Json] = {
     **ollama.SCHEMAS,
     "Healthy": answered({"status": choice("ok")}),
     "Ready": answered({"status": choice("ready")}),
-    "NotReady": answered({**STATE, "reason": TEXT}),
+    "NotReady": answered({"status": TEXT, "reason": TEXT, "progress": NOT_READY["progress"]}),
 }
 
 
@@ -154,8 +162,10 @@ def _responses(path: Path) -> Json:
         errors[400] = "nothing here can answer it"
     else:
         found["200"] = {"description": "the answer", "content": _content(path)}
+    late = bool(path.body) or 503 in path.errors
     for status, reason in sorted(errors.items()):
-        found[str(status)] = _error(status, reason, path.error)
+        schema = path.error if status != 503 or late else ""
+        found[str(status)] = _error(status, reason, schema)
     if path.name == "/readyz":
         found["503"] = _error(503, "not yet", "NotReady")
     return found
@@ -163,7 +173,7 @@ def _responses(path: Path) -> Json:
 
 def _content(path: Path) -> Json:
     if path.name == "/metrics":
-        return {"text/plain": {"schema": TEXT}}
+        return {PLAIN: {"schema": TEXT}}
     if not path.answer:
         return {JSON: {"schema": {"type": "object"}}}
     content: Json = {JSON: {"schema": ref(path.answer)}}
@@ -183,8 +193,12 @@ def _event(piece: str) -> Json:
 
 
 def _error(status: int, reason: str, schema: str) -> Json:
-    response: Json = {"description": reason, "content": {JSON: {"schema": ref(schema)}}}
-    if status in WITH_RETRY:
+    """A response with an error; `schema` is that of its JSON, "" where it has none."""
+    content: Json = {JSON: {"schema": ref(schema)}} if schema else {}
+    if status in OF_SERVER:
+        content[PLAIN] = {"schema": TEXT}
+    response: Json = {"description": reason, "content": content}
+    if status in WITH_RETRY and schema:
         seconds = {"description": "seconds to wait", "schema": {"type": "string"}}
         response["headers"] = {"Retry-After": seconds}
     return response

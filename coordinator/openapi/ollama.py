@@ -9,6 +9,7 @@ from coordinator.openapi.parts import (
     MIN_P,
     MODEL,
     NAME,
+    NOT_READY,
     OBJECT,
     PENALTY,
     REPETITION_PENALTY,
@@ -85,7 +86,7 @@ def _line(said: dict[str, Json], thought: dict[str, Json] | None = None) -> Json
 
 
 SCHEMAS: dict[str, Json] = {
-    "OllamaError": answered({"error": TEXT}),
+    "OllamaError": answered({"error": TEXT}, NOT_READY),
     "OllamaOptions": asked(
         {},
         {

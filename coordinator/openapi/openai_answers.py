@@ -3,6 +3,7 @@
 from coordinator.openapi.parts import (
     COUNT,
     FINISH,
+    NOT_READY,
     NULL,
     NUMBER,
     TEXT,
@@ -65,7 +66,8 @@ SCHEMAS: dict[str, Json] = {
     "OpenAIError": answered(
         {
             "error": answered(
-                {"message": TEXT, "type": TEXT, "param": optional(TEXT), "code": optional(TEXT)}
+                {"message": TEXT, "type": TEXT, "param": optional(TEXT), "code": optional(TEXT)},
+                NOT_READY,
             )
         }
     ),

@@ -105,4 +105,6 @@ MIN_P = number(0, 1)
 PENALTY = number(-2, 2)
 REPETITION_PENALTY = number(0, 10, above=True)
 SEED = whole(-(1 << 63), (1 << 64) - 1)
+# Fields that an error object has where the model does not answer.
+NOT_READY: dict[str, Json] = {"state": TEXT, "reason": TEXT, "progress": optional(number(0, 1))}
 FINISH = choice("stop", "length", "tool_calls")

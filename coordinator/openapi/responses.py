@@ -17,6 +17,7 @@ from coordinator.openapi.parts import (
     ID,
     MODEL,
     NAME,
+    NOT_READY,
     NULL,
     NUMBER,
     OBJECT,
@@ -78,8 +79,8 @@ _IN = {**_ITEM, "content_index": COUNT}
 _NO_LOGPROBS = {"logprobs": items(ANY, most=0)}
 
 
-def _event(kind: str, **fields: Json) -> Json:
-    return answered({"type": choice(kind), "sequence_number": COUNT, **fields})
+def _event(kind: str, sometimes: Json | None = None, **fields: Json) -> Json:
+    return answered({"type": choice(kind), "sequence_number": COUNT, **fields}, sometimes)
 
 
 _OUTPUT_ITEM = {"output_index": COUNT, "item": ref("OutputItem")}
@@ -189,6 +190,6 @@ SCHEMAS: dict[str, Json] = {
         _event("response.reasoning_text.done", **_IN, text=TEXT),
         _event(f"{_ARGUMENTS}.delta", **_ITEM, delta=TEXT),
         _event(f"{_ARGUMENTS}.done", **_ITEM, arguments=TEXT, name=TEXT),
-        _event("error", code=optional(TEXT), message=TEXT, param=optional(TEXT)),
+        _event("error", NOT_READY, code=optional(TEXT), message=TEXT, param=optional(TEXT)),
     ),
 }

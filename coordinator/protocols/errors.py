@@ -1,7 +1,7 @@
 """Errors as HTTP answers: a status, and one JSON object for each family of clients."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unicluster.errors import (
@@ -12,6 +12,7 @@ from unicluster.errors import (
     UnavailableError,
     UniclusterError,
 )
+from unicluster.v1.chat_pb2 import ChatInfo
 
 Json = dict[str, Any]
 
@@ -43,8 +44,34 @@ class HttpError(UniclusterError):
 
 
 @dataclass(frozen=True)
+class NotReady:
+    """Why the model does not answer. `state`: loading, ready, recovering or failed.
+
+    progress: share of its weights that are fetched and loaded, 0 to 1; None while nothing loads.
+    """
+
+    state: str
+    reason: str
+    progress: float | None = None
+
+    def fields(self) -> Json:
+        """The fields that an error object has of it, in every protocol."""
+        share = None if self.progress is None else round(self.progress, 4)
+        return {"state": self.state, "reason": self.reason, "progress": share}
+
+
+def not_ready(info: ChatInfo, why_not: str) -> NotReady:
+    """State of the model that is described by `info`."""
+    reason = info.detail or why_not
+    return NotReady(info.state, reason, info.progress if info.HasField("progress") else None)
+
+
+@dataclass(frozen=True)
 class Failure:
-    """An error as it is answered. `kind` is OpenAI's type of error; `param` names what is wrong."""
+    """An error as it is answered. `kind` is OpenAI's type of error; `param` names what is wrong.
+
+    not_ready: with status 503, how the model is.
+    """
 
     status: int
     kind: str
@@ -52,8 +79,20 @@ class Failure:
     code: str | None = None
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    not_ready: NotReady | None = None
+
+    def more(self) -> Json:
+        """Fields of the error object beyond those that its protocol has."""
+        return {} if self.not_ready is None else self.not_ready.fields()
+
+    def of_model(self, info: ChatInfo, why_not: str) -> "Failure":
+        """The same failure, which states how the model is where that is its reason."""
+        if self.code != UNAVAILABLE:
+            return self
+        return replace(self, not_ready=not_ready(info, why_not or self.message))
 
 
+UNAVAILABLE = "unavailable"
 INTERNAL = Failure(500, "server_error", "unexpected error here: the log of `serve` has it")
 
 
@@ -73,7 +112,7 @@ def failure_of(error: Exception) -> Failure:
             return Failure(429, "rate_limit_error", message, "queue_full", headers=headers)
         case UnavailableError() | DoesNotFitError():
             headers = {"Retry-After": str(LOADING_RETRY)}
-            return Failure(503, "server_error", message, "unavailable", headers=headers)
+            return Failure(503, "server_error", message, UNAVAILABLE, headers=headers)
         case UniclusterError():
             return Failure(500, "server_error", message)
     return INTERNAL
@@ -94,7 +133,7 @@ def anthropic_error(failure: Failure) -> Json:
     """The error object of Anthropic's API."""
     other = "invalid_request_error" if failure.status < 500 else "api_error"
     kind = _ANTHROPIC_KINDS.get(failure.status, other)
-    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    return {"type": "error", "error": {"type": kind, "message": failure.message, **failure.more()}}
 
 
 def openai_error(failure: Failure) -> Json:
@@ -105,5 +144,6 @@ def openai_error(failure: Failure) -> Json:
             "type": failure.kind,
             "param": failure.param,
             "code": failure.code,
+            **failure.more(),
         }
     }

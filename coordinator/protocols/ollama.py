@@ -197,7 +197,7 @@ class OllamaReply:
         return _line({**self._said("", "", ()), **self._last})
 
     def failed(self, failure: Failure) -> bytes:
-        return _line({"error": failure.message})
+        return _line(ollama_error(failure))
 
     def _said(self, text: str, reasoning: str, calls: Sequence[ToolCall | WireCall]) -> Json:
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
@@ -213,7 +213,7 @@ class OllamaReply:
 
 def ollama_error(failure: Failure) -> Json:
     """The error object of Ollama's API."""
-    return {"error": failure.message}
+    return {"error": failure.message, **failure.more()}
 
 
 def _call(call: ToolCall | WireCall) -> Json:

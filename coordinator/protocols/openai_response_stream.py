@@ -66,7 +66,7 @@ class ResponseReply:
 
     def failed(self, failure: Failure) -> bytes:
         problem = {"code": failure.code, "message": failure.message, "param": failure.param}
-        return self._event("error", **problem)
+        return self._event("error", **problem, **failure.more())
 
     def _event(self, kind: str, **fields: object) -> bytes:
         value = {"type": kind, "sequence_number": self._sent, **fields}

@@ -184,6 +184,13 @@ class Deployment:
         return self.detail or "the model is being unloaded"
 
     @property
+    def loaded(self) -> float:
+        """Share of the weights of all stages that are fetched and loaded, 0 to 1."""
+        total = sum(stage.weight_bytes for stage in self.plan.stages)
+        done = sum(lease.loaded * lease.stage.weight_bytes for lease in self._leases)
+        return done / total if total else 0.0
+
+    @property
     def head_name(self) -> str:
         return self.plan.stages[0].machine.name
 

@@ -85,6 +85,15 @@ class Lease:
         """ "machine bob (layers 10 to 19)"."""
         return f"machine {self.name} (layers {self.stage.first} to {self.stage.end - 1})"
 
+    @property
+    def loaded(self) -> float:
+        """Share of the stage's weights that are fetched and loaded, 0 to 1."""
+        if self.worker is not None:
+            return 1.0
+        done = self._progress.bytes_done + self._progress.fetched
+        total = self._progress.bytes_total + self._progress.to_fetch
+        return min(done / total, 1.0) if total else 0.0
+
     async def hold(self, events: Events, changed: Callable[[], None]) -> None:
         """Follows the stage until it is lost."""
         who = f"machine {self.name} ({self._agent})"

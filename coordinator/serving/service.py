@@ -244,6 +244,8 @@ class Service:
         )
         if self.deployment is not None:
             info.stages.extend(self.deployment.stages)
+            if self.state != "ready":
+                info.progress = self.deployment.loaded
         return info
 
     async def run(self) -> None:

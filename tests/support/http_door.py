@@ -66,9 +66,12 @@ class Parrot:
         return Measured(info=self.info())
 
     def info(self) -> ChatInfo:
-        return ChatInfo(
+        info = ChatInfo(
             model=self.display, quant="q4", context=4096, users=4, state=self.state, detail=""
         )
+        if self.state != "ready":
+            info.detail, info.progress = "3 of 12 GB are loaded", 0.25
+        return info
 
 
 @dataclass

@@ -211,6 +211,58 @@ async def test_while_the_model_loads_the_reason_is_said(
     assert (await http.get("/readyz")).status_code == 200
 
 
+ASKED = [
+    (CHAT, said("hello"), ("error",)),
+    ("/v1/completions", {"prompt": "hello"}, ("error",)),
+    ("/v1/responses", {"input": "hello"}, ("error",)),
+    ("/v1/messages", said("hello", max_tokens=9), ("error",)),
+    ("/v1/messages/count_tokens", said("hello"), ("error",)),
+    ("/api/chat", said("hello"), ()),
+    ("/api/generate", {"prompt": "hello"}, ()),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "within"), ASKED, ids=lambda each: str(each)[:25])
+@pytest.mark.parametrize("state", ["loading", "recovering", "failed"])
+async def test_each_protocol_says_how_far_the_model_is(
+    door: Door, http: httpx.AsyncClient, path: str, body: Any, within: tuple[str, ...], state: str
+) -> None:
+    door.service.state = state
+    answer = await http.post(path, json=body)
+
+    said = answer.json()
+    for name in within:
+        said = said[name]
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert (said["state"], said["reason"], said["progress"]) == (
+        *(state, "3 of 12 GB are loaded", 0.25),
+    )
+
+
+async def test_an_answer_that_a_loss_ends_says_how_the_model_is(
+    door: Door, http: httpx.AsyncClient
+) -> None:
+    """In its stream, too, whose status was 200."""
+    body = said("break UNAVAILABLE machine ann is gone", stream=True)
+    answer = await http.post(CHAT, json=body)
+    *_, last = (line for line in answer.text.splitlines() if line.startswith("data: "))
+
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert answer.status_code == 200
+    assert error["state"] == door.service.state
+    assert "ann" in error["reason"]
+    assert error["progress"] is None
+
+
+async def test_what_is_wrong_with_a_request_says_nothing_of_the_model(
+    http: httpx.AsyncClient,
+) -> None:
+    answer = await http.post(CHAT, json=said("hello", seed="x"))
+
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
 async def test_metrics_are_those_of_prometheus(http: httpx.AsyncClient) -> None:
     answer = await http.get("/metrics")
     families = {family.name for family in text_string_to_metric_families(answer.text)}

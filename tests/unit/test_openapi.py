@@ -1,9 +1,12 @@
 """The OpenAPI document against what reads requests and writes answers: neither may drift."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -15,7 +18,7 @@ from starlette.applications import Starlette
 from coordinator.api.app import make_app
 from coordinator.openapi.document import PATHS, Path, document
 from coordinator.protocols.anthropic import read_count, read_message
-from coordinator.protocols.errors import Failure
+from coordinator.protocols.errors import Failure, NotReady
 from coordinator.protocols.fields import Fields
 from coordinator.protocols.ollama import read_chat as read_ollama_chat
 from coordinator.protocols.ollama import read_generate
@@ -24,6 +27,7 @@ from coordinator.protocols.openai_completions import read_completion
 from coordinator.protocols.openai_responses import read_response
 from node.generation.sampling import Sampling
 from tests.support.bodies import Bodies, damaged
+from tests.support.deadlines import scaled
 from tests.support.http_door import http_door
 from unicluster.chat_limits import check_limits
 from unicluster.client.answers import collect, event_from_wire
@@ -168,7 +172,7 @@ async def test_embeddings_are_refused_as_the_document_has_it(path: Path) -> None
         answer = await http.post(path.name, json={"model": "parrot", "input": "hello"})
     responses = DOCUMENT["paths"][path.name]["post"]["responses"]
     assert answer.status_code == 400
-    assert list(responses) == ["400", "401", "403", "421"]
+    assert list(responses) == ["400", "401", "403", "421", "503", "505"]
     validator(path.error).validate(answer.json())
 
 
@@ -184,6 +188,43 @@ async def test_descriptions_of_the_model_are_those_of_the_document(state: str) -
         assert answer.status_code == (503 if late else 200)
         validator("NotReady" if late else path.answer).validate(answer.json())
     validator("OllamaShown").validate(shown.json())
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+async def test_what_the_server_itself_refuses_is_in_the_document(path: Path) -> None:
+    """Before a request is read: its HTTP, its version, its lengths; and too many connections."""
+    (operation,) = DOCUMENT["paths"][path.name].values()
+    (method,) = DOCUMENT["paths"][path.name]
+    target = f"{method.upper()} {path.name.format(name='parrot')}"
+    asks = {
+        f"{target} HTTP/1.1\r\nHost: localhost\r\nnonsense\r\n\r\n": "text/plain",
+        f"{target} HTTP/9.9\r\nHost: localhost\r\n\r\n": "application/json",
+        f"{target} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        "Content-Length: 5\r\n\r\n0\r\n\r\n": "application/json",
+    }
+    async with http_door() as door:
+        where = urlsplit(door.url)
+        for ask, kind in asks.items():
+            status, got, body = await refusal_of(where.hostname or "", where.port or 0, ask)
+            content = operation["responses"][status]["content"][kind]
+            assert got == kind
+            if kind == "application/json":
+                Draft202012Validator({**content["schema"], **DOCUMENT}).validate(json.loads(body))
+    assert operation["responses"]["503"]["content"]["text/plain"]
+
+
+async def refusal_of(host: str, port: int, ask: str) -> tuple[str, str, bytes]:
+    """Status, media type and body of the answer to these bytes, after which the door hangs up."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(ask.encode())
+        async with asyncio.timeout(scaled(30)):
+            answer = await reader.read()
+    finally:
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    kind = re.search(rb"(?i)content-type: ([^;\r]+)", head)
+    return head.split()[1].decode(), kind[1].decode() if kind else "", body
 
 
 LIKELY = TokenLogprob(token_id=1, logprob=-0.5, text=b"a", top=[TokenLogprob(logprob=-1)])
@@ -229,7 +270,9 @@ def test_answers_and_events_are_those_of_the_document(
     whole = ask().reply.whole([collect([event_from_wire(event) for event in events])])
     reply = ask().reply
     pieces = [reply.begin(), reply.waiting, *(reply.event(0, each) for each in events)]
-    pieces += [reply.end(), reply.failed(Failure(503, "server_error", "gone"))]
+    gone = Failure(503, "server_error", "gone")
+    late = replace(gone, not_ready=NotReady("loading", "2 of 3 GB are there", 0.667))
+    pieces += [reply.end(), reply.failed(gone), reply.failed(late)]
 
     validator(entry.answer).validate(whole)
     values = [value for piece in pieces for value in values_of(piece)]

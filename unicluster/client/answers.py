@@ -178,7 +178,8 @@ class ChatInfo:
     `live_caches` counts the KV caches of answers on all machines but the first. The prefix
     cache has `kept_caches` of finished answers, of `kept_bytes` on all machines together.
     `lanes` are batches that take turns on the machines. `ring_s` is the time of an empty frame
-    once round the machines.
+    once round the machines. `progress`, while it loads, is the share of the weights, 0 to 1, that
+    are fetched and loaded.
     """
 
     model: str
@@ -194,6 +195,7 @@ class ChatInfo:
     kept_bytes: int = 0
     ring_s: float = 0.0
     cause: str = ""
+    progress: float | None = None
 
 
 # Options whose field on the wire is not set to their value.
@@ -317,6 +319,7 @@ def info_from_wire(info: wire.ChatInfo) -> ChatInfo:
         kept_bytes=info.kept_bytes,
         ring_s=info.ring_s,
         cause=info.cause,
+        progress=info.progress if info.HasField("progress") else None,
     )
 
 

@@ -963,6 +963,7 @@ class ChatInfo(_message.Message):
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     RING_S_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     quant: _builtins.str
     context: _builtins.int
@@ -983,6 +984,8 @@ class ChatInfo(_message.Message):
     """of the loss for which it does not answer, as in Status"""
     ring_s: _builtins.float
     """of a frame that asks for no computing, once round, just now"""
+    progress: _builtins.float
+    """share of the weights that are fetched and loaded, 0 to 1"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageInfo]: ...
     def __init__(
@@ -1001,12 +1004,15 @@ class ChatInfo(_message.Message):
         kept_bytes: _builtins.int = ...,
         cause: _builtins.str = ...,
         ring_s: _builtins.float = ...,
+        progress: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "cause", b"cause", "context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "progress", b"progress", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
+    _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
 
 Global___ChatInfo: _TypeAlias = ChatInfo  # noqa: Y015
 
