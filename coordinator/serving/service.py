@@ -211,24 +211,27 @@ class Service:
 
     async def describe(self) -> ChatInfo:
         """How the service is; what is known of lanes and caches comes from the head."""
-        info = self.info()
+        head = ChatInfo()
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Describe(DescribeChatRequest(), timeout=HEAD_SECONDS)
-            head = await _answer_of_head(asked) or ChatInfo()
-            info.live_caches = head.live_caches
-            info.ring_s = head.ring_s
-            _copy_counts(head, info)
+            head = await _answer_of_head(asked) or head
+        info = self.info()  # as it is now: the head may be lost, and take long to say nothing
+        info.live_caches = head.live_caches
+        info.ring_s = head.ring_s
+        _copy_counts(head, info)
         return info
 
     async def measure(self) -> Measured:
         """Metrics of the head; without meters when there is no head."""
-        losses = {cause.value: count for cause, count in self._events.losses.items()}
-        measured = Measured(info=self.info(), losses=losses)
+        head = None
         if self.deployment is not None and self.deployment.chat is not None:
             asked = self.deployment.chat.Measure(MeasureRequest(), timeout=HEAD_SECONDS)
-            if (head := await _answer_of_head(asked)) is not None:
-                _copy_counts(head.info, measured.info)
-                measured.meters.CopyFrom(head.meters)
+            head = await _answer_of_head(asked)
+        losses = {cause.value: count for cause, count in self._events.losses.items()}
+        measured = Measured(info=self.info(), losses=losses)
+        if head is not None:
+            _copy_counts(head.info, measured.info)
+            measured.meters.CopyFrom(head.meters)
         return measured
 
     def info(self) -> ChatInfo:

@@ -327,11 +327,12 @@ class Agent(NodeServicer):
         else:
             stage = adopted
             follower = stage.follow(self._config(request, stage.port, context))
-            await failpoints.reach_async("agent.adopted")
         self._changed.set()
         writing = asyncio.Lock()  # one message at a time, from whichever of the two
         reporting = asyncio.create_task(self._report_draining(context, writing))
         try:
+            if adopted is not None:
+                await failpoints.reach_async("agent.adopted")
             async for event in follower.events():
                 async with writing:
                     await context.write(event)

@@ -18,7 +18,6 @@ from tests.chaos.points import (
     KINDS,
     OFTEN,
     PLANNING,
-    PREFIXES,
     SERVING,
     STARTING,
     STATE,
@@ -31,9 +30,9 @@ from tests.support.mounts import fill
 # to be noticed.
 LONG, SHORT = (1.0, 8.0), (0.2, 1.2)
 # Seconds after which a failpoint that nobody reached is disarmed.
-ARMED = (3.0, 8.0)
-# More of them until a machine that came back with an empty disk gets a stage again.
-FETCHES = 20.0
+ARMED = (4.0, 12.0)
+# More of them until a machine without a copy of the model gets a stage.
+FETCHES = 30.0
 AWAY = (0.0, 3.0)
 # Bytes of memory that a worker may have beyond those it has.
 MORE_MEMORY = 4 << 20
@@ -159,10 +158,11 @@ class Faults:
     async def panic(self, dice: random.Random) -> str:
         """A process ends at a place of the code, and what leads there begins."""
         point = self._points.turn(dice.choice(KINDS))
-        name = self._where(point, dice)
-        self._points.panic(name, point)
-        self._disarm_later(name, point, dice)
-        await self._lead_to(point, name, dice)
+        names = self._machines.names if point in FETCHING else [self._where(point, dice)]
+        for name in names:
+            self._points.panic(name, point)
+            self._disarm_later(name, point, dice)
+        await self._lead_to(point, dice.choice(names), dice)
         return f"panic at {point}"
 
     async def error(self, dice: random.Random) -> str:
@@ -183,7 +183,7 @@ class Faults:
             await self.agent_killed(dice)
         elif point.endswith(".adopted"):
             await self.coordinator_killed(dice)
-        elif point not in (*OFTEN, *PREFIXES):
+        elif point not in OFTEN:
             workers = agent.workers if agent is not None else self._machines.workers()
             self._send(dice.choice(workers) if workers else None, signal.SIGKILL)
 
@@ -231,7 +231,7 @@ class Faults:
 
     async def delay(self, dice: random.Random) -> str:
         """A process waits for a moment at a place of the code."""
-        point = self._points.turn((*OFTEN, *STARTING, *STATE, *PREFIXES))
+        point = self._points.turn((*OFTEN, *STARTING, *STATE))
         name = self._where(point, dice)
         self._points.delay(name, point)
         self._disarm_later(name, point, dice)

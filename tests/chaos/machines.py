@@ -109,6 +109,10 @@ class Machines:
         if code == USELESS:
             self.wrong.append(f"`serve` ended so that its unit does not start it again, {words}")
 
+    @property
+    def names(self) -> list[str]:
+        return list(self.cluster.agents)
+
     def note_stages(self, names: tuple[str, ...]) -> None:
         self.stages = names
 

@@ -23,20 +23,18 @@ OFTEN = (
 )
 # Reached when a worker is started again.
 STARTING = ("worker.fetch", "worker.load", "worker.loaded", "stage.open")
-# Reached by a worker whose machine has lost its copy of the model.
+# Reached by a worker whose machine has no copy of the model, or has lost it.
 FETCHING = ("fetch.block", "fetch.fetched")
 # Reached when stages of a lost coordinator are taken over: in agents, and in `serve`.
 ADOPTED, ADOPTING = ("agent.adopted",), ("serve.adopted",)
 # Reached by `serve` when a machine is lost, and with each event.
 PLANNING = ("serve.plan", "serve.planned")
 STATE = ("state.write", "state.written")
-# Reached when a stage that computes nothing saves caches of prompts, and when one uses them.
-PREFIXES = ("prefixes.read", "prefixes.write")
 SERVING = (*PLANNING, *ADOPTING, *STATE)
 # Of each of them the next place has its turn, of those of frames twice as often.
-KINDS = (OFTEN, OFTEN, STARTING, FETCHING, ADOPTED, SERVING, PREFIXES)
+KINDS = (OFTEN, OFTEN, STARTING, FETCHING, ADOPTED, SERVING)
 
-STEPS = (1, 60)
+STEPS = (1, 15)
 # Less than counts as stuck.
 DELAY_MS = (50, 900)
 

@@ -23,12 +23,12 @@ def table(found: Mapping[str, Any], wanted: int) -> str:
     """
     total, answers = sum(found["faults"].values()), sum(found["answers"].values())
     asked = answers + found["refused"]
-    acted = Counter(found["acted"])
-    places = {each.split(":")[0] for each in acted}
+    places = set(found["acted"])
     lines = [f"{total} faults in {found['seconds']:.0f} s, seed {found['seed']}", ""]
     lines += _counts(_kinds(found["faults"]))
-    lines += ["", f"failpoints acted {acted.total()} times, at {len(places)} places"]
-    if asleep := sorted({point for kind in KINDS for point in kind} - places):
+    known = {point for kind in KINDS for point in kind}
+    lines += ["", f"failpoints acted at {len(places & known)} of {len(known)} places"]
+    if asleep := sorted(known - places):
         lines += _wrapped("not reached: ", ", ".join(asleep))
     lines += [
         "",

@@ -8,7 +8,7 @@ FOUND: dict[str, Any] = {
     "seed": 7,
     "seconds": 321.0,
     "faults": {"worker killed": 30, "panic at stage.sent": 2, "panic at head.send": 3},
-    "acted": {"stage.sent: panic": 2, "head.send: delay(7)": 1},
+    "acted": ["head.send", "stage.sent"],
     "answers": {"whole and right": 40, "a typed error after a right part": 1},
     "refused": 9,
     "errors": {
@@ -34,7 +34,7 @@ def test_counts_and_times_are_read_off_it() -> None:
 
     assert lines[0] == "35 faults in 321 s, seed 7"
     assert "  panic at a place of the code                      5" in lines
-    assert "failpoints acted 3 times, at 2 places" in lines
+    assert any(line.startswith("failpoints acted at 2 of ") for line in lines)
     assert "50 requests: 82 % met a running model, 9 were refused" in lines
     assert "seconds                       count   median  9 of 10  longest" in lines
     assert "silence of a disturbed answer     3     2.00     2.00    30.25" in lines

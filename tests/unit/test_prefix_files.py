@@ -17,6 +17,7 @@ from node.prefixes.store import PrefixStore
 from tests.support.cluster import until
 from tests.support.deadlines import scaled
 from tests.support.prefixes import KEY, counted, files_in, store_in
+from unicluster import failpoints
 
 SECONDS = 30.0
 NAME = "ab" * 16
@@ -184,6 +185,23 @@ def test_a_full_disk_costs_one_warning_and_leaves_nothing_behind(
     assert found(store) is None
     assert [w for w in warnings(caplog) if "No space" in w] == warnings(caplog)
     assert len(warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("point", ["prefixes.write=error(no)", "prefixes.read=error(no)"])
+def test_an_error_that_nobody_foresaw_costs_one_warning_and_that_prefix(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+) -> None:
+    monkeypatch.setattr(failpoints, "_points", failpoints.parse(f"{point}@1"))
+    store = written(tmp_path, NAME)
+    assert found(store) is None
+    assert [each for each in warnings(caplog) if "FailpointError: no" in each] == warnings(caplog)
+    assert len(warnings(caplog)) == 1
+
+    store.close()
+    assert found(written(tmp_path, NAME)) is not None
 
 
 @pytest.mark.parametrize("what", ["a file", "a link"])
