@@ -22,7 +22,8 @@ from node.generation.single import Decoding
 from node.mlx.rollback import restore, snapshot, trim, trimmable_below
 from node.ring.compute_thread import give_way, rested
 from node.speculation.depth import MOST_FRAMES
-from node.speculation.gate import Gate
+from node.speculation.drafting import expected_rates, latest_sort
+from node.speculation.gate import CAUTIOUS_RATE, LEAST_RATE, Gate, PipedTimes
 from node.speculation.pace import Pace
 
 # Tokens before a cache can't be trimmed any more, from which on each has a frame of its own: none
@@ -34,11 +35,12 @@ ONE_BY_ONE = 12 * MOST_FRAMES
 class _Frame:
     """A frame on its way: tokens that are guesses, but for the first if it is the text's last.
 
-    choosers: of the token after each. saved: a snapshot of the caches before it, where they can't
-    be trimmed.
+    sorts: of its tokens as guesses. choosers: of the token after each. saved: a snapshot of the
+    caches before it, where they can't be trimmed.
     """
 
     tokens: list[int]
+    sorts: list[int]
     logits: Any
     choosers: list[TokenChooser]
     saved: list[Any] | None
@@ -74,10 +76,12 @@ class PipedDecoder:
         self._ends = ends
         self._share = share
         self._run: Decoding | None = None
-        self.pace = Pace(model.pipe_times)
+        unknown = CAUTIOUS_RATE if self._free else LEAST_RATE
+        self.pace = Pace(model.pipe_times, PipedTimes(unknown))
         self._gate = self._new_gate()
         self._flight: deque[_Frame] = deque()
         self._drafts: deque[int] = deque()  # proposed after those in flight, and not sent yet
+        self._sort = 0  # of these
         self._wrong = False  # the last guess was
 
     def add(self, sequence: Sequence) -> None:
@@ -127,7 +131,7 @@ class PipedDecoder:
         wrong = len(oldest.tokens) - len(chosen)
         run.sequence.answer.count_drafted(len(oldest.tokens) - 1, len(chosen) - 1)
         for index in range(1, len(chosen) + bool(wrong)):
-            self._gate.note(right=index < len(chosen))
+            self._gate.note(oldest.sorts[index], right=index < len(chosen))
         for _ in chosen:
             self._gate.next_token()
         if wrong:
@@ -147,7 +151,8 @@ class PipedDecoder:
         self._flight.clear()
 
     def _new_gate(self) -> Gate:
-        return Gate(lambda: self.pace.times.least_rate)
+        expected = expected_rates(self._drafter)
+        return Gate(lambda: self.pace.times.least_rate, expected, closed=self._free)
 
     def _chosen(self, run: Decoding, frame: _Frame) -> Iterator[Token]:
         """The model's choices after each token of a frame, up to the first that was not guessed."""
@@ -167,16 +172,18 @@ class PipedDecoder:
                 if self._run is not run or run.sequence.ticket.ended:
                     break
             tokens = [] if self._flight else [run.tokens[-1]]
+            sorts = [0] * len(tokens)
             width = self._width(run)
             while len(tokens) < width and (guess := self._guess(run, tokens)) is not None:
                 tokens.append(guess)
+                sorts.append(self._sort)
             if not tokens:
                 break
-            self._send(run, tokens)
+            self._send(run, tokens, sorts)
             sent += 1
         return sent
 
-    def _send(self, run: Decoding, tokens: list[int]) -> None:
+    def _send(self, run: Decoding, tokens: list[int], sorts: list[int]) -> None:
         cache = run.sequence.cache
         saved = None
         # Nobody knows how many more will be in the cache when this one turns out to be wrong.
@@ -186,19 +193,21 @@ class PipedDecoder:
         choosers = [run.sequence.chooser.ahead() for _ in tokens]
         more = {"choosers": choosers} if self._chooses else {}
         logits = self._model(mx.array([tokens]), cache=cache, **more)
-        self._flight.append(_Frame(tokens, logits, choosers, saved))
+        self._flight.append(_Frame(tokens, sorts, logits, choosers, saved))
 
     def _guess(self, run: Decoding, begun: list[int]) -> int | None:
         """The next token to send ahead, behind those of a frame that is begun; None for none."""
         ahead = [token for frame in self._flight for token in frame.tokens]
         ahead = [*ahead, *begun][1:]
-        guesses = self._gate.lets_pass
-        if len(ahead) >= run.room or not (guesses or self._free):
+        if len(ahead) >= run.room or not (self._free or self._gate.lets_pass()):
             return None
         if not self._drafts:
             count = self._depth() * self._width(run) - len(ahead) - 1
             self._drafts.extend(self._drafter.propose(run.tokens, max(count, 1), ahead))
-        if not guesses or not self._drafts or self._drafts[0] in self._ends:
+            self._sort = latest_sort(self._drafter)
+        if not self._drafts or self._drafts[0] in self._ends:
+            return None
+        if not self._gate.lets_pass(self._sort):
             return None
         if len(run.allowed([*ahead, self._drafts[0]])) <= len(ahead):
             return None
@@ -206,8 +215,9 @@ class PipedDecoder:
 
     def _verify(self, run: Decoding, token: int) -> None:
         """Compares the model's choice with the guess in flight, and rolls a wrong one back."""
-        right = self._flight[0].tokens[0] == token
-        self._gate.note(right=right)
+        first = self._flight[0]
+        right = first.tokens[0] == token
+        self._gate.note(first.sorts[0], right=right)
         self._wrong = not right
         if right:
             run.sequence.answer.count_drafted(1, 1)
@@ -218,8 +228,8 @@ class PipedDecoder:
         """Compares the model's choice with a draft that was not sent."""
         right = self._drafts.popleft() == token
         if self._free:
-            self._gate.note(right=right)
-        if not right:
+            self._gate.note(self._sort, right=right)
+        if self._free or not right:  # those after a longer match are of a better sort
             self._drafts.clear()
 
     def _abandon(self, verified: int = 0, behind: int = 0) -> None:
@@ -259,16 +269,18 @@ class PipedDecoder:
     def _width(self, run: Decoding) -> int:
         if run.cached + self._in_flight() + ONE_BY_ONE >= self._trimmable_below:
             return 1
-        return self.pace.width(self._gate.rate, self._depth(), self._most)
+        return self.pace.width(self._gate.rate(self._sort), self._depth(), self._most)
 
     def _note(self, now: float, frame: _Frame, chosen: int, guessed: bool) -> None:
-        """Notes the time of a frame's chosen tokens: of those not guessed none may be behind."""
-        times, kind = self.pace.times, None
+        """Notes the time of a frame's chosen tokens."""
+        times = self.pace.times
         if guessed or chosen > 1:
             kind = times.right
+        elif self._flight:
+            kind = times.behind
         elif self._wrong or len(frame.tokens) > 1:
             kind = times.wrong
-        elif not self._flight:
+        else:
             kind = times.plain
         self._wrong = False
         self.pace.token(now, chosen, kind, alone=self._share(MOST_FRAMES) == MOST_FRAMES)

@@ -151,7 +151,7 @@ class SingleDecoder:
     def _draft(self, run: Decoding, most: int) -> list[int]:
         count = min(run.draft_length, self._most, run.room, most)
         self._gate.next_token()
-        if self._drafter is None or count < 1 or not self._gate.lets_pass:
+        if self._drafter is None or count < 1 or not self._gate.lets_pass():
             return []
         drafts = self._drafter.propose(run.tokens, count)
         end = next((i for i, draft in enumerate(drafts) if draft in self._ends), len(drafts))

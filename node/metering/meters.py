@@ -35,17 +35,18 @@ class Histogram:
 
 
 class Recent:
-    """The last durations, for a median that one slow moment doesn't change."""
+    """The last durations, at most `most`, for a median that one slow moment doesn't change."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = RECENT) -> None:
+        self._most = most
         self._values: list[float] = []
         self._count = 0
 
     def note(self, seconds: float) -> None:
-        if self._count < RECENT:
+        if self._count < self._most:
             self._values.append(seconds)
         else:
-            self._values[self._count % RECENT] = seconds
+            self._values[self._count % self._most] = seconds
         self._count += 1
 
     @property

@@ -16,6 +16,8 @@ from unicluster.v1.node_pb2 import StageSpec
 # Tokens at the end of a text that must match an earlier place, and that are compared at most.
 MIN_MATCH = 2
 MAX_MATCH = 8
+# Lengths of matches from which on guesses are of another sort, and how often those may be right.
+MATCHES = ((MIN_MATCH, 0.2), (3, 0.3), (5, 0.4), (MAX_MATCH, 0.5))
 # Tokens drafted at a time, where the options don't say.
 MAX_DRAFTED = 8
 # Prompt tokens a draft model computes at a time; a fraction of what the model itself takes.
@@ -70,9 +72,13 @@ class Speculation:
 
 
 class Lookup:
-    """Prompt lookup: drafts the tokens that followed the last earlier match of the text's end."""
+    """Prompt lookup: drafts the tokens that followed the last earlier match of the text's end.
+
+    sort: index in MATCHES of how long the match of the latest draft was.
+    """
 
     def __init__(self) -> None:
+        self.sort = 0
         self._tokens: list[int] | None = None
         self._copy = array("q")
 
@@ -83,25 +89,39 @@ class Lookup:
         text = np.frombuffer(self._copy, dtype=np.int64)
         if ahead:
             text = np.concatenate([text, np.array(ahead, dtype=np.int64)])
-        start = _follows(text)
-        if start is None:
+        start, length = _follows(text)
+        if not length:
             return []
+        self.sort = max(i for i, (least, _) in enumerate(MATCHES) if length >= least)
         # A match that overlaps the end is a repetition, and continued as one.
         period = len(text) - start
         return [int(text[start + index % period]) for index in range(count)]
 
 
-def _follows(text: "np.ndarray[Any, Any]") -> int | None:
-    """Index after the longest, then latest, earlier match of the text's end; None for none."""
+def expected_rates(drafter: Drafter) -> tuple[float, ...]:
+    """Rates of right guesses to begin with, of each sort of a drafter's guesses."""
+    return tuple(rate for _, rate in MATCHES) if isinstance(drafter, Lookup) else (0.5,)
+
+
+def latest_sort(drafter: Drafter) -> int:
+    """The sort of a drafter's latest guesses."""
+    return drafter.sort if isinstance(drafter, Lookup) else 0
+
+
+def _follows(text: "np.ndarray[Any, Any]") -> tuple[int, int]:
+    """Index after the longest, then latest, earlier match of the text's end, and its length.
+
+    The length is 0 where there is none, and otherwise within MIN_MATCH and MAX_MATCH.
+    """
     size = len(text)
     matches = np.flatnonzero(text[:-1] == text[-1]) + 1
     for length in range(2, MAX_MATCH + 1):
         longer = matches[matches >= length]
         longer = longer[text[longer - length] == text[size - length]]
         if not len(longer):
-            return int(matches[-1]) if len(matches) and length > MIN_MATCH else None
+            return (int(matches[-1]), length - 1) if length > MIN_MATCH else (0, 0)
         matches = longer
-    return int(matches[-1])
+    return int(matches[-1]), MAX_MATCH
 
 
 class DraftModel:

@@ -21,8 +21,10 @@ class Pace:
     `pipe_times` gives the times of the pipe, by the head's seconds for a frame of one token.
     """
 
-    def __init__(self, pipe_times: Callable[[float], PipeTimes]) -> None:
-        self.times = PipedTimes()
+    def __init__(
+        self, pipe_times: Callable[[float], PipeTimes], times: PipedTimes | None = None
+    ) -> None:
+        self.times = times or PipedTimes()
         self.latest_width = 1
         self.tokens = 0  # of answers that had the pipe to themselves, and their seconds
         self._seconds = 0.0

@@ -21,14 +21,19 @@ from node.generation.request import Job
 from node.generation.sampling import Sampling
 from node.generation.sequence import Sequence
 from node.pipeline.pipeline_model import PipelineModel
+from node.speculation.depth import PipeTimes
 from node.speculation.drafting import Lookup, Speculation
+from node.speculation.gate import PipedTimes
 from tests.support.constrained import POINT, point_of
 from tests.support.engines import THREAD, Split, Tiny, ask, listen, of_tokens
+from tests.support.guessing import Oracle, guessed
 from tests.support.tiny_gguf import write_gguf
 from unicluster.v1.chat_pb2 import GenerateRequest
+from unicluster.v1.chat_pb2 import Sampling as WireSampling
 
 PROMPTS = [[(7 * i * i + 3 * k) % 200 + 1 for i in range(20 * k + 3)] for k in range(6)]
 KV_BYTES = 50_000_000
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 7}
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3next"])
@@ -121,6 +126,42 @@ async def test_guesses_change_nothing(split: Split, piped: bool) -> None:
     assert told[0].finish is not None
     # Where the head is the slowest stage by far, as it is here, the pipe has no room for guesses.
     assert piped or told[0].finish.usage.drafted_tokens > 0
+    await split.until_free()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param({}, marks=pytest.mark.sweep, id="greedy"), pytest.param(SEEDED, id="seeded")],
+)
+async def test_guesses_fill_the_pipe(
+    split: Split, sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PipedTimes, "weigh", lambda _: None)
+    monkeypatch.setattr(PipeTimes, "depth", lambda _: 3)
+    fields: dict[str, Any] = {"max_tokens": 40, "sampling": WireSampling(**sampling), "logprobs": 2}
+    plain = await split.engine(users=1)
+    alone = [await listen(await plain.submit(of_tokens(p, **fields))) for p in PROMPTS[:4]]
+    plain.close()
+    texts = [prompt + one.tokens for prompt, one in zip(PROMPTS, alone, strict=False)]
+    stop = alone[1].text[8:11]
+    engine = await split.engine(
+        users=2, speculation=Speculation(lambda: Oracle(texts), 8, piped=True)
+    )
+
+    told = [await listen(await engine.submit(of_tokens(p, **fields))) for p in PROMPTS[:4]]
+    stopped = await listen(await engine.submit(of_tokens(PROMPTS[1], **fields, stop=[stop])))
+    tickets = [await engine.submit(of_tokens(p, **fields)) for p in PROMPTS[:4]]
+    together = await asyncio.gather(*map(listen, tickets))
+
+    engine.close()
+    for got in (told, together):
+        for one, expected in zip(got, alone, strict=True):
+            assert one.tokens == expected.tokens
+            for mine, other in zip(one.logprobs, expected.logprobs, strict=True):
+                assert mine.logprob == pytest.approx(other.logprob, abs=1e-3)
+    assert stopped.text == alone[1].text[: alone[1].text.index(stop)]
+    # llama.cpp has no room for the states of several guesses.
+    assert all((guessed(one)[1] > 0) == (split.name != "qwen3next") for one in told)
     await split.until_free()
 
 
