@@ -1,6 +1,6 @@
 """Speculation by default, against none: `python -m bench.auto`.
 
-    python -m bench.auto [--engine ggml mlx demo] [--stages 2 3] [--pad MS] [--rounds N] [--text T ...]
+    python -m bench.auto [--engine ENGINE] [--stages 2 3] [--pad MS] [--rounds N] [--text T ...]
 
 A model is served twice over agents here, with `--speculate off` and with what is the default (or
 --speculate WHAT), and both are asked the same through the gRPC door, in turns: the ratio is that of
@@ -120,7 +120,9 @@ async def measure(args: argparse.Namespace, stages: int) -> None:
                     if name not in args.text:
                         continue
                     order = [0, 1] if number % 2 else [1, 0]
-                    got = {which: await speed(clients[which], args.tokens, *asked) for which in order}
+                    got = {}
+                    for which in order:
+                        got[which] = await speed(clients[which], args.tokens, *asked)
                     if number >= 0:
                         same = got[0][1] == got[1][1]
                         found.setdefault(name, []).append((got[0][0], got[1][0] / got[0][0], same))
