@@ -27,6 +27,10 @@ class KVBudget:
         rounded = min(-(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS, self._context)
         return -(-self._answer_limit * rounded // self._context)
 
+    def share_bytes(self, tokens: int) -> int:
+        """Bytes of KV cache of so many tokens, as if all of it grew with them."""
+        return -(-self._answer_limit * tokens // self._context)
+
     def batch_bytes(self, tokens: Iterable[int]) -> int:
         """Bytes of KV cache for answers in one batch, which mlx-lm pads to the longest."""
         sizes = list(tokens)

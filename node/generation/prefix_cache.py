@@ -5,9 +5,10 @@ for six of 8000 tokens, on the thread that computes.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,48 @@ from node.prefixes.index import common_prefix, covers
 
 # Copying a cache for fewer tokens costs more than it saves.
 MIN_TOKENS = 16
+# Checkpoints of a prompt, at most, and the tokens between those of one without marks.
+CHECKPOINTS = 3
+CHECKPOINT_STEP = 256
+# Tokens from one mark to the next, at most, of what a template writes between messages.
+GAP = 5
+
+
+def mark_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens of mlx-lm's `tokenizer` that templates write between messages."""
+    if hasattr(tokenizer, "mark_ids"):  # that of a GGUF
+        return frozenset(tokenizer.mark_ids())
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    # Some have runs of spaces among them.
+    return frozenset(number for number, token in added.items() if token.content.strip())
+
+
+def branchings(prompt: Tokens[int], marks: Collection[int]) -> list[int]:
+    """Numbers of a prompt's first tokens that another prompt probably has in common with it.
+
+    A chat goes on, is asked anew, or has a message edited: so prompts part near where a message
+    begins or ends, and `marks` are there, with a few other tokens (a role, a line's end) between
+    them. Of each such group the first counts, and of those the last ones.
+    """
+    places = [place for place, token in enumerate(prompt) if token in marks]
+    groups = [b for a, b in pairwise([-GAP - 1, *places]) if b - a > GAP and b >= MIN_TOKENS]
+    if not groups:
+        groups = list(range(CHECKPOINT_STEP, len(prompt), CHECKPOINT_STEP))
+    return groups[-CHECKPOINTS:]
 
 
 @dataclass(eq=False)
 class CachedPrefix:
-    """A cache of `tokens`; `nbytes` on all stages. `trimmable`: any prefix of it can be used."""
+    """A cache of `tokens`; `nbytes` on all stages. `trimmable`: any prefix of it can be used.
+
+    measured: `nbytes` is what the stages report, and no estimate.
+    """
 
     tokens: "np.ndarray[Any, Any]"
     cache: list[Any]
     nbytes: int
     trimmable: bool
+    measured: bool = False
 
     def common_prefix(self, prompt: "np.ndarray[Any, Any]") -> int:
         """Reusable tokens of a prompt, whose last token must always be computed."""
@@ -72,14 +105,14 @@ class PrefixCache:
         self._entries.append(best)
         return best, saved
 
-    def add(self, new: CachedPrefix) -> None:
-        """Adds an entry and removes those that it covers."""
+    def add(self, new: CachedPrefix, *, newest: bool = True) -> None:
+        """Adds an entry and removes those that it covers; else as the one last used but one."""
         self._entries = [
             entry
             for entry in self._entries
             if not covers(new.tokens, entry.tokens, trimmable=new.trimmable)
         ]
-        self._entries.append(new)
+        self._entries.insert(len(self._entries) - (not newest and bool(self._entries)), new)
 
     def shrink(self, nbytes: int) -> list[CachedPrefix]:
         """Evicts entries until they take at most `nbytes`; returns these."""

@@ -5,6 +5,7 @@ then its answer decodes in the lane. Prefill is one fiber and each lane another:
 one lane is on other machines, the others compute.
 """
 
+import copy
 import logging
 import time
 from collections import deque
@@ -24,7 +25,14 @@ from node.generation.kv_budget import KVBudget
 from node.generation.lane import Decoder, Lane
 from node.generation.moving import MovingDecoder
 from node.generation.piped import PipedDecoder, pipes
-from node.generation.prefix_cache import CachedPrefix, PrefixCache, trimmed
+from node.generation.prefix_cache import (
+    CHECKPOINTS,
+    CachedPrefix,
+    PrefixCache,
+    branchings,
+    mark_ids,
+    trimmed,
+)
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
 from node.generation.ticket import Ticket
@@ -96,6 +104,12 @@ class Scheduler:
         self.lanes = [Lane(decoder(count), count, on_finished) for count in places]
         self.kv_budget = KVBudget(spec.kv_bytes, users, spec.context, kinds)
         self.prefix_cache = PrefixCache()
+        # Of caches that can't be trimmed the whole is reused: so some are kept on the way.
+        copies = bool(getattr(model, "shares_copies", False))
+        self._checkpoints = copies and bool(spec.kv_bytes) and not self.kv_budget.grows
+        # Of running answers: stages of ggml have states for these, and what is cached for reuse.
+        self._most_checkpoints = users + CHECKPOINTS - 1
+        self._marks = mark_ids(tokenizer) if self._checkpoints else frozenset()
         self.meter = meter
         self.prefilled = 0
         self.chunks = 0
@@ -254,6 +268,10 @@ class Scheduler:
         else:
             entry, sequence.cached = sequence.prefix
             sequence.cache = entry.copy_prefix(sequence.cached)
+            if self._checkpoints:
+                sequence.checkpoints.append(entry)  # the next prompt may begin with it again
+        if self._checkpoints and not sequence.job.no_reuse:
+            self._choose_branchings(sequence)
         sequence.prefix = None
         sequence.answer.cached_tokens = sequence.cached
         self._first_chunks.append(sequence.first_chunks)
@@ -265,6 +283,8 @@ class Scheduler:
     def _compute(self, sequence: Sequence, most: int) -> None:
         """Computes one chunk of a prompt here; other machines continue after this returns."""
         end = sequence.cached + min(most, sequence.left)
+        if sequence.branchings:
+            end = min(end, sequence.branchings[0])
         chunk = mx.array(sequence.prompt[sequence.cached : end])
         timeline = sequence.answer.timeline
         before = self._spent()
@@ -278,6 +298,24 @@ class Scheduler:
         self.prefilled += end - sequence.cached
         self.chunks += 1
         sequence.cached = end
+        if sequence.branchings and sequence.branchings[0] == end:
+            sequence.branchings.popleft()
+            self._add_checkpoint(sequence)
+
+    def _choose_branchings(self, sequence: Sequence) -> None:
+        """Where its checkpoints are to be; of all running sequences there are but so many."""
+        running = (each for lane in self.lanes for each in lane.sequences)
+        there = sum(len(each.checkpoints) + len(each.branchings) for each in running)
+        places = branchings(sequence.prompt, self._marks)
+        for place in places[max(0, len(places) - self._most_checkpoints + there) :]:
+            if place > sequence.cached:
+                sequence.branchings.append(place)
+
+    def _add_checkpoint(self, sequence: Sequence) -> None:
+        """Keeps the cache as it is now; no data are moved for it."""
+        tokens = sequence.prompt[: sequence.cached]
+        made, nbytes = copy.deepcopy(sequence.cache), self.kv_budget.share_bytes(len(tokens))
+        sequence.checkpoints.append(CachedPrefix(np.array(tokens), made, nbytes, trimmable=False))
 
     def _unread(self, tokens: int) -> dict[str, Any]:
         """Keeps the logits of a short chunk where they are: nobody reads them."""
@@ -294,6 +332,8 @@ class Scheduler:
             began = self._clock()
             prefilling = self._prefilling
             ended = self._step(lane)
+            for sequence in ended:
+                self._keep_checkpoints(sequence)
             if self._stages == 1:  # else others ran while the step was in flight
                 give_way()
             if lane.decoding:
@@ -322,7 +362,8 @@ class Scheduler:
 
     def _cache_answer(self, tokens: list[int], cache: list[Any]) -> None:
         mx.eval([layer.state for layer in cache])  # else it would keep the whole batch in memory
-        bound = self.kv_budget.answer_bytes(len(tokens))
+        size = self.kv_budget.share_bytes if self._checkpoints else self.kv_budget.answer_bytes
+        bound = size(len(tokens))
         entry = CachedPrefix(np.array(tokens), cache, nbytes=bound, trimmable=self.kv_budget.grows)
         self.prefix_cache.add(entry)
         self._shrink()
@@ -332,7 +373,22 @@ class Scheduler:
         """Replaces the estimated size of an entry by that which the stages report."""
         nbytes = sum(layer.nbytes for layer in entry.cache)
         trimmable = can_trim_prompt_cache(entry.cache)
-        entry.nbytes, entry.trimmable = nbytes, trimmable
+        entry.nbytes, entry.trimmable, entry.measured = nbytes, trimmable, True
+
+    def _keep_checkpoints(self, sequence: Sequence) -> None:
+        """Caches those of a sequence that has ended, or was cancelled, as prefixes."""
+        kept, sequence.checkpoints = sequence.checkpoints, []
+        if not kept or sequence.job.no_reuse:
+            return
+        for entry in kept:
+            self.prefix_cache.add(entry, newest=False)
+        self._start(self._measure_all)
+
+    def _measure_all(self) -> None:
+        for entry in self.prefix_cache:
+            if not entry.measured:
+                self._measure_entry(entry)
+        self._shrink()
 
     def _shrink(self) -> None:
         """Evicts cached prefixes for which there is no memory; they go to the disks."""
@@ -362,6 +418,7 @@ class Scheduler:
         lane.sequences.discard(sequence)
         self._on_end(sequence.ticket)
         if not self._closed:
+            self._keep_checkpoints(sequence)
             self._schedule()
             if self._idle is not None and not any(each.sequences for each in self.lanes):
                 self._idle.resting()

@@ -1,5 +1,6 @@
 """A sequence: one prompt and its answer, with its cache, as prefill passes it to a lane."""
 
+from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,8 @@ class Sequence:
 
     prefix: a cached prefix to begin with, and how many of its tokens are common, until prefill
     begins. recalled: in place of that, a cache of its first tokens from disk, and how many.
-    first_chunks: measured times of its prefill.
+    first_chunks: measured times of its prefill. branchings: how many of the prompt's first tokens
+    are cached where a checkpoint is to be made; checkpoints: those that are, for other prompts.
     """
 
     ticket: Ticket
@@ -31,6 +33,8 @@ class Sequence:
     cache: list[Any] = field(default_factory=list)
     cached: int = 0
     first_chunks: FirstChunks = field(default_factory=FirstChunks)
+    branchings: deque[int] = field(default_factory=deque)
+    checkpoints: list[CachedPrefix] = field(default_factory=list)
     prompt: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ class GgmlFront:
     stages are, but operations on it are carried out here.
     """
 
+    shares_copies = True
+
     def __init__(self, layers: Layers, stage: GgmlStage, *, is_whole: bool) -> None:
         self.cache_view = _View(self)
         self.model = _Whole(self)

@@ -58,6 +58,7 @@ class Sizes:
     attention in float32 throughout. heads: of attention in a layer.
     devices: names of llama.cpp's, each with the number of layers on it, in order; empty: those
     that llama.cpp takes by itself. adaptive: `threads` are the most, fewer if that is faster.
+    host_bytes: of sequences that wait on the host, at most.
     """
 
     layers: int
@@ -75,6 +76,7 @@ class Sizes:
     heads: int = 0
     devices: tuple[tuple[str, int], ...] = ()
     adaptive: bool = False
+    host_bytes: int = 1 << 62
 
     @property
     def score_bytes(self) -> int:
@@ -149,6 +151,11 @@ class Layers:
         wanted = self.sizes.states if self.recurrent else self.sizes.sequences
         return min(wanted, MOST_SEQUENCES)
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of sequences that wait on the host, at most."""
+        return self.sizes.host_bytes
+
     def blank(self, tokens: int) -> Inputs:
         """An input of zeros, for something that any would do for."""
         if self.sizes.tokens:
@@ -208,6 +215,13 @@ class Layers:
     def state_size(self, sequence: int) -> int:
         """Bytes of a sequence's saved state."""
         return int(self._lib.llama_state_seq_get_size(self._context, sequence))
+
+    def fixed_size(self, sequence: int) -> int:
+        """Bytes of the parts of a sequence's saved state that don't grow with its tokens."""
+        if not self.recurrent:
+            return 0
+        partial = self._lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        return int(self._lib.llama_state_seq_get_size_ext(self._context, sequence, partial))
 
     def state(self, sequence: int) -> State:
         """Saved state of a sequence, its KV cells and recurrent states, in uint8."""

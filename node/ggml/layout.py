@@ -7,7 +7,7 @@ from gguf import LlamaFileType
 from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
 from node.ggml.cutting import caches
 from node.ggml.cutting.kinds import forbidden_counts, forbidden_cuts
-from node.ggml.load import DEFAULT_CONTEXT, SPARE_STATES, cells, context_limit, open_gguf
+from node.ggml.load import DEFAULT_CONTEXT, cache_sizes, context_limit, open_gguf
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import InputError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
@@ -18,7 +18,7 @@ FILE_TYPES = {
     for kind in LlamaFileType
     if kind is not LlamaFileType.GUESSED
 }
-HALF, SINGLE = 2, 4
+SINGLE = 4
 
 
 def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
@@ -47,7 +47,12 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         layer_bytes=sizes,
         layer_active_bytes=active,
         head_bytes=gguf.embedding.size,
-        kv_bytes_per_layer=cache_bytes(gguf, context, users),
+        kv_bytes_per_layer=list(
+            map(
+                sum,
+                zip(*(of(gguf, context, users) for of in (cache_bytes, host_bytes)), strict=True),
+            )
+        ),
         context=context,
         users=users,
         hidden_bytes=SINGLE * gguf.width,
@@ -73,12 +78,12 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
 
 def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     """Bytes of KV cache of each layer, for all users at the full context, as allocated."""
-    return caches.cache_bytes(
-        gguf.header,
-        cells(context, users),
-        2 * users + SPARE_STATES,
-        SINGLE if gguf.is_exact else HALF,
-    )
+    return caches.cache_bytes(*cache_sizes(gguf, context, users))
+
+
+def host_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
+    """Bytes of each layer's caches that wait on the host, at most."""
+    return caches.host_bytes(*cache_sizes(gguf, context, users))
 
 
 def _active(gguf: Gguf, name: str) -> int:

@@ -10,6 +10,7 @@ import psutil
 
 from node.ggml.cut import Gguf
 from node.ggml.cutting.architectures import KNOWN
+from node.ggml.cutting.caches import host_bytes
 from node.ggml.cutting.checked import check_layer_numbers, check_metadata
 from node.ggml.cutting.kinds import (
     known,
@@ -41,6 +42,9 @@ UNLUCKY_CELLS = 2048
 SPARE_STATES = 4
 # Prefix caches may be many, where they take no more memory than their tokens do.
 SEQUENCES_PER_USER = 16
+# Of sequences without states that wait on the host, in a burst of requests: a part of the reserve
+# that a plan keeps for each stage.
+BURST_BYTES = 64 * 2**20
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
 MOST_THREADS = 1024
 # Names of tensors that layers of a kind have in common: some quantizations have scales beside the
@@ -80,6 +84,7 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
     Raises StageError when llama.cpp can't load it.
     """
     rule = known(gguf.header)
+    waiting = host_bytes(*cache_sizes(gguf, part.context or DEFAULT_CONTEXT, part.users))
     sizes = Sizes(
         layers=part.end - part.first,
         hidden=gguf.width,
@@ -96,6 +101,7 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
         heads=gguf.heads,
         devices=part.devices,
         adaptive=not _stated_threads(),
+        host_bytes=sum(waiting[part.first : part.end]) or BURST_BYTES,
     )
     layers = Layers(file if isinstance(file, Path) else file.path, sizes)
     check_graph(layers, gguf, part)
@@ -111,6 +117,12 @@ def cells(context: int, users: int) -> int:
     """Cells of a KV cache: tokens of all users together, rounded up."""
     rounded = -(-context * users // CELLS) * CELLS
     return rounded if rounded % UNLUCKY_CELLS else rounded + CELLS
+
+
+def cache_sizes(gguf: Gguf, context: int, users: int) -> tuple[Header, int, int, int]:
+    """Header, cells, states, and bytes of a cached number: arguments of caches.cache_bytes."""
+    number = 4 if gguf.is_exact else 2
+    return gguf.header, cells(context, users), 2 * users + SPARE_STATES, number
 
 
 def threads() -> int:

@@ -328,7 +328,7 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         """Bytes of a row, rounded up so that not too many rows are cached for reuse."""
         if not row.length:
             return 0
-        size = self._sequences.nbytes(row)
-        # Of the sequences there may be, half are for answers in the making.
-        least = 2 * self._layers.sizes.cells // self._layers.sequences
-        return size * max(row.length, least) // row.length
+        size, fixed = self._sequences.nbytes(row)
+        # Of the sequences there may be, a third is for answers in the making.
+        least = 3 * self._layers.sizes.cells // (2 * self._layers.sequences)
+        return 3 * fixed // 2 + (size - fixed) * max(row.length, least) // row.length

@@ -12,6 +12,9 @@ from unicluster.checkpoints.gguf import Header
 from unicluster.errors import InputError
 
 TEMPLATE = "tokenizer.chat_template"
+# gguf.TokenType: control, user defined.
+_MARKS = (3, 4)
+_SPACES = " \t\n\u2581\u0120\u010a"  # some tokenizers have runs of them as such tokens
 # Its types are stricter than what it takes.
 _Tokenizer: Any = PreTrainedTokenizer
 
@@ -33,6 +36,7 @@ class GgufTokenizer(_Tokenizer):
             raise InputError(f"{file}: llama.cpp can't read its tokenizer{complaint.reason}")
         self._vocab = lib.llama_model_get_vocab(self._model)
         self._tokens = [str(token) for token in header.get("tokenizer.ggml.tokens", [])]
+        self._types = [int(kind) for kind in header.get("tokenizer.ggml.token_type", [])]
         self._numbers = {token: number for number, token in enumerate(self._tokens)}
         super().__init__(
             bos_token=self._named(lib.llama_vocab_bos(self._vocab)),
@@ -93,6 +97,11 @@ class GgufTokenizer(_Tokenizer):
             for token in range(len(self._tokens))
             if lib.llama_vocab_is_control(vocab, token) or lib.llama_vocab_is_eog(vocab, token)
         ]
+
+    def mark_ids(self) -> list[int]:
+        """Special tokens, and those that llama.cpp takes for text, such as harmony's <|start|>."""
+        named = enumerate(zip(self._tokens, self._types, strict=False))
+        return [n for n, (text, kind) in named if kind in _MARKS and text.strip(_SPACES)]
 
     def piece(self, token: int, special: bool = True) -> bytes:
         """Bytes of one token. special: also of one that is no text, such as an end token."""

@@ -72,6 +72,8 @@ class HollowModel:
     Raises StageError when the model can't be cut there.
     """
 
+    shares_copies = False
+
     def __init__(
         self, model: nn.Module, model_type: str, start: int, end: int, *, has_lm_head: bool = False
     ) -> None:

@@ -74,6 +74,10 @@ class Front(Protocol):
     def vocabulary(self) -> int:
         """Tokens that the last stage has logits of, and can choose from; 0: it has none."""
 
+    @property
+    def shares_copies(self) -> bool:
+        """Whether copies of its caches share what grows with the tokens."""
+
     def keep_prefixes(self, store: PrefixStore | None) -> None:
         """Tells it where its own prefixes on disk are, if they are its own affair."""
 
@@ -309,6 +313,13 @@ class PipelineModel(nn.Module):
         """Whether all other stages can make a snapshot for each guess: ggml has too few places."""
         ring = self._ring
         return ring is not None and all(s.engine in ("", "mlx") for s in ring.stages.stages)
+
+    @property
+    def shares_copies(self) -> bool:
+        """Whether copied caches share on all stages what grows with the tokens, as ggml's do."""
+        ring = self._ring
+        stages = ring.stages.stages if ring is not None else ()
+        return self._hollow.shares_copies and all(stage.engine == "ggml" for stage in stages)
 
     def pipe_times(self, head_s: float) -> PipeTimes:
         """Seconds of one answer's token, as lately measured; `head_s` of them at the head."""

@@ -248,9 +248,17 @@ def derived(folder: Path, architecture: str, spec: Spec | None = None) -> Derive
     return derive(file, architecture, stated, ASKED, spec.optional, spec.further, spec.later)
 
 
-def save_random(file: Path, made: Derived, seed: int = 0) -> None:
+def save_random(file: Path, made: Derived, seed: int = 0, *, tokenizer: bool = False) -> None:
     rng = np.random.default_rng(seed)
-    write(file, made, {name: _weights(name, shape, rng) for name, shape in made.shapes.items()})
+    weights = {name: _weights(name, shape, rng) for name, shape in made.shapes.items()}
+    write(file, made, weights, tokenizer)
+
+
+def with_tokenizer(folder: Path, architecture: str) -> Path:
+    """A random file with the tokenizer of tests.support.tiny."""
+    file = folder / f"{architecture}.gguf"
+    save_random(file, derived(folder, architecture), tokenizer=True)
+    return file
 
 
 def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Any:

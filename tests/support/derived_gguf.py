@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 from node.ggml.library import Complaint, llama
+from tests.support.tiny_gguf import add_tokenizer
 
 MOST_ATTEMPTS = 600
 
@@ -125,11 +126,14 @@ def kind_of(name: str) -> type[np.generic]:
 
 
 def write(file: Path, made: Derived, weights: dict[str, Any], tokenizer: bool = False) -> None:
+    """tokenizer: that of tests.support.tiny; else none."""
     writer = gguf.GGUFWriter(str(file), made.architecture)
     for key, value in made.metadata.items():
         prefix = "" if key.startswith("xielu.") else f"{made.architecture}."
         add(writer, prefix + key, value)
-    if not tokenizer:
+    if tokenizer:
+        add_tokenizer(writer)
+    else:
         writer.add_string("tokenizer.ggml.model", "no_vocab")
     for name, array in weights.items():
         writer.add_tensor(name, array)

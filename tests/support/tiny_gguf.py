@@ -282,7 +282,7 @@ def save(
     }
     for key, value in (common | own).items():
         _add(writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer)
+    add_tokenizer(writer)
     for name, array in weights.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -354,7 +354,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     """Tokenizer of tests.support.tiny: token i < 256 is byte i; then END, START and six more."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     above = iter(sorted(c for c in alphabet if ord(c) > 255))

@@ -15,7 +15,7 @@ from unicluster.errors import StageError
 from unicluster.v1.stage_pb2 import CacheOp
 
 PLACES = 6  # of a model with states, for one user
-MANY = 11  # caches
+MANY = 7  # caches
 PROMPTS = [TOKENS[i : i + 5 + i] for i in range(MANY)]
 
 
@@ -126,6 +126,7 @@ class Counted:
 
     recurrent = False
     sequences = 2
+    host_bytes = 100
 
     def __init__(self) -> None:
         self.tokens = {0: 0, 1: 0}
@@ -138,6 +139,9 @@ class Counted:
 
     def state_size(self, sequence: int) -> int:
         return 1
+
+    def fixed_size(self, sequence: int) -> int:
+        return 0
 
     def state(self, sequence: int) -> Any:
         return np.array([self.tokens[sequence]], np.uint8)
@@ -177,6 +181,33 @@ def test_what_has_no_room_stays_saved() -> None:
 
     memory.trim(second.number, 1)
     assert memory.tokens[places.bring(first, [second])] == 3
+
+
+def test_the_host_keeps_no_more_bytes_than_are_planned() -> None:
+    memory = Counted()
+    memory.host_bytes = 1
+    places = Places(memory)
+    made = [places.new() for _ in range(3)]
+
+    with pytest.raises(StageError, match="3 caches are all"):
+        places.new()
+    places.release(made[0])  # which is there
+    assert places.saved_bytes == 0
+    assert places.new().number in (0, 1)
+
+
+def test_one_that_is_too_large_for_the_host_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Counted()
+    memory.host_bytes = 3
+    places = Places(memory)
+    large, small = places.new(), places.new()
+    sizes = {large.number: 4, small.number: 2}
+    monkeypatch.setattr(memory, "state_size", sizes.__getitem__)
+
+    places.new()
+
+    assert large.state is None
+    assert small.state is not None
 
 
 def test_too_many_are_refused() -> None:

@@ -7,7 +7,14 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from node.generation.kv_budget import KVBudget
-from node.generation.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache
+from node.generation.prefix_cache import (
+    CHECKPOINT_STEP,
+    CHECKPOINTS,
+    MIN_TOKENS,
+    CachedPrefix,
+    PrefixCache,
+    branchings,
+)
 from node.mlx.compat_caches import GROWTH_TOKENS
 
 STORY = list(range(100))
@@ -58,6 +65,48 @@ def test_one_that_cannot_be_trimmed_replaces_none() -> None:
     caches.add(entry(STORY, trimmable=False))
 
     assert saved(caches, STORY[:70]) == 50
+
+
+B, E, R, N = 1000, 1001, 1002, 10  # marks of a message's begin, end and role; a line's end
+MARKS = {B, E, R}
+SYSTEM, MESSAGE = [5] * 40, [6] * 30
+
+
+def chatml(*messages: list[int]) -> list[int]:
+    return [t for m in messages for t in (B, 20, N, *m, E, N)] + [B, 21, N]
+
+
+def with_roles(*messages: list[int]) -> list[int]:
+    return [t for m in messages for t in (B, 20, R, N, *m, E)] + [B, 21, R, N]
+
+
+@pytest.mark.parametrize("template", [chatml, with_roles])
+def test_prompts_part_before_messages_and_after_the_last_one(template: Any) -> None:
+    places = branchings(template(SYSTEM, MESSAGE), MARKS)
+
+    short = branchings(template(SYSTEM, [6, 6]), MARKS)
+    begun = len(template(SYSTEM)) - len(template()) - (template is chatml) - 1
+    assert places == [begun, begun + len(template(MESSAGE)) - len(template())]
+    assert short == [begun]  # between its marks there is too little
+
+
+def test_only_the_last_messages_have_checkpoints() -> None:
+    assert len(branchings(chatml(*[MESSAGE] * 9), MARKS)) == CHECKPOINTS
+
+
+def test_a_prompt_without_marks_has_some_at_equal_distances() -> None:
+    places = branchings([7] * (5 * CHECKPOINT_STEP), MARKS)
+
+    assert places == [CHECKPOINT_STEP * n for n in (2, 3, 4)]
+    assert branchings([7] * 100, MARKS) == []
+
+
+def test_one_that_is_not_the_newest_goes_before_the_newest() -> None:
+    caches = PrefixCache()
+    caches.add(entry(STORY, trimmable=False))
+    caches.add(entry(STORY[:50], trimmable=False), newest=False)
+
+    assert [len(each.tokens) for each in caches.shrink(10)] == [50]
 
 
 def test_the_least_recently_used_are_evicted_first() -> None:

@@ -18,6 +18,8 @@ from unicluster.checkpoints.gguf import Header
 _BOTH = frozenset(("falcon-h1",))
 # llama-kv-cache-dsv4.cpp: layers that choose tokens, and how cells are rounded up.
 _CHOOSING_RATIO, _CELLS = 4, 256
+# The part of a KV cache that may wait on the host, of a model with recurrent states.
+HOST_SHARE = 4
 _RECURRENT = frozenset(("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"))
 
 
@@ -32,6 +34,24 @@ def cache_bytes(header: Header, cells: int, sequences: int, number: int) -> list
     return [
         cells * number * width + sequences * state
         for width, state in zip(kv_widths(header), states(header), strict=True)
+    ]
+
+
+def host_bytes(header: Header, cells: int, sequences: int, number: int) -> list[int]:
+    """Bytes of each layer's caches on the host, at most, while others need their places.
+
+    Arguments as of cache_bytes. Half as many states again as llama.cpp keeps, and the keys and
+    values of a part of its cells; none of models without states, which have places enough.
+    """
+    if any(by_layer(header, RATIOS_KEY, layer_count(header))):
+        most = max(1, sequences // HOST_SHARE)
+        return cache_bytes(header, cells, most, number)
+    fixed = states(header)
+    if not any(fixed):
+        return [0] * len(fixed)
+    return [
+        cells * number * width // HOST_SHARE + 3 * sequences // 2 * state
+        for width, state in zip(kv_widths(header), fixed, strict=True)
     ]
 
 

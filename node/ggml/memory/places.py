@@ -3,7 +3,8 @@
 llama.cpp keeps only so many sequences apart, of a model with recurrent states a few. What nobody
 computes with may be more, and how much of it there is at a moment depends on when frames arrive:
 prefix caches, deferred results, and caches whose release is on its way. So the least recently used
-one makes room, and comes back when it is needed.
+one makes room, and comes back when it is needed. What waits so is part of the plan's memory, and
+no more than it counts.
 """
 
 import heapq
@@ -15,7 +16,7 @@ import numpy as np
 
 from unicluster.errors import StageError
 
-# Sequences on the host, for each place in llama.cpp's memory.
+# Sequences on the host, for each place in llama.cpp's memory; empty ones have hardly any bytes.
 SAVED_PER_PLACE = 2
 
 State = np.ndarray[Any, np.dtype[np.uint8]]
@@ -30,6 +31,10 @@ class Memory(Protocol):
     def sequences(self) -> int:
         """Number of sequences at once, at most."""
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of sequences that wait on the host, at most."""
+
     def copy(self, source: int, to: int, tokens: int) -> None:
         """Gives the sequence `to`, which is empty, the first `tokens` of another."""
 
@@ -38,6 +43,9 @@ class Memory(Protocol):
 
     def state_size(self, sequence: int) -> int:
         """Bytes of a sequence's saved state."""
+
+    def fixed_size(self, sequence: int) -> int:
+        """Bytes of a saved state that don't grow with the sequence's tokens."""
 
     def state(self, sequence: int) -> State:
         """Saved state of a sequence."""
@@ -48,11 +56,15 @@ class Memory(Protocol):
 
 @dataclass(eq=False)
 class Place:
-    """One sequence. number: in llama.cpp; of no use once it is saved, as `state`."""
+    """One sequence. number: in llama.cpp; of no use once it is saved, as `state`.
+
+    fixed: how many bytes of that don't grow with its tokens.
+    """
 
     number: int
     users: int = 1
     state: State | None = None
+    fixed: int = 0
 
 
 class Places:
@@ -67,6 +79,11 @@ class Places:
 
     def __len__(self) -> int:
         return len(self._here) + len(self._saved)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the sequences on the host."""
+        return sum(place.state.nbytes for place in self._saved if place.state is not None)
 
     def new(self, pinned: Collection[Place] = ()) -> Place:
         """An empty sequence; room is made for it, but not of those `pinned`.
@@ -118,9 +135,11 @@ class Places:
         """Saved state of a sequence, wherever it is."""
         return self._memory.state(place.number) if place.state is None else place.state
 
-    def nbytes(self, place: Place) -> int:
-        """Bytes of a sequence's saved state."""
-        return self._memory.state_size(place.number) if place.state is None else place.state.size
+    def nbytes(self, place: Place) -> tuple[int, int]:
+        """Bytes of a sequence's saved state, and how many of them don't grow with its tokens."""
+        if place.state is not None:
+            return place.state.size, place.fixed
+        return self._memory.state_size(place.number), self._memory.fixed_size(place.number)
 
     def release(self, place: Place) -> None:
         """Gives up one use of a sequence, which ends with the last one."""
@@ -144,10 +163,13 @@ class Places:
         return heapq.heappop(self._free)
 
     def _save_one(self, pinned: Collection[Place]) -> bool:
-        """Saves the least recently used sequence on the host; False where none may be."""
-        place = next((each for each in self._here if each not in pinned), None)
+        """Saves the least recently used sequence that the host has room for; False for none."""
+        room = self._memory.host_bytes - self.saved_bytes
+        small = (each for each in self._here if self._memory.state_size(each.number) <= room)
+        place = next((each for each in small if each not in pinned), None)
         if place is None or len(self._saved) >= SAVED_PER_PLACE * self.count:
             return False
+        place.fixed = self._memory.fixed_size(place.number)
         place.state = self._memory.state(place.number)
         del self._here[place]
         self._saved.add(place)

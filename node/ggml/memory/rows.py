@@ -88,8 +88,8 @@ class Sequences:
         """Saved state of a row."""
         return self._places.state(row.place)
 
-    def nbytes(self, row: Row) -> int:
-        """Bytes of a row's saved state."""
+    def nbytes(self, row: Row) -> tuple[int, int]:
+        """Bytes of a row's saved state, and how many of them don't grow with its tokens."""
         return self._places.nbytes(row.place)
 
     def _own(self, row: Row, tokens: int, pinned: Sequence[Place]) -> None:
