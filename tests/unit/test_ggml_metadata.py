@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
 from node.ggml.cutting.checked import check_layer_numbers, check_metadata
@@ -123,6 +124,18 @@ def test_unequal_heads_are_taken_where_llama_cpp_knows_them(tmp_path: Path) -> N
     check_metadata(tmp_path, header_of(tmp_path / "model.gguf", "llama", equal))
 
 
+@pytest.mark.parametrize("key", ["feed_forward_length", "expert_feed_forward_length"])
+def test_unequal_widths_are_taken_where_llama_cpp_knows_them(tmp_path: Path, key: str) -> None:
+    unequal = {key: [128, 64, 128, 256, 64, 128]}
+    check_metadata(tmp_path, header_of(tmp_path / "model.gguf", "nemotron_h", unequal))
+    for architecture in ("llama", "qwen3moe", "lfm2"):
+        reason = rf"{architecture}\.{key} is \[64, 128, 256\] by layer"
+        with pytest.raises(InputError, match=reason):
+            check_metadata(tmp_path, header_of(tmp_path / "model.gguf", architecture, unequal))
+    equal = {key: [128] * 6}
+    check_metadata(tmp_path, header_of(tmp_path / "model.gguf", "llama", equal))
+
+
 def test_a_period_of_0_is_a_window_for_all(tmp_path: Path) -> None:
     """As in llama.cpp; so is a period in a file, and an array of values."""
     file, flags = tmp_path / "model.gguf", [True, False, True, True, False, True]
@@ -171,6 +184,23 @@ def test_a_count_of_layers_that_the_tensors_do_not_have(
     file = blocks(count)(tmp_path / "model.gguf")
 
     with pytest.raises(InputError, match=said):
+        open_gguf(whole(file))
+
+
+@pytest.mark.parametrize("architecture", ["glm4moe", "deepseek2", "of-tomorrow"])
+def test_only_layers_that_predict_further_tokens(tmp_path: Path, architecture: str) -> None:
+    """As files for guessing are: llama.cpp crashes on some."""
+    writer = gguf.GGUFWriter(str(file := tmp_path / "mtp.gguf"), architecture)
+    for key, number in {"block_count": 7, "nextn_predict_layers": 1, "embedding_length": 8}.items():
+        writer.add_uint32(f"{architecture}.{key}", number)
+    for name in ("token_embd", "blk.6.attn_norm", "blk.6.nextn.eh_proj"):
+        writer.add_tensor(f"{name}.weight", np.zeros((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(InputError, match=r"mtp\.gguf: .* only layers that predict further tokens"):
         open_gguf(whole(file))
 
 

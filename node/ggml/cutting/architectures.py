@@ -203,6 +203,12 @@ UNEQUAL_HEADS = frozenset(
     )
 )
 
+# Layers may have feed-forward networks of other widths than one another.
+UNEQUAL_WIDTHS = frozenset(
+    ("deci", "gemma4", "nemotron_h", "nemotron_h_moe", "openelm", "plamo3"),
+)
+UNEQUAL_EXPERTS = frozenset(("nemotron_h", "nemotron_h_moe"))
+
 # By mlx-lm's name of a model: what its GGUFs are called.
 OF_MLX = {
     "llama": "llama",

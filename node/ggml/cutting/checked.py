@@ -10,7 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from node.ggml.cutting.architectures import KNOWN, UNEQUAL_HEADS, Architecture
+from node.ggml.cutting.architectures import (
+    KNOWN,
+    UNEQUAL_EXPERTS,
+    UNEQUAL_HEADS,
+    UNEQUAL_WIDTHS,
+    Architecture,
+)
 from node.ggml.cutting.kinds import (
     HEADS_KEY,
     INDEXER_KEY,
@@ -62,6 +68,13 @@ _NUMBERS: dict[str, tuple[int, int]] = {
         (0, MOST),
     ),
 }
+# Numbers that llama.cpp takes of the first layer for all, but of some architectures.
+_UNEQUAL = {
+    HEADS_KEY: UNEQUAL_HEADS,
+    KV_HEADS_KEY: UNEQUAL_HEADS,
+    "feed_forward_length": UNEQUAL_WIDTHS,
+    "expert_feed_forward_length": UNEQUAL_EXPERTS,
+}
 # A whole number, or one for each of all layers.
 _NUMBER_OR_ARRAY = (
     *(HEADS_KEY, KV_HEADS_KEY, USED_KEY, RECURRENT_KEY),
@@ -78,10 +91,11 @@ def check_metadata(file: Path, header: Header) -> None:
         wrong = next(chain(_numbers(header), _arrays(header), _together(header)), "")
     if wrong:
         raise InputError(f"{file}: damaged metadata: {name}.{wrong}; copy the GGUF again")
-    if name not in KNOWN or name in UNEQUAL_HEADS:
+    if name not in KNOWN:
         return
-    for key in (HEADS_KEY, KV_HEADS_KEY):
-        if len(numbers := set(by_layer(header, key, layer_count(header)))) > 1:
+    for key, unequal in _UNEQUAL.items():
+        numbers = set(by_layer(header, key, layer_count(header)))
+        if len(numbers) > 1 and name not in unequal:
             raise InputError(
                 f"{file}: {name}.{key} is {sorted(numbers)} by layer, which llama.cpp can't compute"
             )
@@ -90,7 +104,8 @@ def check_metadata(file: Path, header: Header) -> None:
 def check_layer_numbers(file: Path, headers: Iterable[Header]) -> None:
     """Raises InputError where there are tensors of layers that the first header knows nothing of.
 
-    Layers behind the model proper are those that predict further tokens, and nothing else.
+    Layers behind the model proper are those that predict further tokens, and nothing else; without
+    any of the model proper llama.cpp would crash.
     """
     first, *others = headers
     blocks, count = int(first.arch(BLOCKS_KEY, 0)), layer_count(first)
@@ -99,6 +114,11 @@ def check_layer_numbers(file: Path, headers: Iterable[Header]) -> None:
         for tensor in header.tensors:
             if match := _LAYER.fullmatch(tensor):
                 parts.setdefault(int(match[1]), set()).add(match[2])
+    if parts and min(parts) >= count:
+        raise InputError(
+            f"{file}: of {first.architecture} it has only layers that predict further tokens, and "
+            f"none of the {count} of the model itself: name the GGUF of the model"
+        )
     behind = sorted(layer for layer in parts if layer >= count)
     wrong = [n for n in behind if n >= blocks or not any(map(_predicts, parts[n]))]
     if wrong:
