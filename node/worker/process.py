@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from node.worker.config import WorkerConfig
+from node.worker.environment import worker_environment
 from node.worker.lines import LineReader
 from node.worker.report import WorkerReport
-from unicluster.access.token_input import CLIENT_VARIABLE, JOIN_VARIABLE
 from unicluster.causes import Cause, of_exit
 from unicluster.deadlines import floor_seconds
-from unicluster.program import child_environment, module_command
+from unicluster.program import module_command
 from unicluster.stall import Stall, look_seconds
-from unicluster.telemetry.broker_url import VARIABLE as MQTT_VARIABLE
 
 log = logging.getLogger("unicluster.worker")
 
@@ -40,9 +39,6 @@ REASON_CHARS = 500
 SILENT_FLOORS = 2.0
 SILENT_START_FLOORS = 6.0
 
-# Variables that hold secrets of the agent's or of commands.
-SECRETS = frozenset({JOIN_VARIABLE, CLIENT_VARIABLE, MQTT_VARIABLE})
-
 # Printed by MLX, Metal or the C++ runtime when an allocation fails.
 _OUT_OF_MEMORY = ("unable to allocate", "insufficient memory", "bad_alloc", "memoryerror")
 
@@ -58,12 +54,6 @@ class Exit:
     stderr_tail: tuple[str, ...]
     out_of_memory: bool
     cause: str = ""
-
-
-# Threads of llama.cpp wait for one another some hundred times a token, spinning for milliseconds:
-# where anything else runs, a token takes ten times as long. So they sleep after some microseconds,
-# about what it costs to be woken. The first is GNU's OpenMP, the second any other.
-SHORT_SPINS = {"GOMP_SPINCOUNT": "300", "OMP_WAIT_POLICY": "passive"}
 
 
 class WorkerProcess:
@@ -134,7 +124,7 @@ class WorkerProcess:
                 stderr=output,
                 pass_fds=(channel,),
                 start_new_session=True,  # Ctrl-C in the terminal is for the agent, which stops us
-                env=_environment(extra),
+                env=worker_environment(extra),
                 cwd=folder.name,
             )
             worker = cls(process, report, (to_stdin, events, printed), folder)
@@ -272,13 +262,6 @@ async def _read_pipe(reader: LineReader) -> tuple[int, asyncio.ReadTransport]:
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: reader, os.fdopen(source, "rb", 0))
     return sink, transport
-
-
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The worker's environment, without secrets; gRPC prints refused clients only for debugging."""
-    quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
-    ours = {name: value for name, value in child_environment(extra).items() if name not in SECRETS}
-    return {**quiet, **SHORT_SPINS, **ours}
 
 
 def _oom_kills() -> int:
