@@ -25,15 +25,13 @@ from node.ggml.library import (
 from node.ggml.memory.places import State
 from node.ggml.repeated import can_repeat
 from node.ggml.tap import Tap
-from node.metering.fastest import Fastest, doublings
+from node.ggml.threads import Threads
 from unicluster.errors import StageError
 
 log = logging.getLogger("unicluster.llama")
 
 # Tokens that llama.cpp computes at once.
 BATCH = 512
-# Tokens of a step of decoding, at most, whose number of threads is tried out.
-DECODED = 16
 # Rows of logits at once: enough for decoding and for checking a speculation.
 OUTPUTS = 64
 # On a CPU attention is faster when its scores are a matrix (`bench.ggml`), which takes no more room
@@ -124,10 +122,10 @@ class Layers:
         if self._tap is not None and self._on_cpu and can_repeat():
             self._tap.repeat(lambda: int(lib.llama_perf_context(self._context).n_reused))
             self._tap.set_threads(int(lib.llama_n_threads(self._context)))
-        self._fastest: Fastest | None = None
+        self.threads: Threads | None = None
         # The result does not depend on their number, but with flash attention.
         if sizes.adaptive and self._on_cpu and self._plain_attention:
-            self._fastest = Fastest(doublings(sizes.threads), sizes.threads)
+            self.threads = Threads(sizes.threads)
         self._positions = np.zeros(BATCH * self._position_copies, np.int32)
         self._sequences = np.zeros(BATCH, np.int32)
         self._tokens = np.zeros(BATCH, np.int32)
@@ -201,6 +199,20 @@ class Layers:
             if self._context:
                 self._lib.llama_free(self._context)
             self._context, self._tap = context, tap
+
+    def try_threads(self, seconds: float) -> None:
+        """Finds the fastest number of threads by steps over zeros, for so many seconds at most.
+
+        Nothing where their number is stated, or can't matter. All sequences must be empty.
+        """
+        if self.threads is None:
+            return
+        ends = time.monotonic() + seconds
+        for position in range(self.sizes.cells):
+            if self.threads.settled or time.monotonic() >= ends:
+                break
+            self.forward(self.blank(1), [position], [0], True)
+        self.trim(0, 0)
 
     def copy(self, source: int, to: int, tokens: int) -> None:
         """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""
@@ -299,21 +311,15 @@ class Layers:
 
     def _decode(self, count: int) -> int:
         """llama.cpp's status of computing the batch of `count` tokens."""
-        fastest = self._fastest if count <= DECODED else None
-        threads = self.sizes.threads if fastest is None else fastest.setting
-        if threads != self._threads:
-            self._lib.llama_set_n_threads(self._context, threads, threads)
-            if self._tap is not None:
-                self._tap.set_threads(threads)
-            self._threads = threads
-        began = time.perf_counter()
-        status = int(self._lib.llama_decode(self._context, self._batch))
-        if fastest is not None:
-            before = fastest.best
-            fastest.note(count, time.perf_counter() - began)
-            if fastest.best != before:
-                log.info("%d threads decode faster than %d here", fastest.best, before)
-        return status
+        if self.threads is None:
+            return int(self._lib.llama_decode(self._context, self._batch))
+        with self.threads.step(count) as threads:
+            if threads != self._threads:
+                self._lib.llama_set_n_threads(self._context, threads, threads)
+                if self._tap is not None:
+                    self._tap.set_threads(threads)
+                self._threads = threads
+            return int(self._lib.llama_decode(self._context, self._batch))
 
     @property
     def _on_cpu(self) -> bool:

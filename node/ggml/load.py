@@ -47,6 +47,8 @@ SEQUENCES_PER_USER = 16
 BURST_BYTES = 64 * 2**20
 THREADS_ENV = "UNICLUSTER_GGML_THREADS"
 MOST_THREADS = 1024
+# How long numbers of threads are tried out before the first answer, at most.
+TRIED_S = 0.5
 # Names of tensors that layers of a kind have in common: some quantizations have scales beside the
 # matrices of some layers only.
 _SUFFIXES = (".weight", ".bias")
@@ -105,6 +107,7 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
     )
     layers = Layers(file if isinstance(file, Path) else file.path, sizes)
     check_graph(layers, gguf, part)
+    layers.try_threads(TRIED_S)
     embedding: Lookup | None = None
     if part.first == 0:
         embedding = Lookup(gguf) if sizes.tokens else Embedding(gguf, folder)

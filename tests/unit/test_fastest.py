@@ -1,12 +1,14 @@
 """The fastest of several settings, found while work goes on."""
 
 from collections.abc import Callable
+from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.metering.fastest import BETTER, MOST_REST, Fastest, doublings
+from node.metering.fastest import BETTER, BLOCKS, MOST_REST, STEPS, Fastest, doublings
 
 
 def work(fastest: Fastest, cost: Callable[[int], float], steps: int = 200) -> list[int]:
@@ -58,3 +60,59 @@ def test_steps_of_other_kinds_are_not_compared() -> None:
 
 def test_one_setting_needs_no_trial() -> None:
     assert set(work(Fastest([1], 1), lambda _: 1.0)) == {1}
+
+
+def steps_until(fastest: Fastest, best: int, cost: Callable[[int], float], most: int) -> int:
+    """Steps until that setting is the best one."""
+    for number in range(most):
+        if fastest.best == best:
+            return number
+        fastest.note(1, cost(fastest.setting))
+    raise AssertionError(f"{fastest.best} is still the best after {most} steps")
+
+
+@pytest.mark.parametrize("rests", [0, 500, 20_000])
+def test_cores_that_are_taken_are_noticed_within_an_answer(rests: int) -> None:
+    fastest = Fastest(doublings(4), 4)
+    work(fastest, lambda threads: 1 / threads, 200 + rests)
+    assert fastest.best == 4
+
+    assert steps_until(fastest, 1, lambda threads: 0.3 * threads, 150)
+
+
+def test_steps_that_grow_with_the_answer_are_no_reason_for_a_trial() -> None:
+    fastest = Fastest([1, 2], 2)
+    work(fastest, lambda threads: 1 / threads)
+    times = iter(1 + number / 1000 for number in range(4000))
+
+    used = work(fastest, lambda threads: next(times) / threads, 4000)
+
+    # Those of four trials whose rests double are allowed, and no more.
+    assert used.count(1) <= 5 * BLOCKS * STEPS
+
+
+def test_times_that_jump_without_end_cause_few_trials() -> None:
+    random = Random(7)
+    fastest = Fastest([1, 2], 2)
+
+    used = work(fastest, lambda threads: random.choice([1, 1, 1, 9]) / threads, 20_000)
+
+    assert sum(a != b for a, b in pairwise(used)) < 0.02 * len(used)
+
+
+def test_a_setting_that_takes_many_times_as_long_is_given_up_at_once() -> None:
+    fastest = Fastest([1, 2], 1)
+
+    used = work(fastest, lambda threads: 1.0 if threads == 1 else 20.0, 60)
+
+    assert used.count(2) == 2  # one that doesn't count, and one that does
+
+
+def test_a_trial_goes_on_with_the_kind_of_steps_that_come() -> None:
+    fastest = Fastest([1, 2], 2)
+    fastest.note(15, 1.0)
+    for _ in range(60):
+        fastest.note(1, 1.0 * fastest.setting)
+
+    assert fastest.best == 1
+    assert fastest.settled

@@ -1,5 +1,6 @@
 """Numbers of threads are tried out while answers are decoded, whose numbers stay the same."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 import mlx.core as mx
 
-from node.ggml import layers, load
+from node.ggml import load, threads
 from node.metering.fastest import Fastest
 from node.pipeline.pipeline_model import PipelineModel
 from tests.support.tiny_gguf import write_gguf
@@ -51,7 +52,8 @@ def test_answers_do_not_depend_on_the_number_of_threads(
     alone = decoded(file)  # as tests are run: with one
     monkeypatch.delenv(load.THREADS_ENV)
     monkeypatch.setattr(load, "cores", lambda: 2)
-    monkeypatch.setattr(layers, "Fastest", Noted)
+    monkeypatch.setattr(threads, "shared_cores", lambda: None)  # other stages may run here
+    monkeypatch.setattr(threads, "Fastest", Noted)
 
     tried = decoded(file)
 
@@ -60,11 +62,57 @@ def test_answers_do_not_depend_on_the_number_of_threads(
     assert {tokens for _, tokens in Noted.steps} == {1}  # a prompt is no trial
 
 
+class Sharing:
+    """Other stages of the machine, so many of which compute now, and have computed lately."""
+
+    def __init__(self, now: int, lately: int) -> None:
+        self.now, self.lately = now, lately
+
+    def others(self, recent_s: float = 0.0) -> int:
+        return self.lately if recent_s else self.now
+
+    def computing(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("now", "lately", "decode", "prefill"),
+    [(0, 0, 8, 8), (1, 1, 4, 4), (0, 1, 8, 4), (2, 2, 2, 2), (40, 40, 1, 1)],
+)
+def test_stages_that_compute_at_the_same_time_share_the_cores(
+    now: int, lately: int, decode: int, prefill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "shared_cores", lambda: Sharing(now, lately))
+    shared = threads.Threads(8)
+
+    with shared.step(1) as decoding, shared.step(64) as prefilling:
+        pass
+
+    assert (decoding, prefilling, shared.latest) == (decode, prefill, decode)
+
+
+def test_steps_that_share_the_cores_are_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = Sharing(1, 1)
+    monkeypatch.setattr(threads, "shared_cores", lambda: others)
+    monkeypatch.setattr(threads, "Fastest", Noted)
+    shared = threads.Threads(2)
+
+    def step() -> int:
+        with shared.step(1) as used:
+            return used
+
+    assert [step() for _ in range(50)] == [1] * 50
+    assert not Noted.steps
+    others.now = 0
+    assert step() == 2
+    assert len(Noted.steps) == 1
+
+
 def test_a_stated_number_of_threads_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(load.THREADS_ENV, "1")
-    monkeypatch.setattr(layers, "Fastest", Noted)
+    monkeypatch.setattr(threads, "Fastest", Noted)
     Noted.steps = []
 
     decoded(write_gguf(tmp_path / "tiny.gguf"))
