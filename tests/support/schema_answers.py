@@ -10,6 +10,8 @@ import httpx
 import jsonschema
 
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
+# It says nothing of the schema, which the answer must match all the same.
+PROMPT = "Give me an example, as JSON."
 MOST_TOKENS = 900
 
 
@@ -43,7 +45,7 @@ async def answers_to(
 async def _answer_to(client: httpx.AsyncClient, number: int, schema: Any) -> SchemaAnswer:
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     body = {
-        "messages": [{"role": "user", "content": f"An example of: {json.dumps(schema)}"}],
+        "messages": [{"role": "user", "content": PROMPT}],
         "response_format": form,
         "temperature": 1,
         "seed": number,
