@@ -59,7 +59,14 @@ def make_app(
 ) -> ASGIApp:
     """The application; `hosts` and `origins` as of Guard."""
     door = _Door(gateway, doorman)
-    failed = partial(_failed, gateway)
+
+    # Not in a thread, where Starlette would call other functions: the gateway is of this loop.
+    async def failed(request: Request, error: Exception) -> Response:
+        return _failed(gateway, request, error)
+
+    async def no_such_path(request: Request, error: Exception) -> Response:
+        return _no_such_path(gateway, request, error)
+
     return Starlette(
         routes=[
             Route("/healthz", door.healthy),
@@ -85,7 +92,7 @@ def make_app(
             Route("/v1/completions", door.generating(read_completion), methods=["POST"]),
         ],
         middleware=[
-            Middleware(Guard, hosts=hosts, origins=origins, refuse=failed),
+            Middleware(Guard, hosts=hosts, origins=origins, refuse=partial(_failed, gateway)),
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(origins),
@@ -94,7 +101,7 @@ def make_app(
             ),
         ],
         exception_handlers={
-            HTTPException: partial(_no_such_path, gateway),
+            HTTPException: no_such_path,
             UniclusterError: failed,
             Exception: failed,
         },

@@ -1,5 +1,6 @@
 """The HTTP door in this event loop, over a gateway whose head does what the prompt says."""
 
+import asyncio
 import contextlib
 import ssl
 import tempfile
@@ -66,6 +67,7 @@ class Parrot:
         return Measured(info=self.info())
 
     def info(self) -> ChatInfo:
+        asyncio.get_running_loop()  # raises in another thread, as of a Service
         info = ChatInfo(
             model=self.display, quant="q4", context=4096, users=4, state=self.state, detail=""
         )
