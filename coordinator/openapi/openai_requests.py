@@ -26,7 +26,7 @@ from coordinator.openapi.parts import (
     whole,
 )
 from coordinator.protocols.asked import Json
-from coordinator.protocols.openai_fields import MOST_CHOICES, MOST_TOKENS, NO_EFFECT
+from coordinator.protocols.openai_fields import MOST_CHOICES, MOST_TOKENS, NO_EFFECT, PENALTY_WINDOW
 from coordinator.protocols.openai_messages import TEXT_PARTS
 from unicluster.chat_limits import MOST_LOGPROBS, MOST_MESSAGES, MOST_TOOL_CALLS, MOST_TOOLS
 
@@ -42,6 +42,7 @@ SAMPLING = {
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
     "repetition_penalty": REPETITION_PENALTY,
+    "repetition_context_size": choice(PENALTY_WINDOW),
     "seed": SEED,
     "logit_bias": BIASES,
     "stop": STOP,

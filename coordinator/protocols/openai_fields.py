@@ -21,17 +21,21 @@ NO_EFFECT = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
 )
 
+# Tokens before the next one that penalties look at, as in mlx-lm: node/generation/sampling.py.
+PENALTY_WINDOW = 20
+
 
 def read_sampling(fields: Fields, request: GenerateRequest) -> None:
     """Puts temperature, top_p, penalties, seed, bias and stop strings into the request.
 
-    `top_k`, `min_p` and `repetition_penalty` are extensions that other servers have, too.
+    `top_k`, `min_p`, `repetition_penalty` and its window are extensions that other servers have.
     """
     sampling = request.sampling
     names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
     for name in (*names, "min_p", "repetition_penalty"):
         if (value := fields.number(name)) is not None:
             setattr(sampling, name, value)
+    fields.choice("repetition_context_size", (PENALTY_WINDOW,))
     if (top_k := fields.whole("top_k", 0, MOST_TOKENS)) is not None:
         sampling.top_k = top_k
     if (seed := fields.whole("seed", -(1 << 63), (1 << 64) - 1)) is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlx.core as mx
 import ollama
 import pytest
@@ -20,19 +21,17 @@ from tests.support.any_requests import try_document
 from tests.support.api_clients import CLIENTS, NAME, POINT, TOOL, ApiClient, OllamaChat, said
 from tests.support.cluster import LocalCluster, ServeProgram, until
 from tests.support.deadlines import scaled
+from tests.support.server_cases import CASES, Case
 from unicluster.cluster.sizes import CHAT_BYTES
 
 pytestmark = pytest.mark.sweep
 
 DEMO = Path(__file__).parents[2] / "node" / "demo" / "model"
-MODEL = "endless"
 SUM = "What is 2 + 3?"
 PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
     *("/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate"),
 )
-# Of a machine: the model needs both.
-MEMORY = "40MB"
 # Of an answer that goes on until its client leaves.
 LONG = 1900
 TEMPLATE = (
@@ -47,7 +46,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, with a template that has tools, and answers that never end by themselves."""
-    path = tmp_path_factory.mktemp("models") / MODEL
+    path = tmp_path_factory.mktemp("models") / "endless"
     path.mkdir()
     for file in DEMO.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
@@ -65,9 +64,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+def memory() -> str:
+    """That of a machine: the model needs both."""
+    return "40MB"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, memory: str) -> Iterator[LocalCluster]:
     with LocalCluster(tmp_path_factory.mktemp("conformance")) as cluster:
-        cluster.start_agents("ann", "bob", memory=MEMORY)
+        cluster.start_agents("ann", "bob", memory=memory)
         yield cluster
 
 
@@ -89,8 +94,12 @@ def server(cluster: LocalCluster, keys: dict[str, str], model: Path) -> Iterator
 
 
 def one_of(client: type[ApiClient], server: ServeProgram, key: str, **options: Any) -> ApiClient:
-    defaults = {"limit_s": scaled(120), "model": MODEL}
+    defaults = {"limit_s": scaled(120), "model": name_of(server)}
     return client(server.http, key, **defaults | options)
+
+
+def name_of(server: ServeProgram) -> str:
+    return server.describe().model.split(" ")[0]
 
 
 @pytest.fixture(params=CLIENTS, ids=lambda client: client.__name__)
@@ -156,8 +165,9 @@ def test_tools_and_their_results_reach_the_prompt_of_ollama(
         {"role": "tool", "content": "done", "tool_name": NAME},
     ]
     options: Any = {"num_predict": 4}
+    name = name_of(server)
     plain, offered, answered = (
-        ask.chat(MODEL, messages, tools=tools, options=options).prompt_eval_count or 0
+        ask.chat(name, messages, tools=tools, options=options).prompt_eval_count or 0
         for messages, tools in (
             (said(SUM), None),
             (said(SUM), [TOOL]),
@@ -228,6 +238,15 @@ def test_who_leaves_a_stream_ends_the_answer(ask: ApiClient, server: ServeProgra
     assert ask.chat(SUM)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_requests_of_mlx_lm_s_own_tests_are_answered(
+    case: Case, server: ServeProgram, keys: dict[str, str]
+) -> None:
+    headers = {"Authorization": f"Bearer {keys['all']}"}
+    with httpx.Client(base_url=server.http, headers=headers, timeout=scaled(120)) as http:
+        case.check(http, name_of(server))
+
+
 def test_any_request_is_answered_as_the_document_says(
     server: ServeProgram, keys: dict[str, str]
 ) -> None:
@@ -238,22 +257,23 @@ def test_any_request_is_answered_as_the_document_says(
 
 
 @contextmanager
-def away(cluster: LocalCluster, server: ServeProgram, name: str) -> Iterator[None]:
+def away(cluster: LocalCluster, server: ServeProgram, name: str, memory: str) -> Iterator[None]:
     """That machine has left while the block runs."""
     cluster.agents[name].end()
     with server.client() as grpc:
         until(lambda: grpc.describe().state != "ready", "the model is not served")
         yield
-        cluster.start_agents(name, memory=MEMORY)
+        cluster.start_agents(name, memory=memory)
         until(lambda: grpc.describe().state == "ready", "the model is served again")
 
 
 def test_while_a_machine_is_missing_all_say_so(
-    cluster: LocalCluster, server: ServeProgram, keys: dict[str, str]
+    cluster: LocalCluster, server: ServeProgram, keys: dict[str, str], memory: str
 ) -> None:
-    with away(cluster, server, "bob"):
+    name = name_of(server)
+    with away(cluster, server, "bob", memory):
         for client in CLIENTS:
-            with pytest.raises(client.errors[503], match=MODEL):
-                one_of(client, server, keys["all"]).chat(SUM)
+            with pytest.raises(client.errors[503], match=name):
+                one_of(client, server, keys["all"], model=name).chat(SUM)
     for client in CLIENTS:
         assert one_of(client, server, keys["all"]).chat(SUM)
