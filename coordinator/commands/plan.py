@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import click
@@ -18,13 +19,15 @@ from coordinator.fleet.members import Members
 from coordinator.models import inspect_child
 from coordinator.models.catalog import QUANTS, model_names
 from coordinator.models.question import RequestedModel, alternatives, ask, variants_of, with_gguf
-from coordinator.planning.placement import Objective, Plan
+from coordinator.planning.filling import DRAFT_RATE, LOOKUP_RATE
+from coordinator.planning.placement import Layout, Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.rivals import rivals
 from coordinator.planning.shortfall import Alternatives, NoPlanError, scaled
 from coordinator.planning.variants import ModelVariants
 from coordinator.serving.engine_options import check_gguf, engine_options
-from coordinator.serving.generation_options import kv_bits_option
+from coordinator.serving.generation_options import AUTO, LOOKUP, OFF, kv_bits_option, speculations
+from coordinator.serving.inspected import with_draft
 from coordinator.serving.options import objective_option
 from coordinator.terminal.plan import fleet_table, plan_table, rivals_table
 from unicluster.cluster.known_machines import nodes_option, peer_option
@@ -56,6 +59,7 @@ class PlanOptions:
     context: int
     users: int
     kv_bits: int | None
+    speculate: str | None
     gguf: str | None
     engine: str
     objective: Objective
@@ -89,6 +93,8 @@ def run(**options: Any) -> int:
         question = asyncio.run(_question_to_cluster(requested, args.peer))
     machines = fleet.with_memory(fleet.with_links(question.fleet, args.link), args.memory)
     question = replace(question, fleet=machines)
+    if args.speculate not in (None, OFF, AUTO, LOOKUP):
+        question = _with_draft(question, args.speculate)
     nodes = [name.strip() for name in args.nodes.split(",")] if args.nodes is not None else None
     try:
         with doing("Planning"):
@@ -106,6 +112,8 @@ def run(**options: Any) -> int:
             raise
         print(json.dumps(refused(question, args.objective, error), indent=1))
         return error.exit_code
+    if args.speculate in (AUTO, LOOKUP) and len(best.stages) > 1:
+        best = replace(best, guess_rate=LOOKUP_RATE)
     if args.json:
         print(json.dumps(planned(question, best), indent=1))
         return 0
@@ -115,12 +123,22 @@ def run(**options: Any) -> int:
         question.variants,
         quant=requested.quant,
         kv_bits=args.kv_bits or 0,
+        speculate=args.speculate or "",
         gguf=args.gguf,
         engine=args.engine,
         nodes=args.nodes if args.fleet is None else None,
     )
     _show(question, best, nodes, line)
     return 0
+
+
+def _with_draft(question: Question, name: str) -> Question:
+    """The question with a smaller model on the head, whose guesses fill the pipe."""
+    layout = question.variants.layout
+    with doing(f"Inspecting {name}"):
+        (draft,) = _inspect_here(ask(name, None, layout.context, layout.users).requests)
+    add = partial(with_draft, draft=Layout.from_proto(draft), rate=DRAFT_RATE)
+    return replace(question, variants=question.variants.map(add))
 
 
 def _requested(args: PlanOptions, model: str) -> RequestedModel:
@@ -153,6 +171,12 @@ def planned(question: Question, best: Plan) -> dict[str, Any]:
         "tokens_per_s_throughput": best.tokens_per_s_aggregate,
         "prefill_tokens_per_s": best.prefill_tokens_per_s,
     }
+    if best.guess_rate:
+        predicted["guessing"] = {
+            "gain": best.guessing_gain,
+            "frames": best.guessing_frames,
+            "assumed_rate": best.guess_rate,
+        }
     return _facts(question, best.objective, stages, predicted, 0, ())
 
 
@@ -268,6 +292,13 @@ command = Command(
             ),
             Option("--users", "answers at the same time (default: 1)", type=int, default=1),
             kv_bits_option(),
+            Option(
+                "--speculate",
+                "predict guesses that fill the pipe, those of `serve --speculate`: by `lookup` "
+                "or `auto`, or of a smaller MODEL on the head (default: none)",
+                metavar="WHAT",
+                complete=speculations,
+            ),
             *engine_options(),
         ],
         "Machines": [

@@ -7,6 +7,7 @@ bandwidth, and LAYER_S a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,7 +49,9 @@ class Layout:
     head_active_bytes are read for one token (None: all). layer_active_parameters: None unknown.
     forbidden_cuts: layers that must be on the same stage as the layer before them.
     forbidden_counts: no stage may have so many layers, unless it has all.
-    draft_bytes: the part of head_bytes that is a draft model with its KV caches.
+    draft_bytes: the part of head_bytes that is a draft model with its KV caches. Of them
+    draft_read_bytes are read for one drafted token, and draft_rate of these are right, as assumed,
+    where each is a frame of its own; 0: guesses don't fill the pipe.
     hidden_size: numbers of a token's hidden state; 0: other things cross cuts too, or not known.
     lm_head_bytes: norm and lm_head, where the last layer's bytes include them; else 0.
     added_lm_head_bytes: what the last stage needs besides to compute logits; 0: it can't.
@@ -73,6 +76,8 @@ class Layout:
     layer_active_parameters: tuple[int, ...] | None = None
     engine: str = DEFAULT
     draft_bytes: int = 0
+    draft_read_bytes: int = 0
+    draft_rate: float = 0.0
     hidden_size: int = 0
     lm_head_bytes: int = 0
     added_lm_head_bytes: int = 0
@@ -132,13 +137,18 @@ class Layout:
             added_lm_head_bytes=added,
         )
 
-    def with_draft(self, draft_bytes: int) -> Layout:
-        """Layout with a draft model on the head, whose reads are not counted."""
+    def with_draft(self, draft_bytes: int, read_bytes: int = 0, rate: float = 0.0) -> Layout:
+        """Layout with a draft model on the head, whose reads are not those of the model's tokens.
+
+        read_bytes: for a drafted token. rate: see draft_rate.
+        """
         return replace(
             self,
             head_bytes=self.head_bytes + draft_bytes,
             head_active_bytes=self.head_read_bytes,
             draft_bytes=draft_bytes,
+            draft_read_bytes=read_bytes,
+            draft_rate=rate,
         )
 
     @property
@@ -308,11 +318,29 @@ class Stage:
         return self.machine.engines[self.engine].measured
 
 
+def guessing_seconds(stages: Sequence[Stage], rate: float, draft_s: float = 0.0) -> float:
+    """Seconds a token of a lone answer, on average, with guesses that fill the pipe.
+
+    rate: of right ones. A run of these takes one trip for its first token, R seconds, and for each
+    other token only the time of the slowest stage, M, the head's draft included: (1-p)*R + p*M a
+    token. That is n*R/(R+(n-1)*M) times as fast as plain decode, with n = 1/(1-p) tokens a run.
+    """
+    trip = sum(stage.seconds_per_token + stage.hop_s for stage in stages)
+    return (1 - rate) * trip + rate * _slowest(stages, draft_s)
+
+
+def _slowest(stages: Sequence[Stage], draft_s: float) -> float:
+    head, *others = (stage.seconds_per_token for stage in stages)
+    return max([head + draft_s, *others])
+
+
 @dataclass(frozen=True)
 class Plan:
     """A placement that fits, with what it should give. All speeds are predicted.
 
-    gap: how much better, at most, another placement could be; 0 when none can.
+    gap: how much better, at most, another placement could be; 0 when none can. guess_rate: of right
+    guesses, as assumed, of a lone answer whose guesses fill the pipe; 0: none do, or nobody asked.
+    draft_s: seconds that the head takes for one.
     """
 
     objective: Objective
@@ -321,6 +349,8 @@ class Plan:
     left_out: tuple[tuple[Machine, str], ...]  # each with the reason
     chunk_tokens: int = 0
     gap: float = 0.0
+    guess_rate: float = 0.0
+    draft_s: float = 0.0
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -340,6 +370,17 @@ class Plan:
     @property
     def tokens_per_s_single(self) -> float:
         return 1 / self.seconds_per_token
+
+    @property
+    def guessing_gain(self) -> float:
+        """Tokens a second of a lone answer with guesses, in times of those without."""
+        guessing = guessing_seconds(self.stages, self.guess_rate, self.draft_s)
+        return max(self.seconds_per_token / guessing, 1.0)
+
+    @property
+    def guessing_frames(self) -> int:
+        """Frames of a lone answer in flight, beyond which more would only wait."""
+        return max(1, int(self.seconds_per_token / _slowest(self.stages, self.draft_s)))
 
     @property
     def tokens_per_s_aggregate(self) -> float:

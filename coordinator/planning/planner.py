@@ -9,9 +9,10 @@ from typing import get_args
 from coordinator.planning import cuts
 from coordinator.planning.balance import EQUAL_SPEED, Limits, balanced
 from coordinator.planning.engines import ENGINES, for_checkpoint
+from coordinator.planning.filling import best_for_guesses, draft_seconds, with_draft_reads
 from coordinator.planning.links import Network
 from coordinator.planning.machine import Machine
-from coordinator.planning.placement import Layout, Objective, Plan, Stage
+from coordinator.planning.placement import Layout, Objective, Plan, Stage, guessing_seconds
 from coordinator.planning.pool import Pool
 from coordinator.planning.search.cheapest import cheapest
 from coordinator.planning.search.problem import Placement
@@ -49,7 +50,8 @@ def plan(
 ) -> Plan:
     """The best contiguous placement of `layout` on some of `machines`.
 
-    latency: the least seconds a token for one user. throughput: the fastest slowest stage, and
+    latency: the least seconds a token for one user; of a layout with a draft_rate, on average over
+    right and wrong guesses. throughput: the fastest slowest stage, and
     among such plans the one of least latency. Among plans of equal speed it is the most even one
     (`balanced`). Needless machines stay out, because each costs a hop. Of a model in two variants
     each stage takes the one that is faster there, as far as engines may share a ring. Exact for
@@ -74,7 +76,10 @@ def plan(
     if not fitting:
         raise refusal(variants, pools, model or variants.layout.model_type, alternatives)
     stages, gap = _best(fitting, objective)
-    if _odd_cut(stages, variants) is not None:
+    rate = variants.layout.draft_rate if objective == "latency" else 0.0
+    if rate and (better := _for_guesses(stages, variants, able, network, rate)) is not None:
+        stages, gap = better
+    elif _odd_cut(stages, variants) is not None:
         stages, gap = _without_odd_counts(stages, gap, variants, able, network, objective)
     used = {stage.machine.name for stage in stages}
     left_out = tuple(
@@ -83,7 +88,31 @@ def plan(
         if m.name not in used
     )
     head = next(variant for variant in variants.layouts if variant.engine == stages[0].engine)
-    return Plan(objective, head.users, stages, left_out, head.chunk_tokens, gap)
+    best = Plan(objective, head.users, stages, left_out, head.chunk_tokens, gap)
+    if rate and len(stages) > 1:
+        best = replace(best, guess_rate=rate, draft_s=draft_seconds(stages[0], head))
+    return best
+
+
+def _for_guesses(
+    stages: Sequence[Stage],
+    variants: ModelVariants,
+    machines: Sequence[Machine],
+    network: Network,
+    rate: float,
+) -> tuple[tuple[Stage, ...], float] | None:
+    """A placement by which a draft's guesses fill the pipe better than by `stages`, and its gap."""
+    reading = variants.map(with_draft_reads)
+    pools = [Pool(ring, machines, network) for ring in reading.rings()]
+    better = best_for_guesses([pool for pool in pools if pool.fits()], rate)
+    if better is None or len(better[0]) == 1 or _odd_cut(better[0], variants) is not None:
+        return None
+    layout = variants.layout
+    plain, faster = (
+        guessing_seconds(placed, rate, draft_seconds(placed[0], layout))
+        for placed in (stages, better[0])
+    )
+    return better if faster < plain * (1 - EQUAL_SPEED) else None
 
 
 def _without_odd_counts(

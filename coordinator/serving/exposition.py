@@ -121,6 +121,11 @@ def _answers(metrics: Metrics) -> Iterator[Metric]:
         yield CounterMetricFamily(f"unicluster_{name}", meaning, value=value)
     guessing = metrics.speculation
     if guessing.mode:
+        mode = GaugeMetricFamily(
+            "unicluster_speculation", "How tokens are guessed, by mode.", labels=("mode",)
+        )
+        mode.add_metric((guessing.mode,), 1)
+        yield mode
         yield _gauge(
             "unicluster_speculation_depth", "Frames in flight of one answer.", guessing.depth
         )

@@ -40,7 +40,7 @@ def generation_options() -> list[Option]:
             "fill the pipe with guesses of one token each: `lookup` from the text so far, "
             "a smaller MODEL's, `auto`: by lookup where that helps, or `off` (default: auto)",
             metavar="WHAT",
-            complete=_speculations,
+            complete=speculations,
         ),
         Option(
             "--draft-tokens",
@@ -57,7 +57,8 @@ def generation_options() -> list[Option]:
     ]
 
 
-def _speculations(text: str) -> list[str]:
+def speculations(text: str) -> list[str]:
+    """Values of --speculate that begin with a text."""
     own = [name for name in (AUTO, OFF, LOOKUP) if name.startswith(text)]
     return [*own, *model_names(text)]
 

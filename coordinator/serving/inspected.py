@@ -3,7 +3,8 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -12,6 +13,7 @@ from coordinator.fleet import local
 from coordinator.fleet.members import Members
 from coordinator.models.catalog import Source
 from coordinator.planning.engines import DEFAULT
+from coordinator.planning.filling import DRAFT_RATE
 from coordinator.planning.placement import Layout
 from coordinator.planning.variants import ModelVariants, check_same
 from coordinator.serving.options import ServeOptions
@@ -26,6 +28,14 @@ class Inspected:
     model: ModelLayout
     gguf: ModelLayout | None = None
     draft: ModelLayout | None = None
+
+    def variants_for(self, generation: StageSpec) -> ModelVariants:
+        """The variants as they are planned with these options of generation."""
+        draft = self.draft
+        if draft is None or not generation.piped:
+            return self.variants
+        guesses = partial(with_draft, draft=Layout.from_proto(draft), rate=DRAFT_RATE)
+        return replace(self, draft=None).variants.map(guesses)
 
     def to_json(self) -> str:
         """For `from_json`."""
@@ -63,13 +73,18 @@ class Inspected:
         variants = ModelVariants(Layout.from_proto(self.model), gguf)
         if self.draft is None:
             return variants
-        draft = Layout.from_proto(self.draft)
-        return variants.map(lambda variant: variant.with_draft(draft.weight_bytes + draft.kv_bytes))
+        return variants.map(partial(with_draft, draft=Layout.from_proto(self.draft)))
 
     @property
     def by_engine(self) -> dict[str, ModelLayout]:
         layouts = [self.model, *([self.gguf] if self.gguf is not None else [])]
         return {layout.engine or DEFAULT: layout for layout in layouts}
+
+
+def with_draft(layout: Layout, draft: Layout, rate: float = 0.0) -> Layout:
+    """Layout with a draft model on the head, as Layout.with_draft."""
+    read = round(sum(draft.read_bytes)) + draft.head_read_bytes
+    return layout.with_draft(draft.weight_bytes + draft.kv_bytes, read, rate)
 
 
 async def inspected(
@@ -126,4 +141,4 @@ async def inspected_here(
     if not generation.HasField("draft"):
         return layout
     draft = await ask(generation.draft, layout.context)
-    return layout.with_draft(draft.weight_bytes + draft.kv_bytes)
+    return with_draft(layout, draft)

@@ -41,7 +41,7 @@ class Plans:
         """own_sources: where this process itself offers the files. last: that was carried out."""
         self._standing = last
         self._source = source
-        self._variants = inspected.variants
+        self._variants = inspected.variants_for(generation)
         self._inspected = inspected
         self._objective: Objective = objective
         self._identity = identity

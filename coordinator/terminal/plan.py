@@ -302,6 +302,14 @@ class _Planned:
             gap = f"another plan could be better by {plan.gap * 100:.2g} % at most"
             facts.add_row("search", Text(gap))
         facts.add_row("predicted", Text(self._speed(), style="bold"))
+        if plan.guess_rate:
+            speed, gain = plan.tokens_per_s_single * plan.guessing_gain, plan.guessing_gain
+            facts.add_row(
+                "guessing",
+                f"{speed:.3g} tokens/s of a user alone, {gain:.2f} times as many, with "
+                f"{plan.guess_rate * 100:.0f} % of guesses right (assumed) and "
+                f"{counted(plan.guessing_frames, 'frame')} on their way",
+            )
         measured = [s.measured for s in plan.stages] + [
             s.hop_measured for s in plan.stages if s.hop_s
         ]

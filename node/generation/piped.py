@@ -193,6 +193,9 @@ class PipedDecoder:
         choosers = [run.sequence.chooser.ahead() for _ in tokens]
         more = {"choosers": choosers} if self._chooses else {}
         logits = self._model(mx.array([tokens]), cache=cache, **more)
+        timeline = run.sequence.answer.timeline
+        if self._flight and timeline is not None:
+            timeline.guess(logits.progress.number)
         self._flight.append(_Frame(tokens, sorts, logits, choosers, saved))
 
     def _guess(self, run: Decoding, begun: list[int]) -> int | None:

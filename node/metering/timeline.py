@@ -5,7 +5,7 @@ Spans at the head follow one another and nest: `request` holds `waiting` (for a 
 is `away` while other machines have it, then computes the `head` (final norm and lm_head), and what
 is left is `sampling`: choosing tokens and making text of them. Those of the other stages are, for
 each trip round the ring, `wire`, `queue` and `layers`, and a `wire` and a `queue` lead back to the
-head.
+head. Those of trips that guesses were sent in, without waiting for the one before, say so.
 
 To record `head` from `sampling`, both are waited for where MLX would go on: a traced token takes a
 little longer than others.
@@ -37,6 +37,7 @@ class Timeline:
         self._asked = asked
         self._spans: list[Span] = []
         self._trips: dict[int, Trip] = {}
+        self._guesses: set[int] = set()
         self._ring: Trips | None = None
         self._open: tuple[str, float] | None = None
         self._computed = 0.0  # when the last computing before the sampling was over
@@ -53,6 +54,10 @@ class Timeline:
         reports = [StageReport.FromString(r.SerializeToString()) for r in trip.reports]
         self._trips[number] = replace(trip, reports=reports)
         self._ring = ring
+
+    def guess(self, number: int) -> None:
+        """Notes that the frame of this number in the ring was sent ahead, for a guess."""
+        self._guesses.add(number)
 
     def woke(self, number: int, now: float) -> None:
         """Records that the head continues with a returned frame."""
@@ -83,6 +88,7 @@ class Timeline:
         trace = Trace(machines=self._ring.machines if self._ring is not None else ["head"])
         spans = [*self._spans, *self._of_others()]
         for span in spans:
+            span.guess = span.trip in self._guesses
             span.trip = numbers.get(span.trip, 0)
         trace.spans.extend(sorted(spans, key=lambda s: (s.stage, s.start_s, -s.duration_s)))
         return trace
@@ -125,7 +131,9 @@ class Timeline:
             yield self._span("wire", stage, left, arrived, number, report.received_bytes)
             yield self._span("queue", stage, arrived, started, number)
             left = started + report.compute_s
-            yield self._span("layers", stage, started, left, number)
+            layers = self._span("layers", stage, started, left, number)
+            layers.skipped = report.skipped
+            yield layers
         yield self._span("wire", 0, left, trip.returned_s, number, trip.returned_bytes)
 
     def _span(

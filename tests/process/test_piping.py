@@ -202,6 +202,21 @@ async def test_guesses_that_a_grammar_forbids_are_not_sent(split: Split) -> None
 
 
 @pytest.mark.sweep
+async def test_a_trace_says_which_trips_are_guesses(split: Split) -> None:
+    engine = await piping(split, await oracle(split))
+    ticket = await engine.submit(of_tokens(PROMPTS[2], max_tokens=MAX_TOKENS, trace=True))
+
+    completion = await listen(ticket)
+
+    engine.close()
+    assert completion.finish is not None
+    spans = [span for span in completion.finish.trace.spans if span.name == "layers" and span.trip]
+    guesses = {span.trip for span in spans if span.guess}
+    assert 0 < len(guesses) < len({span.trip for span in spans})
+    assert {span.trip for span in spans if span.skipped} <= guesses
+
+
+@pytest.mark.sweep
 async def test_lookup(split: Split) -> None:
     answer = (await split.whole.alone(PROMPTS[2], MAX_TOKENS)).tokens
     prompt = [*PROMPTS[2], *answer, *PROMPTS[2]]

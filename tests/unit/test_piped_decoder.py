@@ -66,7 +66,7 @@ def decoded(text: list[int], wrong: int, sampling: Sampling) -> tuple[list[int],
     model = Model()
     decoder = PipedDecoder(model, [], config, (), lambda frames: frames)
     chooser = sampling.chooser(needs_logits=True)
-    answer = SimpleNamespace(count_drafted=lambda drafted, accepted: None)
+    answer = SimpleNamespace(count_drafted=lambda drafted, accepted: None, timeline=None)
     sequence = SimpleNamespace(
         prompt=[1, 2], cached=1, cache=[], processors=[], chooser=chooser, answer=answer
     )

@@ -21,6 +21,7 @@ class Span:
     step holds `layers`, `away` (other machines have it; at its end a `queue`), `head` (final norm
     and lm_head) and `sampling`. Other stages have a `wire`, a `queue` and `layers` for each `trip`
     round the ring, and a `wire` leads back to the head. `bytes` is the hidden state on a wire.
+    guess: its trip was sent ahead, for a guess. skipped: of layers, as that was known to be wrong.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Span:
     duration_s: float
     trip: int = 0
     bytes: int = 0
+    guess: bool = False
+    skipped: bool = False
 
     @property
     def end_s(self) -> float:
@@ -68,7 +71,10 @@ class Trace:
 def from_wire(trace: wire.Trace) -> Trace:
     return Trace(
         tuple(trace.machines),
-        tuple(Span(s.name, s.stage, s.start_s, s.duration_s, s.trip, s.bytes) for s in trace.spans),
+        tuple(
+            Span(s.name, s.stage, s.start_s, s.duration_s, s.trip, s.bytes, s.guess, s.skipped)
+            for s in trace.spans
+        ),
     )
 
 
@@ -79,6 +85,8 @@ def _named(what: str, stage: int, **args: Any) -> dict[str, Any]:
 def _events(span: Span) -> Iterator[dict[str, Any]]:
     args = {"trip": span.trip} if span.trip else {}
     args |= {"bytes": span.bytes} if span.bytes else {}
+    args |= {"guess": True} if span.guess else {}
+    args |= {"skipped": True} if span.skipped else {}
     event = {"name": span.name, "cat": "unicluster", "pid": span.stage, "tid": 0, "args": args}
     start, end = span.start_s * 1e6, span.end_s * 1e6  # microseconds
     if span.name not in OVERLAPPING:

@@ -326,6 +326,8 @@ class Span(_message.Message):
     DURATION_S_FIELD_NUMBER: _builtins.int
     TRIP_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    GUESS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """request, waiting, prefill, step, ... see node/metering/timeline.py"""
     stage: _builtins.int
@@ -335,6 +337,10 @@ class Span(_message.Message):
     """which trip round the ring it is part of, from 1; 0: none"""
     bytes: _builtins.int
     """of hidden state that a wire carried"""
+    guess: _builtins.bool
+    """of a frame that a guess was sent in, without waiting for the one before"""
+    skipped: _builtins.bool
+    """of layers: not computed, as the guess was known to be wrong"""
     def __init__(
         self,
         *,
@@ -344,10 +350,12 @@ class Span(_message.Message):
         duration_s: _builtins.float = ...,
         trip: _builtins.int = ...,
         bytes: _builtins.int = ...,
+        guess: _builtins.bool = ...,
+        skipped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "duration_s", b"duration_s", "name", b"name", "stage", b"stage", "start_s", b"start_s", "trip", b"trip"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "duration_s", b"duration_s", "guess", b"guess", "name", b"name", "skipped", b"skipped", "stage", b"stage", "start_s", b"start_s", "trip", b"trip"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
