@@ -166,7 +166,7 @@ def planned(question: Question, best: Plan) -> dict[str, Any]:
         }
         for stage in best.stages
     ]
-    predicted = {
+    predicted: dict[str, Any] = {
         "tokens_per_s_single": best.tokens_per_s_single,
         "tokens_per_s_throughput": best.tokens_per_s_aggregate,
         "prefill_tokens_per_s": best.prefill_tokens_per_s,
