@@ -56,6 +56,7 @@ class Layout:
     lm_head_bytes: norm and lm_head, where the last layer's bytes include them; else 0.
     added_lm_head_bytes: what the last stage needs besides to compute logits; 0: it can't.
     vocabulary: logits of a token; 0: not known.
+    workspace_bytes: of a stage's buffers to compute in, where its engine says it; else 0.
     """
 
     model_type: str
@@ -82,6 +83,7 @@ class Layout:
     lm_head_bytes: int = 0
     added_lm_head_bytes: int = 0
     vocabulary: int = 0
+    workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -116,6 +118,7 @@ class Layout:
             lm_head_bytes=layout.tail_bytes,
             added_lm_head_bytes=layout.finish_bytes,
             vocabulary=layout.vocabulary,
+            workspace_bytes=layout.workspace_bytes,
         )
 
     def without_lm_head(self) -> Layout:
@@ -204,13 +207,14 @@ class Layout:
 
     def reserve(self, resident: int) -> int:
         """Bytes for the runtime and a prefill chunk beside `resident` bytes of weights and KV."""
-        return min(self.full_reserve, resident // RESERVE_SHARE)
+        return max(min(self.full_reserve, resident // RESERVE_SHARE), self.workspace_bytes)
 
     def capacity(self, usable: int) -> int:
         """The most bytes of weights and KV that fit with their reserve into `usable`."""
         shares, rest = divmod(usable, RESERVE_SHARE + 1)
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
-        return max(usable - self.full_reserve, scaled)
+        most = max(usable - self.full_reserve, scaled)
+        return max(0, min(most, usable - self.workspace_bytes)) if self.workspace_bytes else most
 
     def usable_on(self, machine: Machine) -> int:
         """Usable bytes of its engine's devices there, less what whole layers leave over on each.
@@ -232,6 +236,8 @@ class Layout:
     @property
     def full_reserve(self) -> int:
         """The largest reserve in bytes, however much is resident."""
+        if self.workspace_bytes:
+            return RUNTIME_RESERVE + self.workspace_bytes
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 

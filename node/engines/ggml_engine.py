@@ -11,8 +11,8 @@ from mlx_lm.utils import load_config, load_tokenizer
 from node.engines.engine import LoadedHead, LoadedStage, OnLoaded, ignore
 from node.ggml.cut import Gguf
 from node.ggml.cutting.kinds import check_cut
-from node.ggml.layout import inspect
-from node.ggml.load import load, open_gguf
+from node.ggml.layout import inspect, planned_bytes
+from node.ggml.load import DEFAULT_CONTEXT, load, open_gguf
 from node.ggml.stage_file import (
     Part,
     StageFile,
@@ -29,6 +29,7 @@ from unicluster.checkpoints.gguf import Header, read_header
 from unicluster.checkpoints.ranges import Ranges, merged
 from unicluster.checkpoints.small_files import check_small_files
 from unicluster.errors import InputError
+from unicluster.units import format_bytes
 from unicluster.v1.node_pb2 import InspectRequest, LoadProgress, ModelLayout, StageSpec
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class GgmlEngine:
             loaded = load(gguf, checkpoint.root, file, part)
         remove_others(folder, file.path if file is not None else None)
         count, size = end - first, loaded.weight_bytes
+        kept = planned_bytes(gguf, part.context or DEFAULT_CONTEXT, part.users)[first:end]
+        _compare(spec, size + loaded.workspace_bytes + sum(kept))
         on_progress(
             LoadProgress(layers_done=count, layers_total=count, bytes_done=size, bytes_total=size)
         )
@@ -123,6 +126,16 @@ class GgmlEngine:
             return tokenizer
         # At once, because the template says how tools and reasoning are marked.
         return load_tokenizer(checkpoint.root, {"chat_template": template}, eos_token_ids=ends)
+
+
+def _compare(spec: StageSpec, nbytes: int) -> None:
+    """Warns where a stage takes more than the plan counted."""
+    if 0 < spec.memory < nbytes:
+        log.warning(
+            "layers %d to %d take %s, and %s were planned",
+            *(spec.first_layer, spec.end_layer - 1),
+            *(format_bytes(nbytes), format_bytes(spec.memory)),
+        )
 
 
 def _part(spec: StageSpec) -> Part:

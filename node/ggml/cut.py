@@ -202,6 +202,13 @@ def write(
             stream.seek(tensor.size, os.SEEK_CUR)
 
 
+def write_empty(gguf: Gguf, stream: IO[bytes], first: int, end: int, has_lm_head: bool) -> None:
+    """Writes a stage's header to an empty file, and a hole in place of its tensors."""
+    pieces = gguf.pieces(first, end, has_lm_head)
+    stream.write(_header(gguf.metadata(first, end, has_lm_head), pieces))
+    stream.truncate(stream.tell() + sum(-(-each.size // ALIGNMENT) * ALIGNMENT for each in pieces))
+
+
 def _copy(file: Path, where: Range, to: int, at: int) -> None:
     with file.open("rb") as source:
         start, end = where

@@ -15,6 +15,7 @@ from node.ggml.library import (
     F16,
     F32,
     MULTIPLE_POSITIONS,
+    Buffers,
     Complaint,
     Floats,
     Inputs,
@@ -56,7 +57,8 @@ class Sizes:
     attention in float32 throughout. heads: of attention in a layer.
     devices: names of llama.cpp's, each with the number of layers on it, in order; empty: those
     that llama.cpp takes by itself. adaptive: `threads` are the most, fewer if that is faster.
-    host_bytes: of sequences that wait on the host, at most.
+    host_bytes: of sequences that wait on the host, at most. simulated: nothing is loaded, but for
+    recurrent states; large_steps: on a CPU too, steps are as large as those on a GPU.
     """
 
     layers: int
@@ -75,6 +77,8 @@ class Sizes:
     devices: tuple[tuple[str, int], ...] = ()
     adaptive: bool = False
     host_bytes: int = 1 << 62
+    simulated: bool = False
+    large_steps: bool = False
 
     @property
     def score_bytes(self) -> int:
@@ -83,7 +87,7 @@ class Sizes:
 
 
 class Layers:
-    """A cut file loaded. For one thread.
+    """A cut file loaded. For one thread. workspace_bytes: of the buffers that it computes in.
 
     Raises StageError when llama.cpp can't load it, or has no such device.
     """
@@ -94,6 +98,7 @@ class Layers:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = sizes.layers + 1
         params.use_extra_bufts = not amx_is_broken()
+        params.no_alloc = sizes.simulated
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # or the file's pages would count twice
         self._devices = OnDevices(sizes.devices, sizes.layers)  # alive as long as `params`
         self._devices.apply(params)
@@ -110,8 +115,9 @@ class Layers:
         self._widths = sizes.inputs or sizes.hidden, sizes.hidden
         self._tap = Tap(sizes.entry, leave, self._widths) if sizes.entry or leave else None
         self._leave = leave
-        with Complaint() as complaint:
+        with Complaint() as complaint, Buffers() as buffers:
             self._context = lib.llama_init_from_model(self._model, self._parameters())
+        self.workspace_bytes = buffers.nbytes
         if not self._context:
             lib.llama_model_free(self._model)
             raise StageError(
@@ -326,9 +332,13 @@ class Layers:
         return computes_on_cpu([name for name, _ in self.sizes.devices])
 
     @property
+    def _small_steps(self) -> bool:
+        return self._on_cpu and not self.sizes.large_steps
+
+    @property
     def _plain_attention(self) -> bool:
         """Whether attention is computed without flash attention, which sums up in float16."""
-        small = self._on_cpu and self.sizes.score_bytes <= MOST_SCORE_BYTES
+        small = self._small_steps and self.sizes.score_bytes <= MOST_SCORE_BYTES
         return self.sizes.exact or small
 
     def _parameters(self) -> Any:
@@ -336,7 +346,7 @@ class Layers:
         params = lib.llama_context_default_params()
         params.n_ctx = sizes.cells
         params.n_batch = params.n_ubatch = BATCH
-        if self._on_cpu:
+        if self._small_steps:
             params.n_ubatch = CPU_STEP
         params.n_seq_max = self.sequences
         params.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH

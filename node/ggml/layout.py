@@ -1,15 +1,29 @@
 """Layout of a GGUF: bytes of weights and KV cache, layer by layer, from its header."""
 
+import importlib.util
+import logging
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gguf import LlamaFileType
 
-from node.ggml.cut import EMBEDDING, OUTPUT, Gguf
+from node.ggml.cut import EMBEDDING, OUTPUT, Gguf, write_empty
 from node.ggml.cutting import caches
 from node.ggml.cutting.kinds import forbidden_counts, forbidden_cuts
-from node.ggml.load import DEFAULT_CONTEXT, cache_sizes, context_limit, open_gguf
+from node.ggml.layers import Layers
+from node.ggml.load import (
+    DEFAULT_CONTEXT,
+    cache_sizes,
+    context_limit,
+    open_gguf,
+    stage_sizes,
+)
+from node.ggml.stage_file import Part
 from unicluster.checkpoints.checkpoint import Checkpoint
-from unicluster.errors import InputError
+from unicluster.errors import InputError, UniclusterError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 
 # Quantization by general.file_type; no name where it was only guessed.
@@ -19,6 +33,9 @@ FILE_TYPES = {
     if kind is not LlamaFileType.GUESSED
 }
 SINGLE = 4
+CPU = "CPU"  # llama.cpp's name of it
+
+log = logging.getLogger(__name__)
 
 
 def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
@@ -47,12 +64,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         layer_bytes=sizes,
         layer_active_bytes=active,
         head_bytes=gguf.embedding.size,
-        kv_bytes_per_layer=list(
-            map(
-                sum,
-                zip(*(of(gguf, context, users) for of in (cache_bytes, host_bytes)), strict=True),
-            )
-        ),
+        kv_bytes_per_layer=planned_bytes(gguf, context, users),
         context=context,
         users=users,
         hidden_bytes=SINGLE * gguf.width,
@@ -73,6 +85,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         hidden_size=gguf.hidden_size,
         tail_bytes=after,
         vocabulary=gguf.vocabulary,
+        workspace_bytes=workspace_bytes(gguf, context, users),
     )
 
 
@@ -84,6 +97,50 @@ def cache_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
 def host_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     """Bytes of each layer's caches that wait on the host, at most."""
     return caches.host_bytes(*cache_sizes(gguf, context, users))
+
+
+def planned_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
+    """Bytes of each layer's caches, in llama.cpp and on the host."""
+    both = cache_bytes(gguf, context, users), host_bytes(gguf, context, users)
+    return [here + waiting for here, waiting in zip(*both, strict=True)]
+
+
+def workspace_bytes(gguf: Gguf, context: int, users: int) -> int:
+    """Bytes of the buffers that llama.cpp would compute a stage in, of that which takes most.
+
+    It is asked without any weights, for steps as on a CPU and as on a GPU, of two halves of the
+    model: buffers serve one layer after the other. 0 where there is no llama.cpp, or one that
+    doesn't take the model; then plans reckon by the hidden state's size.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return 0
+    forbidden = set(forbidden_cuts(gguf.header))
+    cuts = [cut for cut in range(1, gguf.layers) if cut not in forbidden]
+    bounds = sorted({0, *cuts[len(cuts) // 2 :][:1], gguf.layers})
+    asked = []
+    try:
+        with TemporaryDirectory() as folder:
+            for first, end in pairwise(bounds):
+                here = ((CPU, end - first),)
+                part = Part(first, end, end == gguf.layers, context, users, here)
+                asked += _asked(gguf, part, Path(folder) / "stage.gguf")
+    except UniclusterError as error:
+        log.info("llama.cpp can't say what it would compute in: %s", error)
+        return 0
+    return max(asked)
+
+
+def _asked(gguf: Gguf, part: Part, file: Path) -> list[int]:
+    """Bytes of a stage's buffers on a CPU, and with steps as on a GPU."""
+    with file.open("wb") as stream:
+        write_empty(gguf, stream, part.first, part.end, part.has_lm_head)
+    sizes = replace(stage_sizes(gguf, part), simulated=True)
+    found = []
+    for large in (False, True):
+        layers = Layers(file, replace(sizes, large_steps=large))
+        found.append(layers.workspace_bytes)
+        layers.close()
+    return found
 
 
 def _active(gguf: Gguf, name: str) -> int:

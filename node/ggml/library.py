@@ -35,6 +35,9 @@ _ERROR = 4
 _PREFIX = re.compile(r"(?:\w+: )?(?:error loading model(?: \w+)*: )?")
 # Lists that get the errors of the log.
 _listening: list[list[str]] = []
+# Lists that get all of its lines.
+_noting: list[list[str]] = []
+_BUFFER = re.compile(r"(?:compute|output) buffer size = +([\d.]+) MiB")
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 # Hidden states, or token ids.
@@ -93,6 +96,26 @@ class Complaint:
             return ""
         text = _PREFIX.sub("", self._errors[0], count=1) or self._errors[0]
         return f": {in_one_line(Exception(text))}"
+
+
+class Buffers:
+    """Sizes of the buffers that llama.cpp computes in, as it logs them while a context is made."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def __enter__(self) -> Self:
+        _noting.append(self._lines)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _noting.remove(self._lines)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on all devices together: the log has them in hundredths of MiB, rounded."""
+        sizes = [float(m[1]) + 0.005 for line in self._lines if (m := _BUFFER.search(line))]
+        return int(sum(sizes) * 2**20)
 
 
 class _DeviceProperties(ctypes.Structure):
@@ -168,6 +191,8 @@ def _log_callback() -> Any:
         line = text.decode(errors="replace").strip()
         if line and level in _LEVELS:
             log.log(_LEVELS[level], "%s", line)
+        for lines in _noting:
+            lines.append(line)
         if line and level == _ERROR:
             for errors in _listening:
                 errors.append(line)

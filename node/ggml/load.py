@@ -56,11 +56,12 @@ _SUFFIXES = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class Loaded:
-    """front: of stage 0, for the head."""
+    """front: of stage 0, for the head. workspace_bytes: of the buffers that it computes in."""
 
     stage: GgmlStage
     front: GgmlFront | None
     weight_bytes: int
+    workspace_bytes: int
 
 
 def open_gguf(checkpoint: Checkpoint) -> Gguf:
@@ -85,9 +86,23 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
 
     Raises StageError when llama.cpp can't load it.
     """
+    sizes = stage_sizes(gguf, part)
+    layers = Layers(file if isinstance(file, Path) else file.path, sizes)
+    check_graph(layers, gguf, part)
+    layers.try_threads(TRIED_S)
+    embedding: Lookup | None = None
+    if part.first == 0:
+        embedding = Lookup(gguf) if sizes.tokens else Embedding(gguf, folder)
+    stage = GgmlStage(layers, embedding, file)
+    front = GgmlFront(layers, stage, is_whole=part.has_lm_head) if embedding is not None else None
+    return Loaded(stage, front, layers.weight_bytes, layers.workspace_bytes)
+
+
+def stage_sizes(gguf: Gguf, part: Part) -> Sizes:
+    """Sizes of a stage's layers and caches, as llama.cpp is told them."""
     rule = known(gguf.header)
     waiting = host_bytes(*cache_sizes(gguf, part.context or DEFAULT_CONTEXT, part.users))
-    sizes = Sizes(
+    return Sizes(
         layers=part.end - part.first,
         hidden=gguf.width,
         inputs=gguf.width if part.first else gguf.hidden_size,
@@ -105,15 +120,6 @@ def load(gguf: Gguf, folder: Path, file: StageFile | Path, part: Part) -> Loaded
         adaptive=not _stated_threads(),
         host_bytes=sum(waiting[part.first : part.end]) or BURST_BYTES,
     )
-    layers = Layers(file if isinstance(file, Path) else file.path, sizes)
-    check_graph(layers, gguf, part)
-    layers.try_threads(TRIED_S)
-    embedding: Lookup | None = None
-    if part.first == 0:
-        embedding = Lookup(gguf) if sizes.tokens else Embedding(gguf, folder)
-    stage = GgmlStage(layers, embedding, file)
-    front = GgmlFront(layers, stage, is_whole=part.has_lm_head) if embedding is not None else None
-    return Loaded(stage, front, layers.weight_bytes)
 
 
 def cells(context: int, users: int) -> int:
