@@ -143,7 +143,7 @@ def main() -> int:
             f"{name:18} {counts['answers']:3} answers, {counts['with calls']:3} with calls, "
             f"{counts['calls']:3} calls"
         )
-    for what in wrong:
+    for what in wrong[:20]:
         print(f"WRONG: {what}")
     print(f"{len(wrong)} wrong")
     return bool(wrong)

@@ -45,8 +45,9 @@ TOOLS_TEMPLATE = """\
 {%- if message.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + message.content + \
 '\\n</tool_response><|im_end|>\\n' }}
 {%- else %}{{ '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}{{ '<tool_call>\\n{"name": "' + call.function.name + \
-'", "arguments": ' }}{{ call.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}
+{%- for call in message.tool_calls or [] %}{% set tool_call = call.function %}\
+{{ '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}\
+{{ tool_call.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}
 {{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
