@@ -68,7 +68,7 @@ class Costs:
     def _with_reserve(self, resident: Matrix) -> Matrix:
         """Bytes including the reserve, as Layout.needed computes them."""
         share = np.minimum(self.layout.full_reserve, np.floor(resident / RESERVE_SHARE))
-        return resident + np.maximum(share, self.layout.workspace_bytes)
+        return resident + np.maximum(share, self.layout.workspace)
 
     def _row(self, values: Sequence[float], head: float) -> Row:
         edges = np.concatenate(([0.0], np.cumsum(np.asarray(values, np.float64))))

@@ -39,6 +39,9 @@ WORKSPACE_COPIES = 16
 LOGIT_BYTES = 4
 # A stage that holds megabytes needs no such reserve: it is at most this part of what it holds.
 RESERVE_SHARE = 16
+# Of a model of less, weights and caches together, not even its engine's own buffers are counted:
+# an empty worker takes more.
+TOY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -207,14 +210,14 @@ class Layout:
 
     def reserve(self, resident: int) -> int:
         """Bytes for the runtime and a prefill chunk beside `resident` bytes of weights and KV."""
-        return max(min(self.full_reserve, resident // RESERVE_SHARE), self.workspace_bytes)
+        return max(min(self.full_reserve, resident // RESERVE_SHARE), self.workspace)
 
     def capacity(self, usable: int) -> int:
         """The most bytes of weights and KV that fit with their reserve into `usable`."""
         shares, rest = divmod(usable, RESERVE_SHARE + 1)
         scaled = shares * RESERVE_SHARE + min(rest, RESERVE_SHARE - 1)
         most = max(usable - self.full_reserve, scaled)
-        return max(0, min(most, usable - self.workspace_bytes)) if self.workspace_bytes else most
+        return max(0, min(most, usable - self.workspace)) if self.workspace else most
 
     def usable_on(self, machine: Machine) -> int:
         """Usable bytes of its engine's devices there, less what whole layers leave over on each.
@@ -234,10 +237,15 @@ class Layout:
         return resident + self.reserve(resident)
 
     @property
+    def workspace(self) -> int:
+        """Bytes of a stage's buffers to compute in, as they count; 0 where that is not known."""
+        return self.workspace_bytes if self.weight_bytes + self.kv_bytes >= TOY_BYTES else 0
+
+    @property
     def full_reserve(self) -> int:
         """The largest reserve in bytes, however much is resident."""
-        if self.workspace_bytes:
-            return RUNTIME_RESERVE + self.workspace_bytes
+        if self.workspace:
+            return RUNTIME_RESERVE + self.workspace
         chunk = min(self.context, PREFILL_TOKENS) * self.hidden_bytes
         return RUNTIME_RESERVE + WORKSPACE_COPIES * min(chunk, PREFILL_BYTES)
 

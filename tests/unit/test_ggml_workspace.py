@@ -75,24 +75,26 @@ def test_a_model_that_llama_cpp_does_not_take_is_planned_by_the_rule(
 def test_a_plan_keeps_so_much_for_each_stage() -> None:
     small = Layout(
         model_type="llama",
-        layer_bytes=(10_000,) * 4,
-        layer_active_bytes=(10_000,) * 4,
+        layer_bytes=(20 * 2**20,) * 4,
+        layer_active_bytes=(20 * 2**20,) * 4,
         head_bytes=5_000,
-        kv_bytes_per_layer=(1_000,) * 4,
+        kv_bytes_per_layer=(2**20,) * 4,
         context=CONTEXT,
         users=USERS,
         hidden_bytes=64,
         quant="q4_0",
         max_context=0,
-        workspace_bytes=50_000,
+        workspace_bytes=50 * 2**20,
     )
     large = replace(small, layer_bytes=(10**9,) * 4)
+    toy = replace(small, layer_bytes=(10_000,) * 4)
 
-    assert small.reserve(11_000) == 50_000
-    assert small.capacity(61_000) == 11_000
-    assert small.capacity(40_000) == 0
+    assert small.reserve(21 * 2**20) == 50 * 2**20
+    assert small.capacity(71 * 2**20) == 21 * 2**20
+    assert small.capacity(40 * 2**20) == 0
     assert large.reserve(10**10) == large.full_reserve > 256 * 2**20
-    for layout_ in (small, large):
-        for usable in (60_000, 10**6, 10**8, 10**10):
-            most = layout_.capacity(usable)
-            assert layout_.needed(most) <= usable < layout_.needed(most + 1)
+    assert toy.reserve(16_000) == 1_000  # an empty worker takes more than its buffers
+    for each in (small, large):
+        for usable in (60 * 2**20, 10**8, 10**10):
+            most = each.capacity(usable)
+            assert each.needed(most) <= usable < each.needed(most + 1)
