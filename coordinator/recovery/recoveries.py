@@ -36,16 +36,26 @@ class RecoveryMeter:
     def __init__(self) -> None:
         self._counts = Recoveries()
 
-    def resumed(self, gap: Gap, now: float, replayed: int) -> None:
-        """An answer goes on after a gap; `replayed` of its tokens were computed again."""
+    def resumed(self, gap: Gap, now: float, replayed: int, cached: int) -> None:
+        """An answer goes on after a gap.
+
+        `replayed` of its tokens were computed again, each by all stages, `cached` were in caches.
+        """
         counts = self._counts
         counts.resumed += 1
         counts.replayed_tokens += replayed
+        counts.cached_tokens += cached
         parts = gap.parts(now)
         counts.detect_s += parts["detect"]
         counts.plan_s += parts["plan"]
         counts.load_s += parts["load"]
         counts.replay_s += parts["replay"]
+
+    def returned(self, replayed: int, cached: int) -> None:
+        """An answer goes on for a client that came back with it; tokens as of `resumed`."""
+        self._counts.returned += 1
+        self._counts.replayed_tokens += replayed
+        self._counts.cached_tokens += cached
 
     def failed(self) -> None:
         """An answer ends in its gap."""

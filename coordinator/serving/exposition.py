@@ -70,6 +70,7 @@ def _recoveries(recoveries: Recoveries) -> Iterator[Metric]:
     )
     gaps.add_metric(("resumed",), recoveries.resumed)
     gaps.add_metric(("failed",), recoveries.failed)
+    gaps.add_metric(("returned",), recoveries.returned)
     yield gaps
     seconds = CounterMetricFamily(
         "unicluster_recovery_seconds",
@@ -83,6 +84,11 @@ def _recoveries(recoveries: Recoveries) -> Iterator[Metric]:
         "unicluster_replayed_tokens",
         "Tokens of prompts and answers computed again for answers that went on.",
         value=recoveries.replayed_tokens,
+    )
+    yield CounterMetricFamily(
+        "unicluster_recovered_cache_tokens",
+        "Tokens of prompts and answers that went on that caches still had.",
+        value=recoveries.cached_tokens,
     )
 
 

@@ -121,10 +121,14 @@ class Gateway:
                                 continue
                             heard = clock()
                             if gap is not None:
-                                self.recoveries.resumed(gap, heard, transcript.replayed)
+                                self.recoveries.resumed(
+                                    gap, heard, transcript.replayed, transcript.cached
+                                )
                                 gap_heard, gap = gap.heard, None
                                 cause = service.cause_since(gap_heard - CAUSE_SECONDS)
                                 yield _status("resumed", "", cause)
+                            elif resumed and not first:
+                                self.recoveries.returned(transcript.replayed, transcript.cached)
                             first = first or heard
                             if not alone and event.HasField("finish"):
                                 _time(event.finish, began, first, heard)

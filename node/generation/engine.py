@@ -29,6 +29,7 @@ from node.prompts.tokenizing import LONG, Tokenizing
 from node.prompts.turns import Turns
 from node.ring.compute_thread import MLXThread
 from node.speculation.meter import speculation_meter
+from unicluster.deadlines import floor_seconds
 from unicluster.errors import (
     BusyError,
     NotFoundError,
@@ -44,6 +45,8 @@ log = logging.getLogger("unicluster.engine")
 # Threads that render and tokenize prompts: most of them wait for a template's child.
 CHECKERS = MOST_AT_ONCE
 LONG_AT_ONCE = 1
+# For answers that were ended to leave their lanes.
+SETTLE_FLOORS = 1.0
 
 
 class GenerationEngine:
@@ -141,6 +144,23 @@ class GenerationEngine:
         if scheduler is None:
             return 0
         return await self._thread.run(partial(scheduler.save_all, seconds))
+
+    async def settle(self) -> None:
+        """Ends every request, and waits until the caches of their answers can be reused.
+
+        Not for ever: where a step does not come back, they are not.
+        """
+        with self._lock:
+            tickets = list(self._open)
+        for ticket in tickets:
+            ticket.cancel()
+        scheduler = self.scheduler
+        if scheduler is None:
+            return
+        seconds = SETTLE_FLOORS * floor_seconds()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * seconds):  # the thread itself may be at a long step
+                await self._thread.run(partial(scheduler.settle, seconds))
 
     def fail(self, error: UniclusterError) -> None:
         """Ends every request with `error` and refuses others until `set_model`; any thread."""

@@ -10,6 +10,7 @@ from node.generation.moving import MovingDecoder
 from node.generation.piped import PipedDecoder
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
+from node.generation.ticket import CANCELLED
 from node.metering.timeline import Timeline
 from unicluster.errors import AnswerError
 
@@ -29,16 +30,16 @@ class Lane:
         self,
         decoder: Decoder,
         places: int,
-        on_finished: Callable[[list[int], list[Any]], None] | None,
+        keep: Callable[[list[int], list[Any]], None] | None,
     ) -> None:
-        """`on_finished` gets the tokens and the cache of each answer that has finished."""
+        """`keep` gets the tokens and the cache of each answer that has finished or broken off."""
         self.places = places
         self.sequences: set[Sequence] = set()
         self.awake = False  # whether a fiber steps it
         self.steps = 0
         self.tokens = 0
         self._decoder = decoder
-        self._on_finished = on_finished
+        self._keep = keep
         self._joining: deque[Sequence] = deque()
         self._decoding: set[Sequence] = set()
 
@@ -79,7 +80,7 @@ class Lane:
             sequence = self._joining.popleft()
             if sequence.ticket.ended:
                 self.sequences.remove(sequence)
-                sequence.cache = []
+                self.keep_begun(sequence)
                 gone.append(sequence)
             else:
                 self._decoder.add(sequence)
@@ -116,10 +117,25 @@ class Lane:
     def close(self) -> None:
         self._decoder.close()
 
+    def keep_begun(self, sequence: Sequence) -> None:
+        """Keeps or frees the cache of a sequence that ended before its prefill did."""
+        cache, sequence.cache = sequence.cache, []
+        if self._keep is not None and cache and _is_of_use(sequence):
+            self._keep(sequence.prompt[: sequence.cached], cache)
+
     def _remove(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         self.sequences.remove(sequence)
-        if self._on_finished is not None and sequence.answer.finished and not sequence.job.no_reuse:
-            self._on_finished(*self._decoder.take(sequence))
+        if self._keep is not None and _is_of_use(sequence):
+            self._keep(*self._decoder.take(sequence))
         else:
             self._decoder.remove(sequence)
+
+
+def _is_of_use(sequence: Sequence) -> bool:
+    """Whether the cache of an ended answer is one to reuse.
+
+    That of an answer whose client left is: it may come back, here or through another coordinator.
+    """
+    ticket, answer = sequence.ticket, sequence.answer
+    return not sequence.job.no_reuse and (answer.finished or ticket.broken == CANCELLED)

@@ -73,6 +73,11 @@ class CachedPrefix:
         """Copies the cache of the first `tokens`. May wait for other machines."""
         return trimmed(copy.deepcopy(self.cache), len(self.tokens), tokens)
 
+    def take_prefix(self, tokens: int) -> list[Any]:
+        """The cache itself, trimmed to the first `tokens`: the entry is used up."""
+        cache, self.cache = self.cache, []
+        return trimmed(cache, len(self.tokens), tokens)
+
 
 def trimmed(cache: list[Any], tokens: int, first: int) -> list[Any]:
     """A cache of so many tokens, of which it keeps the first. May wait for other machines."""
@@ -94,15 +99,22 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self._entries)
 
-    def find(self, prompt: Tokens[int]) -> tuple[CachedPrefix, int] | None:
-        """The entry with the longest common prefix of a prompt, and its length in tokens."""
+    def __contains__(self, entry: CachedPrefix) -> bool:
+        return entry in self._entries
+
+    def find(self, prompt: Tokens[int], *, once: bool = False) -> tuple[CachedPrefix, int] | None:
+        """The entry with the longest common prefix of a prompt, and its length in tokens.
+
+        once: it is evicted first from now on, as that of an answer that goes on: its cache will be
+        where the answer's is. The entries of others that are to go on then stay.
+        """
         asked = np.array(prompt)
         candidates = [(entry.common_prefix(asked), entry) for entry in self._entries]
         saved, best = max(candidates, key=lambda pair: pair[0], default=(0, None))
         if best is None or saved < MIN_TOKENS:
             return None
         self._entries.remove(best)
-        self._entries.append(best)
+        self._entries.insert(0 if once else len(self._entries), best)
         return best, saved
 
     def add(self, new: CachedPrefix, *, newest: bool = True) -> None:

@@ -46,11 +46,13 @@ from node.pipeline.idle_saving import IdleSaving
 from node.pipeline.pending_logits import PendingLogits
 from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.prefixes.index import MIN_TOKENS, DiskPrefix
-from node.ring.compute_thread import MLXThread, give_way, rested
+from node.ring.compute_thread import MLXThread, give_way, pause, rested
 from node.speculation.pace import Pace
 
 # Prefixes on disk that are tried for one prompt.
 MOST_RECALLS = 3
+# Between two looks whether all sequences have left.
+SETTLE_LOOK_SECONDS = 0.01
 
 log = logging.getLogger("unicluster.scheduler")
 
@@ -100,8 +102,8 @@ class Scheduler:
         lanes = min(spec.lanes or self._stages, users) if batches else users
         self.waiting: deque[Ticket] = deque()
         places = [users // lanes + (index < users % lanes) for index in range(lanes)]
-        on_finished = self._cache_answer if spec.kv_bytes else None
-        self.lanes = [Lane(decoder(count), count, on_finished) for count in places]
+        keep = self._cache_answer if spec.kv_bytes else None
+        self.lanes = [Lane(decoder(count), count, keep) for count in places]
         self.kv_budget = KVBudget(spec.kv_bytes, users, spec.context, kinds)
         self.prefix_cache = PrefixCache()
         # Of caches that can't be trimmed the whole is reused: so some are kept on the way.
@@ -168,6 +170,15 @@ class Scheduler:
         self.waiting.clear()
         self._prompts.clear()
 
+    def settle(self, seconds: float) -> None:
+        """Waits until all sequences have left, or for `seconds`; on the compute thread, as a fiber.
+
+        Then caches of those that were cancelled are among the prefixes.
+        """
+        until = time.monotonic() + seconds
+        while any(lane.sequences for lane in self.lanes) and time.monotonic() < until:
+            pause(SETTLE_LOOK_SECONDS)
+
     @property
     def reserved(self) -> int:
         """KV bytes reserved for running answers; places in the lanes keep it within the budget."""
@@ -196,7 +207,8 @@ class Scheduler:
             lane.sequences.add(sequence)
             prefix = None
             if not ticket.job.no_reuse:
-                sequence.prefix = self.prefix_cache.find(sequence.prompt)
+                resumed = ticket.job.resumed is not None
+                sequence.prefix = self.prefix_cache.find(sequence.prompt, once=resumed)
                 prefix = self._find_on_disk(sequence)
             self._shrink()
             if prefix is not None:
@@ -236,6 +248,7 @@ class Scheduler:
         while self._prompts and not self._closed:
             sequence, lane = self._prompts.popleft()
             if sequence.ticket.ended:
+                lane.keep_begun(sequence)
                 self._finish(sequence, lane)
             elif not sequence.cache:
                 self._begin(sequence)
@@ -266,8 +279,11 @@ class Scheduler:
         elif sequence.prefix is None:
             sequence.cache = make_prompt_cache(self._model)
         else:
-            entry, sequence.cached = sequence.prefix
-            sequence.cache = entry.copy_prefix(sequence.cached)
+            (entry, sequence.cached), sequence.prefix = sequence.prefix, None
+            if self._checkpoints or entry in self.prefix_cache or self._is_wanted(entry):
+                sequence.cache = entry.copy_prefix(sequence.cached)
+            else:  # its bytes are no longer counted
+                sequence.cache = entry.take_prefix(sequence.cached)
             if self._checkpoints:
                 sequence.checkpoints.append(entry)  # the next prompt may begin with it again
         if self._checkpoints and not sequence.job.no_reuse:
@@ -279,6 +295,11 @@ class Scheduler:
         if sequence.job.resumed is None:
             self.meter.prompt_tokens += len(sequence.prompt)
             self.meter.reused_tokens += sequence.cached
+
+    def _is_wanted(self, entry: CachedPrefix) -> bool:
+        """Whether a sequence that has not begun is to begin with a cached prefix."""
+        sequences = (each for lane in self.lanes for each in lane.sequences)
+        return any(each.prefix is not None and each.prefix[0] is entry for each in sequences)
 
     def _compute(self, sequence: Sequence, most: int) -> None:
         """Computes one chunk of a prompt here; other machines continue after this returns."""

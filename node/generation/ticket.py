@@ -8,6 +8,9 @@ from node.tools.reader import CallReader
 from unicluster.errors import UniclusterError
 from unicluster.v1.chat_pb2 import GenerateEvent
 
+# How an answer ended early: its client left.
+CANCELLED = "cancelled"
+
 
 class Ticket:
     """Iterate over its events, in the event loop that it was made in.
@@ -49,7 +52,7 @@ class Ticket:
     def cancel(self) -> None:
         """Ends the answer and frees its caches, at any moment and from any thread."""
         if not self.ended:
-            self.broken = "cancelled"
+            self.broken = CANCELLED
             self.end()
             self._on_cancel(self)
 

@@ -217,8 +217,12 @@ async def load(config: WorkerConfig, identity: Credentials, thread: MLXThread) -
         )
         meter = generation.meter
         ring = WorkDeadlines({DECODE.kind: spec.ring_decode_s, PREFILL: spec.ring_prefill_s})
-        prebuilt = loaded.prebuilt
-        head = Head(front, info, generation, thread, identity, prebuilt=prebuilt, deadlines=ring)
+        head = Head(
+            *(front, info, generation, identity),
+            prebuilt=loaded.prebuilt,
+            deadlines=ring,
+            grace_s=spec.orphan_grace_s,
+        )
         add_HeadServicer_to_server(head, server)
         add_ChatServicer_to_server(HeadChat(generation, head, thread), server)
         fail = head.fail

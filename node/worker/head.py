@@ -11,11 +11,10 @@ from typing import Any
 import grpc
 
 from node.generation.engine import GenerationEngine
-from node.metering.clocks import follow
 from node.pipeline.pipeline_model import Front, PipelineModel
 from node.ring.compute_thread import MLXThread
-from node.ring.ring import Ring
 from node.worker.chat_service import ChatService
+from node.worker.held_ring import HeldRing
 from unicluster.cluster.abort import abort
 from unicluster.cluster.channels import peer_name
 from unicluster.deadlines import DECODE, PREFILL, WorkDeadlines
@@ -44,30 +43,39 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Head(HeadServicer):
-    """Opens the ring when the coordinator asks for it, and hands the engine its model."""
+    """Opens the ring when the coordinator asks for it, and hands the engine its model.
+
+    The ring outlives the coordinator for `grace_s` seconds, with the caches of prompts and of
+    answers that broke off: the next one takes it over where all its stages are the same.
+    """
 
     def __init__(
         self,
         front: Front,
         info: StageInfo,
         engine: GenerationEngine,
-        thread: MLXThread,
         identity: Credentials,
         *,
         prebuilt: bool = True,
         deadlines: WorkDeadlines | None = None,
+        grace_s: float = 0.0,
     ) -> None:
         """prebuilt: decode steps are built before their input is there. deadlines: of frames."""
-        self.model: PipelineModel | None = None
         self._front = front
         self._info = info
         self._engine = engine
-        self._thread = thread
         self._identity = identity
         self._prebuilt = prebuilt
         self._deadlines = deadlines or WorkDeadlines()
+        self._grace_s = grace_s
         self._one_ring = asyncio.Lock()
-        self._broken: asyncio.Future[UniclusterError] | None = None
+        self._held: HeldRing | None = None
+        self._leaving: asyncio.Task[None] | None = None  # closes a ring that nobody holds
+
+    @property
+    def model(self) -> PipelineModel | None:
+        """The model behind the ring, while that is open."""
+        return self._held.model if self._held is not None else None
 
     def fail(self, error: UniclusterError) -> None:
         """Ends the ring and all answers with `error`."""
@@ -75,46 +83,82 @@ class Head(HeadServicer):
         self._break(error)
 
     def _break(self, error: UniclusterError) -> None:
-        if self._broken is not None and not self._broken.done():
-            self._broken.set_result(error)
+        if self._held is not None:
+            self._held.end(error)
 
     async def HoldRing(self, request: HoldRingRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         log.info("ring of %d stages for %s", len(request.route) + 1, peer_name(context))
         async with self._one_ring:
-            loop = asyncio.get_running_loop()
-            broken = self._broken = loop.create_future()
-            # A failure of the head's own layers ends the ring too: it is opened again.
-            self._engine.on_failure = lambda e: _later(loop, partial(self._break, e))
-            ring: Ring | None = None
-            following: asyncio.Task[None] | None = None
             try:
-                stages = [self._info]
-                if request.route:
-                    # At once, so that a step that waits for the ring fails with the reason.
-                    deadlines = _planned(request) or self._deadlines
-                    ring = await Ring.open(
-                        list(request.route), self._identity, self.fail, deadlines
-                    )
-                    stages.extend(ring.stages.stages)
-                self.model = PipelineModel(
-                    self._front, ring, self._info.node, prebuilt=self._prebuilt
-                )
-                if ring is not None:
-                    clocks = follow(self.model.trips.clocks, ring.route, self._identity)
-                    following = asyncio.create_task(clocks)
-                await self._engine.set_model(self.model)
-                await context.write(Opened(stages=stages))
-                await abort(context, await broken)
-            except UniclusterError as error:
-                await abort(context, error)
-            finally:
-                self.model = None
-                self._engine.fail(UnavailableError("the model is being unloaded"))
-                if following is not None:
-                    following.cancel()
-                    await asyncio.gather(following, return_exceptions=True)
-                if ring is not None:
-                    await ring.close()
+                held = await self._taken_over(request) or await self._opened(request)
+                try:
+                    await context.write(Opened(stages=held.stages))
+                    error = await asyncio.shield(held.broken)
+                finally:
+                    if held.broken.done() or not self._grace_s:
+                        await self._close()
+                    else:
+                        self._leaving = asyncio.create_task(self._close_later(held))
+            except UniclusterError as failure:
+                error = failure
+            await abort(context, error)
+
+    async def _taken_over(self, request: HoldRingRequest) -> HeldRing | None:
+        """The ring that a coordinator before has left, where it is the one that is asked for.
+
+        Another one is closed. By then the caches of answers that broke off can be claimed.
+        """
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            leaving.cancel()
+        held = self._held
+        if held is not None and held.fits(request.route):
+            await self._engine.settle()
+            if not held.broken.done():  # still: that took a while
+                log.info("the ring that was left is taken over")
+                return held
+        await self._close()
+        return None
+
+    async def _opened(self, request: HoldRingRequest) -> HeldRing:
+        loop = asyncio.get_running_loop()
+        failed: list[UniclusterError] = []
+
+        def fail(error: UniclusterError) -> None:
+            failed.append(error)
+            self.fail(error)
+
+        # At once, so that a step that waits for the ring fails with the reason.
+        deadlines = _planned(request) or self._deadlines
+        held = await HeldRing.open(
+            *(self._front, self._info, list(request.route), self._identity, deadlines, fail),
+            prebuilt=self._prebuilt,
+        )
+        self._held = held
+        # A failure of the head's own layers ends the ring too: it is opened again.
+        self._engine.on_failure = lambda e: _later(loop, partial(self._break, e))
+        for error in failed:  # before anybody could be told
+            held.end(error)
+        try:
+            await self._engine.set_model(held.model)
+        except BaseException:
+            await self._close()
+            raise
+        return held
+
+    async def _close_later(self, held: HeldRing) -> None:
+        """Closes a ring that no coordinator holds once it breaks, or its time is over."""
+        await asyncio.wait([held.broken], timeout=self._grace_s)
+        async with self._one_ring:
+            if held is self._held:
+                log.info("the ring is closed: no coordinator took it over")
+                await self._close()
+
+    async def _close(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            self._engine.fail(UnavailableError("the model is being unloaded"))
+            await held.close()
 
     async def SavePrefixes(  # noqa: N802
         self, request: SavePrefixesRequest, context: Context

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.brokers import free_port
-from tests.support.cluster import LocalCluster, ServeProgram, endless_model
+from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
 from tests.support.deadlines import scaled
 from unicluster.client.answers import Answer, Status, collect
 from unicluster.client.client import AsyncClient
@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "seeded": {"temperature": 1.5, "seed": 7, "regex": "[a-z]{400}"},
 }
 COMES_BACK_FOR = 300.0
+# Whose caches are kept while it is away; those of the other are not, for it is not to be reused.
+REUSED = "greedy"
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,16 @@ async def hear(
     kind: str,
     on_token: Callable[[], None] = lambda: None,
     on_status: Callable[[Status], None] = lambda status: None,
+    *,
+    reuse: bool = False,
 ) -> Answer:
     events = []
     async for event in client.stream(
-        f"about {kind}", max_tokens=TOKENS, no_reuse=True, on_status=on_status, **KINDS[kind]
+        f"about {kind}",
+        max_tokens=TOKENS,
+        no_reuse=not reuse,
+        on_status=on_status,
+        **KINDS[kind],
     ):
         events.append(event)
         on_token()
@@ -86,7 +94,12 @@ async def test_answers_go_on_with_the_next_coordinator(
         async with AsyncClient(first.address, cluster=cluster.cluster, resume=resume) as client:
             whole = {kind: await hear(client, kind) for kind in KINDS}
             answers = [
-                asyncio.create_task(hear(client, kind, lambda k=kind: count(k), statuses.append))
+                asyncio.create_task(
+                    hear(
+                        *(client, kind, lambda k=kind: count(k), statuses.append),
+                        reuse=kind == REUSED,
+                    )
+                )
                 for kind in KINDS
             ]
             workers = {worker.pid for worker in cluster.workers()}
@@ -95,12 +108,18 @@ async def test_answers_go_on_with_the_next_coordinator(
                 first.send(number)
                 second = serve()
                 again = await asyncio.gather(*answers)
-                with second:
+                with second, second.client() as of_second:
                     adopted = {worker.pid for worker in cluster.workers()}
+                    counted = of_second.measure().recoveries
+                    until(lambda: not of_second.describe().live_caches, "caches are free")
 
     for kind, answer in zip(KINDS, again, strict=True):
         assert seen(answer) == seen(whole[kind]), kind
     # A coordinator that is stopped says first that it is recovering: its stages end before it does.
     states = sorted(status.state for status in statuses if status.state != "recovering")
     assert states == ["lost", "lost", "resumed", "resumed"]
-    assert number != signal.SIGKILL or adopted == workers  # nothing was loaded again
+    if number == signal.SIGKILL:
+        assert adopted == workers  # nothing was loaded again
+        had = whole[REUSED].usage.prompt_tokens
+        assert counted.returned == 2
+        assert counted.cached_tokens > had  # nor computed again

@@ -93,7 +93,7 @@ def test_computed_again_is_what_the_next_head_has_not_in_its_caches(transcript: 
     transcript.take(delta("a", 7))
     transcript.request()
     transcript.take(begun(cached=3))
-    assert transcript.replayed == 1
+    assert (transcript.replayed, transcript.cached) == (1, 3)
 
 
 def test_the_answer_of_an_older_head_is_passed_on_and_can_not_be_resumed(
@@ -154,8 +154,10 @@ def test_the_parts_of_a_gap_are_the_gap(gap: Gap, parts: list[float]) -> None:
     assert sum(parts) == 15
 
     meter = RecoveryMeter()
-    meter.resumed(gap, 16.0, replayed=5)
+    meter.resumed(gap, 16.0, replayed=5, cached=2)
     meter.failed()
+    meter.returned(replayed=1, cached=30)
     counts = meter.to_wire()
-    assert (counts.resumed, counts.failed, counts.replayed_tokens) == (1, 1, 5)
+    assert (counts.resumed, counts.failed, counts.returned) == (1, 1, 1)
+    assert (counts.replayed_tokens, counts.cached_tokens) == (6, 32)
     assert [counts.detect_s, counts.plan_s, counts.load_s, counts.replay_s] == parts

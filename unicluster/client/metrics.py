@@ -66,13 +66,16 @@ class Recoveries:
     """Gaps of answers since the server started: those that went on, and those that did not.
 
     Seconds are sums over the former: since the last token until the loss was known, until other
-    stages were chosen, until the model answered again, and until the next token. `replayed_tokens`
-    of prompts and answers were computed again.
+    stages were chosen, until the model answered again, and until the next token. `returned`:
+    answers whose clients came back with them. Of the tokens of prompts and answers that went on,
+    `replayed_tokens` were computed again, each by all stages, and `cached_tokens` were in caches.
     """
 
     resumed: int = 0
     failed: int = 0
+    returned: int = 0
     replayed_tokens: int = 0
+    cached_tokens: int = 0
     detect_s: float = 0.0
     plan_s: float = 0.0
     load_s: float = 0.0
@@ -202,7 +205,9 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
         recoveries=Recoveries(
             resumed=gaps.resumed,
             failed=gaps.failed,
+            returned=gaps.returned,
             replayed_tokens=gaps.replayed_tokens,
+            cached_tokens=gaps.cached_tokens,
             detect_s=gaps.detect_s,
             plan_s=gaps.plan_s,
             load_s=gaps.load_s,

@@ -32,7 +32,8 @@ class Transcript:
                 self._most_reasoning = request.reasoning.most_tokens
         self._held: list[GenerateEvent] = []
         self._begun = False
-        self.replayed = 0  # tokens computed again by the head that goes on
+        # Tokens that the head that goes on computes again, and those that its caches had.
+        self.replayed = self.cached = 0
         self.finished = False
         self._sent = False  # text of a head that did not say what it computes
 
@@ -109,4 +110,4 @@ class Transcript:
             if begun.HasField("most_reasoning_tokens"):
                 self._most_reasoning = begun.most_reasoning_tokens
         else:
-            self.replayed = total - begun.cached_tokens
+            self.replayed, self.cached = total - begun.cached_tokens, begun.cached_tokens

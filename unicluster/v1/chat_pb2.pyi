@@ -1104,10 +1104,12 @@ class Recoveries(_message.Message):
     PLAN_S_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
     REPLAY_S_FIELD_NUMBER: _builtins.int
+    RETURNED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     resumed: _builtins.int
     failed: _builtins.int
     replayed_tokens: _builtins.int
-    """of prompts and answers, computed again"""
+    """of prompts and answers that went on, computed again"""
     detect_s: _builtins.float
     """since the last token, until it was known"""
     plan_s: _builtins.float
@@ -1116,6 +1118,10 @@ class Recoveries(_message.Message):
     """until the model answered again"""
     replay_s: _builtins.float
     """until the next token"""
+    returned: _builtins.int
+    """answers of before this server started, whose clients came back"""
+    cached_tokens: _builtins.int
+    """of prompts and answers that went on, still in the caches"""
     def __init__(
         self,
         *,
@@ -1126,10 +1132,12 @@ class Recoveries(_message.Message):
         plan_s: _builtins.float = ...,
         load_s: _builtins.float = ...,
         replay_s: _builtins.float = ...,
+        returned: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detect_s", b"detect_s", "failed", b"failed", "load_s", b"load_s", "plan_s", b"plan_s", "replay_s", b"replay_s", "replayed_tokens", b"replayed_tokens", "resumed", b"resumed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "detect_s", b"detect_s", "failed", b"failed", "load_s", b"load_s", "plan_s", b"plan_s", "replay_s", b"replay_s", "replayed_tokens", b"replayed_tokens", "resumed", b"resumed", "returned", b"returned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
