@@ -282,6 +282,10 @@ def _meaning(broken: grpc.aio.AioRpcError, deployment: Deployment) -> Exception:
         return reason
     if isinstance(reason, UnavailableError | StageError):
         return _BrokenOffError(reason)
+    if type(reason) is UniclusterError:  # of no kind: nobody there foresaw it, and once may be all
+        return _BrokenOffError(
+            StageError(f"machine {deployment.head_name} (head) failed: {reason}")
+        )
     return reason
 
 

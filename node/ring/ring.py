@@ -295,15 +295,15 @@ class Ring:
     async def _write(self, hop: Hop) -> None:
         while True:
             message = await self._outgoing.get()
-            await failpoints.reach_async("head.send")
             try:
+                await failpoints.reach_async("head.send")
                 await hop.write(message)
+                await failpoints.reach_async("head.sent")
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the watching task learns why, and says so
             except Exception as error:
                 self._fail(_odd(self.route[0], "can't be sent a frame", error))
                 return
-            await failpoints.reach_async("head.sent")
             self._left(message.frame.id)
 
     def _left(self, number: int) -> None:
@@ -448,7 +448,11 @@ async def read_hop(hop: Hop, stop: RouteStop) -> HopMessage:
     try:
         message = await hop.read()
     except grpc.aio.AioRpcError as error:
-        raise as_error(error, f"machine {stop.node} ({stop.address})") from error
+        who = f"machine {stop.node} ({stop.address})"
+        reason = as_error(error, who)
+        if type(reason) is UniclusterError:  # of no kind: nobody there foresaw it
+            reason = StageError(f"{who} failed: {reason}")
+        raise reason from error
     if not isinstance(message, HopMessage):
         raise HopEndedError(f"machine {stop.node} ({stop.address}) ended the stream")
     if message.HasField("fault"):

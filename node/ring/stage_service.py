@@ -16,7 +16,7 @@ from unicluster import failpoints
 from unicluster.cluster.channels import known_at
 from unicluster.deadlines import OTHER, open_seconds
 from unicluster.dialing.dialer import Dialer
-from unicluster.errors import StageError, UnavailableError, UniclusterError
+from unicluster.errors import StageError, UnavailableError, UniclusterError, in_one_line
 from unicluster.trust.identity import Credentials
 from unicluster.v1.stage_pb2 import (
     ClockReading,
@@ -126,6 +126,12 @@ class StageService(StageServicer):
         except UniclusterError as error:
             log.warning("session ended: %s", error)
             await context.write(fault_message(error))
+        except Exception as error:  # else gRPC's own words would say neither where nor what
+            log.exception("session")
+            reason = f"{type(error).__name__}: {in_one_line(error)}"
+            await context.write(
+                fault_message(StageError(f"{name_of(self._info.node, self._info)}: {reason}"))
+            )
         finally:
             for task in tasks:
                 task.cancel()

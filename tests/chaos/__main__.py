@@ -49,6 +49,8 @@ MACHINES = ("ann", "bob", "cat", "dan", "eve")
 STAGES = 3
 # Seconds without progress after which a process counts as stuck, on an idle machine.
 FROZEN = 2.0
+# A part of the clients has its answers kept for so long while its connection is lost.
+AWAY = 60.0
 # Between two light faults, which wait for nothing.
 LIGHT_PAUSE = (0.6, 2.4)
 # From when answers go on to the next heavy fault; with this chance it does not wait for them.
@@ -106,8 +108,12 @@ async def chaos(
     faults = Faults(machines, frozen, points, net, disk)
     with cluster:
         machines.begin(*MACHINES)
-        async with AsyncClient(machines.server.address, cluster=cluster.cluster) as client:
-            clients = Clients(client, dice, machines.note_stages)
+        address, members = machines.server.address, cluster.cluster
+        async with (
+            AsyncClient(address, cluster=members) as client,
+            AsyncClient(address, cluster=members, resume=scaled(AWAY)) as away,
+        ):
+            clients = Clients((client, away), dice, machines.note_stages)
             await clients.learn()
             print(f"all answers are known; seed {seed}", flush=True)
             before = open_files(machines)

@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from tests.chaos.answers import Heard, Request, hear, requests, with_stop, wrong
@@ -14,7 +14,7 @@ from unicluster.client.client import AsyncClient
 from unicluster.client.metrics import Recoveries
 from unicluster.errors import UniclusterError
 
-AT_ONCE = 4
+AT_ONCE = 2
 # Longest that a stream may be silent: faults may follow each other.
 SILENCE = 60.0
 # Longest that the model may be away before a client asks all the same.
@@ -33,11 +33,12 @@ class Clients:
 
     def __init__(
         self,
-        client: AsyncClient,
+        clients: Sequence[AsyncClient],
         dice: random.Random,
         on_stages: Callable[[tuple[str, ...]], None],
     ) -> None:
-        self.client = client
+        self.clients = clients
+        self.client = clients[0]  # that looks
         self._on_stages = on_stages
         self.ended: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
@@ -65,10 +66,11 @@ class Clients:
         self._known.append((request, heard))
 
     async def ask_until(self, work: asyncio.Task[None]) -> None:
-        """Asks AT_ONCE requests at a time until the work is done."""
+        """Asks AT_ONCE requests of each client at a time until the work is done."""
         work.add_done_callback(lambda _: self._over.set())
         recoveries = asyncio.create_task(self._note_recoveries())
-        await asyncio.gather(work, *(self._ask() for _ in range(AT_ONCE)))
+        asking = (self._ask(client) for client in self.clients for _ in range(AT_ONCE))
+        await asyncio.gather(work, *asking)
         recoveries.cancel()
 
     async def moving(self, until: float) -> None:
@@ -77,12 +79,14 @@ class Clients:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._moved.wait(), max(until - time.monotonic(), 0))
 
-    async def _ask(self) -> None:
+    async def _ask(self, client: AsyncClient) -> None:
         while not self._over.is_set():
             await self._served()
+            if self._over.is_set():
+                return
             request, known = self._dice.choice(self._known)
             try:
-                heard = await hear(self.client, request, scaled(SILENCE), self._moved.set)
+                heard = await hear(client, request, scaled(SILENCE), self._moved.set)
             except TimeoutError:
                 self._is_wrong(request, f"nothing came for {scaled(SILENCE):.0f} s")
                 continue

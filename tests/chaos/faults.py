@@ -33,6 +33,7 @@ LONG, SHORT = (1.0, 8.0), (0.2, 1.2)
 ARMED = (4.0, 12.0)
 # More of them until a machine without a copy of the model gets a stage.
 FETCHES = 30.0
+LOOK_SECONDS = 0.3
 AWAY = (0.0, 3.0)
 # Bytes of memory that a worker may have beyond those it has.
 MORE_MEMORY = 4 << 20
@@ -277,8 +278,19 @@ class Faults:
         return dice.choice(names)
 
     def _disarm_later(self, name: str, point: str, dice: random.Random) -> None:
-        lasts = dice.uniform(*ARMED) + (FETCHES if point in FETCHING else 0)
-        self._later(lasts, lambda: self._points.disarm(name, point))
+        seconds = dice.uniform(*ARMED) + (FETCHES if point in FETCHING else 0)
+        words = f" failpoint {point}: "
+        before = self._machines.logged(name, words)
+
+        async def acted() -> None:
+            """Else a process that is started again would end again and again."""
+            for _ in range(round(seconds / LOOK_SECONDS)):
+                await asyncio.sleep(LOOK_SECONDS)
+                if self._machines.logged(name, words) > before:
+                    break
+            self._points.disarm(name, point)
+
+        self._keep(asyncio.create_task(acted()))
 
     async def _fill(self, seconds: float) -> None:
         if self._disk is None:
@@ -304,7 +316,9 @@ class Faults:
             await asyncio.sleep(seconds)
             end()
 
-        task = asyncio.create_task(ends())
+        self._keep(asyncio.create_task(ends()))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._returns.add(task)
         task.add_done_callback(self._returns.discard)
 

@@ -12,7 +12,9 @@ OWN_MOUNTS = ("unshare", "--mount")
 
 
 def can_mount() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run([*OWN_MOUNTS, "true"]).returncode == 0
+    tried = [*OWN_MOUNTS, "true"]
+    has_it = shutil.which("unshare") is not None
+    return has_it and subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
 def behind_a_disk(path: Path, size: str = "1m") -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from node.ring.compute_thread import MLXThread
 from node.ring.ring import Reply, Ring
 from node.ring.stage_service import StageService
 from tests.support.deadlines import scaled
-from unicluster import deadlines
+from unicluster import deadlines, failpoints
 from unicluster.cluster.channels import bind, connect, make_server
 from unicluster.cluster.sizes import FRAME_BYTES
 from unicluster.deadlines import VARIABLE, open_seconds
@@ -217,6 +218,50 @@ async def test_a_frame_that_makes_no_sense_ends_the_ring_and_its_own_wait() -> N
                 await result(reply)
 
         await ring.close()
+
+
+class Echo:
+    """A stage that computes nothing, and at once."""
+
+    def open(self, stage: int, last: bool) -> Any:
+        return SimpleNamespace(
+            stage=stage, last=last, cancelled=set(), due=False, skips=lambda frame: False
+        )
+
+    def serve(self, session: Any, frame: Frame, arrived: float) -> None:
+        frame.reports.add(stage=session.stage)
+
+    def end(self, session: Any) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        *("stage.open", "stage.received", "stage.send", "stage.sent"),
+        *("stage.return", "stage.returned", "head.send", "head.sent", "head.returned"),
+    ],
+)
+async def test_an_error_that_nobody_foresaw_ends_the_ring_and_names_a_machine(
+    point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = MLXThread()
+    infos = [StageInfo(node=name, first_layer=1, end_layer=2) for name in ("bob", "cat")]
+    echo: Any = Echo()
+    first, second = (StageService(echo, info, thread, IDENTITY) for info in infos)
+    monkeypatch.setattr(failpoints, "_points", failpoints.parse(f"{point}=error(odd)@1"))
+
+    async def frames_until_one_fails(route: list[RouteStop]) -> None:
+        ring = await Ring.open(route, IDENTITY)
+        try:
+            for _ in range(3):  # what goes wrong behind a frame ends the next one
+                await result(ring.send(frame(1)))
+        finally:
+            await ring.close()
+
+    async with served(first) as there, served(second) as behind:
+        with pytest.raises(StageError, match=r"^machine bob .*FailpointError.*odd"):
+            await frames_until_one_fails([*there, *behind])
 
 
 async def test_a_head_that_opens_a_stream_and_says_nothing_is_hung_up_on() -> None:
