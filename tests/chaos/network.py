@@ -20,6 +20,9 @@ RESET = "meta l4proto tcp reject with tcp reset"
 # Without netem a queue of this rate stands for a slow link.
 SLOW_RATE = "2mbit"
 
+# Begins at a host, and returns what ends it.
+Trouble = Callable[[str, random.Random], Callable[[], None]]
+
 
 class Lan:
     """One switch with a port for each host; hosts have addresses of a private net."""
@@ -56,11 +59,11 @@ class Lan:
         finally:
             os.close(namespace)
 
-    # Kinds of trouble: each begins at once, and returns what ends it.
+    # Kinds of trouble
 
-    def kinds(self) -> dict[str, Callable[[str, random.Random], Callable[[], None]]]:
+    def kinds(self) -> dict[str, Trouble]:
         """By name, as far as this machine has the means."""
-        kinds = {"blackhole": self.blackhole, "slow link": self.slow}
+        kinds: dict[str, Trouble] = {"blackhole": self.blackhole, "slow link": self.slow}
         if self._has_nft:
             kinds |= {"deaf": self.deaf, "mute": self.mute, "connections reset": self.resetting}
         if self._has_nft or self._has_netem:
