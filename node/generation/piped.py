@@ -6,6 +6,7 @@ guess all frames behind it are doomed: stages skip those that they have not begu
 are rolled back, without asking any stage.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -19,7 +20,7 @@ from node.generation.config import GenerationConfig
 from node.generation.sampling import TokenChooser
 from node.generation.sequence import Sequence
 from node.generation.single import Decoding
-from node.mlx.rollback import restore, snapshot, trim, trimmable_below
+from node.mlx.rollback import restore, snapshot, trim, trimmable_below, windows_fill_at
 from node.ring.compute_thread import give_way, rested
 from node.speculation.depth import MOST_FRAMES
 from node.speculation.drafting import expected_rates, latest_sort
@@ -71,8 +72,11 @@ class PipedDecoder:
         self._drafter = speculation.drafter()
         self._most = speculation.most
         self._free = speculation.free
-        # By itself it takes no memory that the plan doesn't count.
-        self._snapshots = model.copies_states and not speculation.auto
+        self._snapshots_from = math.inf
+        if model.copies_states:
+            # By itself it makes no copies, which the plan doesn't count: of a full window only what
+            # a token overwrites is saved.
+            self._snapshots_from = windows_fill_at(kinds) if speculation.auto else 0
         self._ends = ends
         self._share = share
         self._run: Decoding | None = None
@@ -189,7 +193,8 @@ class PipedDecoder:
         # Nobody knows how many more will be in the cache when this one turns out to be wrong.
         longest = run.cached + self._in_flight() + MOST_FRAMES
         if self._flight and longest >= self._trimmable_below:
-            saved = snapshot(cache)
+            # From a few tokens before on each frame has one: see ONE_BY_ONE.
+            saved = snapshot(cache, single=True)
         choosers = [run.sequence.chooser.ahead() for _ in tokens]
         more = {"choosers": choosers} if self._chooses else {}
         logits = self._model(mx.array([tokens]), cache=cache, **more)
@@ -255,7 +260,8 @@ class PipedDecoder:
             self._model.cancel(frame.logits for frame in doomed)
         saved = doomed[0].saved if doomed else None
         if saved is not None:
-            restore(run.sequence.cache, saved, count)
+            later = [frame.saved for frame in doomed[1:] if frame.saved is not None]
+            restore(run.sequence.cache, saved, count, later)
         else:
             trim(run.sequence.cache, count + behind)
 
@@ -264,8 +270,9 @@ class PipedDecoder:
 
     def _depth(self) -> int:
         run = self._run
-        snapshots = run is not None and run.cached + 2 * MOST_FRAMES >= self._trimmable_below
-        if snapshots and not self._snapshots:
+        tokens = run.cached if run is not None else 0
+        snapshots = tokens + 2 * MOST_FRAMES >= self._trimmable_below
+        if snapshots and tokens <= self._snapshots_from:
             return 1
         return max(1, self._share(self.pace.depth))
 

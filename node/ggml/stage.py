@@ -254,10 +254,14 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
             self._format = StateFormat.of(example)
         return self._format
 
-    def snapshot(self, cache: Cache) -> Cache:
+    def snapshot(self, cache: Cache, *, single: bool = False) -> Cache:
         return cache.copy()
 
-    def restore(self, cache: Cache, snapshot: Cache, tokens: int) -> None:
+    def restore(
+        self, cache: Cache, snapshot: Cache, tokens: int, later: Sequence[Cache] = ()
+    ) -> None:
+        for each in later:
+            each.free()
         cache.take(snapshot)
 
     def entries(self, cache: Cache) -> int:

@@ -61,6 +61,19 @@ def window(cache: Any) -> int | None:
     return int(cache.max_size) if isinstance(cache, RotatingKVCache) else None
 
 
+def next_overwritten(cache: Any) -> int | None:
+    """Place in a full window that the next token alone overwrites; None where it does not.
+
+    It does not while the window grows, and where it has more tokens than the window: then the next
+    one has new arrays made.
+    """
+    if type(cache) is not RotatingKVCache or cache.keys is None:
+        return None
+    if cache.offset < cache.max_size or cache.keys.shape[2] != cache.max_size:
+        return None
+    return int(cache.keep if cache._idx == cache.max_size else cache._idx)
+
+
 def is_always_trimmable(cache: Any) -> bool:
     """Whether any number of tokens can be trimmed at any time, and in place."""
     return isinstance(cache, KVCache | QuantizedKVCache)

@@ -187,11 +187,17 @@ class MLXStage(FrameServer[StageCache, Any]):
         mx.eval(_states(made))
         return made
 
-    def snapshot(self, cache: StageCache) -> StageCache:
-        return _derived(snapshot(cache.entries), cache)
+    def snapshot(self, cache: StageCache, *, single: bool = False) -> StageCache:
+        return _derived(snapshot(cache.entries, single=single), cache)
 
-    def restore(self, cache: StageCache, snapshot: StageCache, tokens: int) -> None:
-        restore(cache.entries, snapshot.entries, tokens)
+    def restore(
+        self,
+        cache: StageCache,
+        snapshot: StageCache,
+        tokens: int,
+        later: Sequence[StageCache] = (),
+    ) -> None:
+        restore(cache.entries, snapshot.entries, tokens, [each.entries for each in later])
         cache.unchecked |= snapshot.unchecked
 
     def entries(self, cache: StageCache) -> int:

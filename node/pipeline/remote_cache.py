@@ -247,13 +247,23 @@ class RemoteCache:
         save = CacheOp.Save(name=name, blocks=blocks, idle=idle)
         self.stage.operations.append(CacheOp(cache=self.number, save=save))
 
-    def snapshot(self) -> "RemoteCache":
-        """A snapshot of the parts that can't be trimmed, for `restore`."""
-        return self.stage.new(snapshot=CacheOp.Snapshot(source=self.number))
+    def snapshot(self, *, single: bool = False) -> "RemoteCache":
+        """A snapshot of the parts that can't be trimmed, for `restore`.
 
-    def restore(self, saved: "RemoteCache", tokens: int) -> None:
-        """Rolls back the `tokens` since `saved` was made, which is then used up."""
-        self._change(restore=CacheOp.Restore(snapshot=saved.number, tokens=tokens))
+        single: all forwards until then are of one token.
+        """
+        return self.stage.new(snapshot=CacheOp.Snapshot(source=self.number, single=single))
+
+    def restore(
+        self, saved: "RemoteCache", tokens: int, later: Sequence["RemoteCache"] = ()
+    ) -> None:
+        """Rolls back the `tokens` since `saved` was made.
+
+        later: snapshots made since, in order. All are used up.
+        """
+        numbers = [each.number for each in later]
+        operation = CacheOp.Restore(snapshot=saved.number, tokens=tokens, later=numbers)
+        self._change(restore=operation)
 
     def __deepcopy__(self, memo: Any) -> "RemoteCache":
         handle = self.stage.new(copy=CacheOp.Copy(source=self.number))

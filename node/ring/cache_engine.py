@@ -111,12 +111,18 @@ class CacheEngine(ABC, Generic[C]):
         raise self.unsupported("quantize")
 
     @abstractmethod
-    def snapshot(self, cache: C) -> C:
-        """The parts of a cache that can't be trimmed, for `restore`."""
+    def snapshot(self, cache: C, *, single: bool = False) -> C:
+        """The parts of a cache that can't be trimmed, for `restore`.
+
+        single: all forwards until then are of one token.
+        """
 
     @abstractmethod
-    def restore(self, cache: C, snapshot: C, tokens: int) -> None:
-        """Puts a snapshot back and trims the rest by `tokens`. The snapshot is used up."""
+    def restore(self, cache: C, snapshot: C, tokens: int, later: Sequence[C] = ()) -> None:
+        """Puts a snapshot back and trims the rest by `tokens`.
+
+        later: snapshots made since, in order. All are used up.
+        """
 
     @abstractmethod
     def save(self, cache: C) -> list[SavedEntry]:

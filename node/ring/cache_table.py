@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Generic
 
 from google.protobuf.message import DecodeError
@@ -287,23 +288,34 @@ class CacheTable(Generic[C]):
     def snapshot(self, op: CacheOp, report: StageReport) -> None:
         self._check_new(op.cache)
         source = self._settled(op.snapshot.source)
-        saved = self._engine.snapshot(source.cache)
+        saved = self._engine.snapshot(source.cache, single=op.snapshot.single)
         self._slots[op.cache] = replace(source, cache=saved, is_snapshot=True)
 
     def restore(self, op: CacheOp, report: StageReport) -> None:
         slot, number, tokens = self._settled(op.cache), op.restore.snapshot, op.restore.tokens
+        used = [number, *op.restore.later]
+        self._check("snapshots", len(set(used)), MOST_CACHES, least=len(used))
+        saved, *later = [self._saved(each, slot) for each in used]
+        tokens = self._guessed(slot, tokens)
+        if saved.tokens + tokens != slot.tokens:
+            raise FrameError(f"{tokens} tokens since the snapshot, of {slot.tokens - saved.tokens}")
+        for earlier, after in pairwise([saved, *later, slot]):
+            if earlier.tokens > after.tokens:
+                raise FrameError("snapshots in another order than they were made in")
+        for each in used:
+            del self._slots[each]
+        self._used_up.update(used)
+        self._engine.restore(slot.cache, saved.cache, tokens, [each.cache for each in later])
+        slot.tokens = saved.tokens
+
+    def _saved(self, number: int, slot: Slot[C]) -> Slot[C]:
+        """A snapshot for a cache."""
         saved = self._slots.get(number)
         if saved is None or not saved.is_snapshot:
             raise FrameError(f"there is no snapshot {number}")
         if saved.rows not in (None, slot.rows):
             raise FrameError(f"a snapshot of {saved.rows} rows for {slot.rows} rows")
-        tokens = self._guessed(slot, tokens)
-        if saved.tokens + tokens != slot.tokens:
-            raise FrameError(f"{tokens} tokens since the snapshot, of {slot.tokens - saved.tokens}")
-        del self._slots[number]
-        self._used_up.add(number)
-        self._engine.restore(slot.cache, saved.cache, tokens)
-        slot.tokens = saved.tokens
+        return saved
 
     def save(self, op: CacheOp, report: StageReport) -> None:
         slot, name = self._settled(op.cache), prefix_name(op.save.name)

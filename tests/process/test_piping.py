@@ -75,6 +75,20 @@ async def test_the_text_is_that_of_plain_decode(split: Split, wrong: int) -> Non
     await split.until_free()
 
 
+async def test_by_default_no_copies_are_made(split: Split) -> None:
+    """Full windows are rolled back by what was overwritten; states would have to be copied."""
+    texts = (await oracle_of(split))._texts
+    prompt, expected = PROMPTS[3], (await tokens_alone(split))[3]
+    engine = await piping(split, Speculation(lambda: Oracle(texts), 8, piped=True, auto=True))
+
+    completion = await hear(engine, prompt)
+
+    engine.close()
+    assert completion.tokens == expected
+    assert (guessed(completion)[0] > 0) == (split.name in ("llama", "gemma3"))
+    await split.until_free()
+
+
 async def test_several_tokens_a_frame(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     if split.name != "llama":
         pytest.skip("caches that need snapshots have one token a frame")

@@ -691,40 +691,53 @@ class CacheOp(_message.Message):
 
     @_typing.final
     class Snapshot(_message.Message):
+        """Of what can't be cut back: states, windows. single: each forward until it is put back or freed
+        is of one token, so that of a full window the place is enough that the next one overwrites.
+        """
+
         DESCRIPTOR: _descriptor.Descriptor
 
         SOURCE_FIELD_NUMBER: _builtins.int
+        SINGLE_FIELD_NUMBER: _builtins.int
         source: _builtins.int
+        single: _builtins.bool
         def __init__(
             self,
             *,
             source: _builtins.int = ...,
+            single: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["single", b"single", "source", b"source"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Restore(_message.Message):
-        """Puts a snapshot back and cuts the rest back by so many tokens. The snapshot is used up."""
+        """Puts a snapshot back and cuts the rest back by so many tokens. It is used up, and so are the
+        later ones, which were made since, in order.
+        """
 
         DESCRIPTOR: _descriptor.Descriptor
 
         SNAPSHOT_FIELD_NUMBER: _builtins.int
         TOKENS_FIELD_NUMBER: _builtins.int
+        LATER_FIELD_NUMBER: _builtins.int
         snapshot: _builtins.int
         tokens: _builtins.int
+        @_builtins.property
+        def later(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
         def __init__(
             self,
             *,
             snapshot: _builtins.int = ...,
             tokens: _builtins.int = ...,
+            later: _abc.Iterable[_builtins.int] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "tokens", b"tokens"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["later", b"later", "snapshot", b"snapshot", "tokens", b"tokens"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
