@@ -98,9 +98,13 @@ class Fields:
             self._values.pop(name, None)
 
     def refuse(self, reasons: dict[str, str]) -> None:
-        """Raises InputError with the reason if one of these fields is there and not empty."""
+        """Raises InputError with the reason if one of these fields asks for anything.
+
+        An object does even where it is empty: it asks for what its fields have by default.
+        """
         for name, reason in reasons.items():
-            if self._values.pop(name, None):
+            value = self._values.pop(name, None)
+            if value or isinstance(value, dict):
                 raise InputError(f"{self.path(name)}: not supported here: {reason}")
 
     def done(self) -> None:
