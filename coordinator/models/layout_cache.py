@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 FOLDER = "layouts"
 MOST_FILES = 256
 DIGEST_BYTES = 32  # of the rest of a file, before it
-_LIBRARIES = ("mlx", "mlx-lm", "transformers", "gguf")
+_LIBRARIES = ("mlx", "mlx-lm", "transformers", "gguf", "llama-cpp-python")
 
 Compute = Callable[[Sequence[InspectRequest]], Sequence[ModelLayout]]
 

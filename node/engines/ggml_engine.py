@@ -16,7 +16,7 @@ from node.ggml.load import DEFAULT_CONTEXT, load, open_gguf
 from node.ggml.stage_file import (
     Part,
     StageFile,
-    file_bytes,
+    disk_bytes,
     remove_others,
     stage_file,
     stage_path,
@@ -64,8 +64,10 @@ class GgmlEngine:
         gguf, part = open_gguf(checkpoint), _part(spec)
         if _is_all(gguf, part) and is_whole(checkpoint):
             return 0
-        file = stage_path(checkpoint, caches.stages(checkpoint.manifest.model), part)
-        return 0 if file.exists() else file_bytes(gguf, part)
+        folder = caches.stages(checkpoint.manifest.model)
+        if stage_path(checkpoint, folder, part).exists():
+            return 0
+        return disk_bytes(gguf, part, checkpoint.root, folder)
 
     def load(
         self,

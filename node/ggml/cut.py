@@ -12,10 +12,12 @@ from gguf import GGMLQuantizationType
 
 from node.ggml.cutting.kinds import check_cut, known, layer_count
 from node.ggml.cutting.metadata import stage_metadata, text
+from node.weights.clone import MOST_BLOCK, block_size, clone
 from unicluster.checkpoints.checkpoint import write_at
 from unicluster.checkpoints.gguf import (
     ALIGNMENT,
     MAGIC,
+    STRING,
     Header,
     TensorInfo,
     Value,
@@ -32,6 +34,9 @@ I32 = int(GGMLQuantizationType.I32)
 # Some models have positions that are added to the embedding, of an architecture that may.
 POSITIONS, WITH_POSITIONS = "position_embd.weight", "inpL"
 COPY_BYTES = 1 << 24
+# A key of nothing but spaces, by which tensors come to the places in blocks that they have in the
+# model's file.
+PADDING = "unicluster.padding"
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,23 @@ class Gguf:
 def write(
     gguf: Gguf, folder: Path, stream: IO[bytes], first: int, end: int, has_lm_head: bool
 ) -> None:
-    """Writes the file of a stage to an empty one; `folder` has the model's files."""
-    pieces = gguf.pieces(first, end, has_lm_head)
-    stream.write(_header(gguf.metadata(first, end, has_lm_head), pieces))
-    for piece in pieces:
+    """Writes the file of a stage to an empty one; `folder` has the model's files.
+
+    llama.cpp wants tensors one behind the other. So the longest run of them that are so in the
+    model comes first, at a place whose blocks the two files can share on some file systems.
+    """
+    run, others = _parted(gguf, gguf.pieces(first, end, has_lm_head))
+    begin = gguf.tensors[run[0].source][1].bytes[0] if run and run[0].source else 0
+    metadata = gguf.metadata(first, end, has_lm_head)
+    block = block_size(stream.fileno())
+    if begin and not begin % ALIGNMENT:
+        metadata[PADDING] = Value(STRING, text(""))
+        missing = (begin - len(_header(metadata, [*run, *others], padded=False))) % block
+        metadata[PADDING] = Value(STRING, text(" " * missing))
+    stream.write(_header(metadata, [*run, *others]))
+    if run:
+        _share(gguf, folder, run, stream, block)
+    for piece in others:
         stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
         if piece.source is None:
             stream.seek(piece.size - 1, os.SEEK_CUR)  # a hole: zeros that take no room
@@ -200,6 +218,50 @@ def write(
             file, tensor = gguf.tensors[piece.source]
             _copy(folder / file, tensor.bytes, stream.fileno(), stream.tell())
             stream.seek(tensor.size, os.SEEK_CUR)
+
+
+def copied_bytes(gguf: Gguf, first: int, end: int, has_lm_head: bool) -> int:
+    """Bytes of a stage's file that are no holes, and can't be shared with the model's files."""
+    _, others = _parted(gguf, gguf.pieces(first, end, has_lm_head))
+    return sum(piece.size for piece in others if piece.source is not None) + 2 * MOST_BLOCK
+
+
+def _parted(gguf: Gguf, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """The longest run of tensors that follow one another in a file, and the others."""
+    places = {
+        piece.name: (gguf.tensors[piece.source][0], gguf.tensors[piece.source][1].bytes)
+        for piece in pieces
+        if piece.source is not None
+    }
+    runs: list[list[Piece]] = []
+    for piece in sorted((p for p in pieces if p.name in places), key=lambda p: places[p.name]):
+        file, (start, _) = places[piece.name]
+        last_file, (_, last_end) = places[runs[-1][-1].name] if runs else ("", (0, 0))
+        if file != last_file or start != -(-last_end // ALIGNMENT) * ALIGNMENT:
+            runs.append([])
+        runs[-1].append(piece)
+    longest = max(runs, key=lambda run: sum(piece.size for piece in run), default=[])
+    names = {piece.name for piece in longest}
+    return longest, [piece for piece in pieces if piece.name not in names]
+
+
+def _share(gguf: Gguf, folder: Path, run: list[Piece], stream: IO[bytes], block: int) -> None:
+    """Writes a run of tensors; the blocks within it are the model's own, where that can be."""
+    sources = [gguf.tensors[piece.source] for piece in run if piece.source is not None]
+    file, (start, end) = sources[0][0], (sources[0][1].bytes[0], sources[-1][1].bytes[1])
+    stream.flush()
+    at, to = stream.tell(), stream.fileno()
+    inner = -(-start // block) * block, end // block * block
+    shared = False
+    if inner[0] < inner[1] and at % block == start % block:
+        with (folder / file).open("rb") as source:
+            shared = clone(source.fileno(), *inner, to, at + inner[0] - start)
+    if shared:
+        _copy(folder / file, (start, inner[0]), to, at)
+        _copy(folder / file, (inner[1], end), to, at + inner[1] - start)
+    else:
+        _copy(folder / file, (start, end), to, at)
+    stream.seek(at + end - start)
 
 
 def write_empty(gguf: Gguf, stream: IO[bytes], first: int, end: int, has_lm_head: bool) -> None:
@@ -220,7 +282,7 @@ def _copy(file: Path, where: Range, to: int, at: int) -> None:
             start, at = start + len(data), at + len(data)
 
 
-def _header(metadata: Mapping[str, Value], pieces: list[Piece]) -> bytes:
+def _header(metadata: Mapping[str, Value], pieces: list[Piece], *, padded: bool = True) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(pieces), len(metadata))]
     for key, value in metadata.items():
         parts += [text(key), struct.pack("<I", value.type), value.raw]
@@ -230,4 +292,4 @@ def _header(metadata: Mapping[str, Value], pieces: list[Piece]) -> bytes:
         parts += [text(piece.name), shape, struct.pack("<IQ", piece.type, at)]
         at = -(-(at + piece.size) // ALIGNMENT) * ALIGNMENT
     header = b"".join(parts)
-    return header + b"\0" * (-len(header) % ALIGNMENT)
+    return header + b"\0" * (-len(header) % ALIGNMENT if padded else 0)

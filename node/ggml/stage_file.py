@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from node.ggml.cut import Gguf, write
+from node.ggml.cut import Gguf, copied_bytes, write
 from node.weights.caches import unused_stages
+from node.weights.clone import can_clone
 from node.weights.made import PART, check_space, hold, making, remove_unused
 from unicluster.checkpoints.checkpoint import Checkpoint
 from unicluster.errors import UnavailableError
@@ -49,6 +50,14 @@ def file_bytes(gguf: Gguf, part: Part) -> int:
     return sum(piece.size for piece in pieces if piece.source is not None)
 
 
+def disk_bytes(gguf: Gguf, part: Part, root: Path, folder: Path) -> int:
+    """Bytes that a stage's file in `folder` takes beside the model's files in `root`."""
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if not can_clone(root, there):
+        return file_bytes(gguf, part)
+    return min(file_bytes(gguf, part), copied_bytes(gguf, part.first, part.end, part.has_lm_head))
+
+
 def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> StageFile:
     """A file of the stage's layers alone in `folder`, where it stays for the next time.
 
@@ -61,7 +70,7 @@ def stage_file(gguf: Gguf, checkpoint: Checkpoint, folder: Path, part: Part) -> 
             return StageFile(file, stream)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unused(folder.glob(f"*{PART}"))
-        needed = file_bytes(gguf, part)
+        needed = disk_bytes(gguf, part, checkpoint.root, folder)
         check_space(folder, needed, checkpoint.manifest.model, unused_stages())
         try:
             with making(file) as writing:

@@ -46,3 +46,23 @@ def fill(disk: Path) -> Path:
                 while True:
                     file.write(bytes(size))
     return filler
+
+
+@contextlib.contextmanager
+def formatted_disk(image: Path, kind: str, size: int) -> Iterator[Path | None]:
+    """A disk of `size` bytes in a file, with a file system; None where it can't be made."""
+    maker, folder = shutil.which(f"mkfs.{kind}"), image.with_suffix(".mount")
+    if maker is None or os.geteuid():
+        yield None
+        return
+    with image.open("wb") as stream:
+        stream.truncate(size)
+    folder.mkdir()
+    for command in ([maker, "-q", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            yield None
+            return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
