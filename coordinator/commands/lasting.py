@@ -42,10 +42,12 @@ async def lasting(options: ServeOptions) -> "AsyncIterator[Lasting | None]":
         with contextlib.closing(Database()) as database:
             services = Services(database)
             wanted = services.begin(options.service, fingerprint(options))
+            record = Lasting(services, Drains(database), wanted, claim)
             try:
-                yield Lasting(services, Drains(database), wanted, claim)
+                yield record
             finally:
-                _end(services, options.service)
+                if not record.comes_back:
+                    _end(services, options.service)
 
 
 def _end(services: Services, service: str) -> None:
@@ -57,9 +59,13 @@ def _end(services: Services, service: str) -> None:
 
 
 class Lasting:
-    """A service's record: as an earlier process left it, and as this one leaves it."""
+    """A service's record: as an earlier process left it, and as this one leaves it.
+
+    comes_back: it stays wanted when this process ends, and the next one takes up its stages.
+    """
 
     def __init__(self, services: Services, drains: Drains, wanted: Wanted, claim: Claim) -> None:
+        self.comes_back = False
         self._services = services
         self.drains = drains
         self._wanted = wanted

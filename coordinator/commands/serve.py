@@ -25,6 +25,7 @@ from coordinator.serving.events import (
     HttpAddress,
     Inspected,
     Inspecting,
+    Leaving,
     Listening,
     MachinesFound,
     Searching,
@@ -54,9 +55,10 @@ from unicluster.cluster.here import noted
 from unicluster.cluster.known_machines import nodes_option, peer_option
 from unicluster.cluster.records import Kind
 from unicluster.cluster.sizes import CHAT_BYTES
-from unicluster.cluster.systemd import notify
 from unicluster.command_line import Argument, Command, Option, beginning
 from unicluster.errors import InputError
+from unicluster.system.stopping import why_it_comes_back
+from unicluster.system.systemd import notify
 from unicluster.telemetry.broker_url import chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.trust.cluster import Cluster
@@ -175,7 +177,11 @@ async def _serve(options: ServeOptions, events: Events) -> int:
             ended.result()
         ended.cancel()
         notify("STOPPING=1")
-        events.publish(Unloading(options.source.display))
+        if options.orphan_grace_s and (why := await asyncio.to_thread(why_it_comes_back)):
+            running.leave_stages()
+            events.publish(Leaving(options.source.display, options.orphan_grace_s, why))
+        else:
+            events.publish(Unloading(options.source.display))
     return 0
 
 
@@ -192,12 +198,20 @@ class Running:
         metrics: str | None,
         http: HttpAddress | None,
         task: asyncio.Task[None],
+        lasts: Lasting | None = None,
     ) -> None:
         self.service = service
         self.address = address
         self.metrics = metrics
         self.http = http
         self._task = task
+        self._lasts = lasts
+
+    def leave_stages(self) -> None:
+        """What ends now begins anew soon, and takes up the stages, which stand until then."""
+        self.service.leave_stages()
+        if self._lasts is not None:
+            self._lasts.comes_back = True
 
     async def wait(self) -> None:
         """Returns never, or raises what ended the service, which goes on if this is cancelled."""
@@ -279,7 +293,7 @@ async def _served(
             async with advertisements:
                 stack.enter_context(noted(Kind.CHAT, where, port))
                 address = join_address(options.host or "127.0.0.1", port)
-                yield Running(service, address, metrics, http, task)
+                yield Running(service, address, metrics, http, task, lasts)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -142,7 +142,9 @@ class PauseOver:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Serving is to end."""
+    """Serving is to end. comes_back: soon it begins anew, and takes up the stages as they stand."""
+
+    comes_back: bool = False
 
 
 Event = (
@@ -182,8 +184,9 @@ def apply(state: State, event: Event) -> tuple[State, Actions]:
     if phase is Phase.ENDED:
         return state, ()
     match event:
-        case Stopped():
-            end = (Action.END_STAGES,) if phase in _STANDING else ()
+        case Stopped(comes_back):
+            let_go = Action.LEAVE_STAGES if comes_back else Action.END_STAGES
+            end = (let_go,) if phase in _STANDING else ()
             return replace(state, phase=Phase.ENDED), (Action.WAKE_ANSWERS, *end)
         case Planned() if phase is Phase.PLANNING:
             return replace(state, phase=Phase.LOADING, lack="", begun=True), (Action.LOAD,)

@@ -196,6 +196,18 @@ class Staying:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """Serving ends, and soon begins anew; the machines keep their layers for `seconds`.
+
+    reason: why, in a phrase.
+    """
+
+    model: str
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Unloading:
     """The model is given up, and the machines' memory with it."""
 
@@ -221,6 +233,7 @@ Event = (
     | Retrying
     | Moving
     | Staying
+    | Leaving
     | Unloading
 )
 
@@ -265,6 +278,7 @@ class Events:
 
     def __init__(self) -> None:
         self.losses: Counter[Cause] = Counter()
+        self._announced: set[str] = set()  # machines that said they would sleep, and are counted
         self._followers: list[Follower] = []
 
     def publish(self, event: Event) -> None:
@@ -273,8 +287,11 @@ class Events:
             cause = Cause(event.cause) if known else Cause.FAILED
             self.losses[cause] += 1
             self._newest = cause, time.monotonic()
+            if cause is Cause.ASLEEP:
+                self._announced.add(event.machine)
         if isinstance(event, WasAsleep):
-            self.losses[Cause.ASLEEP] += 1
+            self.losses[Cause.ASLEEP] += event.machine not in self._announced
+            self._announced.discard(event.machine)
         for follower in self._followers:
             follower.put(event)
 

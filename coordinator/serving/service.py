@@ -61,6 +61,8 @@ HEAD_SECONDS = 5.0
 SURVEY_SECONDS = 15.0
 # For running answers to end before the layers move to a better plan; then they go on there.
 FINISH_SECONDS = 10.0
+# How long new answers wait while the model moves, and so how long running ones keep it from that.
+MOVE_SECONDS = 60.0
 # A loss may show so much sooner than the ring breaks for it.
 CAUSE_SECONDS = 2.0
 # A plan that somebody asks for is no better if it saves less of a token's time.
@@ -123,6 +125,7 @@ class Service:
         self._on_ready = on_ready
         self._generation = generation
         self._life = lifecycle.State()
+        self._comes_back = False  # whether the stages are for the next process of this service
         self._ready = asyncio.Event()
         self._turned = asyncio.Event()  # there is another deployment, or none, or another ring
         self._changed = asyncio.Event()  # anything else
@@ -156,6 +159,12 @@ class Service:
         return f"loading {self.display}" if loading else "looking for machines"
 
     @property
+    def progress(self) -> str:
+        """How far loading is, in a phrase; empty while nothing is loaded."""
+        loading = self._life.phase is lifecycle.Phase.LOADING and self.deployment is not None
+        return self.deployment.progress if loading and self.deployment is not None else ""
+
+    @property
     def cause(self) -> str:
         """The cause of the loss for which it does not answer, in a word; empty: there is none."""
         if self._life.phase is lifecycle.Phase.READY:
@@ -171,6 +180,10 @@ class Service:
         """Reason for clients while the model can't answer."""
         what = "can't be served" if self._life.stuck else f"is {self.state}"
         return f"{self.display} {what}: {self.detail}"
+
+    def leave_stages(self) -> None:
+        """Lets the stages stand for their grace when serving ends: the next process takes them."""
+        self._comes_back = True
 
     async def until_ready(self) -> None:
         """Returns when the model answers for the first time."""
@@ -242,7 +255,7 @@ class Service:
             context=self.layout.context,
             users=self.layout.users,
             state=self.state,
-            detail=self.detail,
+            detail="; ".join(filter(None, (self.detail, self.progress))),
             cause=self.cause,
         )
         if self.deployment is not None:
@@ -256,7 +269,8 @@ class Service:
         try:
             await self._run()
         finally:
-            await self._left.close()
+            if not self._comes_back:
+                await self._left.close()
 
     async def _run(self) -> None:
         async for attempt in attempts(
@@ -362,7 +376,7 @@ class Service:
                 raise UnavailableError(reason)
             await running
         except asyncio.CancelledError:
-            self._note(lifecycle.Stopped())
+            self._note(lifecycle.Stopped(self._comes_back))
             raise
         finally:
             tasks = running, first, drained, moved, looking, storing
@@ -482,7 +496,7 @@ class Service:
                 async with ahead as left:
                     self._left.add(left)
                     self._note(lifecycle.Prepared())
-                    await deployment.until_movable(FINISH_SECONDS)
+                    await deployment.until_movable(FINISH_SECONDS, MOVE_SECONDS)
             except Exception as error:  # whatever it is, the deployment that answers goes on
                 if not isinstance(error, UniclusterError):
                     log.exception("a better plan could not be prepared")

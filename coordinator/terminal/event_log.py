@@ -2,6 +2,7 @@
 
 from coordinator.serving.events import (
     Event,
+    Leaving,
     Listening,
     Moving,
     Recovered,
@@ -16,7 +17,7 @@ from coordinator.serving.events import (
 )
 from coordinator.state.database import Database
 from coordinator.state.event_log import EventLog
-from coordinator.terminal.printer import moving_line, recovered_line
+from coordinator.terminal.printer import leaving_line, moving_line, recovered_line
 from unicluster.causes import Cause
 
 
@@ -52,6 +53,8 @@ class EventLogger:
                 self._add("moving", text=moving_line(event).plain)
             case Staying():
                 self._add("staying", text=event.reason)
+            case Leaving():
+                self._add("left", text=leaving_line(event))
             case Unloading():
                 self._add("unloaded")
 

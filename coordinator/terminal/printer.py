@@ -18,6 +18,7 @@ from coordinator.serving.events import (
     HttpAddress,
     Inspected,
     Inspecting,
+    Leaving,
     Listening,
     MachinesFound,
     Move,
@@ -106,6 +107,8 @@ class Printer:
             case Staying():
                 self.close()
                 self._console.print(staying_line(event), soft_wrap=True)
+            case Leaving():
+                self._console.print(Text(f"Ending: {leaving_line(event)}."))
             case Unloading():
                 self._console.print("Unloading.")
 
@@ -157,6 +160,13 @@ def moving_line(event: Moving) -> Text:
 def staying_line(event: Staying) -> Text:
     """`llama q4 stays where it is: machine cat ended its stage`."""
     return Text(event.model, "bold").append(f" stays where it is: {event.reason}", "not bold")
+
+
+def leaving_line(event: Leaving) -> str:
+    """`this machine goes down: the others keep their layers of llama for 120 s`."""
+    return (
+        f"{event.reason}: the others keep their layers of {event.model} for {event.seconds:.0f} s"
+    )
 
 
 def recovered_line(event: Recovered, seconds: float | None = None) -> Text:

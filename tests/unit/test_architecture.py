@@ -34,7 +34,16 @@ FLOORS = {
         *("planning.search", "."),
     ],
     "node": [
-        *("doctor", "agent", "supervision", "inprocess", "inspect", "worker", "generation"),
+        *(
+            "doctor",
+            "agent",
+            "power",
+            "supervision",
+            "inprocess",
+            "inspect",
+            "worker",
+            "generation",
+        ),
         *(
             "answers",
             "constraints",
@@ -66,7 +75,7 @@ FLOORS = {
             "dialing",
             "cluster",
         ),
-        *("trust", "terminal", ".", "v1"),
+        *("trust", "terminal", "system", ".", "v1"),
     ],
 }
 # These stand above all packages: the command, what names the public API, and the public `load`.
