@@ -16,7 +16,7 @@ class Cause(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     FROZEN = "frozen"  # it lives, and does no work
     UNREACHABLE = "unreachable"  # no answer: asleep, off the network, or without power
-    ASLEEP = "asleep"  # as a machine's clocks tell once it is back
+    ASLEEP = "asleep"  # as a machine says before, or as its clocks tell once it is back
     LEFT = "left"  # its agent ended or hung up
     DISK_FULL = "disk full"
     DRIVER_FAULT = "driver fault"

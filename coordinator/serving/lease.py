@@ -94,6 +94,11 @@ class Lease:
         total = self._progress.bytes_total + self._progress.to_fetch
         return min(done / total, 1.0) if total else 0.0
 
+    @property
+    def progress(self) -> LoadProgress:
+        """How far its worker is with fetching and loading; a ready one has loaded all."""
+        return self._progress
+
     async def hold(self, events: Events, changed: Callable[[], None]) -> None:
         """Follows the stage until it is lost."""
         who = f"machine {self.name} ({self._agent})"
@@ -104,6 +109,8 @@ class Lease:
                     await failpoints.reach_async("serve.adopted")
                 self._note(event, events)
                 changed()
+                if event.HasField("going_to_sleep"):
+                    break  # it waits until it is let go of
             if self.lost is None:
                 self._lose(UnavailableError(f"machine {self.name} ended its stage"), Cause.LEFT)
         except grpc.aio.AioRpcError as error:
@@ -182,9 +189,13 @@ class Lease:
             events.publish(Progress(self.name, event.progress))
         elif event.HasField("ready"):
             self.worker = self._worker_at(event.ready.port)
+            weights = event.ready.weight_bytes
+            self._progress = LoadProgress(bytes_done=weights, bytes_total=weights)
             events.publish(StageReady(self.name))
         elif event.HasField("draining"):
             self.draining = True
+        elif event.HasField("going_to_sleep"):
+            self._lose(UnavailableError(f"machine {self.name} goes to sleep"), Cause.ASLEEP)
         elif event.HasField("adopted"):
             self.adopted = True
             events.publish(StageAdopted(self.name))

@@ -19,7 +19,7 @@ from node.agent.ledger import Ledger, as_proto
 from node.agent.peers import Peers
 from node.agent.probe import Hardware
 from node.agent.quiet import QuietMeasuring
-from node.agent.sleep import Sleep
+from node.power.clocks import Sleep
 from node.supervision.running import RunningStage, keep_renewed
 from node.supervision.spare import SpareWorker
 from node.weights import hub
@@ -56,6 +56,7 @@ from unicluster.v1.node_pb2 import (
     DescribeNodeRequest,
     Draining,
     DrainRequest,
+    GoingToSleep,
     Greeting,
     InspectRequest,
     ModelLayout,
@@ -81,6 +82,8 @@ INSPECT = "node.inspect"
 RENEW_SECONDS = 60.0
 # A question that waits for the end of a stage is answered within this: a worker gets 5 s to end.
 ENDED_SECONDS = 6.0
+# Between two looks at whether coordinators have let go before the machine sleeps.
+SLEEP_LOOK_SECONDS = 0.5
 
 
 class Agent(NodeServicer):
@@ -118,6 +121,8 @@ class Agent(NodeServicer):
         self._drain = asyncio.Event()
         self._drain_orders = DRAIN_ORDERS_NONE
         self._sleep = Sleep()
+        self._falls_asleep = False
+        self._followed: dict[Context, asyncio.Lock] = {}  # streams of stages that coordinators read
         self._changed = asyncio.Event()
 
     def addresses(self) -> list[str]:
@@ -134,6 +139,26 @@ class Agent(NodeServicer):
     @property
     def draining(self) -> bool:
         return self._drain.is_set()
+
+    @property
+    def keeps_awake(self) -> bool:
+        """Whether it has a stage for which the machine is not to fall asleep by itself."""
+        return any(not stage.is_orphaned for stage in list(self._stages))
+
+    async def sleeps(self, asleep: bool) -> None:
+        """The machine is about to sleep: returns when no coordinator holds a stage here any more.
+
+        Until it is awake (`asleep` is False) it has nothing to offer.
+        """
+        if asleep != self._falls_asleep:
+            log.warning("this machine %s", "goes to sleep" if asleep else "is awake")
+        self._falls_asleep = asleep
+        self._changed.set()
+        if asleep:
+            writes = (_write_sleep(*pair) for pair in self._followed.items())
+            await asyncio.gather(*writes, return_exceptions=True)  # who has gone needs no word
+        while self._falls_asleep and self._followed:
+            await self.changed(SLEEP_LOOK_SECONDS)
 
     async def changed(self, timeout: float) -> None:
         """Returns when a stage came or went, or draining began or ended; at the latest after
@@ -166,7 +191,7 @@ class Agent(NodeServicer):
 
         without: a service whose stages are to be replaced.
         """
-        if self._drain.is_set():
+        if self._drain.is_set() or self._falls_asleep:
             return [(device, 0) for device in self.hardware.devices]
         leaving = [stage for stage in self._stages if without and stage.spec.service == without]
         staying = [stage.spec for stage in self._stages if stage not in leaving]
@@ -328,7 +353,8 @@ class Agent(NodeServicer):
             stage = adopted
             follower = stage.follow(self._config(request, stage.port, context))
         self._changed.set()
-        writing = asyncio.Lock()  # one message at a time, from whichever of the two
+        # One message at a time, from whoever writes.
+        writing = self._followed[context] = asyncio.Lock()
         reporting = asyncio.create_task(self._report_draining(context, writing))
         try:
             if adopted is not None:
@@ -338,6 +364,7 @@ class Agent(NodeServicer):
                     await context.write(event)
         finally:
             reporting.cancel()
+            del self._followed[context]
             await stage.leave(follower)
             self._changed.set()
 
@@ -411,6 +438,11 @@ class Agent(NodeServicer):
         fetching = [part for spec in self.stages for part in (spec, spec.draft)]
         matching = [part for part in fetching if (part.model, part.revision) == (model, revision)]
         return {name for part in matching for name in part.hub_files}
+
+
+async def _write_sleep(context: Context, writing: asyncio.Lock) -> None:
+    async with writing:
+        await context.write(StageEvent(going_to_sleep=GoingToSleep()))
 
 
 def _by_engine(offers: Iterable[tuple[Device, int]]) -> Counter[str]:

@@ -17,6 +17,7 @@ from node.agent.devices import Device
 from node.agent.peers import Peers
 from node.agent.probe import Hardware, probe
 from node.agent.telemetry import publish
+from node.power.following import followed
 from node.prefixes.folder import default_directory
 from node.weights.store import offered
 from unicluster import OLDEST_PROTOCOL, PROTOCOL, __version__
@@ -29,12 +30,12 @@ from unicluster.cluster.discovery import Advertisement, Advertisements, Browser,
 from unicluster.cluster.here import DEFAULT_PORTS, noted
 from unicluster.cluster.known_machines import peer_option
 from unicluster.cluster.records import Kind
-from unicluster.cluster.systemd import notify
 from unicluster.cluster.versions import mismatch
 from unicluster.command_line import Command, Option
 from unicluster.dialing.dialer import Dialer
 from unicluster.dialing.greetings import greeting_of
 from unicluster.errors import InputError
+from unicluster.system.systemd import notify
 from unicluster.telemetry.broker_url import BrokerUrl, chosen_broker, mqtt_option
 from unicluster.telemetry.mqtt import Publisher, in_background
 from unicluster.trust.cluster import Cluster
@@ -70,6 +71,7 @@ class JoinOptions:
     device: tuple[str, ...]
     cache_dir: str
     no_spare: bool
+    let_sleep: bool
     token: str | None
     token_file: str | None
     replace: bool
@@ -190,6 +192,8 @@ async def _run_agent(
                 publisher = Publisher(broker, cluster, f"node/{args.name}")
                 await stack.enter_async_context(publisher.running())
                 await stack.enter_async_context(in_background(publish(agent, publisher, args.name)))
+            awake = (lambda: False) if args.let_sleep else (lambda: agent.keeps_awake)
+            await stack.enter_async_context(followed(agent.sleeps, awake))
             agent.prepare()
             notify(f"READY=1\nSTATUS={args.name} in cluster {cluster.fingerprint}, port {port}")
             await _keep_current(advertisement, agent, usable, stop, browser)
@@ -319,6 +323,12 @@ command = Command(
                 "--no-spare",
                 "keep no worker ready that takes the place of a lost one seconds sooner, for some "
                 "70 MB of memory",
+                is_flag=True,
+            ),
+            Option(
+                "--let-sleep",
+                "let this machine fall asleep when nobody uses it, also while a model is served "
+                "from it (default: it stays awake then)",
                 is_flag=True,
             ),
         ],

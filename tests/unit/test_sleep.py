@@ -9,7 +9,7 @@ from coordinator.serving.events import Events, WasAsleep
 from coordinator.state.database import Database
 from coordinator.state.event_log import EventLog
 from coordinator.terminal.event_log import EventLogger
-from node.agent.sleep import Sleep
+from node.power.clocks import Sleep
 
 
 def test_a_clock_that_stood_tells_of_sleep() -> None:

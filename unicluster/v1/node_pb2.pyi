@@ -869,6 +869,7 @@ class StageEvent(_message.Message):
     EXIT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     ADOPTED_FIELD_NUMBER: _builtins.int
+    GOING_TO_SLEEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress: ...
     @_builtins.property
@@ -881,6 +882,8 @@ class StageEvent(_message.Message):
     def adopted(self) -> Global___Adopted:
         """the first message, where it comes"""
 
+    @_builtins.property
+    def going_to_sleep(self) -> Global___GoingToSleep: ...
     def __init__(
         self,
         *,
@@ -889,12 +892,13 @@ class StageEvent(_message.Message):
         exit: Global___StageExit | None = ...,
         draining: Global___Draining | None = ...,
         adopted: Global___Adopted | None = ...,
+        going_to_sleep: Global___GoingToSleep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "going_to_sleep", b"going_to_sleep", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "draining", b"draining", "event", b"event", "exit", b"exit", "going_to_sleep", b"going_to_sleep", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit", "draining", "adopted"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "ready", "exit", "draining", "adopted", "going_to_sleep"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -991,6 +995,25 @@ class Draining(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Draining: _TypeAlias = Draining  # noqa: Y015
+
+@_typing.final
+class GoingToSleep(_message.Message):
+    """The machine falls asleep within seconds, and waits until its stages are let go of. It offers
+    nothing until it is awake; its layers stay in its memory for their grace, as after any loss.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GoingToSleep: _TypeAlias = GoingToSleep  # noqa: Y015
 
 @_typing.final
 class StageExit(_message.Message):
