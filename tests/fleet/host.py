@@ -61,12 +61,19 @@ class Host:
 
     def lose_power(self) -> None:
         """All at once: nothing says goodbye, and no connection is closed."""
-        self._network.link(self.name, "down")
+        self.unplug()
         self._kill()
 
     def regain_power(self) -> None:
-        self._network.link(self.name, "up")
+        self.plug_in()
         self.boot()
+
+    def unplug(self) -> None:
+        """Pulls its cable."""
+        self._network.link(self.name, "down")
+
+    def plug_in(self) -> None:
+        self._network.link(self.name, "up")
 
     def run(self, command: str, deadline: float = 120) -> str:
         """Standard output of a shell command. AssertionError if it fails."""

@@ -8,20 +8,25 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
+from tests.fleet.answers import FAILPOINTS, STORY, running_answer, slowed, unslow
 from tests.fleet.conftest import build_wheel
 from tests.fleet.fleet import NAMES, UNICLUSTER, Fleet
 from tests.support.brokers import COORDINATOR
 from tests.support.cluster import ROOT, until
+from unicluster import failpoints
 from unicluster.trust.cluster import Cluster
 
 QUESTION, ANSWER = "'What is the capital of Spain?'", "The capital of Spain is Madrid."
-LONG = "'Tell me a tiny story about a fox.'"
 # To plan again and to load, on hosts that share two cores.
 MOVE_SECONDS = 180.0
 
 
 PROGRAM = "/opt/unicluster/bin/unicluster"
 METRICS_PORT = 9470
+# Stages outlive a coordinator whose host boots on a busy machine.
+GRACE_SECONDS = 300
 CERTIFICATE = "/var/lib/unicluster/prometheus"
 # What Prometheus does.
 SCRAPE = f"""
@@ -45,6 +50,12 @@ def stages(fleet: Fleet) -> set[str]:
     return {stage["machine"] for stage in told["stages"]}
 
 
+def workers(fleet: Fleet, host: str) -> list[str]:
+    """Process ids of a host's workers that listen: those with a stage."""
+    listening = fleet[host].run("sudo ss -Hltnp")
+    return sorted(set(re.findall(r"pid=(\d+)", "".join(re.findall(r".*47601.*", listening)))))
+
+
 def ask(fleet: Fleet, host: str, question: str = QUESTION) -> str:
     return fleet.unicluster(host, "chat", question).strip()
 
@@ -58,6 +69,12 @@ def ask_until_answered(fleet: Fleet, host: str) -> None:
     fleet.say(host, "an answer again")
 
 
+@pytest.fixture(scope="module")
+def story(fleet: Fleet) -> str:
+    """The long answer, when nothing happens meanwhile."""
+    return ask(fleet, "ann", STORY)
+
+
 def test_a_dry_run_on_bare_hosts_changes_nothing(fleet: Fleet) -> None:
     fleet.play("--check", "--diff")
 
@@ -68,10 +85,14 @@ def test_the_playbook_makes_a_cluster_behind_closed_firewalls(fleet: Fleet) -> N
     fleet["ann"].run("sudo systemctl enable --now firewalld")
     fleet["bob"].run("sudo ufw allow ssh && sudo ufw --force enable")
     options = ["--context", "1024", "--metrics-port", str(METRICS_PORT)]
+    options += ["--orphan-grace", str(GRACE_SECONDS)]
     fleet.models = [{"name": "demo", "model": "demo", "options": options}]
     # There is no such broker yet: nothing may depend on it.
     fleet.variables |= {
-        "agent_secrets": {"UNICLUSTER_MQTT": fleet.broker.url("{{ inventory_hostname }}")},
+        "agent_secrets": {
+            "UNICLUSTER_MQTT": fleet.broker.url("{{ inventory_hostname }}"),
+            failpoints.VARIABLE: f"@{FAILPOINTS}",
+        },
         "coordinator_secrets": {"UNICLUSTER_MQTT": fleet.broker.url(COORDINATOR)},
     }
 
@@ -141,18 +162,14 @@ def test_the_doctor_finds_nothing_that_would_not_work(fleet: Fleet) -> None:
     assert "✗" not in said
 
 
-def test_a_host_that_loses_power_mid_answer_is_done_without(fleet: Fleet) -> None:
+def test_an_answer_goes_on_when_a_host_loses_power(fleet: Fleet, story: str) -> None:
     victim = next(name for name in ("cid", "bob") if name in stages(fleet))
-    running = fleet["ann"].start(f"{UNICLUSTER} chat {LONG}")
-    assert running.stdout is not None
-    first = running.stdout.read(20)
-    fleet[victim].lose_power()
-    fleet.say(victim, f"lost power after {first!r}")
-    out, err = running.communicate(timeout=120)
-    fleet.say("ann", f"the answer ended: {(out + err).strip()[-100:]!r}")
+    with slowed(fleet, 100), running_answer(fleet, "ann") as answer:
+        fleet[victim].lose_power()
+        fleet.say(victim, "lost power")
+        text = answer.whole()
 
-    ask_until_answered(fleet, "ann")
-
+    assert text == story
     fleet.broker.hear({f"node/{victim}/status": "offline"})
     fleet.say("ann", f"mosquitto: {victim} is offline")
     assert victim not in stages(fleet)
@@ -161,22 +178,51 @@ def test_a_host_that_loses_power_mid_answer_is_done_without(fleet: Fleet) -> Non
     until(lambda: machines_of(fleet, "ann") == set(NAMES), "all are back", MOVE_SECONDS)
 
 
-def test_a_host_that_reboots_comes_back_with_all_it_did(fleet: Fleet) -> None:
-    fleet["ann"].reboot()
-    fleet.say("ann", "rebooted")
+def test_an_answer_goes_on_over_a_partition_that_heals(fleet: Fleet, story: str) -> None:
+    victim = next(name for name in ("bob", "cid") if name in stages(fleet))
+    with slowed(fleet, 250), running_answer(fleet, "ann") as answer:
+        fleet[victim].unplug()
+        fleet.say(victim, "its cable is pulled")
+        until(lambda: victim not in stages(fleet), f"{victim} is done without", MOVE_SECONDS)
+        fleet[victim].plug_in()
+        fleet.say(victim, "its cable is in again")
+        text = answer.whole()
 
+    assert text == story
+    until(lambda: machines_of(fleet, "ann") == set(NAMES), "all are back", MOVE_SECONDS)
+    # It is used as soon as it is needed: without ann, the model fits only with it.
+    fleet.unicluster("ann", "drain", "ann", "--yes", deadline=MOVE_SECONDS)
     ask_until_answered(fleet, "bob")
+    assert stages(fleet) == {"bob", "cid"}
 
+
+def test_the_coordinators_host_reboots_under_an_answer(fleet: Fleet, story: str) -> None:
+    before = {name: workers(fleet, name) for name in ("bob", "cid")}
+    with slowed(fleet, 250), running_answer(fleet, "bob") as answer:
+        fleet["ann"].reboot()
+        fleet.say("ann", "rebooted")
+        text = answer.whole()
+
+    assert text == story
+    # Nothing was loaded again, and what was drained still is.
+    assert {name: workers(fleet, name) for name in before} == before
+    events = [json.loads(e) for e in fleet.unicluster("ann", "events", "--json").splitlines()]
+    began = max(n for n, event in enumerate(events) if event["kind"] == "left")
+    adopted = [event["machine"] for event in events[began:] if event["kind"] == "adopted"]
+    assert sorted(adopted) == ["bob", "cid"]
+    assert stages(fleet) == {"bob", "cid"}
+    fleet.unicluster("ann", "drain", "--undo")
     assert machines_of(fleet, "bob") == set(NAMES)
 
 
 def test_agents_are_upgraded_one_by_one_while_the_model_answers(
-    fleet: Fleet, tmp_path: Path
+    fleet: Fleet, story: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "newer"
     source.mkdir()
     newer = build_wheel(source, ROOT, version="0.1.1")
     fleet.wheel = newer
+    fleet.variables["agent_drain_seconds"] = 10  # the long answer is to run on over it
     asking = "; ".join(
         [f"until {PROGRAM} chat {QUESTION}; do sleep 1; done", "sleep 1"],
     )
@@ -185,12 +231,17 @@ def test_agents_are_upgraded_one_by_one_while_the_model_answers(
         f'sudo -u unicluster UNICLUSTER_HOME=/var/lib/unicluster timeout 600 sh -c "{script}"'
     )
     try:
-        play = fleet.play()
+        with slowed(fleet, 800), running_answer(fleet, "cid") as answer:
+            play = fleet.play()
+            fleet.say("cid", f"the answer {'still runs' if answer.runs else 'has ended'}")
+            unslow(fleet)
+            text = answer.whole()
     finally:
         fleet["ann"].run("sudo pkill -u unicluster timeout")
         out, err = clients.communicate(timeout=60)
     fleet.say("ann", f"{out.count(ANSWER)} answers meanwhile, {len(err.splitlines())} refusals")
 
+    assert text == story
     assert [c for c in play.tasks_changed() if c.startswith("agent : Drain")]
     assert all("0.1.1" in fleet[n].run(f"{PROGRAM} --version") for n in NAMES)
     ask_until_answered(fleet, "cid")
