@@ -17,6 +17,7 @@ from coordinator.terminal.tables import layer_range
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.known_machines import addresses, machine_names, peer_option
 from unicluster.command_line import Argument, Command, Option
+from unicluster.dialing.dialer import Dialer
 from unicluster.errors import (
     InputError,
     NotFoundError,
@@ -76,7 +77,7 @@ async def _drain(
         stub = NodeStub(channel)
         try:
             info = await stub.Drain(DrainRequest(off=undo), timeout=CALL_SECONDS)
-            _note(info.name, drained=not undo)
+            _note(info.name, await _machine_at(at, identity), drained=not undo)
             if undo:
                 print(f"{info.name} offers its memory again.")
                 return 0
@@ -106,13 +107,21 @@ async def _known(identity: Identity, peers: Sequence[str]) -> list[tuple[NodeInf
         return await members.nodes()
 
 
-def _note(machine: str, *, drained: bool) -> None:
+async def _machine_at(address: str, identity: Identity) -> str:
+    """The id of the machine that answers there; empty where its certificate names none."""
+    with contextlib.suppress(UniclusterError):
+        reached = await Dialer(identity).reach([address], f"agent {address}")
+        return reached.machine if reached.is_pinned else ""
+    return ""
+
+
+def _note(name: str, machine: str, *, drained: bool) -> None:
     """Keeps it for the `serve` of this machine; one elsewhere learns it from the agent."""
     try:
         with contextlib.closing(Database()) as database:
-            Drains(database).note(machine, drained=drained)
+            Drains(database).note(name, machine, drained=drained)
     except UniclusterError as error:
-        log.warning("a restart of %s's agent may offer it again: %s", machine, error)
+        log.warning("a restart of %s's agent may offer it again: %s", name, error)
 
 
 def _address_of(name: str, known: Sequence[tuple[NodeInfo, str]]) -> str:

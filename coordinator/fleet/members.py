@@ -73,8 +73,11 @@ class _Hint:
 class Drains(Protocol):
     """Which machines are drained, as it is kept."""
 
-    def follow(self, machine: str, *, drained: bool, ordered: bool | None) -> bool:
-        """Notes how a machine says that it is; returns whether it is to be drained again."""
+    def follow(self, name: str, machine: str, *, drained: bool, ordered: bool | None) -> bool:
+        """Notes how a machine says that it is; returns whether it is to be drained again.
+
+        machine: its id, by its key; empty where its certificate does not name one.
+        """
 
 
 # A machine's own description, and what TLS proved of it.
@@ -214,7 +217,8 @@ class Members:
         """The machine, drained again where its agent started since it was drained."""
         unknown = info.drain_orders == DRAIN_ORDERS_UNKNOWN
         ordered = None if unknown else info.drain_orders == DRAIN_ORDERS_GIVEN
-        if not drains.follow(info.name, drained=info.draining, ordered=ordered):
+        machine = reached.machine if reached.is_pinned else ""
+        if not drains.follow(info.name, machine, drained=info.draining, ordered=ordered):
             return info, reached
         who = f"machine {info.name} ({reached.address})"
         async with self._dialer.connect(reached) as channel:

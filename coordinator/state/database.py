@@ -64,6 +64,16 @@ MIGRATIONS: Sequence[str] = (
         since_s REAL NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE drained (
+        machine TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        since_s REAL NOT NULL
+    ) STRICT;
+    INSERT INTO drained (machine, name, since_s)
+        SELECT 'name ' || machine, machine, since_s FROM drains;
+    DROP TABLE drains;
+    """,
 )
 
 

@@ -10,36 +10,56 @@ log = logging.getLogger(__name__)
 
 
 class Drains:
-    """The drained machines of a state file, by name."""
+    """The drained machines of a state file, each by the id that follows from its key.
+
+    So one that gets another name stays drained, and one that gets the name of another, or was
+    installed anew, is not. A machine without an id ("": it is older) is known by its name.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def names(self) -> set[str]:
-        return {row["machine"] for row in self._database.rows("SELECT machine FROM drains")}
+        """Names that the drained machines had last."""
+        return {row["name"] for row in self._database.rows("SELECT name FROM drained")}
 
-    def note(self, machine: str, *, drained: bool) -> None:
-        """Notes that a machine is drained, or is not any more."""
+    def note(self, name: str, machine: str = "", *, drained: bool) -> None:
+        """Notes that the machine of that id is drained, or is not any more."""
+        known = [_key(name, machine), _key(name, "")]
         if drained:
+            self._forget(known[1:] if machine else [])
             self._database.write(
-                "INSERT OR IGNORE INTO drains (machine, since_s) VALUES (?, ?)",
-                (machine, time.time()),
+                "INSERT INTO drained (machine, name, since_s) VALUES (?, ?, ?) "
+                "ON CONFLICT (machine) DO UPDATE SET name = excluded.name",
+                (known[0], name, time.time()),
             )
         else:
-            self._database.write("DELETE FROM drains WHERE machine = ?", (machine,))
+            self._forget(known)
 
-    def follow(self, machine: str, *, drained: bool, ordered: bool | None) -> bool:
+    def follow(self, name: str, machine: str = "", *, drained: bool, ordered: bool | None) -> bool:
         """Notes how a machine says that it is; returns whether it is to be drained again.
 
         ordered: whether its agent was drained, or that taken back, since it started; None: it does
         not say. A state file that can't be used drains nothing.
         """
         try:
-            known = machine in self.names()
-            if known and not drained and ordered is False:
-                return True
-            if known != drained:
-                self.note(machine, drained=drained)
+            rows = self._database.rows(
+                "SELECT machine, name FROM drained WHERE machine IN (?, ?)",
+                (_key(name, machine), _key(name, "")),
+            )
+            again = bool(rows) and not drained and ordered is False
+            current = [(_key(name, machine), name)] if drained or again else []
+            if current != [(row["machine"], row["name"]) for row in rows]:
+                self.note(name, machine, drained=bool(current))
+            return again
         except UniclusterError as error:
             log.warning("which machines are drained is not kept: %s", error)
         return False
+
+    def _forget(self, keys: list[str]) -> None:
+        for key in keys:
+            self._database.write("DELETE FROM drained WHERE machine = ?", (key,))
+
+
+def _key(name: str, machine: str) -> str:
+    return machine or f"name {name}"

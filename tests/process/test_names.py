@@ -52,7 +52,7 @@ class Described(NodeServicer):
 class Drained:
     """A state file in which every machine is drained."""
 
-    def follow(self, machine: str, *, drained: bool, ordered: bool | None) -> bool:
+    def follow(self, name: str, machine: str, *, drained: bool, ordered: bool | None) -> bool:
         return not drained and ordered is False
 
 

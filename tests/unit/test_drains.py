@@ -40,6 +40,47 @@ def test_what_an_agent_says_last_counts(drains: Drains, ordered: bool | None) ->
     assert drains.names() == set()
 
 
+def test_a_machine_is_known_by_its_id_and_not_by_its_name(drains: Drains) -> None:
+    drains.note("bob", "id of bob", drained=True)
+
+    # Another machine took the name, or this one was installed anew.
+    assert not drains.follow("bob", "id of another", drained=False, ordered=False)
+    assert drains.follow("robert", "id of bob", drained=False, ordered=False)
+    assert drains.names() == {"robert"}
+    drains.note("robert", "id of bob", drained=False)
+    assert drains.names() == set()
+
+
+def test_a_record_of_a_name_becomes_that_of_the_machine(drains: Drains) -> None:
+    drains.note("bob", drained=True)  # by an older agent, or an older state file
+
+    assert drains.follow("bob", "id of bob", drained=False, ordered=False)
+    assert drains.follow("robert", "id of bob", drained=False, ordered=False)
+    assert not drains.follow("bob", "id of another", drained=False, ordered=False)
+    assert drains.names() == {"robert"}
+
+
+def test_taken_back_is_taken_back_by_name_too(drains: Drains) -> None:
+    drains.note("bob", drained=True)
+    drains.note("bob", "id of bob", drained=False)
+
+    assert drains.names() == set()
+
+
+def test_drained_machines_of_an_older_file_stay_drained(path: Path) -> None:
+    with sqlite3.connect(path) as old:
+        for migration in MIGRATIONS[:5]:
+            old.executescript(migration)
+        old.execute("INSERT INTO drains VALUES ('bob', 1.0)")
+        old.execute("PRAGMA user_version = 5")
+    old.close()
+
+    drains = Drains(Database(path))
+
+    assert drains.names() == {"bob"}
+    assert drains.follow("bob", "id of bob", drained=False, ordered=False)
+
+
 def test_an_order_is_noted_once(drains: Drains) -> None:
     for _ in range(3):
         drains.note("bob", drained=True)
@@ -52,7 +93,7 @@ def test_an_order_is_noted_once(drains: Drains) -> None:
 def test_a_state_file_that_is_gone_drains_nothing(drains: Drains, path: Path) -> None:
     drains.note("bob", drained=True)
     with sqlite3.connect(path) as other:
-        other.execute("DROP TABLE drains")
+        other.execute("DROP TABLE drained")
     other.close()
 
     assert not drains.follow("bob", drained=False, ordered=False)
