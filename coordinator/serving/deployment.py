@@ -27,6 +27,7 @@ from unicluster.errors import StageError, UnavailableError, UniclusterError
 from unicluster.retry import attempts, succeeded
 from unicluster.stall import within
 from unicluster.trust.identity import Credentials
+from unicluster.units import format_bytes
 from unicluster.v1.chat_pb2 import DescribeChatRequest, HoldRingRequest, SavePrefixesRequest
 from unicluster.v1.chat_pb2_grpc import ChatStub, HeadStub
 from unicluster.v1.node_pb2 import DescribeNodeRequest, DeviceShare, Draft, StageSpec
@@ -72,6 +73,13 @@ class Files:
 
 class _RingClosed(Exception):  # noqa: N818 - no error yet: it is opened again
     """The ring ended while all its stages stand."""
+
+
+def _share(did: str, done: int, total: int) -> str:
+    if not done or not total:
+        return ""
+    percent = min(100 * done // total, 100)
+    return f"{did} {format_bytes(done)} of {format_bytes(total)}, {percent} %"
 
 
 def _for_others(stop: RouteStop) -> RouteStop:
@@ -191,6 +199,24 @@ class Deployment:
         return done / total if total else 0.0
 
     @property
+    def progress(self) -> str:
+        """How far its machines are together, as "fetched 1.2 GB of 4.0 GB, 30 %"; or empty.
+
+        Of those that fetch, until all have fetched; then of those that load.
+        """
+        parts = [lease.progress for lease in self._leases]
+        fetching = [part for part in parts if part.fetched < part.to_fetch]
+        if fetching:
+            wanted = sum(part.to_fetch for part in fetching)
+            return _share("fetched", sum(part.fetched for part in fetching), wanted)
+        return _share("loaded", sum(p.bytes_done for p in parts), sum(self._to_load()))
+
+    def _to_load(self) -> Iterator[int]:
+        """Bytes of weights of each stage: as its machine says, or planned until it has said so."""
+        for lease in self._leases:
+            yield lease.progress.bytes_total or lease.stage.weight_bytes
+
+    @property
     def head_name(self) -> str:
         return self.plan.stages[0].machine.name
 
@@ -233,11 +259,22 @@ class Deployment:
             self._answers.remove(can_move)
             self._stirred.set()
 
-    async def until_movable(self, seconds: float) -> None:
-        """Returns when no answer runs, or after `seconds` when all can go on elsewhere."""
+    async def until_movable(self, seconds: float, most: float) -> None:
+        """Returns when no answer runs, or after `seconds` when all can go on elsewhere.
+
+        Raises UnavailableError when one can't, and still runs after `most` seconds: new ones wait
+        meanwhile.
+        """
         clock = asyncio.get_running_loop().time
-        until = clock() + seconds
+        began = clock()
+        until = began + seconds
         while self._answers and (clock() < until or not all(can() for can in self._answers)):
+            if clock() - began >= max(seconds, most):
+                stuck = sum(not can() for can in self._answers)
+                answers = "an answer" if stuck == 1 else f"{stuck} answers"
+                raise UnavailableError(
+                    f"{answers} that can't go on elsewhere still ran after {most:.0f} s"
+                )
             self._stirred.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(LOOK_SECONDS, max(0.0, until - clock()) or 1.0)):

@@ -15,7 +15,7 @@ from coordinator.recovery.lifecycle import BrokenOff
 from coordinator.recovery.recoveries import Gap, RecoveryMeter
 from coordinator.serving.deployment import Deployment
 from coordinator.serving.options import RECOVER_SECONDS
-from coordinator.serving.service import CAUSE_SECONDS, Service
+from coordinator.serving.service import CAUSE_SECONDS, MOVE_SECONDS, Service
 from unicluster.chat_limits import check_limits
 from unicluster.client.transcript import Transcript
 from unicluster.cluster.channels import as_error, channel_was_closed
@@ -39,8 +39,6 @@ from unicluster.v1.chat_pb2 import (
 
 log = logging.getLogger(__name__)
 
-# How long an answer may wait while the model moves away from a machine that is drained.
-MOVE_SECONDS = 60.0
 # For the head to count the tokens of a prompt.
 COUNT_SECONDS = 30.0
 # At once, the waiting ones included; the head's own queue is shorter.
@@ -111,7 +109,8 @@ class Gateway:
                 ring, had = service.ring, transcript.count
                 alone = gap is None and not resumed
                 try:
-                    attempt = self._attempt(deployment, transcript, ends, alone=alone)
+                    again = gap is not None
+                    attempt = self._attempt(deployment, transcript, ends, again=again, alone=alone)
                     async with contextlib.aclosing(attempt) as events:
                         async for event in events:
                             if event.HasField("begun"):
@@ -161,16 +160,25 @@ class Gateway:
             self.running -= 1
 
     async def _attempt(
-        self, deployment: Deployment, transcript: Transcript, ends: float | None, *, alone: bool
+        self,
+        deployment: Deployment,
+        transcript: Transcript,
+        ends: float | None,
+        *,
+        again: bool,
+        alone: bool,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Events of an answer by one head. Raises _BrokenOffError where another may go on.
 
+        again: it broke off here. A client may say so of an answer, too, but has no place by that.
         alone: no other head has had a part in it, so its times say something of the machines.
         """
         if deployment.chat is None:
             raise _BrokenOffError(UnavailableError(deployment.ending))
         left = None if ends is None else max(ends - asyncio.get_running_loop().time(), 0.0)
-        call = deployment.chat.Generate(transcript.request(), timeout=left)
+        request = transcript.request()
+        request.broke_off = again
+        call = deployment.chat.Generate(request, timeout=left)
 
         def can_move() -> bool:
             return bool(self._recover_s) and transcript.can_resume
@@ -257,6 +265,8 @@ class Gateway:
         check_limits(request)
         if request.begun:
             raise InputError("begun: only the coordinator asks a head for it: set resume_s")
+        if request.broke_off:
+            raise InputError("broke_off: only the coordinator says so to a head")
         if self.running + self._waiting >= MOST_ANSWERS:
             raise BusyError(f"{MOST_ANSWERS} answers run or wait here: try again later")
         if request.model and request.model not in service.names:

@@ -30,6 +30,7 @@ class Job:
     """A checked request. `marks` is the state of mlx-lm's TextStateMachine that it begins in.
 
     begun: whether its first event is a Begun. resumed: what another head has generated of it.
+    broke_off: whether it had its place at that head, by the coordinator's word.
     """
 
     tokens: list[int]
@@ -47,6 +48,7 @@ class Job:
     calls: CallReader | None = None
     single_tool_call: bool = False
     begun: bool = False
+    broke_off: bool = False
     resumed: Resumed | None = None
 
     def progress(self, tokenizer: Any) -> AnswerProgress:
@@ -125,6 +127,7 @@ def check_request(
         calls=_call_reader(request, vocabulary.dialect) if with_tools else None,
         single_tool_call=request.single_tool_call,
         begun=request.begun,
+        broke_off=request.broke_off,
     )
     if not request.HasField("resume"):
         return job

@@ -48,6 +48,8 @@ from node.pipeline.pipeline_model import PUSHED_TOKENS
 from node.prefixes.index import MIN_TOKENS, DiskPrefix
 from node.ring.compute_thread import MLXThread, give_way, pause, rested
 from node.speculation.pace import Pace
+from unicluster.causes import Cause, of_error
+from unicluster.errors import UniclusterError
 
 # Prefixes on disk that are tried for one prompt.
 MOST_RECALLS = 3
@@ -138,7 +140,7 @@ class Scheduler:
             self._idle = IdleSaving(self._disk, workload, self.prefix_cache, self._start)
 
     def add(self, ticket: Ticket) -> None:
-        """Queues a request: behind those that are resumed, which have waited before."""
+        """Queues a request: behind those that broke off elsewhere, which have waited before."""
         resumed = ticket.job.resumed
         if resumed is not None and resumed.progress.reason:  # nothing but its Finish was lost
             answer = Answer(ticket.job, self._tokenizer, ticket.asked, self.meter)
@@ -146,11 +148,10 @@ class Scheduler:
             ticket.end()
             self._on_end(ticket)
             return
-        if resumed is None:
-            self.waiting.append(ticket)
+        if ticket.job.broke_off:
+            self.waiting.insert(sum(each.job.broke_off for each in self.waiting), ticket)
         else:
-            before = sum(each.job.resumed is not None for each in self.waiting)
-            self.waiting.insert(before, ticket)
+            self.waiting.append(ticket)
         self._schedule()
 
     def drop(self, ticket: Ticket) -> None:
@@ -455,6 +456,8 @@ class Scheduler:
             except Exception as error:
                 if not self._closed:
                     self._on_error(error)
+                if of_error(error) is Cause.DRIVER_FAULT and not isinstance(error, UniclusterError):
+                    raise  # this process's own device is of no use to it any more: it ends
 
         self._thread.start(guarded)
 

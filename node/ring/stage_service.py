@@ -13,6 +13,7 @@ from node.ring.ring import ask_clock, fault_message, open_hop, read_hop, work_of
 from node.ring.session import Session, StageEngine
 from node.ring.stuck import name_of
 from unicluster import failpoints
+from unicluster.causes import Cause, of_error
 from unicluster.cluster.channels import known_at
 from unicluster.deadlines import OTHER, open_seconds
 from unicluster.dialing.dialer import Dialer
@@ -197,6 +198,8 @@ class StageService(StageServicer):
                 f"{name_of(self._info.node, self._info)} failed while computing: {reason}"
             )
             loop.call_soon_threadsafe(live.fail, fault)
+            if of_error(error) is Cause.DRIVER_FAULT:
+                raise  # the device is of no use to this process any more: it ends
         else:
             loop.call_soon_threadsafe(live.outgoing.put_nowait, message)
 

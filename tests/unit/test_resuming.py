@@ -198,7 +198,11 @@ async def test_a_grammar_goes_on_where_it_was(tiny: Tiny, lookup: bool) -> None:
     json.loads("".join(event.delta.text for event in whole))
 
 
-async def test_a_resumed_answer_goes_before_those_that_wait(tiny: Tiny) -> None:
+@pytest.mark.parametrize("broke_off", [True, False])
+async def test_an_answer_that_broke_off_here_goes_before_those_that_wait(
+    tiny: Tiny, broke_off: bool
+) -> None:
+    """One that a client brings does not: anybody may say that he had a place."""
     engine = await tiny.engine(context=1024, users=1)
     order: list[str] = []
 
@@ -215,13 +219,15 @@ async def test_a_resumed_answer_goes_before_those_that_wait(tiny: Tiny) -> None:
         running = await engine.submit(of_tokens(PROMPT[:5], max_tokens=1000, ignore_eos=True))
         await anext(running)
         fresh = await engine.submit(of_tokens(PROMPT[:9], max_tokens=10, ignore_eos=True))
-        again = await engine.submit(resumed(request, whole, 30))
+        rest_asked = resumed(request, whole, 30)
+        rest_asked.broke_off = broke_off
+        again = await engine.submit(rest_asked)
         running.cancel()
         rest, _ = await asyncio.gather(watch("again", again), watch("fresh", fresh))
     finally:
         engine.close()
     assert seen(rest) == seen(behind(whole, 30))
-    assert order == sorted(order)  # all of "again" before any of "fresh"
+    assert order == sorted(order, reverse=not broke_off)  # all of one before any of the other
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from coordinator.planning.stages import Span, stages
 from coordinator.serving import lease
 from coordinator.serving.deployment import Deployment, Files
 from coordinator.serving.events import Events
+from tests.support.cluster import until
 from tests.support.deadlines import scaled
 from tests.support.fleets import GB, a_layout, a_machine
 from unicluster.cluster.channels import bind, make_server
 from unicluster.deadlines import VARIABLE
-from unicluster.errors import StageError
+from unicluster.errors import StageError, UnavailableError
 from unicluster.trust.cluster import Cluster
 from unicluster.v1.chat_pb2 import GenerateRequest, Measured
 from unicluster.v1.chat_pb2_grpc import (
@@ -237,3 +238,26 @@ async def test_the_last_lines_of_a_worker_and_a_long_reason(
     assert str(error.value).startswith("machine ann: bad\\x1b[2J xxx")
     assert len(str(error.value)) < 600
     assert "machine ann: its last lines: no such\\x07 kernel" in caplog.text
+
+
+async def test_a_move_waits_for_an_answer_that_cant_go_on_elsewhere_but_not_for_ever() -> None:
+    async with deployed(FakeMachine("start")) as deployment:
+        with deployment.answering(lambda: True):
+            await deployment.until_movable(0.01, 0.02)
+        with (
+            deployment.answering(lambda: False),
+            deployment.answering(lambda: True),
+            pytest.raises(UnavailableError, match="an answer that can't go on elsewhere still ran"),
+        ):
+            await deployment.until_movable(0.01, 0.02)
+        await deployment.until_movable(60, 60)  # none runs
+
+
+async def test_whoever_waits_hears_how_far_loading_is() -> None:
+    async with deployed(FakeMachine("load")) as deployment:
+        assert deployment.progress == ""
+        running = asyncio.create_task(deployment.run())
+        half = "loaded 500 B of 1.0 kB, 50 %"
+        await asyncio.to_thread(until, lambda: deployment.progress == half, half)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

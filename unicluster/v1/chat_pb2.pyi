@@ -424,6 +424,7 @@ class GenerateRequest(_message.Message):
     RESUME_S_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    BROKE_OFF_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: whatever is served"""
     prompt: _builtins.str
@@ -454,6 +455,8 @@ class GenerateRequest(_message.Message):
     """By the coordinator to a head only:
     the first event is to be a Begun
     """
+    broke_off: _builtins.bool
+    """it had its place at another head: before requests that are new"""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """either messages or token_ids"""
@@ -504,10 +507,11 @@ class GenerateRequest(_message.Message):
         resume_s: _builtins.float | None = ...,
         resume: Global___Resume | None = ...,
         begun: _builtins.bool = ...,
+        broke_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "_resume_s", b"_resume_s", "constraint", b"constraint", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "reasoning", b"reasoning", "resume", b"resume", "resume_s", b"resume_s", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "_resume_s", b"_resume_s", "begun", b"begun", "constraint", b"constraint", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "no_reuse", b"no_reuse", "prompt", b"prompt", "reasoning", b"reasoning", "resume", b"resume", "resume_s", b"resume_s", "sampling", b"sampling", "single_tool_call", b"single_tool_call", "statuses", b"statuses", "stop", b"stop", "template_arguments", b"template_arguments", "token_ids", b"token_ids", "tool_choice", b"tool_choice", "tools", b"tools", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "_resume_s", b"_resume_s", "begun", b"begun", "broke_off", b"broke_off", "constraint", b"constraint", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "no_reuse", b"no_reuse", "prompt", b"prompt", "reasoning", b"reasoning", "resume", b"resume", "resume_s", b"resume_s", "sampling", b"sampling", "single_tool_call", b"single_tool_call", "statuses", b"statuses", "stop", b"stop", "template_arguments", b"template_arguments", "token_ids", b"token_ids", "tool_choice", b"tool_choice", "tools", b"tools", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
