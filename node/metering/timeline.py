@@ -4,8 +4,10 @@ Spans at the head follow one another and nest: `request` holds `waiting` (for a 
 `prefill` with its `chunk`s, and a `step` for each token. In a step the head computes its `layers`,
 is `away` while other machines have it, then computes the `head` (final norm and lm_head), and what
 is left is `sampling`: choosing tokens and making text of them. Those of the other stages are, for
-each trip round the ring, `wire`, `queue` and `layers`, and a `wire` and a `queue` lead back to the
-head. Those of trips that guesses were sent in, without waiting for the one before, say so.
+each trip round the ring, `wire`, `queue` (from the network's thread to the compute thread) and
+`layers`, and a `wire` and a `queue` lead back to the head. Before each `wire` the machine that
+sends has a `handing`: from the compute thread to the network's. Those of trips that guesses were
+sent in, without waiting for the one before, say so.
 
 To record `head` from `sampling`, both are waited for where MLX would go on: a traced token takes a
 little longer than others.
@@ -90,7 +92,10 @@ class Timeline:
         for span in spans:
             span.guess = span.trip in self._guesses
             span.trip = numbers.get(span.trip, 0)
-        trace.spans.extend(sorted(spans, key=lambda s: (s.stage, s.start_s, -s.duration_s)))
+        # Only the head's nest. Others may take no time, and stay in their order.
+        trace.spans.extend(
+            sorted(spans, key=lambda s: (s.stage, s.start_s, s.stage == 0 and -s.duration_s))
+        )
         return trace
 
     def _add_prefill(self) -> None:
@@ -114,7 +119,7 @@ class Timeline:
         first = trips[0][1].sent_s
         for _, group in groupby(trips, lambda item: (item[1].sent_s - first) // DRIFT_SECONDS):
             together = list(group)
-            differences = [trip.differences() for _, trip in together]
+            differences = [_on_the_wire(trip) for _, trip in together]
             least = [min(hop) for hop in zip(*differences, strict=True)]
             ahead = shifts(least, self._ring.clocks.offsets)
             for number, trip in together:
@@ -123,18 +128,23 @@ class Timeline:
     def _of_trip(self, number: int, trip: Trip, ahead: Sequence[float]) -> Iterator[Span]:
         """Spans of one trip. `ahead`: clock shifts of each hop, as of `clocks.shifts`."""
         left, offset = trip.sent_s, 0.0
+        handed = trip.handed()
         stops = zip(trip.reports, ahead, strict=False)
         for stage, (report, shift) in enumerate(stops, start=1):
             offset += shift
             arrived = report.arrived_s - offset
             started = arrived + report.queue_s
-            yield self._span("wire", stage, left, arrived, number, report.received_bytes)
+            gone = _between(left, left + handed[stage - 1], arrived)
+            yield self._span("handing", stage - 1, left, gone, number)
+            yield self._span("wire", stage, gone, arrived, number, report.received_bytes)
             yield self._span("queue", stage, arrived, started, number)
             left = started + report.compute_s
             layers = self._span("layers", stage, started, left, number)
             layers.skipped = report.skipped
             yield layers
-        yield self._span("wire", 0, left, trip.returned_s, number, trip.returned_bytes)
+        gone = _between(left, left + handed[-1], trip.returned_s)
+        yield self._span("handing", len(trip.reports), left, gone, number)
+        yield self._span("wire", 0, gone, trip.returned_s, number, trip.returned_bytes)
 
     def _span(
         self, name: str, stage: int, start: float, end: float, trip: int = 0, nbytes: int = 0
@@ -147,6 +157,17 @@ class Timeline:
             trip=trip,
             bytes=nbytes,
         )
+
+
+def _on_the_wire(trip: Trip) -> list[float]:
+    """Seconds for each hop from when its sending began, each by its machine's clock."""
+    hops = zip(trip.differences(), trip.handed(), strict=True)
+    return [difference - handed for difference, handed in hops]
+
+
+def _between(first: float, moment: float, last: float) -> float:
+    """A moment by another machine's clock, as far as it can be true."""
+    return max(first, min(last, moment))
 
 
 def recording() -> Sequence[Timeline]:

@@ -17,7 +17,7 @@ class Trip:
     """Round trip of one frame; `sent_s` and `returned_s` by the head's clock.
 
     `single`: it carried one token of one answer; `drafted`: so many more of it, else 0.
-    `returned_bytes` of hidden state came back.
+    `returned_bytes` of hidden state came back, `handed_s` seconds after they were computed.
     """
 
     sent_s: float
@@ -26,6 +26,7 @@ class Trip:
     single: bool
     reports: Sequence[StageReport]
     drafted: int = 0
+    handed_s: float = 0.0
 
     def differences(self) -> list[float]:
         """Seconds for each hop, arrival less departure, each by its machine's clock."""
@@ -35,6 +36,15 @@ class Trip:
             differences.append(report.arrived_s - left)
             left = report.arrived_s + report.queue_s + report.compute_s
         return [*differences, self.returned_s - left]
+
+    def handed(self) -> list[float]:
+        """Seconds of each hop that its sender's event loop took to begin with it.
+
+        Zeros where they can't be true: all hops together are known, whatever the clocks say.
+        """
+        said = [*(report.handed_s for report in self.reports), self.handed_s]
+        possible = min(said) >= 0 and sum(said) <= sum(self.differences())
+        return said if possible else [0.0] * len(said)
 
     def carried(self) -> list[int]:
         """Bytes of hidden state for each hop."""

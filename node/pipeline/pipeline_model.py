@@ -364,7 +364,8 @@ class PipelineModel(nn.Module):
 
         def trip(frame: Frame) -> Trip:
             size = leaf_bytes(frame.hidden)
-            return Trip(sent, returned, size, alone == 1, frame.reports, max(alone - 1, 0))
+            drafted, handed = max(alone - 1, 0), frame.handed_s
+            return Trip(sent, returned, size, alone == 1, frame.reports, drafted, handed)
 
         def on_reply(frame: Frame) -> None:
             nonlocal returned

@@ -43,6 +43,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
             arrived_s=arrived,
             queue_s=started - arrived,
             received_bytes=leaf_bytes(frame.hidden),
+            handed_s=frame.handed_s,
         )
         if session.stage and not session.skips(frame):  # stage 0 is a part of the head
             failpoints.reach("stage.compute")

@@ -297,6 +297,7 @@ class Ring:
             message = await self._outgoing.get()
             try:
                 await failpoints.reach_async("head.send")
+                self._note_handed(message.frame)
                 await hop.write(message)
                 await failpoints.reach_async("head.sent")
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -305,6 +306,13 @@ class Ring:
                 self._fail(_odd(self.route[0], "can't be sent a frame", error))
                 return
             self._left(message.frame.id)
+
+    def _note_handed(self, frame: Frame) -> None:
+        """Not in `_write`, for the same reason as `_left`."""
+        with self._lock:
+            sent = self._sent.get(frame.id)
+        if sent is not None:
+            frame.handed_s = time.perf_counter() - sent.at
 
     def _left(self, number: int) -> None:
         """Not in `_write`, which would keep alive what was sent last until it sends again."""

@@ -101,6 +101,7 @@ class StageService(StageServicer):
         await context.write(HopMessage(opened=Opened(stages=[self._info])))
         while (message := await live.outgoing.get()) is not None:
             await failpoints.reach_async("stage.return")
+            _note_handed(message)
             await context.write(message)
             await failpoints.reach_async("stage.returned")
             self._look_ahead(live)
@@ -206,6 +207,7 @@ class StageService(StageServicer):
     async def _write_frames(self, live: _LiveSession, hop: Any) -> None:
         while (message := await live.outgoing.get()) is not None:
             await failpoints.reach_async("stage.send")
+            _note_handed(message)
             try:
                 await hop.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -227,6 +229,14 @@ class StageService(StageServicer):
             self._stage.end(live.session)
 
         self._thread.post(release)
+
+
+def _note_handed(message: HopMessage) -> None:
+    """Writes into a frame how long it has waited for the event loop, once computed."""
+    if message.HasField("frame") and message.frame.reports:
+        report = message.frame.reports[-1]
+        computed = report.arrived_s + report.queue_s + report.compute_s
+        message.frame.handed_s = time.perf_counter() - computed
 
 
 async def _until_fault(hop: Any, stop: RouteStop) -> None:

@@ -289,9 +289,9 @@ def test_a_trace_has_every_step_of_every_token_on_all_stages(trace: Trace) -> No
         for trip in trips:
             way = sorted((s for s in trace.spans if s.trip == trip), key=lambda s: s.start_s)
             assert [(s.name, s.stage) for s in way if s.name != "away"] == [
-                ("layers", 0),
-                *(("wire", 1), ("queue", 1), ("layers", 1)),
-                *(("wire", 2), ("queue", 2), ("layers", 2)),
+                *(("layers", 0), ("handing", 0)),
+                *(("wire", 1), ("queue", 1), ("layers", 1), ("handing", 1)),
+                *(("wire", 2), ("queue", 2), ("layers", 2), ("handing", 2)),
                 *(("wire", 0), ("queue", 0), ("head", 0)),
             ]
             after = [s for s in way if s.name != "away"]

@@ -10,7 +10,7 @@ from unicluster.errors import InputError
 from unicluster.v1 import meters_pb2 as wire
 
 # What may overlap on one machine: a frame waits or travels while others are computed on.
-OVERLAPPING = {"wire", "queue"}
+OVERLAPPING = {"handing", "wire", "queue"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Span:
     At the head (stage 0) `request` holds `waiting`, `prefill` with its `chunk`s, and `step`s. A
     step holds `layers`, `away` (other machines have it; at its end a `queue`), `head` (final norm
     and lm_head) and `sampling`. Other stages have a `wire`, a `queue` and `layers` for each `trip`
-    round the ring, and a `wire` leads back to the head. `bytes` is the hidden state on a wire.
+    round the ring, and a `wire` leads back to the head; before each, whoever sends has a `handing`:
+    the frame waits for the network's thread. `bytes` is the hidden state on a wire.
     guess: its trip was sent ahead, for a guess. skipped: of layers, as that was known to be wrong.
     """
 

@@ -284,6 +284,7 @@ class Frame(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    HANDED_S_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """ascending within the session"""
     hold: _builtins.bool
@@ -292,6 +293,8 @@ class Frame(_message.Message):
     """asks for the held result of that frame; 0: none"""
     skipped: _builtins.int
     """tokens that a stage has not forwarded; then there is no hidden"""
+    handed_s: _builtins.float
+    """from when it was computed until its sending began, at the sender"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePart]:
         """one for each stage that has something to do"""
@@ -331,10 +334,11 @@ class Frame(_message.Message):
         choices: _abc.Iterable[Global___Choice] | None = ...,
         chosen: _abc.Iterable[_builtins.int] | None = ...,
         skipped: _builtins.int = ...,
+        handed_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "chosen", b"chosen", "claim", b"claim", "dropped", b"dropped", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports", "skipped", b"skipped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "chosen", b"chosen", "claim", b"claim", "dropped", b"dropped", "handed_s", b"handed_s", "hidden", b"hidden", "hold", b"hold", "id", b"id", "parts", b"parts", "reports", b"reports", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,6 +903,7 @@ class StageReport(_message.Message):
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    HANDED_S_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -914,6 +919,8 @@ class StageReport(_message.Message):
     """of prefixes on the machine's disk, whichever stage they are of"""
     skipped: _builtins.bool
     """the frame was not forwarded here"""
+    handed_s: _builtins.float
+    """of the frame as it came: at the machine before"""
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -932,10 +939,11 @@ class StageReport(_message.Message):
         received_bytes: _builtins.int = ...,
         disk_bytes: _builtins.int = ...,
         skipped: _builtins.bool = ...,
+        handed_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "skipped", b"skipped", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "handed_s", b"handed_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "skipped", b"skipped", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
