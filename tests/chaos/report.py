@@ -10,8 +10,8 @@ from typing import Any
 from tests.chaos.points import KINDS
 
 WIDTH = 80
-# Without as many, a run proves nothing; a machine ten times slower than a laptop has them.
-LEAST = {"faults": 40, "answers that are whole and right": 3, "answers that went on": 3}
+# Without as many, a run proves nothing. At a load of 23 on two cores there were thrice as many.
+LEAST = {"faults": 40, "answers that are whole and right": 1, "answers that went on": 1}
 # Different each time, and of no use in a count.
 _ADDRESS = re.compile(r" \([\w.:\[\]]+:\d+\)")
 
