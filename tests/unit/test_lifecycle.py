@@ -371,3 +371,13 @@ def test_pauses_before_tries_double() -> None:
         assert isinstance(decided, Wait)
         pauses.append(decided.seconds)
     assert all(after == 2 * before for before, after in pairwise(pauses))
+
+
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.READY, Phase.REOPENING])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_service_that_comes_back_leaves_its_stages(phase: Phase, comes_back: bool) -> None:
+    state, actions = apply(State(phase), Stopped(comes_back))
+
+    assert state.phase is Phase.ENDED
+    assert (Action.LEAVE_STAGES in actions) == comes_back
+    assert (Action.END_STAGES in actions) != comes_back

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.fleet.slept import Slept
-from coordinator.serving.events import Events, WasAsleep
+from coordinator.serving.events import Events, StageFailed, WasAsleep
 from coordinator.state.database import Database
 from coordinator.state.event_log import EventLog
 from coordinator.terminal.event_log import EventLogger
@@ -53,6 +53,16 @@ def test_it_is_counted() -> None:
     events.publish(event)
 
     assert events.losses == {"asleep": 1}
+
+
+def test_sleep_that_was_announced_is_counted_once() -> None:
+    events = Events()
+    events.publish(StageFailed("bob", "machine bob goes to sleep", "asleep"))
+    events.publish(WasAsleep("bob", 312.4))
+    assert events.losses == {"asleep": 1}
+
+    events.publish(WasAsleep("bob", 5.0))  # a nap of which it has said nothing
+    assert events.losses == {"asleep": 2}
 
 
 def test_the_log_says_for_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
