@@ -191,8 +191,13 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
     disk = GaugeMetricFamily(
         "unicluster_stage_disk_bytes", "Prompt caches on the machine's disk.", labels=STAGE
     )
+    threads = GaugeMetricFamily(
+        "unicluster_stage_threads", "Threads that compute a token, where known.", labels=STAGE
+    )
     for index, stage in enumerate(stages):
         labels = str(index), stage.machine
+        if stage.threads:
+            threads.add_metric(labels, stage.threads)
         disk.add_metric(labels, stage.disk_bytes)
         frames.add_metric(labels, stage.frames)
         busy.add_metric(labels, stage.busy_s)
@@ -200,7 +205,7 @@ def _stages(stages: tuple[StageMetrics, ...]) -> Iterator[Metric]:
         skipped.add_metric(labels, stage.skipped)
         if stage.decode_s:
             decode.add_metric(labels, stage.decode_s)
-    yield from (frames, busy, queue, skipped, decode, disk)
+    yield from (frames, busy, queue, skipped, decode, disk, threads)
 
 
 def _hops(hops: tuple[HopMetrics, ...]) -> Iterator[Metric]:

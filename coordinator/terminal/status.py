@@ -66,7 +66,16 @@ class _Status:
         add_words(table, *["engine"] * engines)
         add_numbers(table, "layers")
         add_bar(table, bar)
-        add_numbers(table, "busy", "waiting", "ms/token", "hop ms", *["sent", "frames"] * wide)
+        threads = any(meter.threads for meter in metrics.stages)
+        add_numbers(
+            table,
+            *["threads"] * threads,
+            "busy",
+            "waiting",
+            "ms/token",
+            "hop ms",
+            *["sent", "frames"] * wide,
+        )
         by_stage = dict(enumerate(zip(metrics.stages, metrics.hops or [None], strict=False)))
         for index, stage in enumerate(metrics.info.stages):
             named: list[RenderableType] = [
@@ -82,6 +91,7 @@ class _Status:
             table.add_row(
                 *named,
                 *[Bar([(busy, WEIGHTS), (1000 - busy, FREE)], bar)] * bool(bar),
+                *[str(meter.threads or "")] * threads,
                 f"{meter.busy * 100:.0f} %",
                 f"{meter.waiting:.2f}",
                 format_ms(meter.decode_s) if meter.decode_s else "",

@@ -52,6 +52,11 @@ class GgmlFront:
         """Its handle's operations Save and Recall are carried out here."""
         self._engine.prefixes = store
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute a token; 0: not on the CPU."""
+        return self._engine.threads
+
     def make_cache(self) -> RemoteCache:
         return self._stage.make()
 

@@ -1,6 +1,7 @@
 """Some layers of a GGUF in llama.cpp: hidden states in, hidden states or logits out."""
 
 import ctypes
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -270,6 +271,13 @@ class Layers:
     def weight_bytes(self) -> int:
         return int(self._lib.llama_model_size(self._model))
 
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that compute a token; 0: not on the CPU."""
+        if not self._on_cpu:
+            return 0
+        return self.threads.latest if self.threads is not None else self.sizes.threads
+
     def close(self) -> None:
         """Frees everything. It is of no use afterwards."""
         if self._tap is not None:
@@ -327,7 +335,7 @@ class Layers:
                 self._threads = threads
             return int(self._lib.llama_decode(self._context, self._batch))
 
-    @property
+    @functools.cached_property
     def _on_cpu(self) -> bool:
         return computes_on_cpu([name for name, _ in self.sizes.devices])
 

@@ -71,6 +71,11 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
         return self._embedding.count if self._embedding else self._layers.sizes.vocabulary
 
     @property
+    def threads(self) -> int:
+        """Threads that compute a token; 0: not on the CPU."""
+        return self._layers.decoding_threads
+
+    @property
     def most_tokens(self) -> int:
         return self._layers.sizes.cells
 

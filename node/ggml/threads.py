@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 
-from node.metering.cores import RECENT_S, Cores, shared_cores
+from node.metering.cores import Cores, shared_cores
 from node.metering.fastest import Fastest, doublings
 
 log = logging.getLogger("unicluster.llama")
@@ -17,7 +17,9 @@ DECODED = 16
 class Threads:
     """Numbers of threads, `most` at most: tried out in decoding, all in prefill.
 
-    Stages of this machine that compute at the same time share the cores evenly.
+    In decoding, stages of this machine that compute at the same time share the cores evenly: each
+    waits for its threads hundreds of times a token. A prompt's steps between such waits are long,
+    and of the stages that compute it some have fewer layers and leave cores to the others.
     """
 
     def __init__(self, most: int) -> None:
@@ -36,20 +38,17 @@ class Threads:
     def step(self, tokens: int) -> Iterator[int]:
         """Yields the number of threads of a step, which is timed."""
         decodes = tokens <= DECODED
-        others = 0
-        if self._cores is not None:
-            # A prompt's next chunk comes at once, to the other stage as well.
-            others = self._cores.others(0.0 if decodes else RECENT_S)
+        others = self._cores.computing_now() if self._cores is not None else []
         wanted = self._fastest.setting if decodes else self._most
-        threads = min(wanted, max(self._most // (1 + others), 1))
-        with self._cores.computing() if self._cores is not None else contextlib.nullcontext():
+        even = max(self._most // (1 + len(others)), 1)
+        threads = min(wanted, even) if decodes else wanted
+        with self._cores.computing(threads) if self._cores else contextlib.nullcontext():
             began = time.perf_counter()
             yield threads
             took = time.perf_counter() - began
-        if not decodes:
-            return
-        self.latest = threads
-        if threads == wanted and not others:
+        if decodes:
+            self.latest = threads
+        if decodes and threads == wanted and not others:
             self._note(tokens, took)
 
     def _note(self, tokens: int, seconds: float) -> None:

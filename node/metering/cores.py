@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import functools
 import logging
-import math
 import mmap
 import os
 import stat
@@ -26,16 +25,21 @@ from unicluster.errors import in_one_line
 log = logging.getLogger("unicluster.llama")
 
 PLACES = 64
-WIDTH = 8  # bytes of a place: a float64
+# Of a place, float64s: since when the process computes, by the monotonic clock, which is one for a
+# machine, or 0 if it does not; and with how many threads.
+SINCE, THREADS = range(2)
+FIELDS = 2
+WIDTH = 8 * FIELDS  # bytes of a place
 # A process that has computed for so long may have ended meanwhile; and after so long it is frozen.
 DOUBTFUL_S, FROZEN_S = 1.0, 60.0
-# A stage that has computed within so many seconds is about to compute again.
-RECENT_S = 0.2
+# Processes have no more threads than that.
+MOST_THREADS = 4096.0
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Cores:
-    """A file of places: 0, or the time at which a process has computed last; below 0, the time
-    since which it computes. Times are of the monotonic clock, which is one for a machine.
+    """A file of places, one of which is this process's.
 
     For one thread. Raises OSError where the file can't be used, or all places are taken.
     """
@@ -49,42 +53,46 @@ class Cores:
                 raise PermissionError(f"{path} is not a file of this user")
             os.ftruncate(self._file, PLACES * WIDTH)
             self._map = mmap.mmap(self._file, PLACES * WIDTH)
-            self._times: np.ndarray[Any, np.dtype[np.float64]] = np.frombuffer(self._map)
-            self._place = next((p for p in range(PLACES) if self._lock(p)), None)
-            if self._place is None:
+            self._places: Numbers = np.frombuffer(self._map).reshape(PLACES, FIELDS)
+            place = next((p for p in range(PLACES) if self._lock(p)), None)
+            if place is None:
                 raise BlockingIOError(f"all {PLACES} places of {path} are taken")
         except BaseException:
             os.close(self._file)
             raise
-        self._times[self._place] = 0.0
+        self._place = place
+        self._ours: Numbers = self._places[place]
+        self._ours[:] = 0.0
 
-    def others(self, recent_s: float = 0.0) -> int:
-        """How many other processes compute now, or have computed within the last seconds."""
-        now, count = time.monotonic(), 0
-        for place in np.flatnonzero(self._times):
-            value = float(self._times[place])
-            if place == self._place or not math.isfinite(value):
-                continue
-            passed = now - abs(value)
-            if value > 0:
-                count += 0 <= passed < recent_s
-            elif 0 <= passed < FROZEN_S:
-                count += passed < DOUBTFUL_S or not self._is_left(int(place))
-        return count
+    def computing_now(self) -> list[int]:
+        """Threads of each other process that computes now."""
+        now = time.monotonic()
+        since, threads = self._places[:, SINCE], self._places[:, THREADS]
+        with np.errstate(invalid="ignore"):
+            passed = now - since
+            valid = (since > 0) & (threads >= 1) & (threads <= MOST_THREADS)
+            places = np.flatnonzero(valid & (passed >= 0) & (passed < FROZEN_S))
+        return [
+            int(threads[place])
+            for place in places
+            if place != self._place
+            and (passed[place] < DOUBTFUL_S or not self._is_left(int(place)))
+        ]
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Meanwhile this process is counted by others."""
-        self._times[self._place] = -time.monotonic()
+    def computing(self, threads: int) -> Iterator[None]:
+        """Meanwhile others know that this process computes."""
+        self._ours[THREADS] = threads
+        self._ours[SINCE] = time.monotonic()
         try:
             yield
         finally:
-            self._times[self._place] = time.monotonic()
+            self._ours[SINCE] = 0.0
 
     def close(self) -> None:
         """Gives the place back. It is of no use afterwards."""
-        self._times[self._place] = 0.0
-        del self._times
+        self._ours[:] = 0.0
+        del self._ours, self._places
         self._map.close()
         os.close(self._file)
 
@@ -100,7 +108,7 @@ class Cores:
         """Whether the process at a place has ended, which is then free again."""
         if not self._lock(place):
             return False
-        self._times[place] = 0.0
+        self._places[place] = 0.0
         fcntl.lockf(self._file, fcntl.LOCK_UN, WIDTH, place * WIDTH)
         return True
 

@@ -66,7 +66,7 @@ class StageMeter:
     """Work of one machine. `decode`: compute seconds of frames with one token of one answer.
 
     growth: what each further token of the answer adds to those, as a part of them.
-    disk_bytes: of prefixes on its disk.
+    disk_bytes: of prefixes on its disk. threads: that a token is computed with; 0: not known.
     `skipped`: of the frames, those that were cancelled before they were begun.
     """
 
@@ -77,6 +77,7 @@ class StageMeter:
     decode: Recent = field(default_factory=Recent)
     growth: Recent = field(default_factory=Recent)
     disk_bytes: int = 0
+    threads: int = 0
 
     def note_drafted(self, drafted: int, seconds: float) -> None:
         """Counts a frame with `drafted` tokens behind the first of one answer."""
@@ -92,6 +93,7 @@ class StageMeter:
             skipped=self.skipped,
             decode_s=self.decode.median,
             disk_bytes=self.disk_bytes,
+            threads=self.threads,
         )
 
 

@@ -71,6 +71,7 @@ class Trips:
             meter.busy_s += report.compute_s
             meter.queue_s += report.queue_s
             meter.disk_bytes = report.disk_bytes
+            meter.threads = report.threads
             meter.skipped += report.skipped
             if trip.single and not report.skipped:
                 meter.decode.note(report.compute_s)

@@ -73,6 +73,7 @@ class HollowModel:
     """
 
     shares_copies = False
+    threads = 0
 
     def __init__(
         self, model: nn.Module, model_type: str, start: int, end: int, *, has_lm_head: bool = False

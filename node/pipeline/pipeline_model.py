@@ -78,6 +78,10 @@ class Front(Protocol):
     def shares_copies(self) -> bool:
         """Whether copies of its caches share what grows with the tokens."""
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute a token; 0 where that is the engine's own affair."""
+
     def keep_prefixes(self, store: PrefixStore | None) -> None:
         """Tells it where its own prefixes on disk are, if they are its own affair."""
 

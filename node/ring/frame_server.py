@@ -72,6 +72,7 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
         self.tidy(freed=freed, prefill=frame.hold)
         if self.prefixes is not None:
             report.disk_bytes = self.prefixes.nbytes
+        report.threads = self.threads
         if session.stage:
             failpoints.reach("stage.computed")
         report.compute_s = time.perf_counter() - started
@@ -93,6 +94,11 @@ class FrameServer(CacheEngine[C], Generic[C, H]):
 
     def check_positions(self, hidden: "Leaves", tokens: int) -> None:
         """Raises FrameError for positions beside the hidden state that `tokens` don't have."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute a token; 0 where that is the engine's own affair."""
+        return 0
 
     @abstractmethod
     def forward(self, cache: C, hidden: "Leaves", *, prefill: bool) -> bool:

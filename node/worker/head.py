@@ -77,6 +77,11 @@ class Head(HeadServicer):
         """The model behind the ring, while that is open."""
         return self._held.model if self._held is not None else None
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute a token here; 0 where that is the engine's own affair."""
+        return self._front.threads
+
     def fail(self, error: UniclusterError) -> None:
         """Ends the ring and all answers with `error`."""
         self._engine.fail(error)
@@ -227,6 +232,7 @@ class HeadChat(ChatService):
                 queue_s=self._thread.queue_s,
                 decode=self._engine.meter.step,
                 disk_bytes=self._engine.disk_bytes,
+                threads=self._head.threads,
             )
             meters = zip([head, *trips.stages], trips.machines, strict=True)
             measured.meters.stages.extend(meter.to_wire(machine) for meter, machine in meters)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from node.metering.cores import FROZEN_S, PLACES, Cores
+from node.metering.cores import PLACES, WIDTH, Cores
 from tests.support.cluster import until
 from unicluster.program import child_environment, code_command
 
@@ -20,7 +20,7 @@ from node.metering.cores import Cores
 cores = Cores(Path(sys.argv[1]))
 print("idle", flush=True)
 for line in sys.stdin:
-    with cores.computing():
+    with cores.computing(3):
         print("computes", flush=True)
         sys.stdin.readline()
     print("idle", flush=True)
@@ -73,41 +73,41 @@ def cores(file: Path) -> Iterator[Cores]:
     opened.close()
 
 
-def test_one_that_computes_is_counted_and_one_that_has_lately(file: Path, cores: Cores) -> None:
+def test_one_that_computes_is_counted_with_its_threads(file: Path, cores: Cores) -> None:
     with other(file) as process:
-        assert cores.others(recent_s=FROZEN_S) == 0  # it has not yet
+        assert cores.computing_now() == []
         assert process.turn() == "computes"
-        assert cores.others() == 1
+        assert cores.computing_now() == [3]
         assert process.turn() == "idle"
-        assert cores.others() == 0
-        assert cores.others(recent_s=FROZEN_S) == 1
+        assert cores.computing_now() == []
 
 
 def test_a_process_does_not_count_itself(cores: Cores) -> None:
-    with cores.computing():
-        assert cores.others(recent_s=FROZEN_S) == 0
+    with cores.computing(3):
+        assert cores.computing_now() == []
 
 
 def test_one_that_was_killed_as_it_computed_is_counted_no_more(file: Path, cores: Cores) -> None:
     with other(file) as process:
         assert process.turn() == "computes"
-        assert cores.others() == 1
-    until(lambda: cores.others() == 0, "its place is free again")
+        assert cores.computing_now() == [3]
+    until(lambda: not cores.computing_now(), "its place is free again")
 
 
 def test_a_place_that_is_left_is_taken_again(file: Path, cores: Cores) -> None:
     for _ in range(3):
         with other(file) as process:
             assert process.turn() == "computes"
-    assert np.count_nonzero(np.fromfile(file)) <= 1
-    assert cores.others(recent_s=FROZEN_S) <= 1
+    used = np.fromfile(file).reshape(PLACES, -1).any(axis=1)
+    assert not used[2:].any()
 
 
-def test_a_damaged_file_counts_nobody(file: Path) -> None:
-    file.write_bytes(np.array([np.nan, np.inf, -np.inf, -1.0, 1e300, -1e300] * 20).tobytes())
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 1e300, -1e300])
+def test_a_damaged_file_counts_nobody(file: Path, value: float) -> None:
+    file.write_bytes(np.full(PLACES * WIDTH // 8 + 5, value).tobytes())
     opened = Cores(file)
     try:
-        assert opened.others(recent_s=FROZEN_S) == 0
+        assert opened.computing_now() == []
     finally:
         opened.close()
 
@@ -117,7 +117,7 @@ def test_no_more_places_than_there_are(file: Path, cores: Cores) -> None:
     locks = f"""
 import fcntl, os, sys
 file = os.open(sys.argv[1], os.O_RDWR)
-fcntl.lockf(file, fcntl.LOCK_EX, {8 * PLACES}, 8)
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, {PLACES * WIDTH}, {WIDTH})
 print("locked", flush=True)
 sys.stdin.readline()
 """

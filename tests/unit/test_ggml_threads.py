@@ -63,36 +63,35 @@ def test_answers_do_not_depend_on_the_number_of_threads(
 
 
 class Sharing:
-    """Other stages of the machine, so many of which compute now, and have computed lately."""
+    """Other stages of the machine: threads of those that compute now."""
 
-    def __init__(self, now: int, lately: int) -> None:
-        self.now, self.lately = now, lately
+    def __init__(self, now: list[int]) -> None:
+        self.now = now
 
-    def others(self, recent_s: float = 0.0) -> int:
-        return self.lately if recent_s else self.now
+    def computing_now(self) -> list[int]:
+        return self.now
 
-    def computing(self) -> contextlib.nullcontext[None]:
+    def computing(self, threads: int) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize(
-    ("now", "lately", "decode", "prefill"),
-    [(0, 0, 8, 8), (1, 1, 4, 4), (0, 1, 8, 4), (2, 2, 2, 2), (40, 40, 1, 1)],
+    ("now", "decode"), [([], 8), ([8], 4), ([4], 4), ([8, 8], 2), ([1] * 40, 1)]
 )
-def test_stages_that_compute_at_the_same_time_share_the_cores(
-    now: int, lately: int, decode: int, prefill: int, monkeypatch: pytest.MonkeyPatch
+def test_stages_that_decode_at_the_same_time_share_the_cores(
+    now: list[int], decode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "shared_cores", lambda: Sharing(now, lately))
+    monkeypatch.setattr(threads, "shared_cores", lambda: Sharing(now))
     shared = threads.Threads(8)
 
     with shared.step(1) as decoding, shared.step(64) as prefilling:
         pass
 
-    assert (decoding, prefilling, shared.latest) == (decode, prefill, decode)
+    assert (decoding, prefilling, shared.latest) == (decode, 8, decode)
 
 
 def test_steps_that_share_the_cores_are_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = Sharing(1, 1)
+    others = Sharing([1])
     monkeypatch.setattr(threads, "shared_cores", lambda: others)
     monkeypatch.setattr(threads, "Fastest", Noted)
     shared = threads.Threads(2)
@@ -103,7 +102,7 @@ def test_steps_that_share_the_cores_are_no_trial(monkeypatch: pytest.MonkeyPatch
 
     assert [step() for _ in range(50)] == [1] * 50
     assert not Noted.steps
-    others.now = 0
+    others.now = []
     assert step() == 2
     assert len(Noted.steps) == 1
 

@@ -80,6 +80,21 @@ def test_it_says_what_is_served_and_how_busy_that_keeps_the_machines(width: int)
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_threads_are_shown_where_an_engine_says_how_many(width: int) -> None:
+    first, second = NOW.stages
+    mixed = replace(NOW, stages=(first, replace(second, threads=6)))
+
+    header, line = (
+        next(line for line in shown(mixed, width).splitlines() if part in line)
+        for part in ("layers", NAMES[1])
+    )
+
+    end = header.index("threads") + len("threads")
+    assert line[:end].split()[-1] == "6"
+    assert "threads" not in shown(NOW, width)
+
+
 def test_drafted_tokens_are_shown_where_there_are_any() -> None:
     drafting = replace(NOW, drafted_tokens=200, accepted_tokens=150)
 

@@ -32,7 +32,8 @@ class StageMetrics:
     `decode_s` is what one token of one answer took here, the median of the last ones; 0: none.
     `busy` is the share of the time in which it worked, `waiting` how many frames waited for it on
     average: see Metrics.since. `disk_bytes` of prompt caches are on its disk. `skipped`: frames
-    that were cancelled before they were begun here.
+    that were cancelled before they were begun here. `threads` compute a token; 0: the engine
+    doesn't say.
     """
 
     machine: str
@@ -44,6 +45,7 @@ class StageMetrics:
     waiting: float = 0.0
     disk_bytes: int = 0
     skipped: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ def metrics_from_wire(measured: chat_pb2.Measured) -> Metrics:
                 decode_s=stage.decode_s,
                 disk_bytes=stage.disk_bytes,
                 skipped=stage.skipped,
+                threads=stage.threads,
             )
             for stage in meters.stages
         ),

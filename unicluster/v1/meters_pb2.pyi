@@ -195,6 +195,7 @@ class StageMeter(_message.Message):
     DECODE_S_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     frames: _builtins.int
     busy_s: _builtins.float
@@ -207,6 +208,8 @@ class StageMeter(_message.Message):
     """of prefixes on the machine's disk"""
     skipped: _builtins.int
     """of the frames: were cancelled before they were begun"""
+    threads: _builtins.int
+    """that a token is computed with; 0: the engine's own affair"""
     def __init__(
         self,
         *,
@@ -217,10 +220,11 @@ class StageMeter(_message.Message):
         decode_s: _builtins.float = ...,
         disk_bytes: _builtins.int = ...,
         skipped: _builtins.int = ...,
+        threads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "disk_bytes", b"disk_bytes", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s", "skipped", b"skipped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_s", b"decode_s", "disk_bytes", b"disk_bytes", "frames", b"frames", "machine", b"machine", "queue_s", b"queue_s", "skipped", b"skipped", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -904,6 +904,7 @@ class StageReport(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
     HANDED_S_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     trimmable: _builtins.bool
     """of the cache forwarded with, after the forward"""
@@ -921,6 +922,8 @@ class StageReport(_message.Message):
     """the frame was not forwarded here"""
     handed_s: _builtins.float
     """of the frame as it came: at the machine before"""
+    threads: _builtins.int
+    """that a token is computed with; 0: the engine's own affair"""
     @_builtins.property
     def answer(self) -> Global___CacheAnswer: ...
     @_builtins.property
@@ -940,10 +943,11 @@ class StageReport(_message.Message):
         disk_bytes: _builtins.int = ...,
         skipped: _builtins.bool = ...,
         handed_s: _builtins.float = ...,
+        threads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "handed_s", b"handed_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "skipped", b"skipped", "stage", b"stage", "state", b"state", "trimmable", b"trimmable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrived_s", b"arrived_s", "compute_s", b"compute_s", "disk_bytes", b"disk_bytes", "handed_s", b"handed_s", "queue_s", b"queue_s", "received_bytes", b"received_bytes", "size", b"size", "skipped", b"skipped", "stage", b"stage", "state", b"state", "threads", b"threads", "trimmable", b"trimmable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
