@@ -40,6 +40,7 @@ from node.metering.meters import AnswerMeter
 from node.metering.timeline import Timeline, recorded
 from node.mlx.kv_quant import quantize
 from node.mlx.memory import give_all_back, give_back
+from node.mlx.rollback import trimmable_below
 from node.pipeline.choosers import UNREAD
 from node.pipeline.disk_prefixes import DiskPrefixes
 from node.pipeline.idle_saving import IdleSaving
@@ -106,6 +107,7 @@ class Scheduler:
         places = [users // lanes + (index < users % lanes) for index in range(lanes)]
         keep = self._cache_answer if spec.kv_bytes else None
         self.lanes = [Lane(decoder(count), count, keep) for count in places]
+        self._trimmable_below = trimmable_below(kinds)
         self.kv_budget = KVBudget(spec.kv_bytes, users, spec.context, kinds)
         self.prefix_cache = PrefixCache()
         # Of caches that can't be trimmed the whole is reused: so some are kept on the way.
@@ -394,7 +396,9 @@ class Scheduler:
     def _measure_entry(self, entry: CachedPrefix) -> None:
         """Replaces the estimated size of an entry by that which the stages report."""
         nbytes = sum(layer.nbytes for layer in entry.cache)
-        trimmable = can_trim_prompt_cache(entry.cache)
+        # A chunked cache says that it can be trimmed when it has dropped what would be needed then.
+        short = len(entry.tokens) < self._trimmable_below
+        trimmable = short and can_trim_prompt_cache(entry.cache)
         entry.nbytes, entry.trimmable, entry.measured = nbytes, trimmable, True
 
     def _keep_checkpoints(self, sequence: Sequence) -> None:

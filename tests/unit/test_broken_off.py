@@ -13,6 +13,7 @@ from node.generation.engine import GenerationEngine
 from node.generation.prefix_cache import CachedPrefix, PrefixCache
 from node.speculation.drafting import Lookup, Speculation
 from tests.support.engines import Tiny, of_tokens, until
+from tests.support.guessing import configuration
 from tests.support.tiny import tiny_config, write_model
 from unicluster.errors import StageError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest, Resume, Sampling
@@ -143,6 +144,24 @@ async def test_answers_of_one_batch_all_find_their_caches(engine: GenerationEngi
     for whole, have, again, request in zip(wholes, had, events, requests, strict=True):
         assert have + tokens_of(again) == whole
         assert cached(again) == len(request.token_ids) + len(have) - 1
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2", "llama4"])
+async def test_caches_that_can_not_be_trimmed_are_used_whole_or_not_at_all(
+    tmp_path: Path, kind: str
+) -> None:
+    """Rotating windows, states, and chunks: whatever is in them, the text is the same."""
+    tiny = await Tiny.load(write_model(tmp_path / kind, configuration(kind)))
+    engine = await tiny.engine(kv_bytes=KV_BYTES, context=1024)
+    prompt = PROMPT * 3
+    whole = tokens_of(await events_of(engine, asked(prompt, no_reuse=True)))
+
+    for tokens in (1, 5, 9, 16):
+        have = await broken_off(engine, asked(prompt), tokens)
+        events = await events_of(engine, rest_of(asked(prompt), have))
+        assert have + tokens_of(events) == whole, f"behind {tokens} tokens"
+
+    engine.close()
 
 
 async def test_with_drafted_tokens_too(tiny: Tiny) -> None:
