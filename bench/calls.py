@@ -135,7 +135,7 @@ def main() -> int:
         sys.exit(MISSING)
     with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder)) as cluster:
         model = gguf_with_tools(file, Path(folder))
-        cluster.start_agents("ann", "bob", memory="200MB")
+        cluster.start_agents("ann", "bob", memory="300MB")
         with cluster.serve(model, "--context", "2048", "--users", str(USERS)) as server:
             found, wrong = asyncio.run(ask_all(server.http, options.count))
     for name, counts in found.items():

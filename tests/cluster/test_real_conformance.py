@@ -54,7 +54,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def memory() -> str:
     """That of a machine: the model needs both."""
-    return "200MB"
+    return "300MB"
 
 
 @pytest.fixture(scope="module")

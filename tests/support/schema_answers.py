@@ -12,15 +12,16 @@ import jsonschema
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
 # It says nothing of the schema, which the answer must match all the same.
 PROMPT = "Give me an example, as JSON."
-MOST_TOKENS = 500
-MOST_TRIES = 4
+MOST_TOKENS = 300
+MOST_TRIES = 3
 
 
 @dataclass(frozen=True)
 class SchemaAnswer:
     """One answer. `wrong`: why it is not valid JSON of its schema; empty where it is.
 
-    cut_off: answers before it that came to no end within MOST_TOKENS, as a schema may let them.
+    cut_off: answers before it that came to no end within MOST_TOKENS. ended: whether this one did;
+    strings, keys and recursion to which a schema sets no limit need not.
     """
 
     schema: Any
@@ -28,6 +29,7 @@ class SchemaAnswer:
     tokens: int
     wrong: str
     cut_off: int
+    ended: bool = True
 
 
 async def answers_to(
@@ -64,8 +66,7 @@ async def _answer_to(client: httpx.AsyncClient, number: int, schema: Any) -> Sch
         text, tokens = choice["message"]["content"], answer["usage"]["completion_tokens"]
         if choice["finish_reason"] == "stop":
             return SchemaAnswer(schema, text, tokens, _wrong(schema, text), tries)
-    reason = f"{MOST_TRIES} answers ended by their {choice['finish_reason']}"
-    return SchemaAnswer(schema, text, tokens, reason, MOST_TRIES)
+    return SchemaAnswer(schema, text, tokens, "", MOST_TRIES, ended=False)
 
 
 def _wrong(schema: Any, text: str) -> str:
