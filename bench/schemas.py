@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct or the demo model over two agents here, with default setti
 users: nested objects, enums, references, arrays, formats, patterns and numbers with bounds
 (tests/support/schemas.py), four at a time at temperature 1. An answer is wrong where it is
 refused or does not match its schema, formats included. One without an end in 300 tokens is asked
-for again, twice: strings and recursion to which a schema sets no limit may go on for ever, and these
+for again, twice: strings and recursion without a limit may go on for ever, and these
 are counted apart. Ends with exit code 1 where one is wrong.
 """
 
