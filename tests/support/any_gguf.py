@@ -220,6 +220,8 @@ SPECS: dict[str, Spec] = {
     "maple": Spec(
         metadata=MOE | {"attention.sliding_window_pattern": WWF, "swiglu_clamp_exp": [10.0] * 6}
     ),
+    "laguna": Spec(12, MOE | {"attention.sliding_window": 16}),
+    "hy_v4": Spec(metadata=MOE | MLA | INDEXER | {"attention.indexer.types": [1, 0, 1, 1, 0, 1]}),
     "mellum": Spec(12, MOE | {"attention.sliding_window": 16}),
     "mimo2": Spec(metadata=MOE | {"attention.sliding_window_pattern": WWF}),
     "muse-glimmer": Spec(12),

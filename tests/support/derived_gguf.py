@@ -24,6 +24,10 @@ _SHAPE = re.compile(r"tensor '([\w.-]+)' has wrong shape; expected ([\d, ]+), go
 _COUNT = re.compile(r"wrong number of tensors; expected (\d+), got (\d+)")
 
 
+# Shapes that llama.cpp ends the process for, where they are not as it wants.
+_FIRST = {("laguna", "attn_gate.weight"): (4, 64)}
+
+
 class NotDerivedError(Exception):
     """llama.cpp asks for something that is not known here."""
 
@@ -91,7 +95,8 @@ def _complete(file: Path, made: Derived, values: dict[str, Any]) -> None:
             made.metadata[match[1]] = values[match[1]]
         elif match := _NO_TENSOR.search(reason):
             name = match[1] or match[2]
-            made.shapes[name] = known.get(name.split(".", 2)[-1], (1,))
+            suffix = name.split(".", 2)[-1]
+            made.shapes[name] = known.get(suffix) or _FIRST.get((architecture, suffix), (1,))
         elif match := _SHAPE.search(reason):
             sizes = tuple(int(size) for size in match[2].split(","))[::-1]
             while len(sizes) > 1 and sizes[0] == 1:

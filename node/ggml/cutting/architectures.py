@@ -123,6 +123,7 @@ KNOWN: dict[str, Architecture] = {
     "exaone4": Architecture(window=4, distinct=True, total=(64,)),
     "exaone-moe": Architecture(window=4, always=True, distinct=True, untied=True),
     "granite_swa": Architecture(entry="embd", distinct=True),
+    "laguna": Architecture(window=4, full_first=True, distinct=True),
     "maple": Architecture(distinct=True, untied=True),
     "mellum": Architecture(window=4, distinct=True, untied=True),
     "mimo2": Architecture(distinct=True, untied=True),
@@ -152,6 +153,9 @@ KNOWN: dict[str, Architecture] = {
     # Compressed attention, several hidden states side by side.
     "deepseek2": Architecture(total=(26, 27)),
     "glm-dsa": Architecture(indexer=True),
+    "hy_v4": Architecture(
+        indexer=True, entry="hc_init", streams="hyper_connection.count", untied=True
+    ),
     "deepseek4": Architecture(
         entry="hc_init",
         exit="l_last-%d",
@@ -163,6 +167,10 @@ KNOWN: dict[str, Architecture] = {
     "arwkv7": Architecture(uncut=_OF_FIRST),
     "rwkv7": Architecture(uncut=_OF_FIRST),
     "talkie": Architecture(uncut="every layer takes the embedding"),
+    **dict.fromkeys(
+        ("dots3note", "glm5-next"),
+        Architecture(uncut="its memory of keys to choose by has not been tried cut"),
+    ),
     "baichuan": Architecture(uncut="llama.cpp knows its positions by the number of layers"),
     "chameleon": Architecture(uncut="llama.cpp wants the whole vocabulary in each stage"),
     "gemma3n": Architecture(uncut="every layer takes an embedding of its own"),
@@ -198,6 +206,7 @@ REFUSED = {
 UNEQUAL_HEADS = frozenset(
     (
         *("bailingmoe3", "deci", "gemma4", "granitehybrid", "granite_swa", "jamba", "kimi-linear"),
+        *("laguna", "dots3note", "glm5-next"),
         *("lfm2", "lfm2moe", "mimo2", "nemotron_h", "nemotron_h_moe", "openelm", "plamo2"),
         *("plamo3", "spark2_5", "step35"),
     )
@@ -207,7 +216,7 @@ UNEQUAL_HEADS = frozenset(
 UNEQUAL_WIDTHS = frozenset(
     ("deci", "gemma4", "nemotron_h", "nemotron_h_moe", "openelm", "plamo3"),
 )
-UNEQUAL_EXPERTS = frozenset(("nemotron_h", "nemotron_h_moe"))
+UNEQUAL_EXPERTS = frozenset(("glm5-next", "nemotron_h", "nemotron_h_moe"))
 
 # By mlx-lm's name of a model: what its GGUFs are called.
 OF_MLX = {
