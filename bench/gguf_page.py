@@ -1,8 +1,13 @@
 """docs/gguf_architectures.md: what the sweep of tiny GGUFs cuts, where, and what is not cut."""
 
+import tomllib
+
+from packaging.requirements import Requirement
+
 from coordinator.models.catalog import Entry, entries
 from node.ggml.cutting.architectures import KNOWN, NOT_CAUSAL, OF_MLX, REFUSED, Architecture
 from tests.support.any_gguf import SPECS
+from tests.support.cluster import ROOT
 from tests.support.gguf_variants import VARIANTS
 
 
@@ -52,16 +57,26 @@ def gguf_architectures() -> str:
     lines += [
         "## Models of the catalogue",
         "",
-        "MLX computes them all, with the mlx-lm that pyproject.toml names; ggml, with this",
-        "llama.cpp, those with a GGUF here. Both can be in one ring where MLX's layers hand on one",
+        "Each engine is installed in the versions that pyproject.toml names, in which tiny models",
+        "of all these kinds were tried. Both can be in one ring where MLX's layers hand on one",
         "hidden state, which is all but gemma4.",
         "",
-        "| model | mlx-lm's name | GGUF | cut |",
+        f"| model | MLX: {_versions('mlx-lm')} | ggml: {_versions('llama-cpp-python')} | cut |",
         "|---|---|---|---|",
         *(_model(entry) for entry in entries()),
         "",
     ]
     return "\n".join(lines)
+
+
+def _versions(package: str) -> str:
+    """The versions of a package that pyproject.toml names, as it does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    needed = [*project["dependencies"], *(each for extra in extras for each in extra)]
+    named = (Requirement(each) for each in needed)
+    specifier = next(each.specifier for each in named if each.name == package)
+    return f"{package} {','.join(sorted(map(str, specifier), reverse=True))}"
 
 
 def _variants() -> dict[str, list[str]]:
