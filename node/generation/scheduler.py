@@ -31,7 +31,6 @@ from node.generation.prefix_cache import (
     PrefixCache,
     branchings,
     mark_ids,
-    trimmed,
 )
 from node.generation.sequence import Sequence
 from node.generation.single import SingleDecoder
@@ -235,7 +234,7 @@ class Scheduler:
         """Gives a sequence a cache from the disks of all stages; other prompts go on meanwhile."""
         cache = None
         for _ in range(MOST_RECALLS):  # one that was not written everywhere, and one before it
-            cache = self._disk.recall(prefix) if self._disk is not None else None
+            cache = self._disk.recall(prefix, tokens) if self._disk is not None else None
             if self._closed:
                 return
             found = self._find_on_disk(sequence) if cache is None else None
@@ -243,7 +242,6 @@ class Scheduler:
                 break
             prefix, tokens = found
         if cache is not None:
-            cache = trimmed(cache, len(prefix.tokens), tokens)
             sequence.recalled = cache, tokens
         self._queue_prompt(sequence, lane)
 

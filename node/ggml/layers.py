@@ -110,6 +110,10 @@ class Layers:
         self.recurrent = bool(
             lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         )
+        # Cells that a window has passed are given to others if they are of one sequence alone, and
+        # would be missed after a trim: so each sequence has a twin, of the same cells.
+        self._window = 0 if self.recurrent else max(lib.llama_model_n_swa(self._model), 0)
+        self._twins = 2 if self._window else 1
         rope = int(lib.llama_model_rope_type(self._model))
         self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
         leave = "" if sizes.vocabulary else sizes.exit.replace("%d", str(sizes.layers - 1))
@@ -134,11 +138,12 @@ class Layers:
         if sizes.adaptive and self._on_cpu and self._plain_attention:
             self.threads = Threads(sizes.threads)
         self._positions = np.zeros(BATCH * self._position_copies, np.int32)
-        self._sequences = np.zeros(BATCH, np.int32)
+        self._sequences = np.zeros((BATCH, self._twins), np.int32)
         self._tokens = np.zeros(BATCH, np.int32)
-        self._counts = np.ones(BATCH, np.int32)
+        self._counts = np.full(BATCH, self._twins, np.int32)
         self._wanted = np.zeros(BATCH, np.int8)
-        self._pointers = self._sequences.ctypes.data + 4 * np.arange(BATCH, dtype=np.uint64)
+        steps = np.arange(BATCH, dtype=np.uint64) * np.uint64(4 * self._twins)
+        self._pointers = np.uint64(self._sequences.ctypes.data) + steps
         self._batch = lib.llama_batch()
         self._batch.pos = _pointer(self._positions, ctypes.c_int32)
         self._batch.n_seq_id = _pointer(self._counts, ctypes.c_int32)
@@ -154,7 +159,7 @@ class Layers:
     def sequences(self) -> int:
         """Number of sequences at once, at most."""
         wanted = self.sizes.states if self.recurrent else self.sizes.sequences
-        return min(wanted, MOST_SEQUENCES)
+        return min(wanted, MOST_SEQUENCES // self._twins)
 
     @property
     def host_bytes(self) -> int:
@@ -193,7 +198,8 @@ class Layers:
         self._tap = Tap(self.sizes.entry, self._leave, self._widths)
         self._tap.watcher = watcher
         params = self._parameters()
-        params.n_ctx, params.n_seq_max, params.n_outputs_max = SHORT, 1, 1
+        params.n_ctx = SHORT
+        params.n_seq_max = params.n_outputs_max = self._numbers(0)[-1] + 1
         params.n_batch = params.n_ubatch = 1
         params.cb_eval = self._tap.callback
         with Complaint() as complaint:
@@ -222,14 +228,33 @@ class Layers:
         self.trim(0, 0)
 
     def copy(self, source: int, to: int, tokens: int) -> None:
-        """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing."""
+        """Gives the sequence `to`, which is empty, the first `tokens` of another; moves nothing.
+
+        Raises StageError if the other has no more than a window of them.
+        """
+        self._check_shortest(source, tokens)
         end = -1 if self.recurrent else tokens
-        self._lib.llama_memory_seq_cp(self._memory, source, to, 0 if end >= 0 else -1, end)
+        for each in self._numbers(to):
+            self._lib.llama_memory_seq_cp(self._memory, source, each, 0 if end >= 0 else -1, end)
 
     def trim(self, sequence: int, tokens: int) -> None:
         """Trims a sequence to its first `tokens`. Raises StageError if it can't be done."""
-        if not self._lib.llama_memory_seq_rm(self._memory, sequence, tokens, -1):
-            raise StageError("a recurrent layer's state can't be trimmed by some tokens")
+        self._check_shortest(sequence, tokens)
+        for each in self._numbers(sequence):
+            if not self._lib.llama_memory_seq_rm(self._memory, each, tokens, -1):
+                raise StageError("a recurrent layer's state can't be trimmed by some tokens")
+
+    def shortest(self, sequence: int, *, saved: bool = False) -> int:
+        """Tokens that a sequence has at least after a trim, but for one to none.
+
+        llama.cpp saves no more of a layer with a window than the window; saved: as it is then.
+        """
+        if not self._window:
+            return 0
+        first = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
+        if saved:
+            first = max(first, self.last_position(sequence) + 1 - self._window)
+        return first + self._window - 1 if first > 0 else 0
 
     def state_size(self, sequence: int) -> int:
         """Bytes of a sequence's saved state."""
@@ -255,6 +280,8 @@ class Layers:
         pointer = _pointer(data, ctypes.c_uint8)
         if not self._lib.llama_state_seq_set_data(self._context, pointer, data.size, sequence):
             raise StageError("this saved cache does not fit the stage")
+        for twin in self._numbers(sequence)[1:]:
+            self._lib.llama_memory_seq_cp(self._memory, sequence, twin, -1, -1)
 
     def last_position(self, sequence: int) -> int:
         """Position of the last token of a sequence; -1 of an empty one."""
@@ -303,7 +330,7 @@ class Layers:
             self._positions[copy * count : (copy + 1) * count] = positions
         if self._position_copies > 3:
             self._positions[3 * count : 4 * count] = 0
-        self._sequences[:count] = sequences
+        self._sequences[:count] = [self._numbers(each) for each in sequences]
         # For a hidden state as output llama.cpp must compute the last layer for all tokens.
         self._wanted[:count] = wanted or not self.sizes.vocabulary
         batch = self._batch
@@ -335,6 +362,14 @@ class Layers:
                 self._threads = threads
             return int(self._lib.llama_decode(self._context, self._batch))
 
+    def _check_shortest(self, sequence: int, tokens: int) -> None:
+        if 0 < tokens < self.shortest(sequence):
+            raise StageError("a saved cache with windows can't be trimmed by so many tokens")
+
+    def _numbers(self, sequence: int) -> Sequence[int]:
+        """Of a sequence in llama.cpp: its own, and its twin's."""
+        return range(sequence, self.sequences * self._twins, self.sequences)
+
     @functools.cached_property
     def _on_cpu(self) -> bool:
         return computes_on_cpu([name for name, _ in self.sizes.devices])
@@ -356,8 +391,8 @@ class Layers:
         params.n_batch = params.n_ubatch = BATCH
         if self._small_steps:
             params.n_ubatch = CPU_STEP
-        params.n_seq_max = self.sequences
-        params.n_outputs_max = max(OUTPUTS, self.sequences) if sizes.vocabulary else BATCH
+        params.n_seq_max = self.sequences * self._twins
+        params.n_outputs_max = max(OUTPUTS, params.n_seq_max) if sizes.vocabulary else BATCH
         params.kv_unified = True
         params.swa_full = True  # or nothing could be trimmed once the window is full
         params.no_perf = True

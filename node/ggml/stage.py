@@ -272,8 +272,8 @@ class GgmlStage(FrameServer[Cache, DeferredResult]):
     def entries(self, cache: Cache) -> int:
         return 1
 
-    def trimmable(self, cache: Cache) -> bool:
-        return not self._layers.recurrent
+    def trimmable(self, cache: Cache, tokens: int = 0) -> bool:
+        return not self._layers.recurrent and cache.can_trim(tokens or cache.size - 1)
 
     def size(self, cache: Cache) -> int:
         return cache.size

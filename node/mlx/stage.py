@@ -203,7 +203,7 @@ class MLXStage(FrameServer[StageCache, Any]):
     def entries(self, cache: StageCache) -> int:
         return len(cache.entries)
 
-    def trimmable(self, cache: StageCache) -> bool:
+    def trimmable(self, cache: StageCache, tokens: int = 0) -> bool:
         return all(entry.is_trimmable() for entry in cache.entries)
 
     def size(self, cache: StageCache) -> int:

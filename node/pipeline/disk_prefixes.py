@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from node.mlx.cache_view import revive, save
 from node.pipeline.remote_cache import RemoteCache, RemoteStage
@@ -83,13 +83,21 @@ class DiskPrefixes:
         while len(self._covered) > MOST_COVERED:
             self._erase_covered([handle.stage for handle in handles])
 
-    def recall(self, prefix: DiskPrefix) -> list[Any] | None:
-        """A cache of all tokens of a prefix; None where a stage does not have it whole."""
+    def recall(self, prefix: DiskPrefix, tokens: int) -> list[Any] | None:
+        """A cache of the first `tokens` of a prefix; None where a stage does not have it whole, or
+        has so much of it that it can't be trimmed any more.
+        """
         fresh = make_prompt_cache(self._model)
         stages = [part.stage for part in fresh if isinstance(part, RemoteCache)]
         local = [part for part in fresh if not isinstance(part, RemoteCache)]
         try:
-            return self._recalled(prefix, local, stages)
+            cache = self._recalled(prefix, local, stages)
+            if cache is None or tokens >= len(prefix.tokens):
+                return cache
+            if can_trim_prompt_cache(cache):
+                trim_prompt_cache(cache, len(prefix.tokens) - tokens)
+                return cache
+            self._index.keep_whole(prefix)  # llama.cpp saves windows alone
         except TimeoutError:
             self._on = False
             log.warning("prompt caches on disk are not used any more: the disk is too slow")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -78,6 +78,11 @@ class PrefixIndex:
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._prefixes
+
+    def keep_whole(self, prefix: DiskPrefix) -> None:
+        """Takes a prefix for one that is of use only as a whole."""
+        if prefix.name in self._prefixes:
+            self._prefixes[prefix.name] = replace(prefix, trimmable=False)
 
     def add(
         self, tokens: Array, ring: str, *, trimmable: bool, idle: bool = False

@@ -87,8 +87,8 @@ class CacheEngine(ABC, Generic[C]):
         """State of a cache, without `live`."""
 
     @abstractmethod
-    def trimmable(self, cache: C) -> bool:
-        """Whether the last tokens of a cache can be trimmed."""
+    def trimmable(self, cache: C, tokens: int = 0) -> bool:
+        """Whether the last `tokens` of a cache can be trimmed; 0: any number of them."""
 
     @abstractmethod
     def size(self, cache: C) -> int:

@@ -195,7 +195,7 @@ class CacheTable(Generic[C]):
             tokens = self._guessed(slot, tokens)
         if not tokens:
             return
-        if not self._engine.trimmable(slot.cache):
+        if not self._engine.trimmable(slot.cache, tokens):
             raise FrameError(f"{tokens} tokens of a cache that can't be trimmed")
         self._check("tokens", tokens, self._engine.size(slot.cache))
         self._engine.trim(slot.cache, tokens)

@@ -18,7 +18,7 @@ from tests.support.deadlines import scaled
 from tests.support.mixed import mixed
 from tests.support.prefixes import files_in, index_in
 from tests.support.tiny import tiny_config, write_model
-from tests.support.tiny_gguf import from_checkpoint
+from tests.support.tiny_gguf import from_checkpoint, write_gguf
 from unicluster.trust.cluster import Cluster
 
 TOKENS = np.arange(5, 305) % 250  # a block, and more
@@ -64,10 +64,10 @@ def test_a_ring_goes_on_from_the_disks_of_one_before_if_all_have_it(
         found = after.find(prompt, 0)
         assert found is not None
         assert found[1] == len(GROWN)
-        cache = after.recall(found[0]) or []
+        cache = after.recall(*found) or []
         assert np.array_equal(next_logits(model, cache), expected)
         shutil.rmtree(disk / "1")
-        assert after.recall(found[0]) is None
+        assert after.recall(*found) is None
         assert after.find(prompt, 0) is None
         assert after.settle(scaled(SECONDS))
     assert files_in(disk / "0", STATE) == files_in(disk / "0", TOKENS_FILE) == []
@@ -77,3 +77,28 @@ def inodes(disk: Path, suffix: str) -> dict[Path, int]:
     """Files with that suffix of all machines."""
     files = [file for machine in disk.iterdir() for file in files_in(machine, suffix)]
     return {file: file.stat().st_ino for file in files}
+
+
+def test_a_prefix_longer_than_its_windows_is_of_use_as_a_whole(tmp_path: Path) -> None:
+    """llama.cpp saves of a layer with a window no more than that."""
+    disk = tmp_path / "disk"
+    file = write_gguf(tmp_path / "tiny.gguf", "gemma3", 6)
+    identity = Cluster.new().issue("tests")
+    with mixed(file, file, ("ggml", "ggml", "ggml"), identity=identity, disk=disk) as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([TOKENS.tolist()]), cache=cache)
+        before = disks(model, disk)
+        before.save(TOKENS, cache, trimmable=True)
+        assert before.settle(scaled(SECONDS))
+        expected = next_logits(model, cache)
+    edited = np.append(TOKENS[: len(TOKENS) // 2], [3, 4])
+    with mixed(file, file, ("ggml", "ggml", "ggml"), identity=identity, disk=disk) as model:
+        after = disks(model, disk)
+        found = after.find(edited, 0)
+        assert found is not None
+        assert after.recall(*found) is None
+        assert after.find(edited, 0) is None
+        found = after.find(np.append(TOKENS, [3, 4]), 0)
+        assert found is not None
+        cache = after.recall(*found) or []
+        np.testing.assert_allclose(next_logits(model, cache), expected, atol=1e-5)

@@ -143,6 +143,9 @@ class Counted:
     def fixed_size(self, sequence: int) -> int:
         return 0
 
+    def shortest(self, sequence: int, *, saved: bool = False) -> int:
+        return 0
+
     def state(self, sequence: int) -> Any:
         return np.array([self.tokens[sequence]], np.uint8)
 

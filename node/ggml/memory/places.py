@@ -53,18 +53,24 @@ class Memory(Protocol):
     def restore(self, sequence: int, state: State) -> None:
         """Raises StageError where there is no room for it."""
 
+    def shortest(self, sequence: int, *, saved: bool = False) -> int:
+        """Tokens that a sequence has at least after a trim, but for one to none; saved: once it
+        was saved and restored.
+        """
+
 
 @dataclass(eq=False)
 class Place:
     """One sequence. number: in llama.cpp; of no use once it is saved, as `state`.
 
-    fixed: how many bytes of that don't grow with its tokens.
+    fixed: how many bytes of that don't grow with its tokens. shortest: see Memory, once restored.
     """
 
     number: int
     users: int = 1
     state: State | None = None
     fixed: int = 0
+    shortest: int = 0
 
 
 class Places:
@@ -141,6 +147,10 @@ class Places:
             return place.state.size, place.fixed
         return self._memory.state_size(place.number), self._memory.fixed_size(place.number)
 
+    def shortest(self, place: Place) -> int:
+        """Tokens that a sequence has at least after a trim, but for one to none."""
+        return self._memory.shortest(place.number) if place.state is None else place.shortest
+
     def release(self, place: Place) -> None:
         """Gives up one use of a sequence, which ends with the last one."""
         place.users -= 1
@@ -170,6 +180,7 @@ class Places:
         if place is None or len(self._saved) >= SAVED_PER_PLACE * self.count:
             return False
         place.fixed = self._memory.fixed_size(place.number)
+        place.shortest = self._memory.shortest(place.number, saved=True)
         place.state = self._memory.state(place.number)
         del self._here[place]
         self._saved.add(place)

@@ -92,6 +92,13 @@ class Sequences:
         """Bytes of a row's saved state, and how many of them don't grow with its tokens."""
         return self._places.nbytes(row.place)
 
+    def can_trim(self, row: Row, tokens: int) -> bool:
+        """Whether a row can be trimmed by so many tokens."""
+        left = row.length - tokens
+        if left <= 0 or not tokens:
+            return True
+        return not self._memory.recurrent and left >= self._places.shortest(row.place)
+
     def _own(self, row: Row, tokens: int, pinned: Sequence[Place]) -> None:
         """As make_exclusive; and it is in llama.cpp's memory. Places in `pinned` stay there."""
         if row.place.users > 1:
@@ -173,6 +180,10 @@ class Cache:
     def finalize(self) -> None:
         for row in self._rows or ():
             row.left = None
+
+    def can_trim(self, tokens: int) -> bool:
+        """Whether its last `tokens` can be trimmed."""
+        return all(self._sequences.can_trim(row, tokens) for row in self._rows or ())
 
     def trim(self, tokens: int) -> None:
         for row in self._rows or ():
