@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import grpc
 
 from coordinator.fleet.descriptions import nonsense
 from coordinator.fleet.left_stages import LeftStage
+from coordinator.fleet.news import has_changed
 from coordinator.fleet.slept import Slept
 from coordinator.planning.engines import ENGINES
 from coordinator.planning.machine import Machine
@@ -22,7 +23,7 @@ from unicluster.cluster import here
 from unicluster.cluster.channels import as_error, connect
 from unicluster.cluster.discovery import Browser
 from unicluster.cluster.known_machines import remember
-from unicluster.cluster.records import Kind, is_address, valid_addresses
+from unicluster.cluster.records import Kind, ServiceRecord, is_address, valid_addresses
 from unicluster.cluster.versions import mismatch
 from unicluster.dialing.dialer import Dialer, Reached, history
 from unicluster.errors import InputError, TrustError, UnavailableError, UniclusterError, shown
@@ -324,10 +325,20 @@ class Members:
                     problem = problem or as_error(error, f"machine {machine.name}")
         raise problem or InputError(f"{request.model}: no machine could inspect it")
 
-    async def changed(self, timeout: float) -> None:
-        """Returns when a machine came or went, or after `timeout` seconds."""
-        before = set(self._browser.found)
-        await self._browser.wait_for(lambda machines: set(machines) != before, timeout)
+    @property
+    def found(self) -> Mapping[str, ServiceRecord]:
+        """Machines as multicast tells of them now, by name."""
+        return self._browser.found
+
+    async def changed(
+        self, timeout: float, since: Mapping[str, ServiceRecord] | None = None
+    ) -> bool:
+        """Whether machines have changed (see `has_changed`): returns then, or after `timeout` s.
+
+        since: `found` as it was; None: now.
+        """
+        before = self._browser.found if since is None else since
+        return await self._browser.wait_for(lambda now: has_changed(before, now), timeout)
 
     async def ask_here(self) -> bool:
         """Whether an agent of this machine answered that has had time to find the others."""

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import grpc
 
@@ -14,6 +14,7 @@ from coordinator.models.catalog import Source
 from coordinator.planning.machine import Machine
 from coordinator.planning.placement import Objective, Plan
 from coordinator.recovery import lifecycle
+from coordinator.recovery.pauses import Pauses
 from coordinator.recovery.survey import Survey, has_grown, offers
 from coordinator.serving.ahead import loaded_ahead
 from coordinator.serving.deployment import Deployment
@@ -36,6 +37,7 @@ from coordinator.state.cut import Cut
 from unicluster import failpoints
 from unicluster.cluster.background import going_on
 from unicluster.cluster.channels import channel_was_closed
+from unicluster.cluster.records import ServiceRecord
 from unicluster.dialing.dialer import Dialer
 from unicluster.errors import (
     BusyError,
@@ -46,15 +48,19 @@ from unicluster.errors import (
     in_one_line,
 )
 from unicluster.retry import attempts, succeeded
+from unicluster.stall import within
 from unicluster.trust.identity import Credentials
 from unicluster.v1.chat_pb2 import ChatInfo, DescribeChatRequest, Measured, MeasureRequest
 from unicluster.v1.node_pb2 import StageSpec
 
 log = logging.getLogger(__name__)
 
-# Pauses between attempts to serve again after a loss, which end when a machine comes or goes.
+# Pauses between attempts to serve again; shorter where answers wait, or when machines change.
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
+# For machines to be asked, a placement searched, and files looked for, each of which has a limit of
+# its own; an attempt that takes longer waits for something that has none.
+PLAN_SECONDS = 90.0
 # For the head to say how it is.
 HEAD_SECONDS = 5.0
 # Between two looks at the machines for a better plan, unless one comes.
@@ -130,6 +136,8 @@ class Service:
         self._turned = asyncio.Event()  # there is another deployment, or none, or another ring
         self._changed = asyncio.Event()  # anything else
         self._lost: list[Machine] = []  # just now, with the deployment that answered
+        self._seen: Mapping[str, ServiceRecord] | None = None  # when the last attempt began
+        self._pauses = Pauses(lambda seconds: members.changed(seconds, self._seen))
 
     @property
     def display(self) -> str:
@@ -207,6 +215,10 @@ class Service:
 
         `broken` describes the answer as it is at the moment.
         """
+        with self._pauses.waited_for():
+            return await self._until_serving(broken)
+
+    async def _until_serving(self, broken: Callable[[], lifecycle.BrokenOff]) -> Deployment:
         while True:
             decided = lifecycle.fate(self._life, broken(), self.display)
             if isinstance(decided, lifecycle.End):
@@ -278,13 +290,13 @@ class Service:
             lambda error: isinstance(error, UniclusterError) and self._may_retry,
             first=FIRST_RETRY_SECONDS,
             last=LAST_RETRY_SECONDS,
-            pause=self._members.changed,
+            pause=self._pauses.pause,
         ):
             with attempt:
                 try:
                     await self._deploy_once()
                 except UniclusterError as error:
-                    if self._lose(error):
+                    if self._lose(error) or self._pauses.was_cut:
                         succeeded(attempt)
                     raise
 
@@ -300,6 +312,8 @@ class Service:
             mendable = isinstance(error, UnavailableError | DoesNotFitError)
             actions = self._note(lifecycle.Lost(str(error), lacks, mendable))
             answered = lifecycle.Action.PAUSE_BRIEFLY in actions
+        if answered:
+            self._seen = None  # what changed while it answered is no news
         if self.deployment is not None and answered:
             self._lost = [left.machine for left in self.deployment.left if left.gone]
         self.deployment = None
@@ -340,16 +354,9 @@ class Service:
     async def _deploy_once(self) -> None:
         self._note(lifecycle.PauseOver())
         lost, self._lost = self._lost, []
-        machines = await self._machines(lost)
-        await failpoints.reach_async("serve.plan")
-        placed = await self._plans.next(machines, self._names(machines))
-        await failpoints.reach_async("serve.planned")
-        # What a coordinator before has planned was not planned over these machines.
-        taken_up, self._taking_up = self._taking_up, False
-        considered = {stage.machine.name for stage in placed.stages}
-        self._known = offers(m for m in machines if not taken_up or m.name in considered)
-        self._events.publish(Planned(self.display, self.variants, placed))
-        deployment = await self._deployment(placed, machines)
+        self._seen = self._members.found
+        deployment = await self._in_time(self._planned(lost))
+        placed = deployment.plan
         self._left.add(self._members.orphans)
         await self._left.release_but(placed.stages, deployment.specs)
         self.deployment = deployment
@@ -384,6 +391,34 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._left.add(deployment.left)
+
+    async def _planned(self, lost: Sequence[Machine]) -> Deployment:
+        """The next deployment, over the machines that there are."""
+        machines = await self._machines(lost)
+        await failpoints.reach_async("serve.plan")
+        placed = await self._plans.next(machines, self._names(machines))
+        await failpoints.reach_async("serve.planned")
+        # What a coordinator before has planned was not planned over these machines.
+        taken_up, self._taking_up = self._taking_up, False
+        considered = {stage.machine.name for stage in placed.stages}
+        self._known = offers(m for m in machines if not taken_up or m.name in considered)
+        self._events.publish(Planned(self.display, self.variants, placed))
+        return await self._deployment(placed, machines)
+
+    async def _in_time(self, planned: Coroutine[Any, Any, Deployment]) -> Deployment:
+        """The result of `planned`, whose every failure is of a kind that is tried again."""
+        try:
+            return await within(PLAN_SECONDS, planned)
+        except TimeoutError:
+            raise UnavailableError(f"no plan was made within {PLAN_SECONDS:.0f} s") from None
+        except UniclusterError:
+            raise
+        except Exception as error:  # once it has begun, the answers that wait outlive it
+            if not self._life.begun:
+                raise
+            log.exception("a plan could not be made")
+            reason = f"{type(error).__name__}: {in_one_line(error)}"
+            raise UnavailableError(f"a plan could not be made: {reason}") from error
 
     def _names(self, machines: list[Machine]) -> list[str] | None:
         """Machines that may be used, None for all: once it began, those that are there."""

@@ -18,6 +18,7 @@ class Drains:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._unkept: set[str] = set()  # keys of machines; said once, until all work again
 
     def names(self) -> set[str]:
         """Names that the drained machines had last."""
@@ -51,10 +52,16 @@ class Drains:
             current = [(_key(name, machine), name)] if drained or again else []
             if current != [(row["machine"], row["name"]) for row in rows]:
                 self.note(name, machine, drained=bool(current))
-            return again
         except UniclusterError as error:
-            log.warning("which machines are drained is not kept: %s", error)
-        return False
+            level = logging.DEBUG if self._unkept else logging.WARNING
+            log.log(level, "which machines are drained is not kept: %s", error)
+            self._unkept.add(_key(name, machine))
+            return False
+        if self._unkept:
+            self._unkept.discard(_key(name, machine))
+            if not self._unkept:
+                log.info("which machines are drained is kept again")
+        return again
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:

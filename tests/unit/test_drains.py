@@ -1,6 +1,8 @@
 """Drained machines in the state file: kept over restarts, and never against a newer order."""
 
+import logging
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from coordinator.state.database import MIGRATIONS, Database
 from coordinator.state.drains import Drains
 from coordinator.state.services import Services
+from unicluster.errors import UnavailableError
 
 
 @pytest.fixture
@@ -97,6 +100,34 @@ def test_a_state_file_that_is_gone_drains_nothing(drains: Drains, path: Path) ->
     other.close()
 
     assert not drains.follow("bob", drained=False, ordered=False)
+
+
+def test_a_full_disk_is_said_once_until_it_can_be_written_again(
+    drains: Drains, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write = Database.write
+
+    def full(self: Database, statement: str, values: Sequence[object] = ()) -> int:
+        raise UnavailableError("database or disk is full")
+
+    def poll() -> list[str]:
+        caplog.clear()
+        drains.follow("ann", "id of ann", drained=False, ordered=True)  # nothing to write
+        drains.follow("bob", "id of bob", drained=True, ordered=True)
+        drains.follow("cat", "id of cat", drained=True, ordered=True)
+        return [record.getMessage() for record in caplog.records]
+
+    monkeypatch.setattr(Database, "write", full)
+    assert poll() == ["which machines are drained is not kept: database or disk is full"]
+    assert [poll() for _ in range(3)] == [[], [], []]
+
+    monkeypatch.setattr(Database, "write", write)
+    assert poll() == ["which machines are drained is kept again"]
+    assert drains.names() == {"bob", "cat"}
+    monkeypatch.setattr(Database, "write", full)
+    drains.follow("bob", "id of bob", drained=False, ordered=True)
+    assert caplog.records[-1].levelno == logging.WARNING
 
 
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
