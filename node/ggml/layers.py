@@ -23,6 +23,7 @@ from node.ggml.library import (
     amx_is_broken,
     computes_on_cpu,
     llama,
+    load_error,
 )
 from node.ggml.memory.places import State
 from node.ggml.repeated import can_repeat
@@ -106,7 +107,7 @@ class Layers:
         with Complaint() as complaint:
             self._model = lib.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise StageError(f"llama.cpp can't load {file}{complaint.reason}")
+            raise load_error(file, complaint)
         self.recurrent = bool(
             lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         )

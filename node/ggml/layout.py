@@ -14,6 +14,7 @@ from node.ggml.cut import EMBEDDING, OUTPUT, Gguf, write_empty
 from node.ggml.cutting import caches
 from node.ggml.cutting.kinds import forbidden_counts, forbidden_cuts
 from node.ggml.layers import Layers
+from node.ggml.library import UnknownArchitectureError
 from node.ggml.load import (
     DEFAULT_CONTEXT,
     cache_sizes,
@@ -23,7 +24,7 @@ from node.ggml.load import (
 )
 from node.ggml.stage_file import Part
 from unicluster.checkpoints.checkpoint import Checkpoint
-from unicluster.errors import InputError, UniclusterError
+from unicluster.errors import InputError, StageError, UniclusterError
 from unicluster.v1.node_pb2 import ModelLayout, WeightFile
 
 # Quantization by general.file_type; no name where it was only guessed.
@@ -42,7 +43,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
     """The exact bytes of weights and caches; of the files only the headers need be here.
 
     Raises InputError for a damaged file or an impossible context, StageError for an architecture
-    that can't be cut.
+    that can't be served, or that llama.cpp does not have.
     """
     gguf = open_gguf(checkpoint)
     manifest, limit = checkpoint.manifest, context_limit(gguf)
@@ -110,7 +111,8 @@ def workspace_bytes(gguf: Gguf, context: int, users: int) -> int:
 
     It is asked without any weights, for steps as on a CPU and as on a GPU, of two halves of the
     model: buffers serve one layer after the other. 0 where there is no llama.cpp, or one that
-    doesn't take the model; then plans reckon by the hidden state's size.
+    doesn't take the model; then plans reckon by the hidden state's size. Raises StageError where
+    it has no such architecture.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return 0
@@ -124,6 +126,9 @@ def workspace_bytes(gguf: Gguf, context: int, users: int) -> int:
                 here = ((CPU, end - first),)
                 part = Part(first, end, end == gguf.layers, context, users, here)
                 asked += _asked(gguf, part, Path(folder) / "stage.gguf")
+    except UnknownArchitectureError as error:
+        name = next(iter(gguf.tensors.values()))[0]
+        raise StageError(f"{name}: {error}") from error
     except UniclusterError as error:
         log.info("llama.cpp can't say what it would compute in: %s", error)
         return 0

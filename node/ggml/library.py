@@ -20,8 +20,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from unicluster.errors import StageError, UnavailableError, in_one_line
+from unicluster.system.versions import advice, installed
 
 log = logging.getLogger("unicluster.llama")
+
+PACKAGE = "llama-cpp-python"
 
 F32, F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
 MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 64, 10, 64
@@ -33,6 +36,7 @@ _LEVELS = {2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 _ERROR = 4
 # What llama.cpp says before the reason: a function of its own, and that it is an error.
 _PREFIX = re.compile(r"(?:\w+: )?(?:error loading model(?: \w+)*: )?")
+_UNKNOWN = re.compile(r"unknown model architecture: '(.*)'")
 # Lists that get the errors of the log.
 _listening: list[list[str]] = []
 # Lists that get all of its lines.
@@ -96,6 +100,18 @@ class Complaint:
             return ""
         text = _PREFIX.sub("", self._errors[0], count=1) or self._errors[0]
         return f": {in_one_line(Exception(text))}"
+
+
+class UnknownArchitectureError(StageError):
+    """The installed llama.cpp does not have the architecture of a GGUF."""
+
+
+def load_error(file: Path, complaint: Complaint) -> StageError:
+    """Why llama.cpp has not loaded a file."""
+    if match := _UNKNOWN.search(complaint.reason):
+        missing = f"llama.cpp as in {installed(PACKAGE)} has no architecture {match[1]}"
+        return UnknownArchitectureError(f"{missing}: {advice(PACKAGE)}")
+    return StageError(f"llama.cpp can't load {file}{complaint.reason}")
 
 
 class Buffers:

@@ -21,10 +21,13 @@ import numpy as np
 from mlx_lm.tokenizer_utils import _infer_tool_parser
 from mlx_lm.utils import _get_classes
 
+from unicluster.system.versions import advice, installed
+
 log = logging.getLogger(__name__)
 
 # Elements of the array by which writing into MLX's memory is tried: 16 KiB, as a hidden state has.
 TRIAL_SIZE = 4096
+MLX_LM = "mlx-lm"
 
 
 # --- models
@@ -33,9 +36,15 @@ TRIAL_SIZE = 4096
 def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's classes for a config.json: the model's, and that of its arguments.
 
-    Raises ValueError for a `model_type` that mlx-lm has no module for.
+    Raises ValueError for a `model_type` that mlx-lm has no module for, with mlx-lm's version.
     """
-    model_class, arguments_class = _get_classes(config)
+    try:
+        model_class, arguments_class = _get_classes(config)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        missing = f"{installed(MLX_LM)} has no model type {str(config['model_type'])[:80]}"
+        raise ValueError(f"{missing}: {advice(MLX_LM)}") from error
     return model_class, arguments_class
 
 

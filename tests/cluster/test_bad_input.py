@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support.cluster import HOST, LocalCluster, Result, ServeProgram, endless_model, until
+from unicluster.system.versions import installed
 from unicluster.trust.cluster import Cluster
 from unicluster.trust.store import Store
 
@@ -270,7 +271,7 @@ DAMAGE = [
     (cut_off, "{}/model.safetensors: damaged safetensors"),
     (garble, "{}/model.safetensors: damaged safetensors"),
     (remove, "{}: no model*.safetensors in it"),
-    (rename_architecture, "{}: Model type perceptron not supported."),
+    (rename_architecture, f"{{}}: {installed('mlx-lm')} has no model type perceptron: "),
     (break_config, "{}/config.json: "),
     (empty_tokenizer, "{}/tokenizer.json: damaged: it is empty"),
     (warm_defaults, "{}/generation_config.json: damaged: temperature is 'warm', and no number"),

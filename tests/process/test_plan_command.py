@@ -1,6 +1,7 @@
 """`unicluster plan`, `models` and `hardware` as a person runs them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from coordinator.models.catalog import entries
+from coordinator.models.inspect_child import layouts
+from coordinator.models.question import ask
+from tests.support.cluster import ROOT
 from tests.support.command import run_here
 from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
@@ -109,6 +114,34 @@ def test_strix_boxes_beside_a_mac_take_a_hypothetical_gguf() -> None:
     assert {stage["engine"] for stage in alone["stages"]} == {"mlx"}
     faster = found["predicted"]["tokens_per_s_single"]
     assert faster > alone["predicted"]["tokens_per_s_single"]
+
+
+STRIX_BOXES = ("--fleet", "8x framework-desktop-128", "--engine", "ggml", "--context", "4096")
+
+
+def test_models_that_the_readme_names_run_on_strix_boxes() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    words = set(re.findall(r"[\w.-]+", text)) - {"demo"}
+    named = sorted(entry.id for entry in entries() if words & {entry.id, *entry.aliases})
+
+    assert named
+    for name in named:
+        assert {stage["engine"] for stage in planned(name, *STRIX_BOXES)["stages"]} == {"ggml"}
+
+
+@pytest.mark.sweep
+def test_every_catalogue_model_is_planned_on_strix_boxes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layouts at once, because most of each is imports."""
+    monkeypatch.setenv("UNICLUSTER_HOME", str(tmp_path))
+    layouts([request for e in entries() for request in ask(e.id, None, 4096, 1).requests])
+
+    for entry in entries():
+        found = json.loads(run_here("plan", entry.id, *STRIX_BOXES, "--json", home=tmp_path).out)
+
+        assert found["fits"], entry.id
+        assert {stage["engine"] for stage in found["stages"]} == {"ggml"}, entry.id
 
 
 def test_a_gguf_of_ones_own_is_planned_beside_its_model(tmp_path: Path) -> None:

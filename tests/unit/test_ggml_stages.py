@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from node.ggml.cutting.kinds import check_cut, forbidden_cuts
-from node.ggml.layout import cache_bytes
+from node.ggml.layout import cache_bytes, inspect
 from node.ggml.load import open_gguf
 from tests.support.ggml_stages import (
     CHUNKS,
@@ -32,6 +33,7 @@ from tests.support.tiny_gguf import ARCHITECTURES, write_gguf
 from unicluster.checkpoints.fingerprint import whole
 from unicluster.checkpoints.gguf import read_header
 from unicluster.errors import InputError, StageError
+from unicluster.system import versions
 from unicluster.v1.stage_pb2 import CacheOp
 
 
@@ -267,6 +269,37 @@ def test_an_unknown_architecture_is_not_cut(tmp_path: Path) -> None:
     check_cut(gguf.header, 0, 6)  # a whole one is left to llama.cpp
     with pytest.raises(StageError, match="lambd: it can't be cut, because which of its prop"):
         check_cut(gguf.header, 0, 3)
+
+
+def test_an_architecture_that_llama_cpp_does_not_have_is_refused_with_its_version(
+    tmp_path: Path,
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes().replace(b"llama", b"lambd"))
+    version = re.escape(metadata.version("llama-cpp-python"))
+
+    with pytest.raises(
+        StageError,
+        match=f"^model.gguf: llama.cpp as in llama-cpp-python {version} has no architecture lambd",
+    ):
+        inspect(whole(file), 512, 1)
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ("0.3.35", "install llama-cpp-python==0.3.36 there"),
+        ("0.3.36", "it needs a later unicluster, with a later llama-cpp-python"),
+    ],
+)
+def test_which_version_would_have_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, here: str, said: str
+) -> None:
+    needed = ["gguf>=0.19,<0.20", "llama-cpp-python==0.3.36; extra == 'ggml'"]
+    monkeypatch.setattr(versions, "version", lambda _: here)
+    monkeypatch.setattr(versions, "requires", lambda _: needed)
+
+    assert versions.advice("llama-cpp-python") == said
 
 
 def test_a_stage_can_t_begin_with_another_layer_s_choice(tmp_path: Path) -> None:
