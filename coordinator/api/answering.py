@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from coordinator.api.doorman import Meter
+from coordinator.protocols.errors import renamed
 from coordinator.serving.gateway import Gateway
 from unicluster.errors import UnavailableError
 from unicluster.v1.chat_pb2 import GenerateEvent, GenerateRequest
@@ -16,11 +17,15 @@ _Item = tuple[int, GenerateEvent] | Exception
 
 
 class Answers:
-    """Events of all answers to one request, in the order in which they come."""
+    """Events of all answers to one request, in the order in which they come.
 
-    def __init__(self, count: int, meter: Meter) -> None:
+    names: of fields in the client's protocol, for errors.
+    """
+
+    def __init__(self, count: int, meter: Meter, names: Mapping[str, str]) -> None:
         self._open = count
         self._meter = meter
+        self._names = names
         self._items: asyncio.Queue[_Item] = asyncio.Queue(WAITING)
 
     async def next(self, timeout: float | None = None) -> tuple[int, GenerateEvent] | None:
@@ -53,15 +58,22 @@ class Answers:
                         return
             raise UnavailableError("the answer ended without saying why")
         except Exception as error:
-            await self._items.put(error)
+            await self._items.put(renamed(error, self._names))
 
 
 @contextlib.asynccontextmanager
 async def answering(
-    gateway: Gateway, requests: Sequence[GenerateRequest], caller: str, meter: Meter
+    gateway: Gateway,
+    requests: Sequence[GenerateRequest],
+    caller: str,
+    meter: Meter,
+    names: Mapping[str, str],
 ) -> AsyncIterator[Answers]:
-    """Answers to all `requests` at once while the block runs; what is left of them ends with it."""
-    answers = Answers(len(requests), meter)
+    """Answers to all `requests` at once while the block runs; what is left of them ends with it.
+
+    names: as of Answers.
+    """
+    answers = Answers(len(requests), meter, names)
     tasks = [
         asyncio.create_task(answers.fetch(gateway, index, request, caller))
         for index, request in enumerate(requests)

@@ -23,6 +23,7 @@ from coordinator.api.models import model_json, model_name, one_model
 from coordinator.api.ollama_info import running, show, tags
 from coordinator.api.responding import Respond, caller_of
 from coordinator.openapi.document import document
+from coordinator.protocols import anthropic
 from coordinator.protocols.anthropic import read_count, read_message
 from coordinator.protocols.asked import Asked
 from coordinator.protocols.errors import (
@@ -32,6 +33,7 @@ from coordinator.protocols.errors import (
     failure_of,
     not_ready,
     openai_error,
+    renamed,
 )
 from coordinator.protocols.ollama import ollama_error
 from coordinator.protocols.ollama import read_chat as read_ollama_chat
@@ -181,7 +183,11 @@ class _Door:
         """Tokens of the prompt of an Anthropic request."""
         self._doorman.check_model(self._doorman.key_of(request), self._names())
         counted = read_count(await self._bodies.read(request))
-        return JSONResponse({"input_tokens": await self._gateway.count_tokens(counted)})
+        try:
+            tokens = await self._gateway.count_tokens(counted)
+        except InputError as error:
+            raise renamed(error, anthropic.NAMES) from None
+        return JSONResponse({"input_tokens": tokens})
 
     def generating(self, read: Read) -> Callable[[Request], Any]:
         """The endpoint of a protocol whose requests `read` understands."""

@@ -56,6 +56,8 @@ class Respond:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         requests = self._asked.requests()
+        if not requests:
+            await self._gateway.check(self._asked.request)
         with self._admission(requests) as meter:
             await self._admitted(requests, meter, scope, receive, send)
 
@@ -67,7 +69,8 @@ class Respond:
         receive: Receive,
         send: Send,
     ) -> None:
-        async with answering(self._gateway, requests, self._caller, meter) as answers:
+        names = self._asked.names
+        async with answering(self._gateway, requests, self._caller, meter, names) as answers:
             if self._asked.stream:
                 await self._stream(answers, send)
             else:

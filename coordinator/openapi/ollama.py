@@ -62,6 +62,7 @@ _LAST = {
     "eval_count": COUNT,
     **dict.fromkeys(_DURATIONS, COUNT),
 }
+_LOADED = {"done": choice(True), "done_reason": choice("load")}
 _MORE = {"done": choice(False)}
 _MESSAGE = {
     "message": answered(
@@ -76,11 +77,19 @@ _MESSAGE = {
 }
 
 
+def _last(said: dict[str, Json], thought: dict[str, Json] | None = None) -> Json:
+    """A whole answer or the end of one, or that the model is loaded, where no answer was wanted."""
+    return either(
+        answered({**_HEAD, **said, **_LAST}, thought),
+        answered({**_HEAD, **said, **_LOADED}),
+    )
+
+
 def _line(said: dict[str, Json], thought: dict[str, Json] | None = None) -> Json:
     """A line of a stream: a piece, the last one, or an error."""
     return either(
         answered({**_HEAD, **said, **_MORE}, thought),
-        answered({**_HEAD, **said, **_LAST}, thought),
+        _last(said, thought),
         ref("OllamaError"),
     )
 
@@ -116,16 +125,20 @@ SCHEMAS: dict[str, Json] = {
         ),
     ),
     "OllamaChatRequest": asked(
-        {"messages": items(ref("OllamaMessage"), 1, MOST_MESSAGES)},
-        {**_COMMON, "tools": items(ref("OllamaTool"), most=MOST_TOOLS)},
+        {},
+        {
+            **_COMMON,
+            "messages": items(ref("OllamaMessage"), most=MOST_MESSAGES),
+            "tools": items(ref("OllamaTool"), most=MOST_TOOLS),
+        },
     ),
     "OllamaTool": asked(
         {"function": asked({"name": NAME}, FUNCTION)}, {"type": choice("function")}
     ),
-    "OllamaGenerateRequest": asked({"prompt": TEXT}, {**_COMMON, "system": TEXT, "raw": FLAG}),
+    "OllamaGenerateRequest": asked({}, {**_COMMON, "prompt": TEXT, "system": TEXT, "raw": FLAG}),
     "OllamaShowRequest": asked({}, {"model": TEXT, "name": TEXT, "verbose": FLAG}),
-    "OllamaChatAnswer": answered({**_HEAD, **_MESSAGE, **_LAST}),
-    "OllamaGenerateAnswer": answered({**_HEAD, "response": TEXT, **_LAST}, {"thinking": TEXT}),
+    "OllamaChatAnswer": _last(_MESSAGE),
+    "OllamaGenerateAnswer": _last({"response": TEXT}, {"thinking": TEXT}),
     "OllamaChatLine": _line(_MESSAGE),
     "OllamaGenerateLine": _line({"response": TEXT}, {"thinking": TEXT}),
     "OllamaTags": answered({"models": items(answered({**_ENTRY, "modified_at": TEXT}))}),

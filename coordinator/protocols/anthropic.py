@@ -24,6 +24,17 @@ NOT_HERE = {
 }
 
 
+# Of fields that have another name in GenerateRequest.
+NAMES = {
+    "constraint": "output_config.format",
+    "constraint.json_schema": "output_config.format.schema",
+    "reasoning": "thinking",
+    "reasoning.most_tokens": "thinking.budget_tokens",
+    "stop": "stop_sequences",
+    "single_tool_call": "tool_choice.disable_parallel_tool_use",
+}
+
+
 def read_message(body: Any, model: str) -> Asked:
     """The request to /v1/messages; `model` names the model in the answer.
 
@@ -47,7 +58,7 @@ def read_message(body: Any, model: str) -> Asked:
     thinks = read_thinking(fields, request)
     fields.refuse(NOT_HERE)
     fields.done()
-    return Asked(request, MessageReply(stamp("msg_", model), thinks), stream)
+    return Asked(request, MessageReply(stamp("msg_", model), thinks), stream, names=NAMES)
 
 
 def read_count(body: Any) -> GenerateRequest:

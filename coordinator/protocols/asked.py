@@ -3,8 +3,8 @@
 import json
 import secrets
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from coordinator.protocols.errors import Failure
@@ -50,7 +50,10 @@ class Reply(Protocol):
 class Asked:
     """A request that was understood: `count` answers to `request`, in the form of `reply`.
 
-    context: tokens of prompt and answer together that must be served, 0 for any.
+    No answer is asked for where the client wants to know only that the model can give one.
+
+    context: tokens of prompt and answer together that must be served, 0 for any. names: of fields
+    in the client's protocol, by those of GenerateRequest, where they differ.
     """
 
     request: GenerateRequest
@@ -58,6 +61,7 @@ class Asked:
     stream: bool = False
     count: int = 1
     context: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def requests(self) -> list[GenerateRequest]:
         """One request for each answer; with a seed, each has another one."""

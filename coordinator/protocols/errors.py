@@ -1,6 +1,7 @@
 """Errors as HTTP answers: a status, and one JSON object for each family of clients."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +117,22 @@ def failure_of(error: Exception) -> Failure:
         case UniclusterError():
             return Failure(500, "server_error", message)
     return INTERNAL
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """An InputError with the name that its field has in the client's protocol; others as they are.
+
+    names: by fields of GenerateRequest, as messages begin with them; one that is not there has the
+    name of the field that it is in.
+    """
+    message = str(error)
+    named = _FIELD.match(message) if type(error) is InputError else None
+    field = "" if named is None else named[1]
+    while named is not None and field:
+        if field in names:
+            return InputError(names[field] + message[named.end(1) :])
+        field = field.rpartition(".")[0]
+    return error
 
 
 _ANTHROPIC_KINDS = {

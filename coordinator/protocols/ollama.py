@@ -1,7 +1,8 @@
 """Ollama's chat and generate, as pure functions between their JSON and the gateway's messages."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +27,20 @@ NUMBERS = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
+# Of fields that have another name in GenerateRequest.
+FIELD_NAMES = {
+    **{ours: f"options.{name}" for name, ours in NUMBERS.items()},
+    "top_k": "options.top_k",
+    "seed": "options.seed",
+    "stop": "options.stop",
+    "max_tokens": "options.num_predict",
+    "constraint": "format",
+    "reasoning": "think",
+}
+# Of /api/generate, whose messages are made of its prompt.
+GENERATE_NAMES = {**FIELD_NAMES, "messages": "prompt"}
+# A time of none, as Go writes it.
+_NO_TIME = re.compile(r"[+-]?(?:0+(?:\.0*)?(?:ns|us|µs|ms|s|m|h)?)+")
 # Of the machine that computes, not of the answer; here the plan decides.
 OF_MACHINES = ("num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "numa", "low_vram")
 TEMPLATES = {
@@ -39,14 +54,13 @@ TEMPLATES = {
 def read_chat(body: Any, model: str) -> Asked:
     """The request to /api/chat; `model` names the model in the answer.
 
-    Raises InputError that begins with the field's path.
+    Without messages it asks for no answer: so Ollama's clients load a model. Raises InputError
+    that begins with the field's path.
     """
     fields = Fields(body)
     request = GenerateRequest(model=name_of(fields.text("model") or ""))
     for at, item in enumerate(fields.items("messages") or []):
         request.messages.append(_message(Fields(item, f"messages[{at}]")))
-    if not request.messages:
-        raise InputError("messages: must not be empty")
     for at, item in enumerate(fields.items("tools") or []):
         tool = Fields(item, f"tools[{at}]")
         tool.choice("type", ("function",))
@@ -55,15 +69,18 @@ def read_chat(body: Any, model: str) -> Asked:
             raise InputError(f"{tool.path('function')}: missing")
         request.tools.append(read_function(function))
         tool.done()
-    return _asked(fields, request, model, "message")
+    return _asked(fields, request, model, "message", FIELD_NAMES)
 
 
 def read_generate(body: Any, model: str) -> Asked:
-    """The request to /api/generate. Raises as `read_chat`."""
+    """The request to /api/generate, which asks for no answer without a prompt. As `read_chat`."""
     fields = Fields(body)
     request = GenerateRequest(model=name_of(fields.text("model") or ""))
-    prompt, system = fields.needed_text("prompt"), fields.text("system")
-    if fields.flag("raw"):
+    prompt, system = fields.text("prompt"), fields.text("system")
+    raw = fields.flag("raw")
+    if not prompt:
+        return _asked(fields, request, model, "response", GENERATE_NAMES)
+    if raw:
         if system:
             raise InputError("system: not with raw, which is the whole prompt")
         request.prompt = prompt
@@ -71,7 +88,7 @@ def read_generate(body: Any, model: str) -> Asked:
         if system:
             request.messages.append(Message(role="system", content=system))
         request.messages.append(Message(role="user", content=prompt))
-    return _asked(fields, request, model, "response")
+    return _asked(fields, request, model, "response", GENERATE_NAMES)
 
 
 def name_of(name: str) -> str:
@@ -79,7 +96,9 @@ def name_of(name: str) -> str:
     return name.removesuffix(":latest")
 
 
-def _asked(fields: Fields, request: GenerateRequest, model: str, form: str) -> Asked:
+def _asked(
+    fields: Fields, request: GenerateRequest, model: str, form: str, names: Mapping[str, str]
+) -> Asked:
     stream = fields.take("stream")
     if not isinstance(stream, bool | None):
         raise InputError("stream: must be true or false")
@@ -92,11 +111,25 @@ def _asked(fields: Fields, request: GenerateRequest, model: str, form: str) -> A
     context = 0
     if (options := fields.object("options")) is not None:
         context = _read_options(options, request)
-    fields.accept("keep_alive")  # the model stays as long as `serve` runs
+    asks = bool(request.messages or request.prompt)
+    # The model stays as long as `serve` runs: only where that is all that is asked for, who asks
+    # would take an answer for the memory being free.
+    if _is_none(fields.take("keep_alive")) and not asks:
+        raise InputError(
+            "keep_alive: the model is not unloaded from here: it stays as long as `serve` runs"
+        )
     fields.refuse(TEMPLATES)
     fields.done()
     reply = OllamaReply(stamp("", model), form, thinks=think is not False)
-    return Asked(request, reply, stream is not False, context=context)
+    count = 1 if asks else 0
+    return Asked(request, reply, stream is not False, count, context, names)
+
+
+def _is_none(keep_alive: Any) -> bool:
+    """Whether a `keep_alive` says that the model may go at once."""
+    if isinstance(keep_alive, str):
+        return _NO_TIME.fullmatch(keep_alive) is not None
+    return isinstance(keep_alive, int | float) and keep_alive == 0 and keep_alive is not False
 
 
 def _read_format(fields: Fields, request: GenerateRequest) -> None:
@@ -161,8 +194,15 @@ def _message(fields: Fields) -> Message:
     return message
 
 
+# The last fields of what is answered where no answer was asked for.
+LOADED: Json = {"done": True, "done_reason": "load"}
+
+
 class OllamaReply:
-    """An answer of /api/chat (`form` is message) or /api/generate (response), or its lines."""
+    """An answer of /api/chat (`form` is message) or /api/generate (response), or its lines.
+
+    Where no answer was asked for, it says that the model is loaded.
+    """
 
     media_type = LINES
     waiting = b""  # there is no line that means nothing
@@ -171,9 +211,11 @@ class OllamaReply:
         self._model = stamp.model
         self._form = form
         self._thinks = thinks
-        self._last: Json = {}
+        self._last: Json = LOADED
 
     def whole(self, answers: Sequence[Answer]) -> Json:
+        if not answers:
+            return {**self._said("", "", ()), **self._last}
         (answer,) = answers
         text = answer.text + "".join(answer.tool_calls)
         said = self._said(text, answer.reasoning, answer.calls)

@@ -36,6 +36,20 @@ NOT_YET = {
 }
 
 
+# Of fields that have another name in GenerateRequest.
+NAMES = {
+    "constraint": "response_format",
+    "constraint.json_schema": "response_format.json_schema.schema",
+    "constraint.regex": "response_format.regex",
+    "constraint.grammar": "response_format.grammar",
+    "reasoning": "reasoning_effort",
+    "reasoning.most_tokens": "max_reasoning_tokens",
+    "template_arguments": "chat_template_kwargs",
+    "single_tool_call": "parallel_tool_calls",
+    "tool_choice.name": "tool_choice.function.name",
+}
+
+
 def read_chat(body: Any, model: str) -> Asked:
     """The request to /v1/chat/completions; `model` names the model in the answer.
 
@@ -45,7 +59,7 @@ def read_chat(body: Any, model: str) -> Asked:
     request = GenerateRequest(model=fields.text("model") or "")
     request.messages.extend(read_messages(fields.items("messages") or []))
     read_sampling(fields, request)
-    read_limit(fields, request, "max_tokens", "max_completion_tokens")
+    limit = read_limit(fields, request, "max_tokens", "max_completion_tokens")
     _read_logprobs(fields, request)
     stream, include_usage = read_streaming(fields)
     count = fields.whole("n", 1, MOST_CHOICES) or 1
@@ -56,7 +70,8 @@ def read_chat(body: Any, model: str) -> Asked:
     read_reasoning(fields, request, "reasoning_effort", "max_reasoning_tokens")
     _read_plain_text(fields)
     fields.done()
-    return Asked(request, ChatReply(stamp("chatcmpl-", model), count, include_usage), stream, count)
+    reply = ChatReply(stamp("chatcmpl-", model), count, include_usage)
+    return Asked(request, reply, stream, count, names={**NAMES, "max_tokens": limit})
 
 
 def _read_logprobs(fields: Fields, request: GenerateRequest) -> None:

@@ -51,7 +51,7 @@ def read_completion(body: Any, model: str) -> Asked:
     read_service(fields)
     fields.done()
     reply = CompletionReply(stamp("cmpl-", model), count, include_usage)
-    return Asked(request, reply, stream, count)
+    return Asked(request, reply, stream, count, names={"token_ids": "prompt"})
 
 
 def _read_prompt(prompt: Any, request: GenerateRequest) -> None:

@@ -56,14 +56,18 @@ def stop_strings(fields: Fields, name: str) -> list[str]:
     return [clean(each, path) for each in values]
 
 
-def read_limit(fields: Fields, request: GenerateRequest, *names: str) -> None:
-    """Puts the largest number of tokens into the request; two names of it may not differ."""
+def read_limit(fields: Fields, request: GenerateRequest, *names: str) -> str:
+    """Puts the largest number of tokens into the request; two names of it may not differ.
+
+    Returns the name that was used.
+    """
     limits = {name: fields.whole(name, 1, MOST_TOKENS) for name in names}
     there = {name: limit for name, limit in limits.items() if limit is not None}
     if len(set(there.values())) > 1:
         raise InputError(f"{names[0]}: {' and '.join(there)} differ: give one of them")
     for limit in there.values():
         request.max_tokens = limit
+    return next(iter(there), names[0])
 
 
 def read_reasoning(fields: Fields, request: GenerateRequest, effort: str, most: str) -> None:

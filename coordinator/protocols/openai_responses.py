@@ -30,6 +30,17 @@ NOT_HERE = {
 }
 
 
+# Of fields that have another name in GenerateRequest.
+NAMES = {
+    "messages": "input",
+    "constraint": "text.format",
+    "constraint.json_schema": "text.format.schema",
+    "reasoning.most_tokens": "reasoning.max_tokens",
+    "max_tokens": "max_output_tokens",
+    "single_tool_call": "parallel_tool_calls",
+}
+
+
 def read_response(body: Any, model: str) -> Asked:
     """The request to /v1/responses; `model` names the model in the answer.
 
@@ -54,7 +65,7 @@ def read_response(body: Any, model: str) -> Asked:
     stream = fields.flag("stream")
     fields.done()
     described = _described(stamp("resp_", model), request, tools)
-    return Asked(request, ResponseReply(described), stream)
+    return Asked(request, ResponseReply(described), stream, names=NAMES)
 
 
 def _read_rest(fields: Fields, request: GenerateRequest) -> None:

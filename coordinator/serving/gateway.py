@@ -237,6 +237,10 @@ class Gateway:
             raise UnavailableError(deployment.ending) from None
         return counted.prompt_tokens
 
+    async def check(self, request: GenerateRequest) -> None:
+        """Asks for no answer, but raises as `answer` where the model of a request gives none."""
+        await self._admitted(request)
+
     async def describe(self) -> ChatInfo:
         """The service and its state. Raises UnavailableError while nothing is known of it."""
         if self.service is None:

@@ -200,7 +200,9 @@ def _render(
     if last.role in ("system", "user") and not last.content.strip():
         raise InputError("messages: the prompt is empty")
     if not tokenizer.has_chat_template:
-        raise InputError("messages: this model has no chat template: send token_ids instead")
+        raise InputError(
+            "messages: the model has no chat template: send token_ids or a plain prompt"
+        )
     template = template_of(tokenizer, with_tools=offers_tools(request))
     try:
         if template is None:  # a format in Python, which is mlx-lm's or transformers' own

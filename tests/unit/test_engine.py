@@ -303,7 +303,7 @@ async def test_a_model_without_chat_template_takes_only_tokens(tiny: Tiny) -> No
     plain = copy.copy(tiny.tokenizer._tokenizer)
     plain.chat_template = None
     engine = await Tiny(tiny.model, TokenizerWrapper(plain)).engine()
-    with pytest.raises(InputError, match="messages: this model has no chat template"):
+    with pytest.raises(InputError, match="messages: the model has no chat template"):
         await engine.submit(GenerateRequest(messages=[hello()]))
     engine.close()
 

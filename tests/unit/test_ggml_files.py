@@ -149,7 +149,7 @@ def test_a_gguf_without_a_chat_template_says_so(tmp_path: Path) -> None:
     request = GenerateRequest(messages=[Message(role="user", content="hi")])
 
     assert not tokenizer.has_chat_template
-    with pytest.raises(InputError, match="this model has no chat template: send token"):
+    with pytest.raises(InputError, match="the model has no chat template: send token"):
         check_request(
             *(request, tokenizer, 64, Sampling(), Tokenizing(tokenizer, 64)),
             *(Vocabulary(tokenizer), Cancellation()),

@@ -97,6 +97,43 @@ async def test_an_error_before_the_answer_is_an_error_of_openai(
             await ask.chat.completions.create(**request)
 
 
+RENAMED = [
+    (CHAT, {}, "reasoning.effort: must be", "reasoning_effort"),
+    (CHAT, {}, "constraint.json_schema: no", "response_format.json_schema.schema"),
+    (CHAT, {}, "constraint.json_object: no", "response_format"),
+    (CHAT, {"max_completion_tokens": 9}, "max_tokens: the context", "max_completion_tokens"),
+    (CHAT, {"max_tokens": 9}, "max_tokens: the context", "max_tokens"),
+    (CHAT, {}, "template_arguments: no", "chat_template_kwargs"),
+    (CHAT, {}, "messages: the prompt has", "messages"),
+    ("/v1/responses", {}, "reasoning.effort: must be", "reasoning.effort"),
+    ("/v1/responses", {}, "max_tokens: the context", "max_output_tokens"),
+    ("/v1/responses", {}, "messages: the prompt has", "input"),
+    ("/v1/messages", {"max_tokens": 9}, "stop: no", "stop_sequences"),
+    ("/v1/messages", {"max_tokens": 9}, "reasoning.most_tokens: no", "thinking.budget_tokens"),
+    ("/api/chat", {}, "repetition_penalty: must be", "options.repeat_penalty"),
+    ("/api/chat", {}, "reasoning.effort: must be", "think"),
+    ("/api/generate", {}, "messages: the prompt has", "prompt"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "more", "refusal", "name"), RENAMED)
+async def test_an_error_names_the_field_as_its_client_does(
+    http: httpx.AsyncClient, path: str, more: dict[str, Any], refusal: str, name: str, stream: bool
+) -> None:
+    prompt = f"refuse INVALID_ARGUMENT {refusal}"
+    asked = {"input": prompt} if path == "/v1/responses" else said(prompt)
+    asked = {"prompt": prompt} if path == "/api/generate" else asked
+    answer = await http.post(path, json={**asked, **more, "stream": stream})
+    error = answer.json()["error"]
+
+    message = error if isinstance(error, str) else error["message"]
+    assert answer.status_code == 400
+    assert message.startswith(f"{name}: ")
+    if path in (CHAT, "/v1/responses"):
+        assert error["param"] == name
+
+
 async def test_an_error_in_mid_stream_is_an_event_and_the_end(
     ask: openai.AsyncOpenAI, http: httpx.AsyncClient
 ) -> None:
@@ -193,6 +230,21 @@ async def test_the_client_of_ollama_chats_generates_and_lists(door: Door) -> Non
             pass
     with pytest.raises(ollama.ResponseError, match="num_ctx"):
         await client.chat(model="parrot", options={"num_ctx": 5000}, **said("hello"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+async def test_who_loads_a_model_as_of_ollama_hears_that_it_is(
+    door: Door, http: httpx.AsyncClient, path: str, stream: bool
+) -> None:
+    loaded = await http.post(path, json={"model": "parrot:latest", "stream": stream})
+    other = await http.post(path, json={"model": "owl", "stream": stream})
+    door.service.state = "loading"
+    early = await http.post(path, json={"model": "parrot", "stream": stream})
+
+    assert (loaded.json()["done"], loaded.json()["done_reason"]) == (True, "load")
+    assert other.status_code == 404
+    assert (early.status_code, early.json()["progress"]) == (503, 0.25)
 
 
 async def test_while_the_model_loads_the_reason_is_said(

@@ -105,7 +105,6 @@ def test_a_raw_prompt_is_the_whole_one() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "messages": {"messages": []},
     "messages[0].role": {"messages": [{"role": "robot", "content": ""}]},
     "messages[0].images": {"messages": [{"role": "user", "content": "", "images": ["a"]}]},
     "tools[0].function": {"tools": [{"type": "function"}]},
@@ -125,6 +124,29 @@ def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(InputError) as caught:
         chat(**REFUSED[name])
     assert str(caught.value).startswith(f"{name}: ")
+
+
+LOADS = [(read_chat, {}), (read_chat, {"messages": []}), (read_generate, {"prompt": ""})]
+LOADS += [(read_generate, {"system": "Be brief."}), (read_generate, {"raw": True})]
+
+
+@pytest.mark.parametrize(("read", "body"), LOADS)
+def test_nothing_to_answer_asks_whether_the_model_is_loaded(read: Any, body: Any) -> None:
+    asked = read({"keep_alive": "10m"} | body, "parrot")
+    (line,) = asked.reply.end().splitlines()
+
+    assert asked.requests() == []
+    for said in (asked.reply.whole([]), json.loads(line)):
+        assert (said["done"], said["done_reason"], said["model"]) == (True, "load", "parrot")
+        assert said["response"] == "" if read is read_generate else not said["message"]["content"]
+
+
+@pytest.mark.parametrize("none", [0, 0.0, "0", "0s", "-0m", "0h0m0.0s"])
+def test_that_the_model_is_not_unloaded_is_said(none: Any) -> None:
+    with pytest.raises(InputError, match=r"keep_alive: .*stays as long as `serve` runs"):
+        read_generate({"keep_alive": none}, "parrot")
+    assert chat(keep_alive=none).requests()  # an answer comes first
+    assert not read_generate({"keep_alive": "0h1m"}, "parrot").requests()
 
 
 def test_lines_build_the_whole_answer() -> None:

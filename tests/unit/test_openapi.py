@@ -56,7 +56,8 @@ READERS: dict[str, Callable[[Any], GenerateRequest]] = {
 # Rules across fields, which a schema does not express.
 ACROSS = re.compile(
     "only with|differ|must be n|not with raw|last one must be|tools to call|no tool |"
-    "strict, so|two of them|says nothing|they go with messages|empty string|parallel"
+    "strict, so|two of them|says nothing|they go with messages|empty string|parallel|"
+    "not unloaded"
 )
 BODIES = Bodies(SCHEMAS)
 
