@@ -1,6 +1,6 @@
 """Faults at random times while answers of all kinds stream: is each the one that it should be?
 
-    python -m tests.chaos [--faults N] [--seed N] [--minutes N] [--json FILE]
+    python -m tests.chaos [--faults N] [--seed N] [--minutes N] [--slow SECONDS] [--json FILE]
 
 A tiny model on five machines behind `unicluster serve`, real processes, mTLS on; two machines are
 more than are needed. Where root may make them, each machine has a network namespace of its own,
@@ -31,6 +31,7 @@ from coordinator.fleet.local import inspect
 from coordinator.planning.planner import Layout, least_memory
 from tests.chaos.clients import Clients
 from tests.chaos.faults import Faults, Kind
+from tests.chaos.kept import SLOW_SECONDS, Timeline, keep, why_keep
 from tests.chaos.left import at_rest, files_left, folders_left, open_files
 from tests.chaos.machines import CONTEXT, USERS, Machines
 from tests.chaos.network import Lan, lan
@@ -60,7 +61,9 @@ LEAST_SECONDS = 60.0
 DISK = "24m"
 
 
-async def strike(faults: Faults, clients: Clients, count: int, until: float, seed: int) -> None:
+async def strike(
+    faults: Faults, clients: Clients, count: int, until: float, seed: int, timeline: Timeline
+) -> None:
     """So many faults, or as many as there is time for; most fall into answers that go on.
 
     Heavy ones follow each other once answers go on, light ones fall all the time.
@@ -78,6 +81,7 @@ async def strike(faults: Faults, clients: Clients, count: int, until: float, see
             at += 1
             number, kind = at, await faults.strike(kinds, dice)
             print(f"{time.monotonic() - began:6.1f} s, fault {number}: {kind}", flush=True)
+            timeline.note(f"fault {number}: {kind}")
 
     await asyncio.gather(
         strikes(faults.heavy, random.Random(f"{seed} heavy"), wait=True),
@@ -87,7 +91,13 @@ async def strike(faults: Faults, clients: Clients, count: int, until: float, see
 
 
 async def chaos(
-    folder: Path, count: int, seed: int, minutes: float, net: Lan | None, disk: Path | None
+    folder: Path,
+    count: int,
+    seed: int,
+    minutes: float,
+    net: Lan | None,
+    disk: Path | None,
+    timeline: Timeline,
 ) -> dict[str, Any]:
     """Runs it; returns what is printed."""
     begun = time.monotonic()
@@ -113,7 +123,7 @@ async def chaos(
             AsyncClient(address, cluster=members) as client,
             AsyncClient(address, cluster=members, resume=scaled(AWAY)) as away,
         ):
-            clients = Clients((client, away), dice, machines.note_stages)
+            clients = Clients((client, away), dice, machines.note_stages, timeline.note)
             await clients.learn()
             print(f"all answers are known; seed {seed}", flush=True)
             before = open_files(machines)
@@ -121,7 +131,7 @@ async def chaos(
             struck_at = time.monotonic()
             supervision = asyncio.create_task(machines.supervise())
             await clients.ask_until(
-                asyncio.create_task(strike(faults, clients, count, until, seed))
+                asyncio.create_task(strike(faults, clients, count, until, seed, timeline))
             )
             seconds = time.monotonic() - struck_at
             left = await at_rest(client, machines)
@@ -160,6 +170,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="no fault after that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--slow",
+        type=float,
+        default=SLOW_SECONDS,
+        metavar="SECONDS",
+        help="of a stream's silence, or a part of a recovery: above it the logs are kept, as they "
+        "are of a run that goes wrong",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, lan(*MACHINES) as net:
         folder = Path(temporary)
@@ -169,8 +187,19 @@ def main() -> None:
             if net is not None:
                 net.enter_door()
             limits = options.faults, options.seed, options.minutes
-            found = asyncio.run(chaos(folder, *limits, net, disk))
+            logs, timeline, kept = folder / "cluster", Timeline(), None
+            try:
+                found = asyncio.run(chaos(folder, *limits, net, disk, timeline))
+            except BaseException as error:
+                reasons = [f"the run ended: {type(error).__name__}: {error}"]
+                print(f"logs are kept in {keep(logs, timeline, reasons)}", flush=True)
+                raise
+            if reasons := why_keep(found, options.slow):
+                kept = keep(logs, timeline, reasons)
     print(table(found, options.faults))
+    if kept is not None:
+        print(*(reason for reason in reasons if not reason.startswith("WRONG")), sep="\n")
+        print(f"logs are kept in {kept}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(bool(found["wrong"] or too_little(found)))

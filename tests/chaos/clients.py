@@ -28,7 +28,8 @@ class Clients:
 
     Like a client that looks before it asks, each waits until the model is served. `ended` counts
     requests by how they ended, `refused` those that came while it was not served after all.
-    on_stages: gets the machines that serve it, the head first.
+    on_stages: gets the machines that serve it, the head first. note: takes, in a line, each long
+    silence and each recovery.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Clients:
         clients: Sequence[AsyncClient],
         dice: random.Random,
         on_stages: Callable[[tuple[str, ...]], None],
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.clients = clients
         self.client = clients[0]  # that looks
         self._on_stages = on_stages
+        self._note = note
         self.ended: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.refused = 0
@@ -92,6 +95,7 @@ class Clients:
                 continue
             if heard.gap > 2 * self._calm:
                 self.gaps.append(heard.gap)
+                self._note(f"{request.name}: an answer ended that was silent for {heard.gap:.1f} s")
             if what := wrong(heard, known):
                 self._is_wrong(request, what)
             elif heard.error is None:
@@ -128,12 +132,15 @@ class Clients:
             if any(getattr(now, f.name) < getattr(before, f.name) for f in fields(now)):
                 before = Recoveries()
             if more := now.resumed - before.resumed:
+                took = {part: getattr(now, part) - getattr(before, part) for part in PARTS}
+                said = ", ".join(f"{part} {each / more:.1f}" for part, each in took.items())
+                self._note(f"{more} answers go on: {said}")
                 for part in PARTS:
-                    seconds = (getattr(now, part) - getattr(before, part)) / more
-                    self.parts[part] += [seconds] * more
+                    self.parts[part] += [took[part] / more] * more
             before = now
 
     def _is_wrong(self, request: Request, what: str) -> None:
         self.ended["wrong"] += 1
         self.wrong.append(f"{request.name}: {what}")
+        self._note(f"WRONG: {self.wrong[-1]}")
         print(f"WRONG: {self.wrong[-1]}", flush=True)

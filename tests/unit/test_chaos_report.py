@@ -1,7 +1,11 @@
 """What a run of chaos prints, and when it says too little to pass."""
 
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
+from tests.chaos.kept import TIMELINE, Timeline, keep, why_keep
 from tests.chaos.report import WIDTH, table, too_little
 
 FOUND: dict[str, Any] = {
@@ -48,3 +52,32 @@ def test_few_faults_prove_nothing() -> None:
     assert "TOO LITTLE: 35 faults, and 40 are the least" in table(FOUND, 200)
     assert too_little(FOUND | {"faults": {"worker killed": 40}}) == []
     assert len(too_little(FOUND | {"answers": {}, "parts": {"detect_s": []}})) == 3
+
+
+def test_logs_are_kept_of_a_run_that_was_slow_or_went_wrong() -> None:
+    assert why_keep(FOUND) == []
+    assert why_keep(FOUND, slow=20.0) == ["30.2 s of silence on a stream, and 20 s are the most"]
+    slow = FOUND | {"parts": {**FOUND["parts"], "plan_s": [0.1, 144.0]}}
+    assert why_keep(slow) == ["144.0 s of plan, and 45 s are the most"]
+    assert why_keep(FOUND | {"wrong": ["seed: it ended without an end"]}) == [
+        "WRONG: seed: it ended without an end"
+    ]
+
+
+def test_kept_logs_outlive_the_run_with_the_faults_beside_them(tmp_path: Path) -> None:
+    (cluster := tmp_path / "cluster").mkdir()
+    (cluster / "0-ann.err").write_text("12:00:00 INFO from ann\n")
+    (cluster / "5-serve.err").write_bytes(b"12:00:01 \xff\n")
+    (cluster / "5-serve.out").write_text("ready\n")
+    (cluster / "home").mkdir()
+    timeline = Timeline()
+    timeline.note("fault 1: worker killed")
+
+    folder = keep(cluster, timeline, ["144.0 s of plan"], tmp_path)
+    shutil.rmtree(cluster)
+
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"0-ann.err", "5-serve.err", "5-serve.out", TIMELINE, "why.txt"}
+    assert (folder / "5-serve.err").read_bytes() == b"12:00:01 \xff\n"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d fault 1: worker killed\n", (folder / TIMELINE).read_text())
+    assert keep(tmp_path / "never began", timeline, [], tmp_path) != folder
