@@ -17,6 +17,9 @@ SECRETS = frozenset({JOIN_VARIABLE, CLIENT_VARIABLE, MQTT_VARIABLE})
 # about what it costs to be woken. The first is GNU's OpenMP, the second any other.
 SHORT_SPINS = {"GOMP_SPINCOUNT": "300", "OMP_WAIT_POLICY": "passive"}
 
+# llama.cpp that fails a check of its own says which, and then has a debugger print pages.
+SHORT_WORDS = {"GGML_NO_BACKTRACE": "1"}
+
 # All weights are read for each token: out of pages of 4 kB that takes up to a quarter longer, in a
 # virtual machine above all, and how much longer changes with each start. With this glibc asks the
 # kernel for large pages for allocations of 2 MB and more; others ignore it.
@@ -31,7 +34,13 @@ def worker_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """
     ours = {name: value for name, value in child_environment(extra).items() if name not in SECRETS}
     quiet = {} if log.isEnabledFor(logging.DEBUG) else {"GRPC_VERBOSITY": "NONE"}
-    return {**quiet, **SHORT_SPINS, **ours, TUNABLES: _tunables(ours.get(TUNABLES, ""))}
+    return {
+        **quiet,
+        **SHORT_SPINS,
+        **SHORT_WORDS,
+        **ours,
+        TUNABLES: _tunables(ours.get(TUNABLES, "")),
+    }
 
 
 def _tunables(stated: str) -> str:

@@ -184,6 +184,8 @@ class WorkerProcess:
             reason = "killed by the system for lack of memory"
         elif code < 0:
             reason = f"ended by signal {-code} ({signal.Signals(-code).name})"
+            if code == -signal.SIGABRT and (last := self._report.last_printed):
+                reason += f": {last[:REASON_CHARS]}"  # a library says why it aborts
         else:
             reason = f"exited with code {code}"
             if last := self._report.last_printed or "".join(tail[-1:]):

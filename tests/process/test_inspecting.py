@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from coordinator.programs import INSPECT
 from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny_gguf import write_gguf
 from unicluster.checkpoints.fingerprint import whole_directory
 from unicluster.checkpoints.inspecting import inspect, inspect_configs
 from unicluster.errors import InputError, UnavailableError
@@ -58,6 +60,37 @@ async def test_the_reason_of_the_child_is_the_error() -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match=r"/nowhere/it\.gguf"):
         inspect_configs(INSPECT, [InspectRequest(model="/nowhere/it.gguf")])
+
+
+def test_a_gguf_that_aborts_llama_cpp_is_refused_with_its_reason(tmp_path: Path) -> None:
+    """Halves of a rotation are of whole numbers, which llama.cpp checks as it builds the graph."""
+    pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
+    file = write_gguf(tmp_path / "it.gguf", "qwen3", metadata={"rope.dimension_count": 15})
+    said = (
+        rf"^{re.escape(str(file))}: inspecting it crashed \(SIGABRT: qwen3\.cpp:\d+: "
+        r"GGML_ASSERT\(n_embd_head == n_rot\) failed\): "
+    )
+
+    with pytest.raises(InputError, match=said):
+        inspect_configs(INSPECT, [InspectRequest(model=str(file), context=64)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", r"^it: inspecting it crashed \(SIGSEGV\): it is damaged"),
+        ("\x1b[2Jgone", r"^it: inspecting it crashed \(SIGSEGV: \\x1b\[2Jgone\): it is damaged"),
+        ("what():  std::bad_alloc", r"^it: can't be inspected within the limits .*SIGSEGV"),
+    ],
+    ids=["silent", "controls", "memory"],
+)
+async def test_last_words_of_a_crash_are_the_reason(
+    monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.setenv("LAST_WORDS", words)
+
+    with pytest.raises(InputError, match=said):
+        await inspect("tests.support.crashing", InspectRequest(model="it"))
 
 
 def test_no_requests_need_no_child() -> None:

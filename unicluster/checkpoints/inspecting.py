@@ -5,18 +5,26 @@
 
 import asyncio
 import io
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
 
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
 
-from unicluster.errors import InputError, UnavailableError
+from unicluster.errors import InputError, UnavailableError, printable, shortened
 from unicluster.program import child_environment, module_command
 from unicluster.v1.node_pb2 import InspectRequest, ModelLayout
 
 # The first layout takes seconds, most of them imports; each after it less.
 DEADLINE_S = 300.0
+# llama.cpp that fails a check of its own says which, and then has a debugger print pages.
+SHORT_WORDS = {"GGML_NO_BACKTRACE": "1"}
+# Ends at the limits that the program has set itself: the kernel's, or want of memory in a library.
+LIMITS = (signal.SIGXCPU, signal.SIGKILL)
+NO_MEMORY = re.compile(r"bad_alloc|alloc\w* failed|unable to allocate|out of memory", re.IGNORECASE)
+# Names of folders in a line of a library, before a file's own.
+_FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+")
 
 
 async def inspect(
@@ -32,7 +40,7 @@ async def inspect(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=child_environment(),
+        env=child_environment(SHORT_WORDS),
     )
     try:
         async with asyncio.timeout(deadline_s):
@@ -63,7 +71,7 @@ def inspect_configs(
             input=_encoded(requests),
             capture_output=True,
             timeout=deadline_s,
-            env=child_environment(),
+            env=child_environment(SHORT_WORDS),
         )
     except subprocess.TimeoutExpired as error:
         raise _too_late(requests[0], deadline_s) from error
@@ -80,16 +88,28 @@ def _encoded(requests: Sequence[InspectRequest]) -> bytes:
 def _answers(
     requests: Sequence[InspectRequest], code: int, out: bytes, err: bytes
 ) -> list[ModelLayout]:
-    if code < 0:  # the kernel's limits, or MLX's own way of running out of memory
-        name = signal.Signals(-code).name
-        reason = f"can't be inspected within the limits of time and memory ({name})"
-        raise InputError(f"{requests[0].model}: {reason}")
+    lines = err.decode(errors="replace").strip().splitlines()
+    if code < 0:
+        raise InputError(f"{requests[0].model}: {_why_killed(signal.Signals(-code), lines)}")
     if code != 0:
-        lines = err.decode(errors="replace").strip().splitlines()
         raise InputError(lines[-1] if lines else f"{requests[0].model}: can't be inspected")
     stream = io.BytesIO(out)
     layouts = [parse_length_prefixed(ModelLayout, stream) for _ in requests]
     return [layout for layout in layouts if layout is not None]
+
+
+def _why_killed(by: signal.Signals, lines: Sequence[str]) -> str:
+    """Why the program was ended by a signal, after its last line: libraries abort for a check that
+    fails, or for want of memory.
+    """
+    last = _FOLDERS.sub("", lines[-1]) if lines else ""
+    if by in LIMITS or NO_MEMORY.search(last):
+        return f"can't be inspected within the limits of time and memory ({by.name})"
+    words = f": {shortened(printable(last))}" if last else ""
+    return (
+        f"inspecting it crashed ({by.name}{words}): it is damaged, or made otherwise than its kind "
+        "of model is; copy it again"
+    )
 
 
 def _too_late(request: InspectRequest, seconds: float) -> UnavailableError:
