@@ -1,5 +1,6 @@
 """A logits processor that lets an answer choose only among allowed tokens, one by one."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +16,11 @@ from unicluster.errors import AnswerError
 
 Allowed = np.ndarray[Any, np.dtype[np.bool_]]
 
+# Seconds for a mask, up to which a frame waits for it: sending all logits back takes longer.
+QUICK_S = 1e-3
+# How much the latest mask's time counts in their mean.
+LATEST = 0.25
+
 
 class Filter(ABC):
     """Masks the logits of one answer. Used by one thread at a time.
@@ -29,12 +35,15 @@ class Filter(ABC):
         self._vocabulary = vocabulary
         self._mask: Allowed | None = None
         self._current = False  # whether `_mask` is that of the next token
+        self._mask_s = 0.0  # of the thread's time, in the mean of the latest masks
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Takes in the answer's newest tokens, and makes the next token's mask.
 
         To be called while logits are being computed elsewhere: the mask takes no time of theirs.
+        Or before, where it is quick, so that the token can be chosen there.
         """
+        began = time.thread_time()
         for token in tokens:
             self._take(token)
         self.taken += len(tokens)
@@ -42,6 +51,22 @@ class Filter(ABC):
             self._mask, self._current = self._next_mask(), True
             if self.error is not None:
                 self._mask = None
+            self._mask_s += LATEST * (time.thread_time() - began - self._mask_s)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether masks take so little time that a frame can wait for the next one."""
+        return self._mask_s <= QUICK_S
+
+    def narrow(self, allowed: Allowed | None) -> Allowed | None:
+        """Of the next token's candidates (vocabulary,), those that it lets pass; None for all.
+
+        All tokens of the answer have to be taken in.
+        """
+        if self._mask is None or allowed is None:
+            return allowed if self._mask is None else self._mask
+        known = min(len(self._mask), len(allowed))  # none beyond may come
+        return self._mask[:known] & allowed[:known]
 
     @abstractmethod
     def allowed(self, drafts: Sequence[int]) -> int:
@@ -51,7 +76,7 @@ class Filter(ABC):
         """A logits processor of mlx-lm: tokens of prompt and answer, logits (1, vocabulary)."""
         fresh: Any = tokens[self.taken :].tolist() if len(tokens) > self.taken else []
         self.follow(fresh)
-        if self._mask is None:
+        if self._mask is None or logits.shape[-1] == 1:  # the token was chosen elsewhere
             return logits
         mask = np.zeros(logits.shape[-1], dtype=np.bool_)
         mask[: len(self._mask)] = self._mask[: len(mask)]
@@ -73,6 +98,22 @@ class Filter(ABC):
         mask = np.ones(self._vocabulary, dtype=np.bool_)
         mask[list(tokens)] = False
         return mask
+
+
+def packed_mask(filters: Iterable[Filter], vocabulary: int) -> bytes | None:
+    """The next token's mask by all filters, in order: a bit a token, the lowest of a byte first.
+
+    None where each token may come; empty where none may. All tokens of the answer have to be taken
+    in by the filters.
+    """
+    allowed: Allowed | None = None
+    for each in filters:
+        allowed = each.narrow(allowed)
+    if allowed is None:
+        return None
+    mask = np.zeros(vocabulary, dtype=np.bool_)
+    mask[: len(allowed)] = allowed[:vocabulary]
+    return np.packbits(mask, bitorder="little").tobytes() if mask.any() else b""
 
 
 class Mask(Filter):

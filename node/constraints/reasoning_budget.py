@@ -74,9 +74,12 @@ class ReasoningBudget(Filter):
             return self._but(self._openings)
         return None
 
+    def narrow(self, allowed: Allowed | None) -> Allowed | None:
+        return self._mask if self._forced else super().narrow(allowed)
+
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         masked = super().__call__(tokens, logits)
-        if not self._forced:
+        if not self._forced or logits.shape[-1] == 1:
             return masked
         # Whatever else is asked of the answer, this token comes.
         return mx.where(mx.arange(logits.shape[-1]) == self._forced[0], 0.0, -mx.inf)[None]

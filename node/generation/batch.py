@@ -32,6 +32,7 @@ class BatchDecoder:
         stream = mx.default_stream(mx.default_device())
         self._chooses = bool(getattr(model, "chooses", False))
         self._choosers: dict[Sequence, TokenChooser] = {}
+        self._masked: set[int] = set()  # sequences whose masks go with the step's frame
         self._generator: Any = BatchGenerator(
             _LookingAhead(model, self._choosers_of, self._look_ahead),
             completion_batch_size=2**16,
@@ -84,23 +85,36 @@ class BatchDecoder:
         _, responses = self._generator.next()
         return [Token(by_number[r.uid], r.token, r.logprobs) for r in responses]
 
-    def _choosers_of(self, cache: Any) -> list[TokenChooser]:
-        """Choosers of a decode step's rows; none in an answer's first step."""
+    def _choosers_of(self, tokens: mx.array, cache: Any) -> list[TokenChooser]:
+        """Choosers of a decode step's rows; none in an answer's first step.
+
+        The masks that go along are made of its tokens (batch, 1).
+        """
+        self._masked.clear()
         if not self._chooses:
             return []
         by_number = {number: sequence for sequence, number in self._numbers.items()}
         rows = decoding_rows(self._generator, cache)
-        return [self._choosers[by_number[number]] for number in rows]
+        choosers = [self._choosers[by_number[number]] for number in rows]
+        if any(chooser.wants_mask for chooser in choosers):
+            newest: Any = tokens[:, -1].tolist()
+            for number, chooser, token in zip(rows, choosers, newest, strict=True):
+                if chooser.wants_mask:
+                    self._masked.add(number)
+                    for each in by_number[number].job.filters:
+                        each.follow([token])
+                    chooser.mask_next()
+        return choosers
 
     def _look_ahead(self, tokens: mx.array, cache: Any) -> None:
-        """Makes the masks of filtered answers while logits are computed for tokens (batch, 1).
+        """Makes the other masks of filtered answers while logits are computed.
 
-        An answer's first token needs none: its mask is there already.
+        tokens: (batch, 1). An answer's first token needs none: its mask is there already.
         """
         filters = {
             number: sequence.job.filters
             for sequence, number in self._numbers.items()
-            if sequence.job.filters
+            if sequence.job.filters and number not in self._masked
         }
         rows = decoding_rows(self._generator, cache) if filters else ()
         newest: Any = tokens[:, -1].tolist() if rows else []
@@ -122,7 +136,7 @@ class _LookingAhead:
     def __init__(
         self,
         model: Any,
-        choosers_of: Callable[[Any], list[TokenChooser]],
+        choosers_of: Callable[[mx.array, Any], list[TokenChooser]],
         meanwhile: Callable[[mx.array, Any], None],
     ) -> None:
         self._model = model
@@ -130,7 +144,7 @@ class _LookingAhead:
         self._meanwhile = meanwhile
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> Any:
-        choosers = self._choosers_of(cache)
+        choosers = self._choosers_of(inputs, cache)
         more = {"choosers": choosers} if choosers else {}
         logits = self._model(inputs, cache=cache, **more)
         self._meanwhile(inputs, cache)

@@ -197,6 +197,8 @@ class PipedDecoder:
             saved = snapshot(cache, single=True)
         choosers = [run.sequence.chooser.ahead() for _ in tokens]
         more = {"choosers": choosers} if self._chooses else {}
+        if self._chooses and not self._flight:  # all other tokens are after guesses
+            run.mask_ahead(choosers[0])
         logits = self._model(mx.array([tokens]), cache=cache, **more)
         timeline = run.sequence.answer.timeline
         if self._flight and timeline is not None:

@@ -68,8 +68,8 @@ class Job:
 
     def chooser(self) -> TokenChooser:
         """The sampler of the answer's tokens, which the last stage may choose; also greedy."""
-        needs_logits = bool(self.processors()) or self.logprobs is not None
-        return self.sampling.chooser(needs_logits, self._drawn)
+        needs_logits = bool(self.sampling.processors()) or self.logprobs is not None
+        return self.sampling.chooser(needs_logits, self._drawn, self.filters)
 
     @property
     def _drawn(self) -> int:

@@ -1,6 +1,6 @@
 """Sampling fields: their ranges, a model's own defaults, and mlx-lm's functions for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from node.constraints.mask import Filter, packed_mask
 from node.mlx.compat import draws_one_number, number_drawn, uncompiled
 from node.ring.choices import GREEDY_BELOW
 from unicluster.errors import InputError
@@ -73,12 +74,14 @@ class Sampling:
         """
         return None if self.temperature < GREEDY_BELOW else Draw(self, drawn)
 
-    def chooser(self, needs_logits: bool, drawn: int = 0) -> "TokenChooser":
+    def chooser(
+        self, needs_logits: bool, drawn: int = 0, filters: Sequence[Filter] = ()
+    ) -> "TokenChooser":
         """A sampler whose tokens the last stage may choose, unless they need all logits here.
 
-        `drawn`: as of `sampler`.
+        `drawn`: as of `sampler`. `filters`: those that the tokens have to pass.
         """
-        return TokenChooser(self, needs_logits, self.sampler(drawn))
+        return TokenChooser(self, needs_logits, self.sampler(drawn), filters)
 
     def processors(self) -> list[LogitsProcessor]:
         """The bias, then mlx-lm's penalties, each over its window of recent tokens.
@@ -144,11 +147,19 @@ class TokenChooser:
     """A sampler of log-probabilities (1, vocabulary) to tokens (1,), and a Chooser.
 
     Whether the last stage chooses a token or this does, it is the same one. `draw`: None when
-    greedy.
+    greedy. With `filters` the last stage may choose a token whose mask goes along.
     """
 
-    def __init__(self, sampling: Sampling, needs_logits: bool, draw: Draw | None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        needs_logits: bool,
+        draw: Draw | None,
+        filters: Sequence[Filter] = (),
+    ) -> None:
         self.draw = draw
+        self._filters = filters
+        self._masks = False  # whether the filters have taken in all before the next token
         self._sampling = sampling
         self._needs_logits = needs_logits
         self._all = needs_logits or not (draw is None or draws_one_number())
@@ -157,7 +168,21 @@ class TokenChooser:
 
     def ahead(self) -> "TokenChooser":
         """A chooser of the token after all that were asked for, while those are on their way."""
-        return TokenChooser(self._sampling, self._needs_logits, self.draw)
+        return TokenChooser(self._sampling, self._needs_logits, self.draw, self._filters)
+
+    @property
+    def wants_mask(self) -> bool:
+        """Whether it is worth it to make the next token's mask before the frame is sent."""
+        return bool(self._filters) and not self._all and all(f.is_quick for f in self._filters)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next token was chosen elsewhere."""
+        return self._token is not None
+
+    def mask_next(self) -> None:
+        """Has the next `ask` send the filters' mask: they have taken in all tokens before."""
+        self._masks = True
 
     def take_back(self) -> None:
         """Undoes `ask`, of the latest first: the token came to nothing, and is chosen again."""
@@ -165,15 +190,22 @@ class TokenChooser:
             self.draw.take_back(self._seed)
         self._seed = self._token = None
 
-    def ask(self) -> Choice:
+    def ask(self, vocabulary: int) -> Choice:
         self._token = None
+        masks, self._masks = self._masks, False
+        needs_all, allowed = self._all or bool(self._filters), b""
+        if masks and not self._all:
+            mask = packed_mask(self._filters, vocabulary)
+            needs_all, allowed = mask is not None, mask or b""
         if self.draw is None:
-            return Choice(all=self._all)
+            return Choice(all=needs_all, allowed=allowed)
         self._seed = self.draw.next_seed()
-        if self._all:
+        if needs_all and not allowed:
             return Choice(all=True)
         sampling = self._sampling
         return Choice(
+            all=needs_all,
+            allowed=allowed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             min_p=sampling.min_p,

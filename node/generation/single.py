@@ -46,6 +46,12 @@ class Decoding:
         for each in self._filters:
             each.follow(self.tokens[each.taken :])
 
+    def mask_ahead(self, chooser: TokenChooser) -> None:
+        """Has a chooser of the token after all that are known send its mask, if that is of use."""
+        if chooser.wants_mask:
+            self.look_ahead()
+            chooser.mask_next()
+
     def allowed(self, drafts: list[int]) -> list[int]:
         """Drafted tokens up to the first one that the answer's filters forbid."""
         self.look_ahead()
@@ -53,8 +59,9 @@ class Decoding:
 
     def choose(self, logits: mx.array, chooser: TokenChooser) -> Token:
         """The next token, by logits (1, vocabulary): one by one, as without drafted tokens."""
-        for processor in self._processors:
-            logits = processor(self._seen, logits)
+        if not chooser.is_settled:
+            for processor in self._processors:
+                logits = processor(self._seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         drawn: Any = chooser(logprobs)
         if self._processors:
@@ -123,6 +130,8 @@ class SingleDecoder:
         choosers = [run.sequence.chooser.ahead() for _ in range(len(drafts) + 1)]
         unread = [UNREAD] * (len(fresh) - 1)
         more = {"choosers": [*unread, *choosers]} if self._chooses else {}
+        if self._chooses:
+            run.mask_ahead(choosers[0])
         pending = self._model(mx.array([fresh + drafts]), cache=cache, **more)
         run.look_ahead()
         logits = pending[:, len(fresh) - 1 :, :]

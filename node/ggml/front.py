@@ -76,7 +76,7 @@ class GgmlFront:
     def logits(self, tokens: mx.array, caches: list[Any], choosers: Sequence[Chooser] = ()) -> Any:
         """Logits (batch, tokens, vocabulary), of a model all of whose layers are here."""
         hold = tokens.shape[1] > PUSHED_TOKENS
-        choices = [chooser.ask() for chooser in choosers]
+        choices = [chooser.ask(self.vocabulary) for chooser in choosers]
         frame = self._forward(tokens, caches, hold=hold, choices=choices)
         if not hold:
             chosen = settle(frame, choosers, tokens.shape, self.vocabulary)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from node.mlx.tensors import decode_tree
-from node.ring.choices import STEPS
+from node.ring.choices import STEPS, may_be
 from unicluster.errors import StageError
 from unicluster.v1.stage_pb2 import Choice, Frame
 
@@ -15,8 +15,8 @@ from unicluster.v1.stage_pb2 import Choice, Frame
 class Chooser(Protocol):
     """Chooses an answer's tokens here, of logits, unless the last stage has."""
 
-    def ask(self) -> Choice:
-        """How the next token is to be chosen; called once for each token."""
+    def ask(self, vocabulary: int) -> Choice:
+        """How the next token is to be chosen, of so many; called once for each token."""
 
     def settle(self, token: int | None) -> None:
         """The token that was chosen; None: it is to be chosen here."""
@@ -25,7 +25,7 @@ class Chooser(Protocol):
 class _Unread:
     """For tokens of a prompt, whose successors are known: one number comes back for each."""
 
-    def ask(self) -> Choice:
+    def ask(self, vocabulary: int) -> Choice:
         return Choice()
 
     def settle(self, token: int | None) -> None:
@@ -48,8 +48,9 @@ def check_chosen(frame: Frame, asked: Sequence[Choice], vocabulary: int) -> None
         raise StageError(f"{len(chosen)} tokens were chosen for {len(asked)}")
     if (largest := max(chosen)) > vocabulary:
         raise StageError(f"token {largest - 1} was chosen of {vocabulary}")
-    if any(token and choice.all for token, choice in zip(chosen, asked, strict=True)):
-        raise StageError("a token was chosen that nobody asked for")
+    for token, choice in zip(chosen, asked, strict=True):
+        if token and not may_be(choice, token - 1):
+            raise StageError(f"token {token - 1} was chosen, which nobody asked for")
     unsure = sum(not token for token in chosen)
     if len(frame.hidden) != bool(unsure):
         raise StageError(f"{len(frame.hidden)} arrays of logits for {unsure} tokens")

@@ -256,7 +256,7 @@ class PipelineModel(nn.Module):
         """Decodes or verifies drafted tokens; builds the next step while other stages compute."""
         self._steps.enter()
         began = time.perf_counter()
-        choices = [chooser.ask() for chooser in choosers]
+        choices = [chooser.ask(self._hollow.vocabulary) for chooser in choosers]
         message = HopMessage(frame=Frame(choices=choices))
         try:
             before, handles[0].expected = handles[0].expected, None

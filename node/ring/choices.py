@@ -4,6 +4,9 @@ The head draws a number in [0, 1) of the request's seed, for each token, and mlx
 the token at that place of the distribution, in the order of token ids. So the last stage can do it
 with numpy: all that it must know is how far MLX's float32 sums may be from exact ones. Where that
 might change the choice it is not sure, and the head gets the logits.
+
+Of a constrained answer the choice has the tokens that are allowed: the head would make the logits
+of all others -inf, so they have no part in any sum.
 """
 
 import math
@@ -36,7 +39,10 @@ MOST_SPREAD = 16.0
 
 
 def check_choices(frame: Frame, tokens: int) -> None:
-    """Raises FrameError unless a frame's choices are one for each of `tokens`, in their ranges."""
+    """Raises FrameError unless a frame's choices are one for each of `tokens`, in their ranges.
+
+    Masks are checked beside the logits, whose number is not known before.
+    """
     choices = frame.choices
     if frame.hold:
         raise FrameError("choices of tokens for a result that is held")
@@ -55,17 +61,42 @@ def check_choices(frame: Frame, tokens: int) -> None:
             )
 
 
+def _check_allowed(allowed: bytes, vocabulary: int) -> None:
+    if len(allowed) != (vocabulary + 7) // 8:
+        raise FrameError(f"a mask of {len(allowed)} bytes for {vocabulary} tokens")
+    if vocabulary % 8 and allowed[-1] >> vocabulary % 8:
+        raise FrameError(f"a mask allows tokens beyond {vocabulary}")
+    if not allowed.strip(b"\0"):
+        raise FrameError("a mask allows no token")
+
+
+def leaves_to_stage(choice: Choice) -> bool:
+    """Whether the stage that has the logits may choose, rather than the head alone."""
+    return bool(choice.allowed) or not choice.all
+
+
+def may_be(choice: Choice, token: int) -> bool:
+    """Whether a stage may answer a choice by that token of the vocabulary."""
+    if not choice.allowed:
+        return not choice.all
+    return bool(choice.allowed[token // 8] >> token % 8 & 1)
+
+
 def choose_tokens(frame: Frame) -> None:
     """Replaces the logits of a frame by its choices, and by the logits of those not sure.
 
-    A frame of which nothing can be chosen keeps its logits.
+    A frame of which nothing can be chosen keeps its logits. Raises FrameError for masks that are
+    not of these logits.
     """
     choices = list(frame.choices)
     del frame.choices[:]
     tensor = frame.hidden[0].tensor
-    if len(frame.hidden) > 1 or tensor.dtype not in STEPS or all(each.all for each in choices):
+    if len(frame.hidden) > 1 or tensor.dtype not in STEPS or not any(map(leaves_to_stage, choices)):
         return
     logits = _floats(tensor).reshape(len(choices), -1)
+    for each in choices:
+        if each.allowed:
+            _check_allowed(each.allowed, logits.shape[1])
     step = STEPS[tensor.dtype]
     chosen = [choose(row, choice, step) for row, choice in zip(logits, choices, strict=True)]
     frame.chosen.extend(0 if token is None else token + 1 for token in chosen)
@@ -85,11 +116,25 @@ def choose(logits: Floats, choice: Choice, step: float = STEPS["float32"]) -> in
 
     None if it is not sure, or if the logits are wanted.
     """
-    if choice.all or not len(logits):
+    if not leaves_to_stage(choice):
+        return None
+    if not choice.allowed:
+        return _chosen(logits, choice, step)
+    bits = np.frombuffer(choice.allowed, np.uint8)
+    allowed = np.flatnonzero(np.unpackbits(bits, count=len(logits), bitorder="little"))
+    place = _chosen(logits[allowed], choice, step)
+    return None if place is None else int(allowed[place])
+
+
+def _chosen(logits: Floats, choice: Choice, step: float) -> int | None:
+    """The place of the chosen one among logits of tokens in ascending order, of any number."""
+    if not len(logits):
         return None
     best = float(logits.max())
     if not math.isfinite(best) or np.isnan(logits).any():
         return None
+    if len(logits) == 1:
+        return 0
     # How close two logits may be that become the same, or change places, as logprobs.
     close = 4 * step * (abs(best) + MOST_SPREAD)
     if choice.temperature < GREEDY_BELOW:

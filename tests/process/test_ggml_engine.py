@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import unicluster
+from node.constraints import mask
 from node.generation.answer import Answer
 from node.generation.batch import BatchDecoder
 from node.generation.request import Job
@@ -234,6 +235,51 @@ async def test_logits_that_nobody_reads_do_not_come_back(split: Split) -> None:
 
 
 # Constrained answers
+
+
+MASKED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.9, "seed": 3},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.01, "seed": 4},
+]
+
+
+@pytest.mark.parametrize(
+    ("users", "speculation"),
+    [(3, None), (1, Speculation(Lookup, 6, piped=True))],
+    ids=["", "piped"],
+)
+async def test_it_does_not_matter_where_constrained_tokens_are_chosen(
+    split: Split, users: int, speculation: Speculation | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mask, "QUICK_S", float("inf"))  # however slow this machine is
+    back = split.model.trips.hops[-1]
+
+    async def answers() -> tuple[list[list[int]], int]:
+        """Tokens of each answer, and bytes that came back of the stages."""
+        engine = await split.engine(users=users, context=512, speculation=speculation)
+        before = back.bytes
+        places = asyncio.Semaphore(users)
+
+        async def answer(sampling: dict[str, Any]) -> list[int]:
+            request = point_of(PROMPTS[2])
+            request.max_tokens = 60
+            request.sampling.CopyFrom(WireSampling(**sampling))
+            async with places:
+                return (await listen(await engine.submit(request))).tokens
+
+        tokens = await asyncio.gather(*map(answer, MASKED))
+        engine.close()
+        return tokens, back.bytes - before
+
+    there, fewer = await answers()
+    monkeypatch.setattr(PipelineModel, "chooses", False)
+    here, more = await answers()
+
+    assert there == here
+    if speculation is None:  # else tokens behind guesses are chosen here, and guesses differ
+        assert fewer < more / 2
+    await split.until_free()
 
 
 @pytest.mark.parametrize(

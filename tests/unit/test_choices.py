@@ -68,7 +68,7 @@ def test_a_token_chosen_elsewhere_is_the_head_s(name: str, kind: Any) -> None:
     sampling = SAMPLINGS[name]
     chooser = sampling.chooser(needs_logits=False)
 
-    chosen = [choose(row, chooser.ask()) for row in rows]
+    chosen = [choose(row, chooser.ask(VOCABULARY)) for row in rows]
 
     wanted = by_head(sampling, rows)
     sure = [
@@ -86,7 +86,7 @@ def test_unsure_and_sure_tokens_in_turns_are_those_of_the_head_alone(name: str) 
     sampling = SAMPLINGS[name]
     chooser, got = sampling.chooser(needs_logits=False), []
     for row in rows:
-        chooser.settle(choose(row, chooser.ask()))
+        chooser.settle(choose(row, chooser.ask(VOCABULARY)))
         logits = mx.array(row)[None]
         token: Any = chooser(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
         got.append(token)
@@ -97,11 +97,11 @@ def test_unsure_and_sure_tokens_in_turns_are_those_of_the_head_alone(name: str) 
 def test_a_resumed_answer_goes_on_with_the_numbers_of_the_first() -> None:
     sampling = SAMPLINGS["temperature"]
     first = sampling.chooser(needs_logits=False)
-    draws = [first.ask().draw for _ in range(6)]
+    draws = [first.ask(VOCABULARY).draw for _ in range(6)]
 
     resumed = sampling.chooser(needs_logits=False, drawn=4)
 
-    assert [resumed.ask().draw for _ in range(2)] == draws[4:]
+    assert [resumed.ask(VOCABULARY).draw for _ in range(2)] == draws[4:]
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
@@ -110,7 +110,7 @@ def test_nothing_is_chosen_of_logits_that_are_no_numbers(name: str, odd: float) 
     logits = peaked(np.random.default_rng(9))
     logits[17] = odd
 
-    assert choose(logits, SAMPLINGS[name].chooser(needs_logits=False).ask()) is None
+    assert choose(logits, SAMPLINGS[name].chooser(needs_logits=False).ask(VOCABULARY)) is None
 
 
 def test_two_that_are_equally_likely_are_left_to_the_head() -> None:
@@ -126,6 +126,76 @@ def test_half_precision_leaves_close_ones_to_the_head() -> None:
     assert choose(close, Choice()) == 1
     assert choose(close, Choice(), step=2.0**-7) is None
     assert choose(np.array([20.0, 28.0], np.float32), Choice(), step=2.0**-7) == 1
+
+
+# Among allowed tokens
+
+ALLOWED = {"one": 1, "a few": 12, "most": VOCABULARY - 40}
+
+
+def with_mask(choice: Choice, mask: Any) -> Choice:
+    choice.all, choice.allowed = True, np.packbits(mask, bitorder="little").tobytes()
+    return choice
+
+
+@pytest.mark.parametrize("allowed", ALLOWED)
+@pytest.mark.parametrize("kind", [peaked, flat, tied])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_an_allowed_token_chosen_elsewhere_is_the_head_s(
+    name: str, kind: Any, allowed: str
+) -> None:
+    rng = np.random.default_rng(11)
+    rows = [kind(rng) for _ in range(20)]
+    tokens = [rng.permutation(VOCABULARY)[: ALLOWED[allowed]] for _ in rows]
+    masks = [np.isin(np.arange(VOCABULARY), each) for each in tokens]
+    sampling = SAMPLINGS[name]
+    chooser = sampling.chooser(needs_logits=False)
+
+    chosen = [
+        choose(row, with_mask(chooser.ask(VOCABULARY), mask))
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+
+    masked = [
+        np.where(mask, row, np.float32(-np.inf)) for row, mask in zip(rows, masks, strict=True)
+    ]
+    wanted = by_head(sampling, masked)
+    sure = [
+        (token, right) for token, right in zip(chosen, wanted, strict=True) if token is not None
+    ]
+    assert all(token == right for token, right in sure)
+    if allowed == "one":  # logits of -inf among the allowed are left to the head
+        assert len(sure) == sum(bool(np.isfinite(row).any()) for row in masked)
+    if kind is peaked and allowed == "a few" and name not in ("hot", "cold", "min_p of 1"):
+        assert len(sure) > len(rows) // 2
+
+
+def test_a_stage_that_does_not_know_of_masks_leaves_the_choice_to_the_head() -> None:
+    """To one of an older version the field is not there."""
+    logits = peaked(np.random.default_rng(1))[None, None]
+    choice = with_mask(Choice(), np.arange(VOCABULARY) < 3)
+    choice.ClearField("allowed")
+    answer = frame(logits, [choice])
+
+    choose_tokens(answer)
+
+    assert not answer.chosen
+    assert answer.hidden[0].tensor.data == logits.tobytes()
+
+
+def test_a_constrained_answer_s_token_comes_back_alone_beside_a_free_one_s() -> None:
+    rng = np.random.default_rng(3)
+    logits = np.stack([peaked(rng) for _ in range(2)])[:, None]
+    mask = np.arange(VOCABULARY) % 7 == 3
+    wants = [with_mask(Choice(), mask), Choice()]
+    answer = frame(logits, wants)
+
+    choose_tokens(answer)
+
+    check_chosen(answer, wants, VOCABULARY)
+    assert not answer.hidden
+    best = np.where(mask, logits[0, 0], -np.inf).argmax()
+    assert list(answer.chosen) == [best + 1, logits[1, 0].argmax() + 1]
 
 
 # In frames
@@ -205,6 +275,22 @@ def logits_of(*shape: int, dtype: str = "float32") -> list[Leaf]:
     return [Leaf(tensor=Tensor(dtype=dtype, shape=shape, data=bytes(4 * int(np.prod(shape)))))]
 
 
+BAD_MASKS = {
+    "a mask of 1 bytes for 12 tokens": b"\1",
+    "a mask of 3 bytes for 12 tokens": b"\1\1\0",
+    "a mask allows tokens beyond 12": b"\1\x10",
+    "a mask allows no token": bytes(2),
+}
+
+
+@pytest.mark.parametrize("said", BAD_MASKS)
+def test_a_mask_that_is_not_of_the_logits_is_refused(said: str) -> None:
+    logits = np.zeros((2, 1, 12), np.float32)
+
+    with pytest.raises(FrameError, match=said):
+        choose_tokens(frame(logits, [Choice(), Choice(all=True, allowed=BAD_MASKS[said])]))
+
+
 WANTED = [Choice(), Choice(all=True), Choice(temperature=1)]
 BAD_ANSWERS = {
     "1 tokens were chosen for 3": Frame(chosen=[1]),
@@ -222,6 +308,16 @@ BAD_ANSWERS = {
 def test_an_answer_that_can_t_be_is_refused(said: str) -> None:
     with pytest.raises(StageError, match=said):
         check_chosen(BAD_ANSWERS[said], WANTED, 9)
+
+
+@pytest.mark.parametrize("token", [0, 2, 8])
+def test_a_token_that_the_mask_forbids_is_refused(token: int) -> None:
+    asked = [Choice(all=True, allowed=b"\x82\0")]
+    check_chosen(Frame(chosen=[1 + 1]), asked, 9)
+    check_chosen(Frame(chosen=[7 + 1]), asked, 9)
+
+    with pytest.raises(StageError, match=f"token {token} was chosen, which nobody asked for"):
+        check_chosen(Frame(chosen=[token + 1]), asked, 9)
 
 
 def test_tokens_that_nobody_asked_for_are_refused() -> None:

@@ -31,7 +31,7 @@ class Model:
     ) -> mx.array:
         self.widest = max(self.widest, inputs.shape[1])
         for chooser in choosers:
-            chooser.ask()
+            chooser.ask(VOCABULARY)
         for chooser in choosers:
             chooser.settle(None)
         table = mx.random.normal((VOCABULARY, VOCABULARY), key=mx.random.key(3))

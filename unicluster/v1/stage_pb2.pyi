@@ -356,6 +356,7 @@ class Choice(_message.Message):
     MIN_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     DRAW_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
     all: _builtins.bool
     """the head needs the logits: chooses by itself"""
     temperature: _builtins.float
@@ -368,6 +369,11 @@ class Choice(_message.Message):
     """0: no bound"""
     draw: _builtins.float
     """in [0, 1): where in the distribution, in the order of tokens"""
+    allowed: _builtins.bytes
+    """A bit for each token of the vocabulary, the lowest of a byte first: 1 where it may be chosen.
+    Empty: each may. Sent with `all`, so that a stage that does not know of it leaves the choice to
+    the head; one that does goes by it in place of `all`.
+    """
     def __init__(
         self,
         *,
@@ -377,10 +383,11 @@ class Choice(_message.Message):
         min_p: _builtins.float = ...,
         top_k: _builtins.int = ...,
         draw: _builtins.float = ...,
+        allowed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "draw", b"draw", "min_p", b"min_p", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "allowed", b"allowed", "draw", b"draw", "min_p", b"min_p", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
