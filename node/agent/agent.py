@@ -404,9 +404,9 @@ class Agent(NodeServicer):
         return stage
 
     def _replaced_by(self, spec: StageSpec) -> list[RunningStage]:
-        """Orphans of the same service, which nobody will adopt once it has another stage here."""
-        orphans = [stage for stage in self._stages if stage.is_orphaned]
-        return [s for s in orphans if spec.service and s.spec.service == spec.service]
+        """Stages of the same service that nobody will adopt once it has another one here."""
+        left = [stage for stage in self._stages if stage.is_left_for(spec)]
+        return [s for s in left if spec.service and s.spec.service == spec.service]
 
     async def _end(self, stages: Iterable[RunningStage]) -> None:
         await asyncio.gather(*(stage.stop() for stage in list(stages)))

@@ -85,20 +85,34 @@ class RunningStage:
         """The worker's process id, while there is one."""
         return self.worker.pid if self.worker is not None else None
 
+    def is_left_for(self, spec: StageSpec) -> bool:
+        """Whether nobody holds it any more once `spec` is to run here.
+
+        A coordinator lets go of a service's deployment before it begins the next. Where it still
+        seems to hold this one, its end of that stream is gone, and the news has not come yet.
+        """
+        mine = self.spec
+        by_same = bool(spec.service and spec.coordinator) and (
+            (mine.service, mine.coordinator) == (spec.service, spec.coordinator)
+        )
+        return self.is_orphaned or (by_same and mine.deployment != spec.deployment)
+
     def can_be(self, spec: StageSpec) -> bool:
         """Whether it may be adopted as a stage of that spec, without anything of its old sources.
 
         While it fetches it needs them, and the coordinator that has gone may be one.
         """
         loads = self._ready is not None or bool(self._progress and self._progress.bytes_total)
-        return self.is_orphaned and loads and stage_key(spec) == stage_key(self.spec)
+        return self.is_left_for(spec) and loads and stage_key(spec) == stage_key(self.spec)
 
     def follow(self, config: WorkerConfig | None = None) -> "Follower":
         """The events from now on, for a coordinator, which must `leave` in the end.
 
         config: what it goes on with, when it is adopted: its first event says so, and what is
-        known of it follows.
+        known of it follows. Whoever followed before gets no more.
         """
+        if self._follower is not None:
+            self._follower.end()
         follower = self._follower = Follower()
         if self._grace is not None:
             self._grace.cancel()

@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
 from tests.support.cluster import LocalCluster, ServeProgram, endless_model, until
+from unicluster.checkpoints.fingerprint import whole
+from unicluster.cluster.channels import connect_sync
+from unicluster.v1.node_pb2 import ReleaseRequest, StageEvent, StageSpec
+from unicluster.v1.node_pb2_grpc import NodeStub
 
 # One such machine does not hold the tiny model, two do.
 MEMORY = 1_100_000
@@ -100,3 +105,64 @@ def test_a_grace_that_is_none_is_refused(cluster: LocalCluster, model: Path, sec
 
     assert refused.code == 2
     assert refused.err.startswith(f"unicluster: --orphan-grace {float(seconds):g}: between 0 and ")
+
+
+def test_a_stage_that_its_own_coordinator_seems_to_hold_still_is_left_for_its_next_one(
+    cluster: LocalCluster, model: Path
+) -> None:
+    """The coordinator's end of the old stream is gone, and its machine has not heard of it yet."""
+    first = StageSpec(
+        deployment="first",
+        model=str(model),
+        revision=whole(model).manifest.revision,
+        end_layer=1,
+        context=512,
+        users=1,
+        memory=MEMORY - 100_000,
+        service="llama",
+        coordinator="cat (10.0.0.3:7000)",
+        orphan_grace_s=60,
+    )
+    specs = [StageSpec() for _ in range(3)]
+    for spec in specs:
+        spec.CopyFrom(first)
+    second, third, stranger = specs
+    second.deployment, third.deployment, stranger.deployment = "second", "third", "fourth"
+    third.end_layer = 2  # another stage: it takes the place of the one that is there
+    stranger.coordinator = "dan (10.0.0.4:7000)"
+    agent, caller = cluster.agents["ann"], cluster.cluster.issue("cat")
+    with connect_sync(agent.address, caller) as channel:
+        node = NodeStub(channel)
+        held = node.RunStage(first)
+        seen = until_ready(held)
+        (worker,) = agent.workers
+        adopting = node.RunStage(second)
+        adopted = until_ready(adopting)
+
+        assert not [event for event in seen if event.HasField("adopted")]
+        assert adopted[0].HasField("adopted")
+        assert [each.pid for each in agent.workers] == [worker.pid]
+        assert not [event for event in held if event.HasField("exit")]  # it ends, and its stage not
+        with pytest.raises(grpc.RpcError, match="does not fit"):
+            next(node.RunStage(stranger))
+        assert agent.workers == [worker]
+
+        replacing = node.RunStage(third)
+        replaced = until_ready(replacing)
+
+        assert not replaced[0].HasField("adopted")
+        assert not worker.is_running()
+        assert not [event for event in adopting if event.HasField("ready")]
+        node.Release(ReleaseRequest(deployment="third"))
+        assert [event for event in replacing if event.HasField("ready")] == []
+    assert not agent.workers
+
+
+def until_ready(stage: Iterator[StageEvent]) -> list[StageEvent]:
+    """The events of a stage up to the one that it is ready."""
+    events = []
+    for event in stage:
+        events.append(event)
+        if event.HasField("ready"):
+            return events
+    raise AssertionError(f"it ended before it was ready: {events}")
