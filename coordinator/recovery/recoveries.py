@@ -9,8 +9,9 @@ from unicluster.v1.chat_pb2 import Recoveries
 class Gap:
     """A gap in an answer, by one clock in seconds.
 
-    heard: the last event before. broke: when it was known. planned, loaded: when other stages
-    were planned and the model answered again, if either was.
+    heard: the last event before. broke: when it was known. planned, loaded: when the stages by
+    which it goes on were planned and the model answered again, if either was. Plans that came to
+    nothing, and loads of stages that failed, are before `planned`.
     """
 
     heard: float

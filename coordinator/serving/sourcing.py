@@ -42,6 +42,8 @@ async def hub_files(
         available: files that are known to be somewhere already.
         has_lm_head: the last stage makes the logits.
     """
+    if _is_local(model):  # a machine that is slow to answer must not delay a plan for nothing
+        return [[] for _ in ranges]
     available = await whole_files(model, revision, others, identity) | set(available)
     assigned = assign(model, files, ranges, available, has_lm_head=has_lm_head)
     if not any(assigned):
@@ -81,7 +83,7 @@ def assign(
     those of a directory, nobody fetches. `has_lm_head`: the last stage makes the logits.
     """
     fetched: list[list[str]] = [[] for _ in ranges]
-    if model == "demo" or os.path.isabs(model):
+    if _is_local(model):
         return fetched
     able = {index for index, reaches in enumerate(reaching) if reaches} or set(range(len(ranges)))
     burden = [0] * len(ranges)
@@ -98,6 +100,11 @@ def assign(
             fetched[chosen].append(file.name)
             burden[chosen] += file.size
     return fetched
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model is a directory, or made up: no file of it is on the hub."""
+    return model == "demo" or os.path.isabs(model)
 
 
 async def _reaches_hub(model: str, revision: str, address: str, identity: Credentials) -> bool:

@@ -15,13 +15,16 @@ from coordinator.planning.machine import Machine
 from coordinator.recovery import lifecycle, pauses
 from coordinator.recovery.pauses import Pauses
 from coordinator.serving import service as serving
+from coordinator.serving import sourcing
 from coordinator.serving.deployment import Deployment
 from coordinator.serving.service import Service
+from coordinator.serving.sourcing import hub_files
 from tests.support.deadlines import scaled
 from unicluster.cluster.records import ServiceRecord
 from unicluster.errors import DoesNotFitError, UnavailableError
 from unicluster.failpoints import FailpointError
 from unicluster.trust.cluster import Cluster
+from unicluster.v1.node_pb2 import WeightFile
 
 HOUR = 3600.0
 BOB = ServiceRecord("bob", "f", ("10.0.0.2:7001",), usable=1000)
@@ -235,3 +238,17 @@ async def test_a_machine_that_comes_during_an_attempt_begins_the_pauses_anew(
 
     assert asked[:4] == sorted(asked[:4])
     assert asked[4] <= 0.01 < 0.08 / 2 <= asked[3]
+
+
+async def test_no_machine_is_asked_for_files_of_a_model_that_no_hub_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that does not answer would cost each attempt to plan ten seconds."""
+    monkeypatch.setattr(sourcing, "connect", None)
+    identity = Cluster.new().issue("ann")
+    files = [WeightFile(name="model.safetensors", size=9, layers=[0, 1], outside=True)]
+
+    for model in ("/models/llama", "demo"):
+        agents = ["10.0.0.2:7001", "10.0.0.3:7001"]
+        asked = hub_files(model, "1", files, [(0, 1), (1, 2)], agents, agents, identity)
+        assert await asked == [[], []]
