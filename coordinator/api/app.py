@@ -164,7 +164,7 @@ class _Door:
     async def ollama_show(self, request: Request) -> Response:
         self._doorman.key_of(request)
         body = await self._bodies.read(request)
-        return JSONResponse(show(self._gateway, self._since, body))
+        return JSONResponse(await show(self._gateway, self._since, body))
 
     async def ollama_version(self, request: Request) -> Response:
         return JSONResponse({"version": __version__})

@@ -29,8 +29,11 @@ def running(gateway: Gateway) -> Json:
     return {"models": [{**entry, **memory}]}
 
 
-def show(gateway: Gateway, since_s: float, body: object) -> Json:
-    """The answer of /api/show. Raises NotFoundError for another model."""
+async def show(gateway: Gateway, since_s: float, body: object) -> Json:
+    """The answer of /api/show. Raises NotFoundError for another model.
+
+    What the model can do beside answering is known of its tokenizer: not before it is loaded.
+    """
     fields = Fields(body)
     name = fields.text("model") or fields.text("name") or ""
     fields.flag("verbose")
@@ -38,13 +41,15 @@ def show(gateway: Gateway, since_s: float, body: object) -> Json:
     served = gateway.service.names if gateway.service is not None else {gateway.display}
     if name_of(name) not in {*served, model_name(gateway)}:
         raise NotFoundError(f"model: {shown(name)} is not served, {gateway.display!r} is")
+    info = gateway.info() if gateway.why_not else await gateway.describe()
+    able = {"completion": True, "tools": info.tools, "thinking": info.reasons}
     return {
         "details": _details(gateway),
         "model_info": {
             "general.architecture": "unicluster",
-            "unicluster.context_length": gateway.info().context,
+            "unicluster.context_length": info.context,
         },
-        "capabilities": ["completion", "tools"],
+        "capabilities": [name for name, can in able.items() if can],
         "modified_at": _time(since_s),
         "template": "",
         "parameters": "",

@@ -243,6 +243,7 @@ class Service:
         info = self.info()  # as it is now: the head may be lost, and take long to say nothing
         info.live_caches = head.live_caches
         info.ring_s = head.ring_s
+        info.tools, info.reasons = head.tools, head.reasons
         _copy_counts(head, info)
         return info
 

@@ -24,7 +24,7 @@ from node.generation.ticket import Ticket
 from node.metering.meters import AnswerMeter
 from node.mlx.memory import give_all_back
 from node.prompts.cancellation import Cancellation
-from node.prompts.templates import MOST_AT_ONCE, TEMPLATES
+from node.prompts.templates import MOST_AT_ONCE, TEMPLATES, shows_tools
 from node.prompts.tokenizing import LONG, Tokenizing
 from node.prompts.turns import Turns
 from node.ring.compute_thread import MLXThread
@@ -63,6 +63,9 @@ class GenerationEngine:
         self._name = config.model_name
         self._defaults = Sampling.of_model(config.defaults)
         self._vocabulary = Vocabulary(tokenizer)
+        dialect = self._vocabulary.dialect
+        self._tools = dialect.calls is not None and shows_tools(tokenizer)
+        self._reasons = dialect.reasons
         self._tokenizing = Tokenizing(tokenizer, config.spec.context)
         self._checkers = ThreadPoolExecutor(max_workers=CHECKERS, thread_name_prefix="tokenize")
         self._long = Turns(LONG_AT_ONCE)  # long prompts leave threads and cores to short ones
@@ -188,6 +191,8 @@ class GenerationEngine:
                 lanes=len(scheduler.lanes) if scheduler is not None else 0,
                 kept_caches=len(scheduler.prefix_cache) if scheduler is not None else 0,
                 kept_bytes=scheduler.prefix_cache.nbytes if scheduler is not None else 0,
+                tools=self._tools,
+                reasons=self._reasons,
             )
 
     @property

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ LOW_PRIORITY = 15
 # Of an answer's JSON, for one character of text, and for one unread field of a message.
 JSON_BYTES = 12
 UNREAD_BYTES = 256
+_TOOLS = re.compile(r"\btools\b")
 
 
 def template_of(tokenizer: Any, with_tools: bool = False) -> str | None:
@@ -55,6 +57,20 @@ def template_of(tokenizer: Any, with_tools: bool = False) -> str | None:
         return str(inner.get_chat_template(tools=[] if with_tools else None))
     except ValueError as error:
         raise InputError(f"messages: {in_one_line(error)}") from error
+
+
+def shows_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chats may have tools: its template names them, or is a Python format.
+
+    A template is not rendered for this: one that names tools may still refuse some.
+    """
+    if not tokenizer.has_chat_template:
+        return False
+    try:
+        template = template_of(tokenizer, with_tools=True)
+    except InputError:
+        return False
+    return template is None or _TOOLS.search(template) is not None
 
 
 def variables_of(tokenizer: Any) -> dict[str, Any]:

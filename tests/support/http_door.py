@@ -61,7 +61,10 @@ class Parrot:
         yield self.finished.append
 
     async def describe(self) -> ChatInfo:
-        return self.info()
+        """What else the head knows: this one's template has tools."""
+        info = self.info()
+        info.tools = True
+        return info
 
     async def measure(self) -> Measured:
         return Measured(info=self.info())

@@ -247,6 +247,14 @@ async def test_who_loads_a_model_as_of_ollama_hears_that_it_is(
     assert (early.status_code, early.json()["progress"]) == (503, 0.25)
 
 
+async def test_what_a_model_can_do_is_not_said_before_it_is_known(
+    door: Door, http: httpx.AsyncClient
+) -> None:
+    door.service.state = "loading"
+    early = await http.post("/api/show", json={"model": "parrot"})
+    assert early.json()["capabilities"] == ["completion"]
+
+
 async def test_while_the_model_loads_the_reason_is_said(
     door: Door, http: httpx.AsyncClient
 ) -> None:

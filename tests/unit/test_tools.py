@@ -19,6 +19,7 @@ from node.answers.text import TextStream
 from node.constraints.build import constraint_of
 from node.constraints.mask import Mask
 from node.constraints.vocabulary import Vocabulary
+from node.prompts.templates import shows_tools
 from node.tools.reader import CallReader
 from tests.support.constrained import POINT
 from tests.support.engines import Script, Tiny
@@ -182,6 +183,19 @@ def answer(
     finish = GenerateEvent(finish=Finish(reason="stop"))
     reader.read(finish)
     return whole, finish.finish.reason
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_that_names_tools_shows_them(
+    tokenizer_of: Callable[[str], TokenizerWrapper], name: str
+) -> None:
+    tokenizer = tokenizer_of(name)
+    inner = tokenizer._tokenizer
+    for template in (None, "{{ toolset }}{{ messages[0].content }}"):
+        inner.chat_template = template
+        assert not shows_tools(TokenizerWrapper(inner))
+    inner.chat_template = "{% if tools is defined %}{{ tools | tojson }}{% endif %}"
+    assert shows_tools(TokenizerWrapper(inner))
 
 
 # Reading

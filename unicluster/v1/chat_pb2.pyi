@@ -968,6 +968,8 @@ class ChatInfo(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     RING_S_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     quant: _builtins.str
     context: _builtins.int
@@ -990,6 +992,10 @@ class ChatInfo(_message.Message):
     """of a frame that asks for no computing, once round, just now"""
     progress: _builtins.float
     """share of the weights that are fetched and loaded, 0 to 1"""
+    tools: _builtins.bool
+    """its chat template shows tools, and its form of calls is known"""
+    reasons: _builtins.bool
+    """it writes its reasoning apart"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageInfo]: ...
     def __init__(
@@ -1009,10 +1015,12 @@ class ChatInfo(_message.Message):
         cause: _builtins.str = ...,
         ring_s: _builtins.float = ...,
         progress: _builtins.float | None = ...,
+        tools: _builtins.bool = ...,
+        reasons: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "cause", b"cause", "context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "progress", b"progress", "quant", b"quant", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "cause", b"cause", "context", b"context", "detail", b"detail", "kept_bytes", b"kept_bytes", "kept_caches", b"kept_caches", "lanes", b"lanes", "live_caches", b"live_caches", "model", b"model", "progress", b"progress", "quant", b"quant", "reasons", b"reasons", "ring_s", b"ring_s", "stages", b"stages", "state", b"state", "tools", b"tools", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
     _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
