@@ -21,7 +21,7 @@ NO_EFFECT = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
 )
 
-# Tokens before the next one that penalties look at, as in mlx-lm: node/generation/sampling.py.
+# Tokens before the next one that the repetition penalty looks at: node/generation/sampling.py.
 PENALTY_WINDOW = 20
 
 

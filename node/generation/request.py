@@ -68,7 +68,7 @@ class Job:
 
     def chooser(self) -> TokenChooser:
         """The sampler of the answer's tokens, which the last stage may choose; also greedy."""
-        needs_logits = bool(self.sampling.processors()) or self.logprobs is not None
+        needs_logits = bool(self.sampling.processors(len(self.tokens))) or self.logprobs is not None
         return self.sampling.chooser(needs_logits, self._drawn, self.filters)
 
     @property
@@ -83,7 +83,7 @@ class Job:
 
     def processors(self) -> list[LogitsProcessor]:
         """Logits processors of the answer; the filters come last."""
-        return [*self.sampling.processors(), *self.filters]
+        return [*self.sampling.processors(len(self.tokens)), *self.filters]
 
 
 def check_request(

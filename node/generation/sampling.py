@@ -6,7 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import (
+    make_frequency_penalty,
+    make_logits_processors,
+    make_presence_penalty,
+    make_sampler,
+)
 
 from node.constraints.mask import Filter, packed_mask
 from node.mlx.compat import draws_one_number, number_drawn, uncompiled
@@ -20,6 +25,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 # Of PCG64, for one seed of a token: its range is half that of a step, so none is drawn again.
 STEPS_PER_SEED = 1
+# Of penalties: of the tokens that they get they look at this many, the last ones.
+WHOLE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,23 @@ class Sampling:
         """
         return TokenChooser(self, needs_logits, self.sampler(drawn), filters)
 
-    def processors(self) -> list[LogitsProcessor]:
-        """The bias, then mlx-lm's penalties, each over its window of recent tokens.
+    def processors(self, prompt_tokens: int) -> list[LogitsProcessor]:
+        """The bias, then penalties: the repetition's over mlx-lm's window of recent tokens, prompt
+        included, the others' over the whole answer so far, as OpenAI's document has them.
 
-        The windows include the prompt's tokens.
+        prompt_tokens: how many of a sequence's tokens, from the first, are not of its answer.
         """
         repetition = None if self.repetition_penalty == 1 else self.repetition_penalty
         processors: list[LogitsProcessor] = make_logits_processors(
             logit_bias=dict(self.logit_bias) or None,
             repetition_penalty=repetition,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
         )
+        if self.presence_penalty:
+            penalty = make_presence_penalty(self.presence_penalty, WHOLE)
+            processors.append(_of_answer(penalty, prompt_tokens))
+        if self.frequency_penalty:
+            penalty = make_frequency_penalty(self.frequency_penalty, WHOLE)
+            processors.append(_of_answer(penalty, prompt_tokens))
         return processors
 
 
@@ -224,6 +236,15 @@ class TokenChooser:
         if self.draw is None:
             return mx.argmax(logprobs, axis=-1)
         return self.draw.drawn(logprobs, self.draw.next_seed() if seed is None else seed)
+
+
+def _of_answer(penalty: LogitsProcessor, prompt_tokens: int) -> LogitsProcessor:
+    """A penalty that sees the tokens behind the first `prompt_tokens`."""
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        return penalty(tokens[prompt_tokens:], logits)
+
+    return processor
 
 
 def _check(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -156,7 +156,7 @@ def assert_usable(result: Job | str) -> None:
         return
     assert 0 < len(result.tokens) < CONTEXT
     assert 0 < result.max_tokens <= CONTEXT - len(result.tokens)
-    result.sampling.processors()
+    result.sampling.processors(0)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

@@ -102,13 +102,47 @@ async def test_answers_of_caches_that_do_not_batch_have_a_lane_each(name: str, t
     assert [t.tokens for t in received] == [(await odd.alone(prompt)).tokens for prompt in prompts]
 
 
+def penalties_of_mlx_lm(prompt: list[int], **penalties: float) -> list[Any]:
+    """mlx-lm's own; presence and frequency see all of the answer, and nothing of the prompt."""
+
+    def of_answer(penalty: Any) -> Any:
+        return lambda tokens, logits: penalty(tokens[len(prompt) :], logits)
+
+    repetition = {name: penalties.pop(name) for name in ["repetition_penalty"] if name in penalties}
+    wide = {f"{name.partition('_')[0]}_context_size": 1000 for name in penalties}
+    others = make_logits_processors(**penalties, **wide) if penalties else []
+    return [*make_logits_processors(**repetition), *map(of_answer, others)]
+
+
+async def test_penalties_see_the_whole_answer_and_no_prompt(tiny: Tiny) -> None:
+    """Alone and in a batch, past any window: this model would repeat itself without."""
+    engine = await tiny.engine(users=2)
+    prompts = [PROMPTS[2], PROMPTS[3]]
+    asks = [
+        of_tokens(prompt, max_tokens=60, sampling=Sampling(presence_penalty=2, frequency_penalty=1))
+        for prompt in prompts
+    ]
+    alone = [(await ask(engine, each)).tokens for each in asks]
+    together = [each.tokens for each in await asyncio.gather(*(ask(engine, each) for each in asks))]
+    engine.close()
+
+    penalties = {"presence_penalty": 2.0, "frequency_penalty": 1.0}
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        processors = penalties_of_mlx_lm(prompt, **penalties)
+        wanted = await tiny.alone(prompt, max_tokens=60, logits_processors=processors)
+        narrow = make_logits_processors(**penalties)
+        other = await tiny.alone(prompt, max_tokens=60, logits_processors=narrow)
+        assert tokens == wanted.tokens != other.tokens
+    assert together == alone
+
+
 async def test_penalties_hold_where_nothing_batches(tiny: Tiny) -> None:
     odd = Tiny(await THREAD.run(lambda: zoo.build("llama4")), tiny.tokenizer)
     engine = await odd.engine()
     penalties = Sampling(repetition_penalty=1.5, presence_penalty=1.0)
     received = await ask(engine, of_tokens(PROMPTS[0], sampling=penalties))
     engine.close()
-    processors = make_logits_processors(repetition_penalty=1.5, presence_penalty=1.0)
+    processors = penalties_of_mlx_lm(PROMPTS[0], repetition_penalty=1.5, presence_penalty=1.0)
     assert received.tokens == (await odd.alone(PROMPTS[0], logits_processors=processors)).tokens
 
 
@@ -221,7 +255,7 @@ async def test_penalties_are_those_of_mlx_lm(engine: GenerationEngine, tiny: Tin
         ask(engine, of_tokens(PROMPTS[2], sampling=Sampling(**penalties))),
         ask(engine, of_tokens(PROMPTS[0])),
     )
-    processors = make_logits_processors(**penalties)
+    processors = penalties_of_mlx_lm(PROMPTS[2], **penalties)
     alone = await tiny.alone(PROMPTS[2], logits_processors=processors)
     assert received.tokens == alone.tokens != (await tiny.alone(PROMPTS[2])).tokens
 
