@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.models.cache import (
     can_trim_prompt_cache,
@@ -21,10 +23,18 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from node.constraints import mask
+from node.constraints.mask import Allowed, Filter
+from node.generation.answer import Answer
+from node.generation.batch import BatchDecoder
+from node.generation.request import Job
+from node.generation.sampling import Sampling
+from node.generation.sequence import Sequence
 from node.mlx.rollback import restore, snapshot
+from node.pipeline.pipeline_model import PipelineModel
 from tests.support.mixed import mixed
 from tests.support.sampled import sampled
-from tests.support.tiny import tiny_config, write_model
+from tests.support.tiny import VOCAB, tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint
 from unicluster.errors import InputError
 
@@ -144,3 +154,58 @@ def test_speculative_decoding(pair: Pair, tmp_path: Path) -> None:
         return [(token, was_drafted) for token, _, was_drafted in drafted]
 
     assert found(pair.split) == found(pair.plain)
+
+
+class Thirds(Filter):
+    """Lets a third of the vocabulary pass, another one at each place."""
+
+    def allowed(self, drafts: Any) -> int:
+        return len(drafts)
+
+    def _take(self, token: int) -> None:
+        pass
+
+    def _next_mask(self) -> Allowed:
+        return (np.arange(self._vocabulary) + self.taken) % 3 == 0
+
+
+def masked(model: Any, samplings: list[Sampling]) -> list[list[int]]:
+    """20 tokens of each answer of one batch."""
+    decoder, found = BatchDecoder(model), {}
+    for number, sampling in enumerate(samplings):
+        prompt = PROMPT[: 20 + number]
+        job: Any = Job(prompt, 50, sampling, (), None, None, constraint=Thirds(len(prompt), VOCAB))
+        job.constraint.follow([])
+        ticket: Any = SimpleNamespace(job=job)
+        sequence = Sequence(ticket, Answer.__new__(Answer), cache=make_prompt_cache(model))
+        model(mx.array([prompt[:-1]]), cache=sequence.cache)
+        sequence.cached = len(prompt) - 1
+        decoder.add(sequence)
+        found[sequence] = list[int]()
+    while min(map(len, found.values())) < 20:
+        for sequence, token, _ in decoder.step():
+            found[sequence].append(token)
+    for sequence in found:
+        decoder.remove(sequence)
+    decoder.close()
+    return [tokens[:20] for tokens in found.values()]
+
+
+def test_it_does_not_matter_where_tokens_of_a_mask_are_chosen(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mask, "QUICK_S", float("inf"))  # however slow this machine is
+    samplings = [Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=3)]
+    back = pair.split.trips.hops[-1]
+    before = back.bytes
+    there = masked(pair.split, samplings)
+    fewer = back.bytes - before
+
+    monkeypatch.setattr(PipelineModel, "chooses", False)
+    before = back.bytes
+    here = masked(pair.split, samplings)
+
+    assert there == here
+    if pair.head == "ggml":  # else the head makes the logits
+        assert fewer < (back.bytes - before) / 2
+    assert all((token + taken) % 3 == 0 for taken, token in enumerate(there[0], start=20))
