@@ -19,7 +19,7 @@ from coordinator.fleet.members import Members
 from coordinator.models import inspect_child
 from coordinator.models.catalog import QUANTS, model_names
 from coordinator.models.question import RequestedModel, alternatives, ask, variants_of, with_gguf
-from coordinator.planning.filling import DRAFT_RATE, LOOKUP_RATE
+from coordinator.planning.filling import DRAFT_RATE, LOOKUP_RATE, fills_pipe
 from coordinator.planning.placement import Layout, Objective, Plan
 from coordinator.planning.planner import plan
 from coordinator.planning.rivals import rivals
@@ -112,7 +112,9 @@ def run(**options: Any) -> int:
             raise
         print(json.dumps(refused(question, args.objective, error), indent=1))
         return error.exit_code
-    if args.speculate in (AUTO, LOOKUP) and len(best.stages) > 1:
+    if args.speculate in (AUTO, LOOKUP) and fills_pipe(
+        best, question.variants, auto=args.speculate == AUTO
+    ):
         best = replace(best, guess_rate=LOOKUP_RATE)
     if args.json:
         print(json.dumps(planned(question, best), indent=1))

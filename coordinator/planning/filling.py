@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from coordinator.planning.placement import Layout, Stage, decode_seconds, guessing_seconds
+from coordinator.planning.engines import DEFAULT
+from coordinator.planning.placement import Layout, Plan, Stage, decode_seconds, guessing_seconds
 from coordinator.planning.pool import Pool
 from coordinator.planning.search.cheapest import cheapest
+from coordinator.planning.variants import ModelVariants
 
 # Rates of right guesses that are assumed: of a smaller model of the family, and of lookup where a
 # text repeats what it has said. No placement is chosen by the second.
@@ -16,6 +18,15 @@ LOOKUP_RATE = 0.5
 # Limits of the slowest stage that are tried, between the least possible and that of least latency.
 LIMITS = 8
 ROUNDING = 1e-12
+
+
+def fills_pipe(plan: Plan, model: ModelVariants, *, auto: bool) -> bool:
+    """Whether guesses by lookup can follow one another: copies of recurrent states come with each,
+    which llama.cpp does not make, and MLX only where lookup was asked for by name.
+    """
+    if any(layout.recurrent for layout in model.layouts):
+        return len(plan.stages) > 1 and not auto and plan.engines == (DEFAULT,)
+    return len(plan.stages) > 1
 
 
 def draft_seconds(head: Stage, layout: Layout) -> float:

@@ -60,6 +60,8 @@ class Layout:
     added_lm_head_bytes: what the last stage needs besides to compute logits; 0: it can't.
     vocabulary: logits of a token; 0: not known.
     workspace_bytes: of a stage's buffers to compute in, where its engine says it; else 0.
+    recurrent: layers have states, which can't be trimmed by some tokens. window: tokens of the
+    smallest sliding window; 0: none.
     """
 
     model_type: str
@@ -87,6 +89,8 @@ class Layout:
     added_lm_head_bytes: int = 0
     vocabulary: int = 0
     workspace_bytes: int = 0
+    recurrent: bool = False
+    window: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(self.layer_bytes), len(self.layer_active_bytes), len(self.kv_bytes_per_layer)}
@@ -122,6 +126,8 @@ class Layout:
             added_lm_head_bytes=layout.finish_bytes,
             vocabulary=layout.vocabulary,
             workspace_bytes=layout.workspace_bytes,
+            recurrent=layout.recurrent,
+            window=layout.window,
         )
 
     def without_lm_head(self) -> Layout:

@@ -15,6 +15,7 @@ from coordinator.planning.rivals import Rival
 from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.devices import devices_table, share_lines, usable_cell
 from coordinator.terminal.engine_lines import engine_lines, listed
+from coordinator.terminal.reuse_lines import reuse_lines
 from coordinator.terminal.tables import (
     FREE,
     KV,
@@ -289,6 +290,8 @@ class _Planned:
         facts.add_row("head", Text(head))
         for i, line in enumerate(engine_lines(plan, self.variants)):
             facts.add_row("" if i else "engine", Text(line))
+        for i, line in enumerate(reuse_lines(plan, self.variants)):
+            facts.add_row("" if i else "reuse", Text(line))
         for i, line in enumerate(share_lines(plan)):
             facts.add_row("" if i else "devices", Text(line))
         if plan.hops_s:

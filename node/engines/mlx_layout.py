@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from node.mlx.compat import direct_arrays
-from node.mlx.compat_caches import add_empty_tokens, is_recurrent, leaves
+from node.mlx.compat_caches import add_empty_tokens, is_recurrent, leaves, window
 from node.mlx.crossing import forbidden_cuts, hidden_size, lm_head_modules, token_bytes
 from node.mlx.dataflow import Dataflow, watched
 from node.mlx.kv_quant import UnquantizableError, check_quantizable, quantize
@@ -91,6 +91,8 @@ def layout_of(
         hidden_size=hidden_size(found),
         finish_bytes=_finish_bytes(model, found),
         vocabulary=step.vocabulary,
+        recurrent=step.recurrent,
+        window=step.window,
     )
 
 
@@ -139,6 +141,8 @@ class _Step:
     kv_bytes: list[int]
     vocabulary: int
     chosen: dict[int, int]
+    recurrent: bool
+    window: int
 
 
 def _decode_step(model: nn.Module, found: Dataflow, context: int, kv_bits: int) -> _Step:
@@ -167,7 +171,8 @@ def _decode_step(model: nn.Module, found: Dataflow, context: int, kv_bits: int) 
     with watched([part for layer in found.layers for part in _experts(layer)], watch):
         logits = _one_token(model, cache, kv_bits)
     kv_bytes = [sum(cache[index].nbytes for index in entries) for entries in found.cache_entries]
-    return _Step(kv_bytes, logits.shape[-1], chosen)
+    windows = [size for entry in leaves(cache) if (size := window(entry))]
+    return _Step(kv_bytes, logits.shape[-1], chosen, recurrent, min(windows, default=0))
 
 
 def _one_token(model: nn.Module, cache: list[Any], kv_bits: int) -> mx.array:

@@ -91,6 +91,9 @@ class Sizes:
 class Layers:
     """A cut file loaded. For one thread. workspace_bytes: of the buffers that it computes in.
 
+    recurrent: layers have states, which can't be trimmed. window: tokens of the sliding window of
+    layers that can be; 0: none.
+
     Raises StageError when llama.cpp can't load it, or has no such device.
     """
 
@@ -113,8 +116,8 @@ class Layers:
         )
         # Cells that a window has passed are given to others if they are of one sequence alone, and
         # would be missed after a trim: so each sequence has a twin, of the same cells.
-        self._window = 0 if self.recurrent else max(lib.llama_model_n_swa(self._model), 0)
-        self._twins = 2 if self._window else 1
+        self.window = 0 if self.recurrent else max(lib.llama_model_n_swa(self._model), 0)
+        self._twins = 2 if self.window else 1
         rope = int(lib.llama_model_rope_type(self._model))
         self._position_copies = 4 if rope in MULTIPLE_POSITIONS else 1
         leave = "" if sizes.vocabulary else sizes.exit.replace("%d", str(sizes.layers - 1))
@@ -250,12 +253,12 @@ class Layers:
 
         llama.cpp saves no more of a layer with a window than the window; saved: as it is then.
         """
-        if not self._window:
+        if not self.window:
             return 0
         first = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
         if saved:
-            first = max(first, self.last_position(sequence) + 1 - self._window)
-        return first + self._window - 1 if first > 0 else 0
+            first = max(first, self.last_position(sequence) + 1 - self.window)
+        return first + self.window - 1 if first > 0 else 0
 
     def state_size(self, sequence: int) -> int:
         """Bytes of a sequence's saved state."""

@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -39,6 +39,19 @@ CPU = "CPU"  # llama.cpp's name of it
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Facts about stages, or one of them, as llama.cpp says them.
+
+    workspace_bytes: of the buffers that the stage computes in which takes most; 0: not known.
+    recurrent, window: as in ModelLayout.
+    """
+
+    workspace_bytes: int = 0
+    recurrent: bool = False
+    window: int = 0
+
+
 def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
     """The exact bytes of weights and caches; of the files only the headers need be here.
 
@@ -52,6 +65,7 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
             f"context: {context} tokens, and {manifest.model} is made for at most {limit}"
         )
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    asked = ask(gguf, context, users)
     layers = [gguf.of_layer(layer) for layer in range(gguf.layers)]
     sizes = [sum(gguf.tensors[name][1].size for name in names) for names in layers]
     active = [sum(_active(gguf, name) for name in names) for names in layers]
@@ -86,7 +100,9 @@ def inspect(checkpoint: Checkpoint, context: int, users: int) -> ModelLayout:
         hidden_size=gguf.hidden_size,
         tail_bytes=after,
         vocabulary=gguf.vocabulary,
-        workspace_bytes=workspace_bytes(gguf, context, users),
+        workspace_bytes=asked.workspace_bytes,
+        recurrent=asked.recurrent,
+        window=asked.window,
     )
 
 
@@ -106,16 +122,16 @@ def planned_bytes(gguf: Gguf, context: int, users: int) -> list[int]:
     return [here + waiting for here, waiting in zip(*both, strict=True)]
 
 
-def workspace_bytes(gguf: Gguf, context: int, users: int) -> int:
-    """Bytes of the buffers that llama.cpp would compute a stage in, of that which takes most.
+def ask(gguf: Gguf, context: int, users: int) -> Asked:
+    """Facts about a model that llama.cpp knows, and its file does not say.
 
     It is asked without any weights, for steps as on a CPU and as on a GPU, of two halves of the
-    model: buffers serve one layer after the other. 0 where there is no llama.cpp, or one that
-    doesn't take the model; then plans reckon by the hidden state's size. Raises StageError where
-    it has no such architecture.
+    model: buffers serve one layer after the other. Nothing is known where there is no llama.cpp, or
+    one that doesn't take the model; then plans reckon by the hidden state's size. Raises StageError
+    where it has no such architecture.
     """
     if importlib.util.find_spec("llama_cpp") is None:
-        return 0
+        return Asked()
     forbidden = set(forbidden_cuts(gguf.header))
     cuts = [cut for cut in range(1, gguf.layers) if cut not in forbidden]
     bounds = sorted({0, *cuts[len(cuts) // 2 :][:1], gguf.layers})
@@ -131,19 +147,24 @@ def workspace_bytes(gguf: Gguf, context: int, users: int) -> int:
         raise StageError(f"{name}: {error}") from error
     except UniclusterError as error:
         log.info("llama.cpp can't say what it would compute in: %s", error)
-        return 0
-    return max(asked)
+        return Asked()
+    windows = [each.window for each in asked if each.window]
+    return Asked(
+        max(each.workspace_bytes for each in asked),
+        any(each.recurrent for each in asked),
+        min(windows, default=0),
+    )
 
 
-def _asked(gguf: Gguf, part: Part, file: Path) -> list[int]:
-    """Bytes of a stage's buffers on a CPU, and with steps as on a GPU."""
+def _asked(gguf: Gguf, part: Part, file: Path) -> list[Asked]:
+    """Facts about a stage, with steps as on a CPU and as on a GPU."""
     with file.open("wb") as stream:
         write_empty(gguf, stream, part.first, part.end, part.has_lm_head)
     sizes = replace(stage_sizes(gguf, part), simulated=True)
     found = []
     for large in (False, True):
         layers = Layers(file, replace(sizes, large_steps=large))
-        found.append(layers.workspace_bytes)
+        found.append(Asked(layers.workspace_bytes, layers.recurrent, layers.window))
         layers.close()
     return found
 

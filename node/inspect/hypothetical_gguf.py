@@ -69,6 +69,8 @@ def hypothetical_gguf(mlx: ModelLayout, config: dict[str, Any]) -> ModelLayout |
         hidden_size=hidden,
         tail_bytes=lm_head,
         vocabulary=mlx.vocabulary,
+        recurrent=mlx.recurrent,
+        window=mlx.window,
     )
 
 

@@ -129,6 +129,17 @@ def test_models_that_the_readme_names_run_on_strix_boxes() -> None:
         assert {stage["engine"] for stage in planned(name, *STRIX_BOXES)["stages"]} == {"ggml"}
 
 
+def test_how_far_a_recurrent_model_can_be_rolled_back_is_said() -> None:
+    fleet = ("--fleet", "2x framework-desktop-128", "--context", "4096", "--speculate", "lookup")
+
+    ggml = " ".join(run_here("plan", "qwen3-next", *fleet, "--engine", "ggml").out.split())
+    mlx = " ".join(run_here("plan", "qwen3-next", *fleet, "--engine", "mlx").out.split())
+
+    assert "reuse of recurrent layers only whole copies, kept where messages begin and" in ggml
+    assert "guessing" not in ggml
+    assert "reuse a cached prompt only as a whole, because of recurrent layers" in mlx
+
+
 @pytest.mark.sweep
 def test_every_catalogue_model_is_planned_on_strix_boxes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,10 +42,24 @@ def test_no_stage_computes_in_more_than_was_asked_for(tmp_path: Path, architectu
     forbidden = set(forbidden_cuts(tiny.gguf.header))
     cuts = [cut for cut in range(1, tiny.gguf.layers) if cut not in forbidden]
 
-    asked = layout.workspace_bytes(tiny.gguf, CONTEXT, USERS)
+    asked = layout.ask(tiny.gguf, CONTEXT, USERS).workspace_bytes
 
     for cut in {cuts[0], cuts[len(cuts) // 2], cuts[-1]}:
         assert 0 < max(real_bytes(tiny, 0, cut, tiny.gguf.layers)) <= asked
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recurrent", "window"),
+    [("llama", False, 0), ("qwen3next", True, 0), ("gemma3", False, 16)],
+)
+def test_llama_cpp_says_what_can_be_rolled_back(
+    tmp_path: Path, architecture: str, recurrent: bool, window: int
+) -> None:
+    tiny = Tiny.make(tmp_path, architecture)
+
+    found = layout.inspect(whole(tiny.file), CONTEXT, USERS)
+
+    assert (found.recurrent, found.window) == (recurrent, window)
 
 
 def test_a_real_model_computes_in_what_was_asked_for(tmp_path: Path) -> None:
@@ -54,7 +68,7 @@ def test_a_real_model_computes_in_what_was_asked_for(tmp_path: Path) -> None:
     tiny = Tiny(real_file, open_gguf(whole(real_file)), tmp_path)
     middle = tiny.gguf.layers // 2
 
-    asked = layout.workspace_bytes(tiny.gguf, CONTEXT, USERS)
+    asked = layout.ask(tiny.gguf, CONTEXT, USERS).workspace_bytes
 
     real = max(real_bytes(tiny, 0, middle, tiny.gguf.layers))
     assert real <= asked < real + 32 * 2**20  # steps on a GPU are larger
@@ -69,7 +83,7 @@ def test_a_model_that_llama_cpp_does_not_take_is_planned_by_the_rule(
     tiny = Tiny.make(tmp_path)
     monkeypatch.setattr(layout, "Layers", refuse)
 
-    assert layout.workspace_bytes(tiny.gguf, CONTEXT, USERS) == 0
+    assert layout.ask(tiny.gguf, CONTEXT, USERS).workspace_bytes == 0
 
 
 def test_a_plan_keeps_so_much_for_each_stage() -> None:

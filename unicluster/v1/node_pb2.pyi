@@ -531,6 +531,8 @@ class ModelLayout(_message.Message):
     FORBIDDEN_COUNTS_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
     WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    RECURRENT_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     GGUF_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     head_bytes: _builtins.int
@@ -563,6 +565,10 @@ class ModelLayout(_message.Message):
     """logits of a token"""
     workspace_bytes: _builtins.int
     """of a stage's buffers to compute in, as its engine says; 0: not asked"""
+    recurrent: _builtins.bool
+    """layers have states, which can't be trimmed by some tokens"""
+    window: _builtins.int
+    """tokens of the smallest sliding window; 0: none"""
     @_builtins.property
     def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -618,11 +624,13 @@ class ModelLayout(_message.Message):
         forbidden_counts: _abc.Iterable[_builtins.int] | None = ...,
         vocabulary: _builtins.int = ...,
         workspace_bytes: _builtins.int = ...,
+        recurrent: _builtins.bool = ...,
+        window: _builtins.int = ...,
         gguf: Global___ModelLayout | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gguf", b"gguf"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "finish_bytes", b"finish_bytes", "forbidden_counts", b"forbidden_counts", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users", "vocabulary", b"vocabulary", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embed_bytes", b"embed_bytes", "engine", b"engine", "files", b"files", "finish_bytes", b"finish_bytes", "forbidden_counts", b"forbidden_counts", "forbidden_cuts", b"forbidden_cuts", "gguf", b"gguf", "head_active_bytes", b"head_active_bytes", "head_bytes", b"head_bytes", "hidden_bytes", b"hidden_bytes", "hidden_size", b"hidden_size", "kv_bytes_per_layer", b"kv_bytes_per_layer", "layer_active_bytes", b"layer_active_bytes", "layer_active_parameters", b"layer_active_parameters", "layer_bytes", b"layer_bytes", "max_context", b"max_context", "model_type", b"model_type", "parameters", b"parameters", "quant", b"quant", "recurrent", b"recurrent", "revision", b"revision", "tail_bytes", b"tail_bytes", "users", b"users", "vocabulary", b"vocabulary", "window", b"window", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
