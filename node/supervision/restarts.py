@@ -5,9 +5,10 @@ from collections import deque
 # A worker that keeps crashing is not helped by starting it again.
 RESTARTS = 3
 RESTART_WINDOW = 60.0
-# Pauses before it is started again double, until it has run for a while.
+# Pauses before it is started again double, until it has run for a while. Answers wait for each:
+# stages outlive deployments, so crashes of a whole day would add up to pauses of minutes.
 FIRST_PAUSE_SECONDS = 0.25
-LAST_PAUSE_SECONDS = 30.0
+LAST_PAUSE_SECONDS = 2.0
 STEADY_SECONDS = 600.0
 
 

@@ -23,6 +23,14 @@ def test_pauses_grow_for_one_that_is_stuck_now_and_then() -> None:
     assert pauses[-1] == LAST_PAUSE_SECONDS
 
 
+def test_answers_that_wait_for_a_worker_never_wait_long_for_its_pause() -> None:
+    """Crashes that are minutes apart say nothing of the next start."""
+    restarts = Restarts()
+    pauses = [restarts.after(now, now + 200.0, ready=True) for now in range(0, 20_000, 201)]
+
+    assert max(pause or 60.0 for pause in pauses) <= 2.0
+
+
 def test_after_a_steady_while_they_begin_anew() -> None:
     restarts = Restarts()
     for now in (0.0, 50.0):
