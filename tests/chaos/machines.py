@@ -81,7 +81,7 @@ class Machines:
             "--grpc-port": self._port,
             "--host": self._lan.address(DOOR) if self._lan is not None else HOST,
         }
-        words = [word for pair in options.items() for word in pair]
+        words = [word for pair in options.items() for word in pair] + ["--debug"]
         self.server: ServeProgram = self.cluster.serve(
             self._model, *words, env=self._points.variables(DOOR)
         )
