@@ -15,6 +15,7 @@ from unicluster.terminal.console import Console
 from unicluster.trust.keyring import Membership
 from unicluster.trust.store import Store
 
+WIDTH = len("certificate")  # the longest subject
 _MARKS = {
     Level.OK: "[green]✓[/green]",
     Level.WARNING: "[yellow]![/yellow]",
@@ -62,10 +63,10 @@ def _rotation() -> list[Finding]:
 
 def _print(console: Console, findings: Iterable[Finding]) -> None:
     for finding in findings:
-        line = f"{_MARKS[finding.level]} {finding.subject:10} {escape(finding.message)}"
+        line = f"{_MARKS[finding.level]} {finding.subject:{WIDTH}} {escape(finding.message)}"
         console.print(line, soft_wrap=True)
         if finding.remedy:
-            console.print(f"  {'':10} → {finding.remedy}", soft_wrap=True, markup=False)
+            console.print(f"  {'':{WIDTH}} → {finding.remedy}", soft_wrap=True, markup=False)
 
 
 command = Command(

@@ -86,7 +86,8 @@ def _mac(run: Runner) -> Iterator[Finding]:
         yield Finding(
             Level.WARNING,
             "sleep",
-            f"this Mac sleeps after {asleep[1]} minutes, and leaves the cluster then",
+            f"this Mac sleeps after {asleep[1]} minutes without a stage, "
+            "and leaves the cluster then",
             "sudo pmset -a sleep 0",
         )
     else:
@@ -118,7 +119,8 @@ def _linux_sleep(run: Runner) -> Finding:
     return Finding(
         Level.WARNING,
         "sleep",
-        "the desktop may put this machine to sleep, and it leaves the cluster then",
+        "the desktop may put this machine to sleep while it has no stage, and it leaves the "
+        "cluster then",
         "sudo systemctl mask sleep.target suspend.target hibernate.target hybrid-sleep.target",
     )
 

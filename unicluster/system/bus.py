@@ -28,6 +28,8 @@ def system_bus() -> Iterator[DBusConnection]:
     try:
         with open_dbus_connection("SYSTEM", enable_fds=True) as connection:
             yield connection
+    except FileNotFoundError:
+        raise BusError("this system has no D-Bus") from None
     except (OSError, ValueError, RuntimeError, DBusErrorResponse) as error:
         raise BusError(f"the system's D-Bus: {error}") from error
 
