@@ -14,6 +14,7 @@ from coordinator.planning.placement import Layout, Plan, Stage
 from coordinator.planning.rivals import Rival
 from coordinator.planning.variants import ModelVariants
 from coordinator.terminal.devices import devices_table, share_lines, usable_cell
+from coordinator.terminal.disk_line import disk_line
 from coordinator.terminal.engine_lines import engine_lines, listed
 from coordinator.terminal.reuse_lines import reuse_lines
 from coordinator.terminal.tables import (
@@ -294,6 +295,8 @@ class _Planned:
             facts.add_row("" if i else "reuse", Text(line))
         for i, line in enumerate(share_lines(plan)):
             facts.add_row("" if i else "devices", Text(line))
+        if disk := disk_line(plan):
+            facts.add_row("disk", Text(disk))
         if plan.hops_s:
             known = "measured" if all(s.hop_measured for s in plan.stages) else "assumed"
             hops = f"{len(plan.stages)}, together {format_ms(plan.hops_s)} ms per token, {known}"

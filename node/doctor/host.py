@@ -12,6 +12,7 @@ import psutil
 from node.agent.commands import Runner, run_command
 from node.agent.host_memory import GIB
 from node.doctor import gpu_memory, processors
+from node.doctor.disk import models_disk
 from node.doctor.finding import Finding, Level
 from unicluster.program import code_command
 from unicluster.units import format_bytes
@@ -30,7 +31,7 @@ def examine(
     """`root`, `run` and `system` stand for the file system, its commands and `sys.platform`."""
     of_system = _mac(run) if system == "darwin" else _linux(root, run)
     swapped, used = swap(psutil.swap_memory().used), processors.cores(processors.measured())
-    return [_mlx(run), _clock(time.time()), swapped, used, *of_system]
+    return [_mlx(run), _clock(time.time()), swapped, used, models_disk(), *of_system]
 
 
 def swap(used: int, total: int | None = None) -> Finding:

@@ -17,6 +17,7 @@ from tests.support.command import run_here
 from tests.support.deadlines import scaled
 from tests.support.tiny import tiny_config, write_model
 from tests.support.tiny_gguf import from_checkpoint, write_gguf
+from unicluster.units import format_bytes
 
 
 def planned(*words: str) -> dict[str, Any]:
@@ -127,6 +128,17 @@ def test_models_that_the_readme_names_run_on_strix_boxes() -> None:
     assert named
     for name in named:
         assert {stage["engine"] for stage in planned(name, *STRIX_BOXES)["stages"]} == {"ggml"}
+
+
+def test_room_on_disks_for_stages_of_a_gguf_is_said() -> None:
+    words = ("deepseek-r1", "--fleet", "4x framework-desktop-128", "--context", "4096")
+
+    shown = " ".join(run_here("plan", *words, "--engine", "ggml").out.split())
+
+    for stage in planned(*words, "--engine", "ggml")["stages"]:
+        assert f"{stage['node']} {format_bytes(stage['weight_bytes'])}" in shown
+    assert "for stages, beside the model's files; hardly any on btrfs, XFS" in shown
+    assert "beside the model's files" not in run_here("plan", *words, "--engine", "mlx").out
 
 
 def test_how_far_a_recurrent_model_can_be_rolled_back_is_said() -> None:

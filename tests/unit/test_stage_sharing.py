@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
 
+from node.doctor.disk import models_disk
 from node.ggml.cut import Gguf
 from node.ggml.load import open_gguf
 from node.ggml.stage_file import Part, disk_bytes, file_bytes, stage_file
@@ -113,3 +114,17 @@ def test_another_disk_has_a_copy(model: Path, disk: Path, tmp_path: Path) -> Non
 
     assert disk_bytes(gguf, part, model.parent, disk) == file_bytes(gguf, part)
     check(model, gguf, stage, part)
+
+
+def test_doctor_says_that_blocks_can_be_shared(disk: Path) -> None:
+    assert models_disk(disk / "hub").message.endswith("stages share blocks with their GGUF there")
+
+
+def test_doctor_says_that_blocks_can_t_be_shared(tmp_path: Path) -> None:
+    with formatted_disk(tmp_path / "ext4.image", "ext4", DISK) as folder:
+        if folder is None:
+            pytest.skip("needs root, loop devices and mkfs.ext4")
+        finding = models_disk(folder / "hub" / "models")
+
+    assert finding.message.split("; ")[0].endswith(f"free in {folder}")
+    assert "a stage of a GGUF takes its bytes there once more" in finding.message
