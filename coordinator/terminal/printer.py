@@ -38,6 +38,7 @@ from coordinator.serving.events import (
 from coordinator.terminal.loading import LoadingBars
 from coordinator.terminal.plan import fleet_table, plan_table
 from unicluster.terminal.output import Output
+from unicluster.units import format_bytes
 
 
 @contextlib.contextmanager
@@ -61,6 +62,7 @@ class Printer:
         self._bars: LoadingBars | None = None
         self._loading: set[str] = set()
         self._lost: float | None = None  # when the model stopped answering
+        self._shown: set[str] = set()  # machines that were named
 
     def handle(self, event: Event) -> None:
         """Prints an event; some print nothing."""
@@ -69,6 +71,7 @@ class Printer:
                 self._spin("Looking for machines")
             case MachinesFound():
                 self.close()
+                self._shown = {machine.name for machine in event.machines}
                 self._console.print(fleet_table(event.machines))
             case Inspecting():
                 self._spin(f"Inspecting {event.model}")
@@ -76,6 +79,7 @@ class Printer:
                 self.close()
             case Planned():
                 self.close()
+                self._show_new(event.plan)
                 self._console.print(plan_table(event.plan, event.variants, event.model))
                 self._load(event.plan)
             case Progress() if self._bars is not None:
@@ -120,6 +124,19 @@ class Printer:
     def _spin(self, text: str) -> None:
         self.close()
         self._live.enter_context(self._console.status(text))
+
+    def _show_new(self, plan: Plan) -> None:
+        """Names machines of a plan that came after the table of machines was printed."""
+        for machine in (stage.machine for stage in plan.stages):
+            if machine.name not in self._shown:
+                self._shown.add(machine.name)
+                self._console.print(
+                    Text(machine.name, "bold").append(
+                        f" has come: {format_bytes(machine.usable)} usable, {machine.address}",
+                        "not bold",
+                    ),
+                    soft_wrap=True,
+                )
 
     def _load(self, plan: Plan) -> None:
         self._bars = self._live.enter_context(LoadingBars(plan, self._console))

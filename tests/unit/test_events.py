@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 import pytest
 from rich.console import Console
 
+from coordinator.planning.planner import plan
+from coordinator.planning.variants import ModelVariants
 from coordinator.serving.events import (
     WAITING,
     Event,
     Events,
     Listening,
+    MachinesFound,
     Move,
+    Planned,
     Ready,
     Recovered,
     Unloading,
@@ -22,6 +26,7 @@ from coordinator.serving.events import (
 )
 from coordinator.terminal.printer import Printer
 from tests.support.fleets import a_ring
+from tests.support.screens import LAYOUT, STUDIOS
 from unicluster.terminal.output import Output
 
 
@@ -132,3 +137,16 @@ def test_characters_that_the_stream_has_not_are_replaced() -> None:
 
 def test_a_stream_that_is_not_there_takes_everything() -> None:
     assert Output(None).write("hello") == 5
+
+
+def test_a_machine_that_came_after_the_table_is_named_once() -> None:
+    out = io.StringIO()
+    printer = Printer(Console(file=out, width=80))
+    best, variants = plan(LAYOUT, STUDIOS), ModelVariants(LAYOUT)
+    printer.handle(MachinesFound((STUDIOS[0],)))
+    for _ in range(2):
+        printer.handle(Planned("deepseek-r1 q8", variants, best))
+        printer.close()
+
+    assert out.getvalue().count(f"{STUDIOS[1].name} has come: 412.0 GB usable") == 1
+    assert f"{STUDIOS[0].name} has come" not in out.getvalue()
