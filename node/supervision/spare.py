@@ -45,7 +45,8 @@ class SpareWorker:
     @property
     def pid(self) -> int | None:
         """The spare worker's process id, while there is one."""
-        return self._waiting[1].pid if self._waiting is not None else None
+        waiting = self._waiting
+        return waiting[1].pid if waiting is not None and waiting[1].is_waiting else None
 
     async def start(self, config: WorkerConfig, environment: Environment) -> WorkerProcess:
         """A worker of that configuration, with those variables in its environment."""

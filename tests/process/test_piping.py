@@ -249,10 +249,10 @@ async def test_answers_move_between_decoders(split: Split, monkeypatch: pytest.M
     for decoder in (BatchDecoder, PipedDecoder):
         monkeypatch.setattr(decoder, "hand_over", _noted(decoder.hand_over, decoder, moves))
     sampling = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.2, seed=7)
-    # The one with the shortest prompt begins alone, and the one with most to say is left alone.
-    lengths = [40, 12, 12, 60]
+    # The one with the shortest prompt begins alone, has most to say, and is left alone.
+    lengths = [150, 12, 12, 12]
     requests = [
-        of_tokens(prompt, max_tokens=most, sampling=sampling, logprobs=2)
+        of_tokens(prompt, max_tokens=most, sampling=sampling, logprobs=2, ignore_eos=True)
         for prompt, most in zip(PROMPTS, lengths, strict=True)
     ]
     plain = await split.engine(lanes=1)

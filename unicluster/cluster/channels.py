@@ -39,10 +39,12 @@ MOST_CALLS_OF_PEER = 1024
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    cancelled = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not (cancelled or str(record.msg).startswith("Aborting method"))
 
 
-# gRPC logs each call that its client cancels as an error, with a traceback.
+# gRPC logs each call that its client cancels as an error, with a traceback, and warns of each that
+# was open when a server was stopped.
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
 HANDSHAKE_SECONDS = 5.0
