@@ -19,7 +19,7 @@ from unicluster.client.client import AsyncClient
 
 pytestmark = pytest.mark.sweep
 
-# Two machines hold the model and its draft, and one does not.
+# Two machines can hold the model and its draft; where more are expected to be faster, it is on all.
 MACHINES = ("ann", "bob", "cat")
 MEMORY = 4_000_000
 TOKENS = 300
@@ -70,7 +70,7 @@ def later_stage(cluster: LocalCluster, server: ServeProgram) -> AgentProgram:
     """The machine that holds the last stage of the model, which is served."""
     until(lambda: server.describe().state == "ready", "the model is served")
     stages = server.describe().stages
-    assert len(stages) == 2
+    assert len(stages) > 1
     return cluster.agents[stages[-1].node]
 
 
