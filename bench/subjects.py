@@ -22,7 +22,7 @@ CONTEXT = "2048"
 STARTED = 600.0
 # Memory of each of so many agents, by which the model takes just as many.
 MEMORY = {
-    "ggml": {1: "1GB", 2: "140MB", 3: "70MB"},
+    "ggml": {1: "1GB", 2: "140MB", 3: "90MB"},
     "mlx": {1: "2GB", 2: "500MB", 3: "240MB"},
 }
 LIBRARIES = "LLAMA_CPP_LIB_PATH"  # of llama-cpp-python: the folder of the libraries that it loads

@@ -67,11 +67,11 @@ def in_tokens(model: Path, questions: list[str], answers: list[Answer]) -> Answe
 
 
 @pytest.mark.sweep
-def test_a_real_gguf_over_three_machines_of_70_mb_answers_as_llama_cpp_does(
+def test_a_real_gguf_over_three_machines_of_90_mb_answers_as_llama_cpp_does(
     cluster: LocalCluster, file: Path
 ) -> None:
     pytest.importorskip("llama_cpp", reason="needs the extra unicluster[ggml]")
-    with cluster, served(cluster, file, "70MB") as server:
+    with cluster, served(cluster, file, "90MB") as server:
         engines = {stage.engine for stage in server.describe().stages}
         stages = len(server.describe().stages)
         plain = asked(server, list(QUESTIONS), 48, no_reuse=True)
