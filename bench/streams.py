@@ -46,7 +46,7 @@ async def at_rest(cluster: LocalCluster, server: ServeProgram, clients: int) -> 
 async def measure(
     cluster: LocalCluster, server: ServeProgram, clients: int, seconds: float
 ) -> tuple[Streams, dict[str, int], dict[str, int]]:
-    """What came of the streams, and the memory before and after them."""
+    """Results of the streams, and the memory before and after them."""
 
     async def stream(seconds: float, seed: int) -> Streams:
         return await stream_from_many(

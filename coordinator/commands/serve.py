@@ -208,7 +208,7 @@ class Running:
         self._lasts = lasts
 
     def leave_stages(self) -> None:
-        """What ends now begins anew soon, and takes up the stages, which stand until then."""
+        """Leaves the stages standing: this command begins anew soon, and takes them up."""
         self.service.leave_stages()
         if self._lasts is not None:
             self._lasts.comes_back = True

@@ -87,7 +87,7 @@ class Failure:
         return {} if self.not_ready is None else self.not_ready.fields()
 
     def of_model(self, info: ChatInfo, why_not: str) -> "Failure":
-        """The same failure, which states how the model is where that is its reason."""
+        """A copy of the failure, which states how the model is where that is its reason."""
         if self.code != UNAVAILABLE:
             return self
         return replace(self, not_ready=not_ready(info, why_not or self.message))

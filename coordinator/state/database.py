@@ -136,7 +136,7 @@ class Database:
             raise
 
     def _version(self) -> int:
-        """Of the schema. Raises InputError for one that is not known here."""
+        """Version of the schema. Raises InputError for one that is not known here."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise InputError(

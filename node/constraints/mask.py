@@ -59,7 +59,7 @@ class Filter(ABC):
         return self._mask_s <= QUICK_S
 
     def narrow(self, allowed: Allowed | None) -> Allowed | None:
-        """Of the next token's candidates (vocabulary,), those that it lets pass; None for all.
+        """Mask (vocabulary,) of the next token's candidates that it lets pass; None for all.
 
         All tokens of the answer have to be taken in.
         """

@@ -42,7 +42,7 @@ class NumberLimit:
         self._length = self._length + added if added else 0
 
     def limit(self, allowed: Tokens) -> Tokens:
-        """What of the allowed tokens (vocabulary,) still is: some of them, or all.
+        """Mask (vocabulary,) of the allowed tokens that still are: some of them, or all.
 
         Digits of a string are not limited: it may go on with a quote, or can't end yet.
         """

@@ -371,7 +371,7 @@ class Layers:
             raise StageError("a saved cache with windows can't be trimmed by so many tokens")
 
     def _numbers(self, sequence: int) -> Sequence[int]:
-        """Of a sequence in llama.cpp: its own, and its twin's."""
+        """Numbers in llama.cpp of a sequence: its own, and its twin's."""
         return range(sequence, self.sequences * self._twins, self.sequences)
 
     @functools.cached_property

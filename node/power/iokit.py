@@ -92,7 +92,7 @@ class Caffeinate:
         """Starts or ends it, unless it is so already. It ends with this process, too."""
         if not held and self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            self._process.wait()  # it ends at the signal, in this thread of its own
             self._process = None
         if held and (self._process is None or self._process.poll() is not None):
             command = self._command, "-i", "-w", str(os.getpid())

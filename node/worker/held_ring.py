@@ -77,6 +77,6 @@ class HeldRing:
 
 
 def _worker(stop: RouteStop) -> _Worker:
-    """What tells a worker from others, at whichever of its machine's addresses it is reached."""
+    """Identity of a worker, at whichever of its machine's addresses it is reached."""
     host, port = split_address(stop.address)
     return stop.node, stop.machine or host, port

@@ -26,7 +26,7 @@ def why_keep(found: Mapping[str, Any], slow: float = SLOW_SECONDS) -> list[str]:
 
 
 class Timeline:
-    """What happened when, by the clock that the logs have."""
+    """Faults and recoveries by time, by the clock that the logs have."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

@@ -27,7 +27,7 @@ LOOK_SECONDS = 0.3
 
 
 class Means:
-    """Of a cluster.
+    """Means of a cluster to do harm.
 
     lan: None for no faults of the network. disk: a small one, of all machines and of `serve`; None
     for none.
